@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+# Every target sets up what it needs, in .venv, and then does its job. Works with GNU make 3.81 and later.
+
+# The interpreter that .venv is made with; empty: the first of CANDIDATES that is 3.10 to 3.12.
+PYTHON ?=
+VENV ?= .venv
+# More words for the installation of torch, such as the --index-url of PyTorch's CPU builds.
+TORCH_OPTIONS ?=
+LAYOUT ?= tp2
+PYTEST_OPTIONS ?=
+OVERHEAD ?= runs/step_overhead.json
+
+CANDIDATES := $(if $(PYTHON),$(PYTHON),python3.11 python3.12 python3.10 python3)
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
+# The folder is in the key because a virtual environment does not survive being moved.
+KEY := $(shell { pwd; cat pyproject.toml constraints.txt; } | cksum | tr ' ' '-')
+STAMP := $(VENV)/.installed-$(KEY)
+# There while an installation is under way: one that was interrupted is thrown away, for nobody knows what it left.
+UNFINISHED := $(VENV)/.unfinished
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test lint typecheck format quickstart compare benchmark clean clean-venv
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
+
+setup: $(STAMP) ## build .venv with the pinned versions (about 3 minutes, once)
+	@echo "make setup: $(VENV) is ready"
+
+$(STAMP):
+	@set -eu; \
+	fail() { echo "make setup: $$1" >&2; exit 1; }; \
+	python=; \
+	for name in $(CANDIDATES); do \
+		"$$name" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null || continue; \
+		python=$$name; break; \
+	done; \
+	test -n "$$python" || fail "no Python 3.10 to 3.12 (tried: $(CANDIDATES)): install one, or name it: make setup PYTHON=/path/to/python3.11"; \
+	"$$python" -c 'import ensurepip, venv' 2>/dev/null || \
+		fail "$$python cannot make virtual environments: on Debian and Ubuntu: sudo apt-get install python3-venv"; \
+	"$$python" -c 'import os, sysconfig; open(os.path.join(sysconfig.get_path("include"), "Python.h"))' 2>/dev/null || \
+		fail "$$python has no Python.h, with which NeMo compiles its dataset code: on Debian and Ubuntu: sudo apt-get install python3-dev"; \
+	command -v g++ >/dev/null || \
+		fail "g++ is missing, with which NeMo compiles its dataset code: on Debian and Ubuntu: sudo apt-get install g++"; \
+	if test -e $(UNFINISHED); then echo "make setup: the last one did not finish: starting anew"; rm -rf $(VENV); fi; \
+	if test -e $(VENV) && ! ls $(VENV)/.installed-* >/dev/null 2>&1; then \
+		fail "$(VENV) is there and was not made by this Makefile: remove it, or name another: make setup VENV=.venv-tied"; \
+	fi; \
+	known=$$(ls $(VENV)/.installed-* 2>/dev/null || true); \
+	mkdir -p $(VENV); touch $(UNFINISHED); rm -f $(VENV)/.installed-*; \
+	test -n "$$known" || "$$python" -m venv $(VENV)
+	@echo "make setup: installing $(TORCH)"
+	@$(PIP) install --constraint constraints.txt --upgrade pip
+# torch first and alone: a range that another package asks for would bring the newest build instead.
+	@$(PIP) install $(TORCH) $(TORCH_OPTIONS)
+	@echo "make setup: installing NeMo, megatron-core and this project"
+	@$(PIP) install --constraint constraints.txt --build-constraint constraints.txt --editable '.[laptop,dev]'
+	@rm -f $(UNFINISHED); touch $@
+
+test: lint typecheck ## the linter, the type checker and all tests
+	$(BIN)/python -m pytest $(PYTEST_OPTIONS)
+
+lint: $(STAMP) ## check style and format
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+typecheck: $(STAMP) ## check the types
+	$(BIN)/python -m mypy
+
+format: $(STAMP) ## format, and mend what the linter can mend
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+
+quickstart: $(STAMP) ## fine-tune on two ranks and show what came out (LAYOUT=tp2 or pp2)
+	$(BIN)/tied-lora quickstart layout=$(LAYOUT)
+
+compare: $(STAMP) ## LoRA, TL5, TL6 and VeRA from the same base, three seeds each
+	$(BIN)/tied-lora compare
+
+benchmark: $(STAMP) ## what an adapter adds to a training step, beside NeMo's own (OVERHEAD=file.json)
+	@mkdir -p $(dir $(OVERHEAD))
+	$(BIN)/python benchmarks/step_overhead.py --output $(OVERHEAD)
+
+clean: ## remove builds and caches; .venv and runs/ stay
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+clean-venv: ## remove .venv
+	rm -rf $(VENV)

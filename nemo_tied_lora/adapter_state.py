@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layout-free state: whole A, B, u, v <-> each rank's shards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from megatron.core import parallel_state
+
+from nemo_tied_lora.config import FACTORS, TiedLoraConfig
+from nemo_tied_lora.factors import ChunkFactors, is_stored, tied_factors
+from nemo_tied_lora.sharding import TargetSpec, factor_shape, local_shape, shard, sharded_dim, unshard
+
+__all__ = ["check_state", "expected_shapes", "gather", "load"]
+
+
+def expected_shapes(config: TiedLoraConfig, specs: Mapping[str, TargetSpec]) -> dict[str, tuple[int, ...]]:
+    """Name to whole shape of every stored tensor, in the order of the file."""
+    return {name: factor_shape(f, specs[t], config.rank) for name, _, t, f in _entries(config, specs)}
+
+
+def gather(
+    config: TiedLoraConfig, specs: Mapping[str, TargetSpec], chunks: Sequence[ChunkFactors]
+) -> dict[str, torch.Tensor]:
+    """Whole tensors on the CPU of every rank. Gathered over the tensor-parallel group, then over the pipeline.
+
+    A tied tensor is the same on every stage and is not sent across the pipeline. All ranks must call it.
+    """
+    own = {(layer, t, f): p for chunk in chunks for layer, t, f, p in chunk.named_own()}
+    owners = _owners(own)
+    tied = {(t, f): p for t, f, p in chunks[0].named_tied()}
+    device = next(iter(tied.values()), next(iter(own.values()), torch.empty(0))).device
+    dtype = next(iter(tied.values()), next(iter(own.values()), torch.empty(0))).dtype
+    state = {}
+    for name, layer, target, factor in _entries(config, specs):
+        spec = specs[target]
+        if layer is None:
+            state[name] = _gather_shards(tied[target, factor].detach(), factor, spec).cpu()
+            continue
+        part = own.get((layer, target, factor))
+        local = torch.empty(local_shape(factor, spec, config.rank, _tp_size()), dtype=dtype, device=device)
+        if part is not None:
+            local.copy_(part.detach())
+        state[name] = _gather_shards(_from_stage(local, owners[layer]), factor, spec).cpu()
+    return state
+
+
+def load(
+    config: TiedLoraConfig,
+    specs: Mapping[str, TargetSpec],
+    chunks: Sequence[ChunkFactors],
+    state: Mapping[str, torch.Tensor],
+) -> None:
+    """Copies this rank's part of every tensor, after all of them were checked.
+
+    Raises:
+        ValueError: see `check_state`.
+    """
+    check_state(state, expected_shapes(config, specs))
+    tp_rank, tp_size = parallel_state.get_tensor_model_parallel_rank(), _tp_size()
+    with torch.no_grad():
+        for chunk in chunks:
+            for target, factor, parameter in chunk.named_tied():
+                full = state[f"{target}.{factor}"]
+                parameter.copy_(shard(full, factor, specs[target], tp_rank, tp_size))
+            for layer, target, factor, parameter in chunk.named_own():
+                full = state[f"layers.{layer}.{target}.{factor}"]
+                parameter.copy_(shard(full, factor, specs[target], tp_rank, tp_size))
+
+
+def check_state(state: Mapping[str, torch.Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Compares names, shapes and values with what the adapter needs.
+
+    Raises:
+        ValueError: lists every missing, unexpected, misshapen and non-finite tensor, a line each.
+    """
+    problems = [f"state: {name} is missing" for name in expected if name not in state]
+    problems += [f"state: {name} is unexpected" for name in state if name not in expected]
+    for name, shape in expected.items():
+        tensor = state.get(name)
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
+            problems.append(f"state: {name} has shape {tuple(tensor.shape)}, the adapter needs {shape}")
+        elif not tensor.is_floating_point():
+            problems.append(f"state: {name} is {tensor.dtype}, not a floating-point tensor")
+        elif not torch.isfinite(tensor).all():
+            problems.append(f"state: {name} holds NaN or infinity")
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def _entries(
+    config: TiedLoraConfig, specs: Mapping[str, TargetSpec]
+) -> Iterator[tuple[str, int | None, str, str]]:
+    """(name, layer or None where tied, target, factor) of every stored tensor, the same on every rank."""
+    tied = tied_factors(config)
+    stored = [factor for factor in FACTORS if is_stored(factor, config)]
+    for target in specs:
+        for factor in stored:
+            if factor in tied:
+                yield f"{target}.{factor}", None, target, factor
+    for layer in sorted({layer for spec in specs.values() for layer in spec.layers}):
+        for target, spec in specs.items():
+            for factor in stored:
+                if factor not in tied and layer in spec.layers:
+                    yield f"layers.{layer}.{target}.{factor}", layer, target, factor
+
+
+def _tp_size() -> int:
+    return parallel_state.get_tensor_model_parallel_world_size()
+
+
+def _owners(own: Mapping[tuple[int, str, str], torch.Tensor]) -> dict[int, int]:
+    """Layer to the pipeline rank that holds it."""
+    size = parallel_state.get_pipeline_model_parallel_world_size()
+    layers: list[list[int]] = [sorted({layer for layer, _, _ in own})] * size
+    if size > 1:
+        group = parallel_state.get_pipeline_model_parallel_group()
+        torch.distributed.all_gather_object(layers, list(layers[0]), group=group)
+    return {layer: rank for rank, held in enumerate(layers) for layer in held}
+
+
+def _from_stage(tensor: torch.Tensor, stage: int) -> torch.Tensor:
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        group = parallel_state.get_pipeline_model_parallel_group()
+        torch.distributed.broadcast(tensor, torch.distributed.get_global_rank(group, stage), group=group)
+    return tensor
+
+
+def _gather_shards(part: torch.Tensor, factor: str, spec: TargetSpec) -> torch.Tensor:
+    if sharded_dim(factor, spec.kind) is None or _tp_size() == 1:
+        return part
+    shards = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(_tp_size())]
+    torch.distributed.all_gather(shards, part.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
+    return unshard(shards, factor, spec)

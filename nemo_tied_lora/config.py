@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a Tied-LoRA adapter is: rank, targets, what is trained, what is tied, how it starts (arXiv 2311.09578)."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["FACTORS", "INIT_METHODS", "PRESETS", "TARGETS", "ConfigError", "TiedLoraConfig"]
+
+TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+FACTORS = ("v", "B", "u", "A")
+INIT_METHODS = ("normal", "xavier", "kaiming", "zero")
+
+# NeMo's names for the same linears (its `model.peft.lora_tuning.target_modules`).
+_TARGET_ALIASES: dict[str, tuple[str, ...]] = {
+    "attention_qkv": ("linear_qkv",),
+    "attention_dense": ("linear_proj",),
+    "mlp_fc1": ("linear_fc1",),
+    "mlp_fc2": ("linear_fc2",),
+    "attention": ("linear_qkv", "linear_proj"),
+    "mlp": ("linear_fc1", "linear_fc2"),
+    "all": TARGETS,
+}
+
+# Which of v, B, u, A is trained and which of A, B is tied (the paper's table of configurations).
+PRESETS: dict[str, dict[str, tuple[str, ...]]] = {
+    "lora": {"trained": ("B", "A"), "tied": ()},
+    "vera": {"trained": ("v", "u"), "tied": ("A", "B")},
+    "tl5": {"trained": ("B", "A"), "tied": ("A", "B")},
+    "tl6": {"trained": ("v", "B", "u", "A"), "tied": ("A", "B")},
+}
+
+# Keys that other adapters use for the same thing: what to write instead.
+_FOREIGN_KEYS = {
+    "adapter_dim": "write rank",
+    "r": "write rank",
+    "dim": "write rank",
+    "lora_alpha": "write alpha",
+    "adapter_dropout": "write dropout",
+    "lora_dropout": "write dropout",
+    "target_modules": "write targets",
+    "layer_selection": "write layers, which counts from 0 (layer_selection counted from 1)",
+    "layers_to_transform": "write layers",
+    "column_init_method": "write init_A",
+    "row_init_method": "write init_B",
+    "dropout_position": "remove it: dropout always acts on the linear's input",
+    "position_embedding_strategy": "remove it: u and v tell the layers apart",
+    "weight_tying": "NeMo's option is dead (its config raises TypeError since 2.0); write tied: [A, B], the default",
+}
+
+
+class ConfigError(ValueError):
+    """Every problem found in a configuration, one line each, each naming the field, the value and the fix."""
+
+    def __init__(self, problems: Iterable[str]):
+        self.problems = tuple(problems)
+        super().__init__("\n".join(self.problems))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TiedLoraConfig:
+    """``y = W x + (alpha / rank) * diag(v) B diag(u) A x`` on every selected linear of every selected layer.
+
+    Tied tensors exist once per target and serve all layers; untied A and B exist once per layer. u and v are
+    always per layer; where they are not trained they are 1 and are not stored.
+
+    Raises:
+        ConfigError: lists every field that is out of bounds, before anything is built.
+    """
+
+    rank: int = 8
+    """Width of A's output and B's input, in 1 .. min(in, out) of the targets."""
+    alpha: float | None = None
+    """Scale: the update is multiplied by alpha / rank. None: alpha = rank, as in the paper."""
+    dropout: float = 0.0
+    """Probability of dropping an element of the linear's input, on the adapter's path only, in [0, 1)."""
+    targets: Sequence[str] = TARGETS
+    """Megatron's names: linear_qkv, linear_proj, linear_fc1, linear_fc2. NeMo's attention_qkv, attention_dense,
+    mlp_fc1, mlp_fc2, attention, mlp and all are accepted and translated."""
+    layers: Sequence[int] | None = None
+    """Global layer numbers, counted from 0. None: all layers."""
+    trained: Sequence[str] = FACTORS
+    """Any non-empty subset of v, B, u, A."""
+    tied: Sequence[str] = ("A", "B")
+    """Any subset of A, B: the tensors that all layers share."""
+    init_A: str | None = None
+    """normal, xavier, kaiming or zero. None: kaiming, or zero where A is the one factor that starts at 0."""
+    init_B: str | None = None
+    """normal, xavier, kaiming or zero. None: kaiming, or zero where B is the one factor that starts at 0."""
+    init_u: float | None = None
+    """Every element of a trained u. None: 1, or 0 where u is the one factor that starts at 0."""
+    init_v: float | None = None
+    """Every element of a trained v. None: 0."""
+    init_std: float = 0.02
+    """Standard deviation of init method normal."""
+    seed: int = 1234
+    """Seeds the initial A and B, whole tensors, independent of the parallel layout."""
+
+    def __post_init__(self) -> None:
+        for name in ("targets", "trained", "tied", "layers"):
+            value = getattr(self, name)
+            if isinstance(value, (str, int)) and not isinstance(value, bool):
+                value = (value,)
+            if value is not None and isinstance(value, Iterable):
+                object.__setattr__(self, name, tuple(value))
+        problems = list(self._problems())
+        if problems:
+            raise ConfigError(problems)
+        expanded = {name for target in self.targets for name in _TARGET_ALIASES.get(target, (target,))}
+        object.__setattr__(self, "targets", tuple(t for t in TARGETS if t in expanded))
+        object.__setattr__(self, "trained", tuple(f for f in FACTORS if f in self.trained))
+        object.__setattr__(self, "tied", tuple(f for f in ("A", "B") if f in self.tied))
+        if self.layers is not None:
+            object.__setattr__(self, "layers", tuple(sorted(set(self.layers))))
+        problems = list(self._start_problems())
+        if problems:
+            raise ConfigError(problems)
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> TiedLoraConfig:
+        """The named configuration (lora, vera, tl5, tl6), with any field overridden.
+
+        Raises:
+            ConfigError: the preset or a field is unknown, or a value is out of bounds.
+        """
+        return cls.from_mapping({"preset": name, **overrides})
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any]) -> TiedLoraConfig:
+        """From plain keys (a YAML's ``model.peft.tied_lora``): the fields of this class and ``preset``.
+
+        A key whose value is None means the default. All problems are reported together.
+
+        Raises:
+            ConfigError: unknown keys (with what to write instead), an unknown preset, values out of bounds.
+        """
+        given = {key: value for key, value in mapping.items() if value is not None}
+        preset = given.pop("preset", "tl6")
+        is_known = isinstance(preset, str) and preset in PRESETS
+        problems = [] if is_known else [f"preset={preset!r}: unknown; choose one of {', '.join(PRESETS)}"]
+        known = {field.name for field in dataclasses.fields(cls)}
+        # A foreign switch that is off asks for nothing.
+        for key in [k for k in given if k not in known]:
+            value = given.pop(key)
+            if not (key == "weight_tying" and value is False):
+                problems.append(_unknown_key(key, value, known))
+        values = {**(PRESETS[preset] if is_known else {}), **given}
+        try:
+            config = cls(**values)
+        except ConfigError as error:
+            raise ConfigError([*problems, *error.problems]) from None
+        if problems:
+            raise ConfigError(problems)
+        return config
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, ready for YAML or JSON; ``from_mapping`` reads them back."""
+        values = dataclasses.asdict(self)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    @property
+    def zero_factor(self) -> str:
+        """The one trained factor that starts at 0, so that the update does: v, else B, else u, else A."""
+        return next(factor for factor in FACTORS if factor in self.trained)
+
+    def init_of(self, factor: str) -> str | float:
+        """How the factor starts: an init method for A and B, a fill value for u and v.
+
+        A user's own value wins; the default is the paper's (u = 1, v = 0, random A and B) with the zero factor at 0.
+        """
+        own = getattr(self, f"init_{factor}")
+        if own is not None:
+            return own
+        if factor in ("A", "B"):
+            return "zero" if factor == self.zero_factor else "kaiming"
+        return 0.0 if factor == self.zero_factor else 1.0
+
+    def _problems(self) -> Iterable[str]:
+        """Fields out of bounds, a line each."""
+        if not _is_int(self.rank) or self.rank < 1:
+            yield f"rank={self.rank!r}: must be a whole number of at least 1"
+        if self.alpha is not None and (not _is_finite(self.alpha) or self.alpha == 0):
+            yield f"alpha={self.alpha!r}: must be a finite number other than 0 (0 would switch the adapter off)"
+        if not _is_finite(self.dropout) or not 0 <= self.dropout < 1:
+            yield f"dropout={self.dropout!r}: must be in [0, 1)"
+        if not _is_finite(self.init_std) or self.init_std <= 0:
+            yield f"init_std={self.init_std!r}: must be a finite number greater than 0"
+        if not _is_int(self.seed) or self.seed < 0:
+            yield f"seed={self.seed!r}: must be a whole number of at least 0"
+        yield from _unknown_values("targets", self.targets, (*TARGETS, *_TARGET_ALIASES), empty_ok=False)
+        yield from _unknown_values("trained", self.trained, FACTORS, empty_ok=False)
+        yield from _unknown_values("tied", self.tied, ("A", "B"), empty_ok=True)
+        yield from self._layer_problems()
+        yield from self._init_problems()
+
+    def _layer_problems(self) -> Iterable[str]:
+        if self.layers is None:
+            return
+        if not isinstance(self.layers, tuple) or not self.layers:
+            yield f"layers={self.layers!r}: must be a non-empty list of layer numbers from 0, or null for all layers"
+            return
+        bad = [layer for layer in self.layers if not _is_int(layer) or layer < 0]
+        if bad:
+            yield f"layers: {bad} are not layer numbers; layers are counted from 0"
+
+    def _init_problems(self) -> Iterable[str]:
+        for factor in ("A", "B"):
+            method = getattr(self, f"init_{factor}")
+            if method is not None and method not in INIT_METHODS:
+                yield f"init_{factor}={method!r}: unknown; choose one of {', '.join(INIT_METHODS)}"
+        for factor in ("u", "v"):
+            fill = getattr(self, f"init_{factor}")
+            if fill is not None and not _is_finite(fill):
+                yield f"init_{factor}={fill!r}: must be a finite number"
+            elif fill is not None and factor not in self.trained and fill != 1:
+                yield f"init_{factor}={fill!r}: a frozen {factor} is 1; remove it or add {factor} to trained"
+
+    def _start_problems(self) -> Iterable[str]:
+        """The update must start at exactly 0 and must be able to leave it."""
+        starts_at_zero = [f for f in FACTORS if self.init_of(f) in ("zero", 0.0)]
+        stuck = [f for f in starts_at_zero if f not in self.trained]
+        if stuck:
+            yield f"init_{stuck[0]}: {stuck[0]} is frozen at 0, so the update could never leave 0; choose another init"
+        elif len(starts_at_zero) > 1:
+            names = " and ".join(starts_at_zero)
+            yield f"init: {names} start at 0 together, so none gets a gradient and nothing can leave 0; keep one of them at 0"
+        elif not starts_at_zero:
+            zero = self.zero_factor
+            yield f"init_{zero}={self.init_of(zero)!r}: the update would not start at 0; leave it unset, or set it to 0"
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _unknown_values(name: str, values: object, choices: tuple[str, ...], empty_ok: bool) -> Iterable[str]:
+    if not isinstance(values, tuple):
+        yield f"{name}={values!r}: must be a list drawn from {', '.join(choices)}"
+        return
+    if not values and not empty_ok:
+        reason = "nothing would be trained" if name == "trained" else "nothing would be adapted"
+        yield f"{name}=[]: {reason}; name at least one of {', '.join(choices)}"
+    for value in values:
+        if value not in choices:
+            yield f"{name}: {value!r} is unknown{_did_you_mean(value, choices)}; choose from {', '.join(choices)}"
+
+
+def _unknown_key(key: str, value: object, known: Iterable[str]) -> str:
+    if key in _FOREIGN_KEYS:
+        return f"{key}={value!r}: not a key of tied_lora; {_FOREIGN_KEYS[key]}"
+    hint = _did_you_mean(key, (*known, "preset"))
+    return f"{key}={value!r}: not a key of tied_lora{hint}; the keys are preset, {', '.join(sorted(known))}"
+
+
+def _did_you_mean(word: object, choices: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(word), list(choices), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""

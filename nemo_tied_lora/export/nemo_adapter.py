@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The adapter as one `.nemo` file: a tar of `model_config.yaml` and the layout-free state as safetensors.
+
+Each tied tensor stands in it once, whole. Nothing in it is unpickled, and nothing is unpacked to disk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+import tarfile
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import nn
+
+from nemo_tied_lora.adapter import Adapter
+from nemo_tied_lora.config import ConfigError, TiedLoraConfig
+from nemo_tied_lora.injection import inject
+from nemo_tied_lora.sharding import TargetSpec
+
+__all__ = ["FORMAT_VERSION", "AdapterFile", "AdapterFileError", "load_adapter", "read_adapter", "save_adapter"]
+
+FORMAT_VERSION = 1
+_CONFIG_MEMBER = "model_config.yaml"
+_STATE_MEMBER = "adapter.safetensors"
+_MAX_CONFIG_BYTES = 1 << 20
+
+
+class AdapterFileError(ValueError):
+    """The file is not a whole adapter of a known format, or does not fit the model. The message says which."""
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """What a file holds: the adapter's configuration, the base's target shapes, the state, the whole YAML."""
+
+    config: TiedLoraConfig
+    specs: dict[str, TargetSpec]
+    state: dict[str, torch.Tensor]
+    yaml: dict[str, Any]
+
+
+def save_adapter(adapter: Adapter, path: str | os.PathLike, facts: Mapping[str, Any] | None = None) -> Path:
+    """Writes the adapter beside `path` and renames it there. All ranks must call it; rank 0 writes.
+
+    Args:
+        adapter: on any layout.
+        path: of the `.nemo` file.
+        facts: plain values to keep in the YAML (base model, versions, training).
+    """
+    path = Path(path)
+    state = adapter.full_state()
+    if _is_first_rank():
+        description = {
+            "format_version": FORMAT_VERSION,
+            "peft": {"peft_scheme": "tied_lora", "tied_lora": adapter.config.as_dict()},
+            "targets": {t: {**dataclasses.asdict(s), "layers": list(s.layers)} for t, s in adapter.specs.items()},
+            **(facts or {}),
+        }
+        members = {
+            _CONFIG_MEMBER: yaml.safe_dump(description, sort_keys=False).encode(),
+            _STATE_MEMBER: save_safetensors({name: t.contiguous() for name, t in state.items()}),
+        }
+        _write_tar(path, members)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    return path
+
+
+def load_adapter(model: nn.Module | Sequence[nn.Module], path: str | os.PathLike) -> Adapter:
+    """Injects the file's adapter into a base model on any layout.
+
+    Raises:
+        AdapterFileError: the file cannot be read as an adapter, or its target shapes are not this model's.
+        ConfigError, ValueError: as `inject` and `Adapter.load_full_state`.
+    """
+    file = read_adapter(path)
+    adapter = inject(model, file.config)
+    if adapter.specs != file.specs:
+        differences = [
+            f"{path}: {target}: the adapter was trained on {file.specs.get(target)}, this model has {spec}"
+            for target, spec in adapter.specs.items()
+            if file.specs.get(target) != spec
+        ]
+        adapter.remove()
+        raise AdapterFileError("\n".join(differences))
+    adapter.load_full_state(file.state)
+    return adapter
+
+
+def read_adapter(path: str | os.PathLike) -> AdapterFile:
+    """Reads a `.nemo` adapter without a model.
+
+    Raises:
+        AdapterFileError: not a tar, truncated, members missing, an unknown format version, an unreadable part.
+        FileNotFoundError: no such file.
+    """
+    members = _read_tar(Path(path))
+    try:
+        description = yaml.safe_load(members[_CONFIG_MEMBER])
+        version = description["format_version"]
+        if version != FORMAT_VERSION:
+            raise AdapterFileError(f"{path}: format_version {version!r} is unknown; this version reads {FORMAT_VERSION}")
+        config = TiedLoraConfig.from_mapping(description["peft"]["tied_lora"])
+        specs = {t: TargetSpec(**{**s, "layers": tuple(s["layers"])}) for t, s in description["targets"].items()}
+        state = load_safetensors(members[_STATE_MEMBER])
+    except (AdapterFileError, ConfigError):
+        raise
+    except Exception as error:  # whatever a damaged YAML or safetensors raises
+        raise AdapterFileError(f"{path}: damaged: {type(error).__name__}: {error}") from error
+    return AdapterFile(config, specs, state, description)
+
+
+def _write_tar(path: Path, members: Mapping[str, bytes]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            with tarfile.open(fileobj=file, mode="w") as tar:
+                for name, content in members.items():
+                    info = tarfile.TarInfo(name)
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _read_tar(path: Path) -> dict[str, bytes]:
+    """The two members' contents; anything else in the tar is an error, nothing is written to disk."""
+    if path.is_dir():
+        raise AdapterFileError(f"{path}: is a folder, not a .nemo adapter file")
+    members: dict[str, bytes] = {}
+    try:
+        with tarfile.open(path, mode="r:") as tar:
+            for info in tar:
+                name = info.name.removeprefix("./")
+                if name not in (_CONFIG_MEMBER, _STATE_MEMBER) or not info.isreg() or name in members:
+                    raise AdapterFileError(f"{path}: unexpected member {info.name!r}; this is no tied-LoRA adapter")
+                if info.size > (_MAX_CONFIG_BYTES if name == _CONFIG_MEMBER else path.stat().st_size):
+                    raise AdapterFileError(f"{path}: member {info.name!r} claims {info.size} bytes")
+                members[name] = tar.extractfile(info).read()  # type: ignore[union-attr]
+                if len(members[name]) != info.size:
+                    raise AdapterFileError(f"{path}: truncated in {info.name!r}")
+    except tarfile.TarError as error:
+        raise AdapterFileError(f"{path}: not a whole .nemo file: {error}") from error
+    missing = {_CONFIG_MEMBER, _STATE_MEMBER} - members.keys()
+    if missing:
+        raise AdapterFileError(f"{path}: {', '.join(sorted(missing))} is missing; this is no tied-LoRA adapter")
+    return members
+
+
+def _is_first_rank() -> bool:
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tensors of an adapter: tied A and B once per target, u and v (and untied A, B) once per layer.
+
+They live in one module per model chunk, at `decoder.tied_lora`, under names that no parallel layout changes:
+
+    decoder.tied_lora.linear_qkv.A              tied
+    decoder.tied_lora.layers.7.linear_qkv.u     per layer, global layer number from 0
+
+The base's own modules register none of them, so base checkpoints keep their keys. A chunk holds the tied tensors
+of every target, also of one that none of its own layers has: every stage must take part in their sums.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from nemo_tied_lora.config import FACTORS, TiedLoraConfig
+from nemo_tied_lora.sharding import TargetSpec, factor_shape, shard
+
+__all__ = ["ChunkFactors", "Factors", "initial_tensor", "is_stored", "tied_factors"]
+
+
+def is_stored(factor: str, config: TiedLoraConfig) -> bool:
+    """Whether the factor exists as a tensor at all: a frozen u or v is 1 and does not."""
+    return factor in ("A", "B") or factor in config.trained
+
+
+def tied_factors(config: TiedLoraConfig) -> tuple[str, ...]:
+    """The factors that exist once per target."""
+    return tuple(factor for factor in FACTORS if factor in config.tied)
+
+
+class Factors(nn.Module):
+    """Some of the four factors of one target: the tied ones, or one layer's own.
+
+    Args:
+        tensors: factor name ("A", "B", "u", "v") to this rank's part (see `sharding` for the shapes).
+        trained: the factors that get gradients; the others are frozen parameters.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], trained: Sequence[str]):
+        super().__init__()
+        for factor, tensor in tensors.items():
+            self.register_parameter(factor, nn.Parameter(tensor, requires_grad=factor in trained))
+
+
+class ChunkFactors(nn.Module):
+    """Every factor that one model chunk holds.
+
+    Args:
+        config: the adapter's configuration.
+        specs: target name to its whole shape and layers, the same on every rank.
+        own_layers: target name to the global layer numbers that lie in this chunk.
+        tp_rank, tp_size: this rank's place in the tensor-parallel group.
+        device, dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        config: TiedLoraConfig,
+        specs: Mapping[str, TargetSpec],
+        own_layers: Mapping[str, Sequence[int]],
+        *,
+        tp_rank: int,
+        tp_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
+        super().__init__()
+
+        def build(target: str, factors: Sequence[str], layer: int | None) -> Factors:
+            spec = specs[target]
+            tensors = {}
+            for factor in factors:
+                if not is_stored(factor, config):
+                    continue
+                full = initial_tensor(factor, target, layer, factor_shape(factor, spec, config.rank), config, device)
+                tensors[factor] = shard(full, factor, spec, tp_rank, tp_size).to(device=device, dtype=dtype)
+            return Factors(tensors, config.trained)
+
+        tied = tied_factors(config)
+        own = tuple(factor for factor in FACTORS if factor not in tied)
+        for target in specs:
+            self.add_module(target, build(target, tied, None))
+        self.layers = nn.ModuleDict()
+        for layer in sorted({layer for layers in own_layers.values() for layer in layers}):
+            targets = [target for target in specs if layer in own_layers.get(target, ())]
+            self.layers[str(layer)] = nn.ModuleDict({target: build(target, own, layer) for target in targets})
+
+    def tied(self, target: str) -> Factors:
+        """The target's tied factors."""
+        return self.get_submodule(target)  # type: ignore[return-value]
+
+    def of_layer(self, layer: int, target: str) -> Factors:
+        """One layer's own factors of the target."""
+        return self.layers.get_submodule(f"{layer}.{target}")  # type: ignore[return-value]
+
+    def named_tied(self) -> Iterator[tuple[str, str, nn.Parameter]]:
+        """(target, factor, parameter) of every tied tensor, in the same order on every rank."""
+        for target, module in self.named_children():
+            if target != "layers":
+                for factor, parameter in module.named_parameters():
+                    yield target, factor, parameter
+
+    def named_own(self) -> Iterator[tuple[int, str, str, nn.Parameter]]:
+        """(layer, target, factor, parameter) of every per-layer tensor of this chunk."""
+        for name, parameter in self.layers.named_parameters():
+            layer, target, factor = name.split(".")
+            yield int(layer), target, factor, parameter
+
+
+def initial_tensor(
+    factor: str,
+    target: str,
+    layer: int | None,
+    shape: tuple[int, ...],
+    config: TiedLoraConfig,
+    device: torch.device | None = None,
+) -> torch.Tensor:
+    """The whole initial tensor, float32 on the CPU (empty on the meta device).
+
+    Random values depend on the seed, the target, the factor and the layer (None where tied) and on nothing else:
+    pipeline stages seed differently and ranks draw in different orders, yet every layout starts from the same bits.
+
+    Returns:
+        normal: N(0, init_std). xavier: normal with variance 2 / (fan_in + fan_out). kaiming: uniform within
+        1 / sqrt(fan_in), LoRA's usual A. zero: zeros. A number: filled with it.
+    """
+    if device is not None and device.type == "meta":
+        return torch.empty(shape, device=device)
+    start = config.init_of(factor)
+    tensor = torch.empty(shape, dtype=torch.float32)
+    if not isinstance(start, str):
+        return tensor.fill_(start)
+    digest = hashlib.sha256(f"{config.seed}/{target}/{factor}/{layer}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    if start == "normal":
+        return tensor.normal_(0.0, config.init_std, generator=generator)
+    if start == "xavier":
+        return nn.init.xavier_normal_(tensor, generator=generator)
+    if start == "kaiming":
+        return nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=generator)
+    return tensor.zero_()

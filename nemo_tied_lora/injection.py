@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds the targets in a Megatron model, injects Tied-LoRA, freezes the base."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import torch
+from megatron.core import parallel_state
+from torch import nn
+
+from nemo_tied_lora.adapter import Adapter, Chunk
+from nemo_tied_lora.config import TARGETS, ConfigError, TiedLoraConfig
+from nemo_tied_lora.factors import ChunkFactors
+from nemo_tied_lora.gradients import mark_parameters
+from nemo_tied_lora.linear import TiedLoraLink, linear_kind, swap_in
+from nemo_tied_lora.sharding import TargetSpec
+
+__all__ = ["Site", "find_sites", "inject"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One linear that can be adapted. layer: global number from 0. blocks: 2 for a gated linear_fc1, else 1."""
+
+    layer: int
+    target: str
+    module: nn.Module
+    kind: str
+    blocks: int
+
+
+def inject(model: nn.Module | Sequence[nn.Module], config: TiedLoraConfig) -> Adapter:
+    """Adds Tied-LoRA to a Megatron model in place and freezes everything else.
+
+    All ranks of a pipeline must call this together, before the model is wrapped in Megatron's DDP.
+
+    Args:
+        model: one Megatron module (a GPTModel, wrapped or not), or the list of a stage's chunks.
+        config: what to inject.
+
+    Returns:
+        The adapter: its parameters, gradient sums, whole state, merging and removal.
+
+    Raises:
+        ConfigError: the model has no Megatron linears, a target or layer matches nothing, the rank exceeds a
+            linear's width, a linear cannot be adapted; all problems together, the same on every stage.
+        RuntimeError: the model has an adapter already.
+    """
+    wrapped = [model] if isinstance(model, nn.Module) else list(model)
+    bodies = [_unwrap(chunk) for chunk in wrapped]
+    if any(hasattr(body.decoder, "tied_lora") for body in bodies):
+        raise RuntimeError("model: it has a Tied-LoRA adapter already; call adapter.remove() first")
+    scans = [find_sites(body, config.targets) for body in bodies]
+    sites = [scan[0] for scan in scans]
+    problems = [problem for scan in scans for problem in scan[1]]
+    specs = _agree_on_specs([site for chunk in sites for site in chunk], problems, bodies[0].config.num_layers, config)
+
+    was_trained = [{name for name, p in chunk.named_parameters() if p.requires_grad} for chunk in wrapped]
+    chunks = []
+    for index, (outer, body) in enumerate(zip(wrapped, bodies, strict=True)):
+        outer.requires_grad_(False)
+        selected = [s for s in sites[index] if s.target in specs and s.layer in specs[s.target].layers]
+        first = index == 0 and parallel_state.get_pipeline_model_parallel_rank() == 0
+        chunks.append(_inject_chunk(outer, body, selected, specs, config, first, was_trained[index]))
+    return Adapter(config, specs, chunks)
+
+
+def find_sites(body: nn.Module, targets: Iterable[str] = TARGETS) -> tuple[list[Site], list[str]]:
+    """The adaptable linears of one chunk (a module with a `decoder`), and what stands in the way, a line each.
+
+    A linear that has a target's name but cannot be adapted is a problem, never skipped.
+    """
+    sites, problems, seen = [], [], set()
+    for layer in body.decoder.layers:
+        number = layer.layer_number - 1
+        for path, module in layer.named_modules():
+            target = path.rpartition(".")[2]
+            if target not in targets or type(module).__name__.startswith("Identity"):
+                continue
+            kind = linear_kind(module)
+            if ".experts." in f".{path}." or (number, target) in seen:
+                problems.append(f"targets: layer {number} {path}: experts of a mixture cannot be adapted yet; drop {target}")
+            elif kind is None or getattr(module, "gather_output", False) or not getattr(module, "input_is_parallel", True):
+                name = type(module).__name__
+                problems.append(f"targets: layer {number} {path}: a {name} cannot be adapted; drop {target}")
+            else:
+                seen.add((number, target))
+                gated = target == "linear_fc1" and bool(getattr(body.config, "gated_linear_unit", False))
+                sites.append(Site(number, target, module, kind, 2 if gated else 1))
+    return sites, problems
+
+
+def _unwrap(chunk: nn.Module) -> nn.Module:
+    """The GPTModel inside DDP, Float16Module and the like."""
+    body = chunk
+    while not hasattr(body, "decoder") and isinstance(getattr(body, "module", None), nn.Module):
+        body = body.module  # type: ignore[assignment]
+    layers = getattr(getattr(body, "decoder", None), "layers", None)
+    if layers is None or not hasattr(body, "config"):
+        raise ConfigError([f"model: a {type(chunk).__name__} has no Megatron linears (no decoder.layers of a TransformerBlock)"])
+    return body
+
+
+def _agree_on_specs(
+    sites: Sequence[Site], problems: list[str], num_layers: int, config: TiedLoraConfig
+) -> dict[str, TargetSpec]:
+    """Whole shapes and layers of every target, gathered over the pipeline so that all stages decide alike."""
+    tp_size = parallel_state.get_tensor_model_parallel_world_size()
+    found: dict[str, tuple[tuple[str, int, int, int], set[int]]] = {}
+    for site in sites:
+        rows, columns = site.module.weight.shape  # type: ignore[union-attr]
+        split_rows = site.kind == "column"
+        shape = (site.kind, columns * (1 if split_rows else tp_size), rows * (tp_size if split_rows else 1), site.blocks)
+        known = found.setdefault(site.target, (shape, set()))
+        if known[0] != shape:
+            problems.append(f"targets: {site.target} has shape {shape[1:3]} in layer {site.layer} but {known[0][1:3]} elsewhere")
+        known[1].add(site.layer)
+    stages = _gather_over_pipeline((found, problems))
+    problems = sorted({problem for _, stage in stages for problem in stage})
+    specs = {}
+    for target in config.targets:
+        parts = [found[target] for found, _ in stages if target in found]
+        if len({shape for shape, _ in parts}) > 1:
+            problems.append(f"targets: {target} has different shapes on different pipeline stages")
+        elif parts:
+            layers = {layer for _, layers in parts for layer in layers}
+            selected = sorted(layers if config.layers is None else layers & set(config.layers))
+            specs[target] = TargetSpec(*parts[0][0], layers=tuple(selected))
+    problems += _mismatches(specs, num_layers, config)
+    if problems:
+        raise ConfigError(problems)
+    return specs
+
+
+def _mismatches(specs: dict[str, TargetSpec], num_layers: int, config: TiedLoraConfig) -> Iterable[str]:
+    if not specs:
+        yield f"targets: none of {', '.join(config.targets)} is a Megatron linear of this model"
+        return
+    for target in config.targets:
+        if target not in specs:
+            yield f"targets: {target} matches no linear of this model; it has {', '.join(specs)}"
+        elif not specs[target].layers and all(layer < num_layers for layer in config.layers or ()):
+            yield f"layers: {list(config.layers or ())} has no layer with a {target}"
+    outside = [layer for layer in config.layers or () if layer >= num_layers]
+    if outside:
+        yield f"layers: {outside} do not exist; the model has layers 0 to {num_layers - 1}"
+    for target, spec in specs.items():
+        widest = min(spec.in_features, spec.out_features)
+        if config.rank > widest:
+            yield f"rank={config.rank}: more than {widest}, the smaller side of {target}; choose a smaller rank"
+
+
+def _gather_over_pipeline(value: object) -> list:
+    size = parallel_state.get_pipeline_model_parallel_world_size()
+    if size == 1:
+        return [value]
+    values: list = [None] * size
+    torch.distributed.all_gather_object(values, value, group=parallel_state.get_pipeline_model_parallel_group())
+    return values
+
+
+def _inject_chunk(
+    outer: nn.Module,
+    body: nn.Module,
+    sites: Sequence[Site],
+    specs: dict[str, TargetSpec],
+    config: TiedLoraConfig,
+    first: bool,
+    was_trained: set[str],
+) -> Chunk:
+    """Builds one chunk's factors at `decoder.tied_lora` and links its linears to them."""
+    tp_size = parallel_state.get_tensor_model_parallel_world_size()
+    sequence_parallel = bool(body.config.sequence_parallel) and tp_size > 1
+    like = next(body.parameters())
+    factors = ChunkFactors(
+        config,
+        specs,
+        {target: [site.layer for site in sites if site.target == target] for target in specs},
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=tp_size,
+        device=like.device,
+        dtype=like.dtype,
+    )
+    mark_parameters(factors, specs, first=first, sequence_parallel=sequence_parallel)
+    body.decoder.tied_lora = factors
+    for site in sites:
+        tied, own = factors.tied(site.target), factors.of_layer(site.layer, site.target)
+        swap_in(site.module, TiedLoraLink(config, site.kind, tied, own, tp_size, sequence_parallel))
+    chunk = Chunk(outer=outer, body=body, factors=factors, sites=tuple(sites), was_trained=frozenset(was_trained))
+    chunk.prepare_base()
+    return chunk

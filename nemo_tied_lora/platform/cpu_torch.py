@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A stand-in for the name ``torch`` in the modules that write ``device="cuda"``.
+
+Megatron and NeMo name the device literally in a few places. Replacing the name ``torch`` in those modules
+leaves torch itself alone, costs nothing in the modules that do not need it, and holds in every thread and
+in the backward pass, where a ``TorchFunctionMode`` would not.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+
+__all__ = ["cpu_torch", "cuda_type_names", "stand_in", "with_cuda_type_names"]
+
+_FACTORIES = ("arange", "as_tensor", "empty", "full", "ones", "tensor", "zeros")
+
+
+class _StandIn(ModuleType):
+    """A module's names with some replaced. The copied dictionary keeps attribute look-ups as fast as a module's."""
+
+    def __init__(self, original: ModuleType, replaced: dict[str, Any]) -> None:
+        super().__init__(original.__name__)
+        self.__dict__.update(vars(original))
+        self.__dict__.update(replaced)
+        self.__dict__["_original"] = original
+
+    def __getattr__(self, name: str) -> Any:
+        # torch imports some of its submodules on first use, so after the copy was made.
+        return getattr(self.__dict__["_original"], name)
+
+
+def stand_in(original: ModuleType, **replaced: Any) -> ModuleType:
+    """``original`` with the given names replaced, for one importing module only."""
+    return _StandIn(original, replaced)
+
+
+@functools.cache
+def cpu_torch() -> ModuleType:
+    """``torch`` whose tensor factories and ``autocast`` read ``"cuda"`` as ``"cpu"``."""
+    replaced: dict[str, Any] = {name: _on_cpu(getattr(torch, name)) for name in _FACTORIES}
+    return stand_in(torch, autocast=_cpu_autocast, **replaced)
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(factory)
+    def create(*args: Any, **kwargs: Any) -> torch.Tensor:
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type == "cuda":
+            kwargs["device"] = "cpu"
+        return factory(*args, **kwargs)
+
+    return create
+
+
+def _cpu_autocast(device_type: str, *args: Any, **kwargs: Any) -> torch.autocast:
+    return torch.autocast("cpu" if device_type == "cuda" else device_type, *args, **kwargs)
+
+
+@contextmanager
+def cuda_type_names() -> Iterator[None]:
+    """Inside, ``tensor.type()`` says ``torch.cuda.FloatTensor`` for what is a ``torch.FloatTensor``.
+
+    The optimizers compare this string instead of the dtype.
+    """
+    original = torch.Tensor.type
+
+    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:
+            return original(self, *args, **kwargs)
+        return original(self).replace("torch.", "torch.cuda.", 1)
+
+    torch.Tensor.type = type_  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.Tensor.type = original  # type: ignore[method-assign]
+
+
+def with_cuda_type_names(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` run inside :func:`cuda_type_names`."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with cuda_type_names():
+            return function(*args, **kwargs)
+
+    return run

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The switch for a machine without Transformer Engine: NeMo then builds megatron-core's local layers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from nemo_tied_lora.platform import detect
+from nemo_tied_lora.platform.patching import Patch, apply
+
+__all__ = ["NEMO_PATCHES", "enable"]
+
+
+def enable(*, nemo: bool) -> tuple[str, ...]:
+    """Make NeMo build a GPT without Transformer Engine; megatron-core alone needs nothing.
+
+    Returns:
+        The names that were replaced; empty where Transformer Engine is there.
+    """
+    return apply(NEMO_PATCHES) if nemo and not detect.has_transformer_engine() else ()
+
+
+def _local_specs(_get_specs: Any) -> Callable[..., Any]:
+    from megatron.core.models.gpt import gpt_layer_specs
+
+    def get_specs(
+        spec_name: str, transformer_config: Any = None, use_te: bool = True, *_args: Any, **_kwargs: Any
+    ) -> Any:
+        if use_te or spec_name not in ("", "decoder_block_gpt"):
+            raise ValueError(
+                f"model.transformer_engine={use_te} with model.name={spec_name!r} needs Transformer Engine, which is not "
+                'installed: set model.transformer_engine=False and model.name=""'
+            )
+        if spec_name == "decoder_block_gpt":
+            return gpt_layer_specs.get_gpt_decoder_block_spec(transformer_config, use_transformer_engine=False)
+        return gpt_layer_specs.get_gpt_layer_local_spec(
+            getattr(transformer_config, "num_moe_experts", None),
+            getattr(transformer_config, "moe_grouped_gemm", False),
+            normalization=getattr(transformer_config, "normalization", None),
+        )
+
+    return get_specs
+
+
+def _with_process_groups(provide: Callable[..., Any]) -> Callable[..., Any]:
+    def model_provider_func(model: Any, *args: Any, **kwargs: Any) -> Any:
+        if not torch.distributed.is_initialized():
+            strategy = model.trainer.strategy
+            if strategy.launcher is not None:
+                strategy.launcher.launch(lambda: None, trainer=model.trainer)
+            strategy.setup_environment()
+        return provide(model, *args, **kwargs)
+
+    return model_provider_func
+
+
+NEMO_PATCHES: tuple[Patch, ...] = (
+    Patch(
+        owner="nemo.collections.nlp.models.language_modeling.megatron_gpt_model",
+        name="get_specs",
+        make=_local_specs,
+        reason="builds every spec it knows, Transformer Engine's too, before it picks one",
+    ),
+    Patch(
+        owner="nemo.collections.nlp.models.language_modeling.megatron_gpt_model:MegatronGPTModel",
+        name="model_provider_func",
+        make=_with_process_groups,
+        reason="megatron-core's own attention asks for the tensor-parallel group (transformer/dot_product_attention.py), "
+        "which NeMo makes when training starts; only restoring from a .nemo makes it before",
+    ),
+)

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What holds for every test: a thread a rank, and no test that is skipped without anyone having allowed it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator
+from typing import TypeVar
+
+import pytest
+
+__all__ = ["ALLOWED_SKIPS"]
+
+# Before torch is imported, here and in the ranks that the tests spawn: ranks share the cores, and more threads than
+# cores wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+ALLOWED_SKIPS = ("needs a CUDA device",)
+"""The reasons for which a test may be skipped, as they begin; any other skip is a failure."""
+
+_Report = TypeVar("_Report", pytest.TestReport, pytest.CollectReport)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A test that skips itself, or is marked so."""
+    return _fail_unexpected_skip((yield))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """A module that skips itself, as with ``pytest.importorskip``."""
+    return _fail_unexpected_skip((yield))
+
+
+def _fail_unexpected_skip(report: _Report) -> _Report:
+    expected_failure = hasattr(report, "wasxfail")
+    if report.skipped and not expected_failure:
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        if not reason.removeprefix("Skipped: ").startswith(ALLOWED_SKIPS):
+            report.outcome = "failed"
+            report.longrepr = f"skipped, for a reason that tests/conftest.py does not allow: {reason}"
+    return report

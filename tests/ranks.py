@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a function on several ranks inside pytest: spawned processes, gloo, a file rendezvous, a time limit."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import queue
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+__all__ = ["run_ranks", "single_process"]
+
+_parallel_sizes: dict[str, int] | None = None
+
+
+def run_ranks(
+    function: Callable[..., Any],
+    *args: Any,
+    world_size: int,
+    tp: int = 1,
+    pp: int = 1,
+    vp: int | None = None,
+    cp: int = 1,
+    timeout: float = 300.0,
+) -> list[Any]:
+    """Calls `function(*args)` on every rank with Megatron's groups set up; returns each rank's result in rank order.
+
+    `function` and its results must be picklable. A rank's exception fails the caller with that rank's traceback; a
+    rank that does not answer within `timeout` seconds fails it too.
+    """
+    context = mp.get_context("spawn")
+    results: mp.Queue = context.Queue()
+    sizes = {"tp": tp, "pp": pp, "vp": vp, "cp": cp}
+    with tempfile.TemporaryDirectory() as folder:
+        rendezvous = str(Path(folder) / "rendezvous")
+        children = [
+            context.Process(target=_rank_main, args=(rank, world_size, rendezvous, sizes, function, args, results, timeout))
+            for rank in range(world_size)
+        ]
+        for child in children:
+            child.start()
+        try:
+            return _collect(results, children, timeout)
+        finally:
+            for child in children:
+                if child.is_alive():
+                    child.terminate()
+                child.join()
+
+
+def single_process(tp: int = 1, pp: int = 1) -> None:
+    """Sets up Megatron in this very process as its only rank, once."""
+    from megatron.core import parallel_state
+
+    from nemo_tied_lora.platform import prepare
+
+    assert tp == pp == 1
+    prepare()
+    if not torch.distributed.is_initialized():
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    if not parallel_state.model_parallel_is_initialized():
+        _initialize({"tp": 1, "pp": 1, "vp": None, "cp": 1})
+
+
+def _collect(results: mp.Queue, children: list, timeout: float) -> list[Any]:
+    answers: dict[int, Any] = {}
+    waited = 0.0
+    while len(answers) < len(children):
+        try:
+            rank, failure, result = results.get(timeout=1.0)
+        except queue.Empty:
+            waited += 1.0
+            dead = [r for r, c in enumerate(children) if r not in answers and c.exitcode not in (None, 0)]
+            if dead:
+                raise AssertionError(f"rank {dead[0]} died with exit code {children[dead[0]].exitcode}") from None
+            if waited > timeout:
+                missing = sorted(set(range(len(children))) - answers.keys())
+                raise AssertionError(f"ranks {missing} did not answer within {timeout} s") from None
+            continue
+        if failure is not None:
+            raise AssertionError(f"rank {rank} failed:\n{failure}")
+        answers[rank] = pickle.loads(result)
+    return [answers[rank] for rank in range(len(children))]
+
+
+def _rank_main(rank, world_size, rendezvous, sizes, function, args, results, timeout) -> None:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    try:
+        from nemo_tied_lora.platform import prepare
+
+        prepare()
+        torch.distributed.init_process_group(
+            "gloo",
+            init_method=f"file://{rendezvous}",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=min(timeout, 120)),
+        )
+        _initialize(sizes)
+        # By value: a queue would send a tensor as a handle that dies with this process.
+        results.put((rank, None, pickle.dumps(function(*args))))
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    except BaseException:
+        results.put((rank, traceback.format_exc(), None))
+
+
+def _initialize(sizes: dict[str, int | None]) -> None:
+    from megatron.core import parallel_state, tensor_parallel
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=sizes["tp"],
+        pipeline_model_parallel_size=sizes["pp"],
+        virtual_pipeline_model_parallel_size=sizes["vp"],
+        context_parallel_size=sizes["cp"],
+    )
+    # A seed of its own on each rank: nothing may depend on ranks drawing the same numbers.
+    tensor_parallel.model_parallel_cuda_manual_seed(100 + 17 * torch.distributed.get_rank())

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A tiny real megatron-core GPT whose weights are the same function of their global position on every layout."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer import TransformerConfig
+
+from nemo_tied_lora.sharding import TargetSpec, shard
+
+__all__ = ["VOCAB", "SEQUENCE", "build_gpt", "fill", "full_tensor"]
+
+VOCAB = 32
+SEQUENCE = 12
+
+
+def build_gpt(
+    *,
+    num_layers: int = 4,
+    hidden: int = 24,
+    heads: int = 4,
+    groups: int | None = None,
+    ffn: int = 40,
+    llama: bool = False,
+    dtype: torch.dtype = torch.float64,
+    vp_stage: int | None = None,
+    **options: Any,
+) -> GPTModel:
+    """GPT-2 style, or Llama style (gated MLP, RMSNorm, RoPE, no biases). The base is filled with fixed numbers."""
+    config = TransformerConfig(
+        num_layers=num_layers,
+        hidden_size=hidden,
+        ffn_hidden_size=ffn,
+        num_attention_heads=heads,
+        num_query_groups=groups or heads,
+        use_cpu_initialization=True,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        gated_linear_unit=llama,
+        add_bias_linear=not llama,
+        normalization="RMSNorm" if llama else "LayerNorm",
+        activation_func=torch.nn.functional.silu if llama else torch.nn.functional.gelu,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        attention_softmax_in_fp32=False,
+        tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        virtual_pipeline_model_parallel_size=parallel_state.get_virtual_pipeline_model_parallel_world_size(),
+        **options,
+    )
+    model = GPTModel(
+        config,
+        get_gpt_layer_local_spec(normalization="RMSNorm" if llama else None),
+        vocab_size=VOCAB,
+        max_sequence_length=SEQUENCE,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),
+        share_embeddings_and_output_weights=False,
+        position_embedding_type="rope" if llama else "learned_absolute",
+        vp_stage=vp_stage,
+    ).to(dtype)
+    fill(model)
+    return model
+
+
+def fill(model: GPTModel) -> None:
+    """Sets every base parameter from its global name, whole, then takes this rank's part."""
+    layers = {f"decoder.layers.{i}.": layer.layer_number - 1 for i, layer in enumerate(model.decoder.layers)}
+    gated = model.config.gated_linear_unit
+    for name, parameter in model.named_parameters():
+        for local, number in layers.items():
+            if name.startswith(local):
+                name = f"decoder.layers.{number}." + name.removeprefix(local)
+        blocks = 2 if gated and "linear_fc1" in name else 1
+        parameter.data.copy_(_rank_part(name, parameter, blocks))
+
+
+def full_tensor(name: str, shape: tuple[int, ...], scale: float = 0.3) -> torch.Tensor:
+    """Normal numbers that depend on the name alone, float64."""
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big")
+    generator = torch.Generator().manual_seed(seed)
+    return torch.empty(shape, dtype=torch.float64).normal_(0.0, scale, generator=generator)
+
+
+def _rank_part(name: str, parameter: torch.Tensor, blocks: int) -> torch.Tensor:
+    tp_size = parallel_state.get_tensor_model_parallel_world_size()
+    if re.search(r"norm.*weight", name):
+        return 1.0 + full_tensor(name, tuple(parameter.shape))
+    dim = getattr(parameter, "partition_dim", -1) if getattr(parameter, "tensor_model_parallel", False) else -1
+    if dim < 0 or tp_size == 1:
+        return full_tensor(name, tuple(parameter.shape))
+    shape = list(parameter.shape)
+    shape[dim] *= tp_size
+    full = full_tensor(name, tuple(shape))
+    # `shard` splits an A-like tensor on dim 1 and a B- or v-like one on dim 0: the base's own two rules.
+    factor, kind = ("A", "row") if dim == 1 else ("v", "column")
+    spec = TargetSpec(kind, shape[-1], shape[0], blocks, ())
+    return shard(full, factor, spec, parallel_state.get_tensor_model_parallel_rank(), tp_size)
