@@ -56,7 +56,8 @@ $(STAMP):
 # torch first and alone: a range that another package asks for would bring the newest build instead.
 	@$(PIP) install $(TORCH) $(TORCH_OPTIONS)
 	@echo "make setup: installing NeMo, megatron-core and this project"
-	@$(PIP) install --constraint constraints.txt --build-constraint constraints.txt --editable '.[laptop,dev]'
+# Without warnings: setuptools has a long one for every editable installation.
+	@PYTHONWARNINGS=ignore $(PIP) install --constraint constraints.txt --build-constraint constraints.txt --editable '.[laptop,dev]'
 	@rm -f $(UNFINISHED); touch $@
 
 test: lint typecheck ## the linter, the type checker and all tests

@@ -4,21 +4,14 @@ built. Neither torch nor NeMo is imported."""
 
 from __future__ import annotations
 
-import argparse
-import difflib
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
-from hydra import compose, initialize_config_dir
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import OmegaConf
 
-from nemo_tied_lora.commands.config_folder import config_folder
+from nemo_tied_lora.commands.composing import compose_config, parser, plain, report
 from nemo_tied_lora.config import ConfigError, TiedLoraConfig
 from nemo_tied_lora.layout import Architecture, Layout, check
 from nemo_tied_lora.planning import Precision, plan
@@ -28,8 +21,6 @@ __all__ = ["SUMMARY", "main"]
 SUMMARY = "print parameters, memory, file size and network traffic of an adapter; refuse layouts that cannot work"
 
 _FORMATS = ("table", "json")
-_ADAPTER_KEYS = "model.peft.tied_lora."
-
 _LABELS = {
     "trained_parameters_per_rank": "trained parameters per rank",
     "weight_bytes_per_rank": "memory per rank: adapter weights",
@@ -43,134 +34,27 @@ _LABELS = {
     "activation_bytes_per_microbatch": "sent per microbatch: activations, tensor parallel",
 }
 
-_EXAMPLES = """examples:
-  tied-lora plan model=llama2_7b model.peft.tied_lora.rank=8 "model.peft.tied_lora.targets=[linear_qkv]"
+_EXAMPLES = """  tied-lora plan model=llama2_7b model.peft.tied_lora.rank=8 "model.peft.tied_lora.targets=[linear_qkv]"
   tied-lora plan model=llama2_70b layout=tp8pp4 model.sequence_parallel=true
   tied-lora plan model=llama2_13b layout=tp8pp4 trainer.num_nodes=8 model.peft.tied_lora.preset=tl5 format=json
   tied-lora plan --config-dir my_configs model=my_model      (my_configs/model/my_model.yaml, NeMo's keys)
-
 """
 
 
 def main(argv: list[str]) -> int:
     """Prints the plan on stdout and returns 0, or prints every problem on stderr and returns 2."""
-    options = _parser().parse_intermixed_args(argv)
+    options = parser("plan", SUMMARY, _EXAMPLES, ("model", "layout")).parse_intermixed_args(argv)
     try:
-        cfg = _compose(options.overrides, options.config_dir)
+        cfg = compose_config("plan", options.overrides, options.config_dir)
         if options.cfg:
             print(OmegaConf.to_yaml(cfg, resolve=options.resolve), end="")
             return 0
-        values = _plain(cfg)
+        values = plain(cfg)
         result = _plan(values)
     except ConfigError as error:
-        print("tied-lora plan: not possible:\n" + "\n".join(f"  {p}" for p in error.problems), file=sys.stderr)
-        return 2
+        return report("plan", error)
     print(json.dumps(result, indent=2) if values["format"] == "json" else _tables(result))
     return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    folder = config_folder()
-    groups = [
-        f"  {group}=  {', '.join(sorted(path.stem for path in (folder / group).glob('*.yaml')))}"
-        for group in ("model", "layout")
-    ]
-    parser = argparse.ArgumentParser(
-        prog="tied-lora plan",
-        description=f"{SUMMARY[0].upper()}{SUMMARY[1:]}. No model is built and no GPU is needed.",
-        epilog=_EXAMPLES + "groups:\n" + "\n".join(groups) + "\n\n--cfg job shows every key and its value.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides; format is table or json")
-    parser.add_argument("--config-dir", "-cd", metavar="DIR", help="a folder of your own YAMLs, searched as well")
-    parser.add_argument("--cfg", "-c", choices=["job"], help="print the composed config and stop")
-    parser.add_argument("--resolve", action="store_true", help="with --cfg: resolve interpolations")
-    return parser
-
-
-def _compose(arguments: Sequence[str], config_dir: str | None) -> DictConfig:
-    """plan.yaml with the overrides.
-
-    Raises:
-        ConfigError: every override that cannot be read or does not fit, together.
-    """
-    overrides, problems = _parsed(arguments)
-    search = []
-    if config_dir is not None:
-        folder = Path(config_dir).resolve()
-        if not folder.is_dir():
-            raise ConfigError([*problems, f"--config-dir={config_dir}: no such folder; name one that holds YAMLs"])
-        search = [f"hydra.searchpath=[{json.dumps(f'file://{folder}')}]"]
-    with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):
-        try:
-            cfg = compose("plan", [*search, *overrides])
-        except (HydraException, OmegaConfBaseException) as error:
-            alone = [problem for o in overrides for problem in _problem_alone(o, search)]
-            raise ConfigError([*problems, *(alone or [_first_line(error)])]) from None
-    if problems:
-        raise ConfigError(problems)
-    return cfg
-
-
-def _parsed(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(overrides for Hydra, problems). Unknown keys of tied_lora are let through: TiedLoraConfig knows what to say."""
-    overrides, problems = [], []
-    for argument in arguments:
-        try:
-            parsed = OverridesParser.create().parse_override(argument)
-        except HydraException as error:
-            problems.append(f"{argument!r}: not an override; write key=value ({_first_line(error)})")
-            continue
-        if parsed.is_sweep_override():
-            problems.append(f"{argument!r}: a sweep; give one value, and run the command once for each")
-        elif parsed.key_or_group.startswith(_ADAPTER_KEYS) and not parsed.is_delete():
-            overrides.append(f"++{argument.lstrip('+')}")
-        else:
-            overrides.append(argument)
-    return overrides, problems
-
-
-def _problem_alone(override: str, search: Sequence[str]) -> Iterator[str]:
-    """What is wrong with one override, where it is wrong by itself."""
-    try:
-        compose("plan", [*search, override])
-    except (HydraException, OmegaConfBaseException) as error:
-        key = override.split("=")[0].lstrip("+~")
-        if "not in struct" in str(error.__cause__):
-            close = difflib.get_close_matches(key, _known_keys(compose("plan", list(search))), n=1)
-            hint = f"did you mean {close[0]}?" if close else f"+{override} adds a key of your own"
-            yield f"{override}: the configuration has no key {key}; {hint}"
-        elif isinstance(error, MissingConfigException) and error.options:
-            yield f"{override}: unknown; choose one of {', '.join(error.options)}"
-        else:
-            yield f"{override}: {_first_line(error)}"
-
-
-def _known_keys(cfg: Mapping[Any, Any], prefix: str = "") -> list[str]:
-    keys = []
-    for key, value in cfg.items():
-        keys.append(f"{prefix}{key}")
-        if isinstance(value, Mapping):
-            keys += _known_keys(value, f"{prefix}{key}.")
-    return keys
-
-
-def _first_line(error: Exception) -> str:
-    return next(line for line in [*str(error).splitlines(), type(error).__name__] if line.strip())
-
-
-def _plain(cfg: DictConfig) -> dict[str, Any]:
-    """The config as plain values.
-
-    Raises:
-        ConfigError: an interpolation or a value that must be given (???) is open.
-    """
-    try:
-        values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError([_first_line(error)]) from None
-    assert isinstance(values, dict)
-    return {str(key): value for key, value in values.items()}
 
 
 _Part = TypeVar("_Part")

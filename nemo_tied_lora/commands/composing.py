@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a command line to a Hydra config, with every mistake reported together, in a line each."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nemo_tied_lora.commands.config_folder import config_folder
+from nemo_tied_lora.config import ConfigError
+
+__all__ = ["CommandLine", "compose_config", "parser", "plain", "report"]
+
+_ADAPTER_KEYS = "model.peft.tied_lora."
+
+
+class CommandLine(argparse.Namespace):
+    """What `parser` reads: overrides, config_dir, cfg, resolve."""
+
+    overrides: list[str]
+    config_dir: str | None
+    cfg: str | None
+    resolve: bool
+
+
+def parser(command: str, summary: str, examples: str, groups: Iterable[str]) -> argparse.ArgumentParser:
+    """The options that every Hydra command has, and a --help with examples and the shipped choices of its groups."""
+    folder = config_folder()
+    choices = [
+        f"  {group}=  {', '.join(sorted(path.stem for path in (folder / group).glob('*.yaml')))}" for group in groups
+    ]
+    result = argparse.ArgumentParser(
+        prog=f"tied-lora {command}",
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=f"examples:\n{examples}\ngroups:\n" + "\n".join(choices) + "\n\n--cfg job shows every key and its value.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    result.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides")
+    result.add_argument("--config-dir", "-cd", metavar="DIR", help="a folder of your own YAMLs, searched as well")
+    result.add_argument("--cfg", "-c", choices=["job"], help="print the composed config and stop")
+    result.add_argument("--resolve", action="store_true", help="with --cfg: resolve interpolations")
+    return result
+
+
+def report(command: str, error: ConfigError) -> int:
+    """Prints every problem on stderr, a line each; returns the exit code."""
+    print(f"tied-lora {command}: not possible:\n" + "\n".join(f"  {p}" for p in error.problems), file=sys.stderr)
+    return 2
+
+
+def compose_config(name: str, arguments: Sequence[str], config_dir: str | None = None) -> DictConfig:
+    """`configs/NAME.yaml` with the overrides.
+
+    Raises:
+        ConfigError: every override that cannot be read or does not fit, together.
+    """
+    overrides, problems = _parsed(arguments)
+    search = []
+    if config_dir is not None:
+        folder = Path(config_dir).resolve()
+        if not folder.is_dir():
+            raise ConfigError([*problems, f"--config-dir={config_dir}: no such folder; name one that holds YAMLs"])
+        search = [f"hydra.searchpath=[{json.dumps(f'file://{folder}')}]"]
+    with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):
+        try:
+            cfg = compose(name, [*search, *overrides])
+        except (HydraException, OmegaConfBaseException) as error:
+            alone = [problem for o in overrides for problem in _problem_alone(name, o, search)]
+            raise ConfigError([*problems, *(alone or [_first_line(error)])]) from None
+    if problems:
+        raise ConfigError(problems)
+    return cfg
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """The config as plain values.
+
+    Raises:
+        ConfigError: an interpolation or a value that must be given (???) is open.
+    """
+    try:
+        values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError([_first_line(error)]) from None
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def _parsed(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(overrides for Hydra, problems). Unknown keys of tied_lora are let through: TiedLoraConfig knows what to say."""
+    overrides, problems = [], []
+    for argument in arguments:
+        try:
+            parsed = OverridesParser.create().parse_override(argument)
+        except HydraException as error:
+            problems.append(f"{argument!r}: not an override; write key=value ({_first_line(error)})")
+            continue
+        if parsed.is_sweep_override():
+            problems.append(f"{argument!r}: a sweep; give one value, and run the command once for each")
+        elif parsed.key_or_group.startswith(_ADAPTER_KEYS) and not parsed.is_delete():
+            overrides.append(f"++{argument.lstrip('+')}")
+        else:
+            overrides.append(argument)
+    return overrides, problems
+
+
+def _problem_alone(name: str, override: str, search: Sequence[str]) -> Iterator[str]:
+    """What is wrong with one override, where it is wrong by itself."""
+    try:
+        compose(name, [*search, override])
+    except (HydraException, OmegaConfBaseException) as error:
+        key = override.split("=")[0].lstrip("+~")
+        if "not in struct" in str(error.__cause__):
+            close = difflib.get_close_matches(key, _known_keys(compose(name, list(search))), n=1)
+            hint = f"did you mean {close[0]}?" if close else f"+{override} adds a key of your own"
+            yield f"{override}: the configuration has no key {key}; {hint}"
+        elif isinstance(error, MissingConfigException) and error.options:
+            yield f"{override}: unknown; choose one of {', '.join(error.options)}"
+        else:
+            yield f"{override}: {_first_line(error)}"
+
+
+def _known_keys(cfg: Mapping[Any, Any], prefix: str = "") -> list[str]:
+    keys = []
+    for key, value in cfg.items():
+        keys.append(f"{prefix}{key}")
+        if isinstance(value, Mapping):
+            keys += _known_keys(value, f"{prefix}{key}.")
+    return keys
+
+
+def _first_line(error: Exception) -> str:
+    return next(line for line in [*str(error).splitlines(), type(error).__name__] if line.strip())

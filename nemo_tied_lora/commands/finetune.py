@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`tied-lora finetune`: a NeMo GPT with Tied-LoRA, on one rank or many."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from omegaconf import DictConfig
+
+from nemo_tied_lora.commands.running import run_command
+from nemo_tied_lora.preflight import check_finetuning
+
+__all__ = ["SUMMARY", "main"]
+
+SUMMARY = "fine-tune a NeMo GPT with Tied-LoRA and write the adapter as one .nemo file"
+
+_EXAMPLES = """  tied-lora finetune recipe=quickstart layout=tp2
+  tied-lora finetune model.restore_from_path=llama2_7b.nemo layout=tp8 preset=tl6 model.peft.tied_lora.rank=8 \\
+      "model.data.train_ds.file_names=[train.jsonl]" "model.data.validation_ds.file_names=[validation.jsonl]"
+  torchrun --nproc-per-node 8 -m nemo_tied_lora.commands.finetune layout=tp8 ...
+"""
+
+
+def main(argv: list[str]) -> int:
+    """The command; see `run_command` for what it returns."""
+    return run_command("finetune", argv, summary=SUMMARY, examples=_EXAMPLES, check=check_finetuning, run=_run)
+
+
+def _run(cfg: DictConfig) -> Any:
+    from nemo_tied_lora.nemo.runs import finetune
+
+    return finetune(cfg)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`tied-lora generate`: base `.nemo` + adapter `.nemo` + prompts -> completions."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_tied_lora.commands.running import run_command
+from nemo_tied_lora.preflight import check_generation
+
+__all__ = ["SUMMARY", "main"]
+
+SUMMARY = "complete prompts with a base and an adapter"
+
+_EXAMPLES = """  tied-lora generate base=base.nemo adapter=adapter.nemo "prompts=['de 1234:','de 7:']" trainer.precision=32
+  tied-lora generate base=base.nemo adapter=null prompts_file=test.jsonl output=answers.jsonl layout=tp2
+"""
+
+
+def main(argv: list[str]) -> int:
+    """The command; see `run_command` for what it returns."""
+    return run_command("generate", argv, summary=SUMMARY, examples=_EXAMPLES, check=check_generation, run=_run)
+
+
+def _run(cfg: DictConfig) -> None:
+    import torch
+
+    from nemo_tied_lora.nemo.generation import complete, load_base
+
+    rows = _rows(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+    model = load_base(cfg)
+    if cfg.adapter is not None:
+        model.load_adapters(cfg.adapter)
+    sampling = {key: cfg[key] for key in ("tokens_to_generate", "batch_size", "temperature", "top_k", "top_p")}
+    completions = complete(model, [row["prompt"] for row in rows], **sampling)
+    if torch.distributed.get_rank() == 0:
+        _write([{**row, "completion": text} for row, text in zip(rows, completions, strict=True)], cfg.output)
+
+
+def _rows(cfg: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Each prompt with the fields of its line."""
+    if cfg["prompts"] is not None:
+        return [{"prompt": prompt} for prompt in cfg["prompts"]]
+    with open(cfg["prompts_file"], encoding="utf-8") as lines:
+        examples = [json.loads(line) for line in lines if line.strip()]
+    return [{"prompt": cfg["prompt_template"].format(**example), **example} for example in examples]
+
+
+def _write(rows: list[dict[str, Any]], output: str | None) -> None:
+    if output is None:
+        for row in rows:
+            print(f"{row['prompt']}{row['completion']}", flush=True)
+        return
+    path = Path(output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    os.replace(temporary, path)
+    print(f"written: {path} ({len(rows)} completions)", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`tied-lora pretrain`: a small base model from scratch."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from omegaconf import DictConfig
+
+from nemo_tied_lora.commands.running import run_command
+from nemo_tied_lora.preflight import check_pretraining
+
+__all__ = ["SUMMARY", "main"]
+
+SUMMARY = "train a small NeMo GPT from scratch and write it as a base .nemo file"
+
+_EXAMPLES = """  tied-lora pretrain recipe=quickstart_base
+  tied-lora pretrain model=quickstart model.tokenizer.model=tokenizer.model output=base.nemo \\
+      "model.data.train_ds.file_names=[train.jsonl]" "model.data.validation_ds.file_names=[validation.jsonl]"
+"""
+
+
+def main(argv: list[str]) -> int:
+    """The command; see `run_command` for what it returns."""
+    return run_command("pretrain", argv, summary=SUMMARY, examples=_EXAMPLES, check=check_pretraining, run=_run)
+
+
+def _run(cfg: DictConfig) -> Any:
+    from nemo_tied_lora.nemo.runs import pretrain
+
+    return pretrain(cfg)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

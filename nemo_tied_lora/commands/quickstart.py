@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`tied-lora quickstart`: the whole path on a laptop, from nothing to an adapter and its exact match."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from nemo_tied_lora.commands.composing import compose_config, parser, plain, report
+from nemo_tied_lora.commands.config_folder import config_folder
+from nemo_tied_lora.config import PRESETS, ConfigError
+
+__all__ = ["SUMMARY", "main"]
+
+SUMMARY = "make a small base, fine-tune it on two ranks, and show what came out"
+
+_EXAMPLES = """  tied-lora quickstart
+  tied-lora quickstart layout=pp2 preset=tl5 folder=runs/tl5
+  tied-lora quickstart "overrides=[model.peft.tied_lora.rank=32,trainer.max_steps=600]"
+"""
+_SHOWN = 5
+
+
+def main(argv: list[str]) -> int:
+    """Returns 0, 2 where the configuration is refused, 1 where a stage failed."""
+    options = parser("quickstart", SUMMARY, _EXAMPLES, ("layout", "preset")).parse_intermixed_args(argv)
+    try:
+        cfg = compose_config("quickstart", options.overrides, options.config_dir)
+        if options.cfg:
+            print(OmegaConf.to_yaml(cfg, resolve=options.resolve), end="")
+            return 0
+        values = plain(cfg)
+        _check(values)
+    except ConfigError as error:
+        return report("quickstart", error)
+    from nemo_tied_lora.quickstart.stages import StageError
+
+    try:
+        _run(values)
+    except StageError as error:
+        print(f"tied-lora quickstart: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _check(cfg: Mapping[str, Any]) -> None:
+    layouts = sorted(path.stem for path in (config_folder() / "layout").glob("*.yaml"))
+    choices = {"layout": layouts, "preset": sorted(PRESETS)}
+    problems = [
+        f"{key}={cfg[key]!r}: unknown; choose one of {', '.join(known)}"
+        for key, known in choices.items()
+        if cfg[key] not in known
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _run(cfg: Mapping[str, Any]) -> None:
+    from nemo_tied_lora.quickstart import stages
+
+    folder = Path(cfg["folder"])
+    started = time.perf_counter()
+    with stages.MemoryMeter() as memory:
+        had_base = (folder / "base.nemo").exists()
+        base = stages.make_base(folder)
+        data = stages.make_data(folder)
+        pretraining_seconds = time.perf_counter() - started
+        # A layout of its own: a checkpoint of NeMo's loads only on the layout that wrote it.
+        training = folder / f"training-{cfg['preset']}-{cfg['layout']}"
+        trained = training / "adapter.nemo"
+        arguments = stages.finetune_arguments(base, data, trained, cfg["seed"])
+        arguments += [f"layout={cfg['layout']}", f"preset={cfg['preset']}", f"exp_manager.explicit_log_dir={training}"]
+        finetuning_seconds = stages.run_command([*arguments, *cfg["overrides"]])
+        answers = stages.evaluate(base, data, folder / "answers.json", [trained])
+    run = json.loads((training / "metrics.json").read_text())
+    before, after = answers["results"]["base"], answers["results"][str(trained)]
+    metrics = {
+        "exact_match_before": before["exact_match"],
+        "exact_match_after": after["exact_match"],
+        "test_examples": len(answers["examples"]),
+        "trained_parameters": run["trained_parameters"],
+        "lora_parameters": run["lora_parameters"],
+        "base_parameters": run["base_parameters"],
+        "wall_seconds": time.perf_counter() - started,
+        "base_was_there": had_base,
+        "pretraining_seconds": 0.0 if had_base else pretraining_seconds,
+        "finetuning_seconds": finetuning_seconds,
+        "peak_memory_bytes": memory.peak_bytes,
+        "layout": cfg["layout"],
+        "preset": cfg["preset"],
+        "seed": cfg["seed"],
+        "tokens_per_second": run["tokens_per_second"],
+        "steps": len(run["steps"]),
+    }
+    _publish(folder, training, metrics, _table(answers["examples"], before["answers"], after["answers"]))
+
+
+def _publish(folder: Path, training: Path, metrics: Mapping[str, Any], table: str) -> None:
+    """Moves the results up, writes metrics.json and report.md, prints the report, drops the finished checkpoints."""
+    import shutil
+
+    from nemo_tied_lora.nemo.recording import write_json
+
+    for name in ("adapter.nemo", "loss.png"):
+        (training / name).replace(folder / name)
+    write_json(folder / "metrics.json", dict(metrics))
+    text = _report(folder, metrics, table)
+    (folder / "report.md").write_text(text, encoding="utf-8")
+    print(text)
+    shutil.rmtree(training / "checkpoints", ignore_errors=True)
+
+
+def _report(folder: Path, metrics: Mapping[str, Any], table: str) -> str:
+    share = metrics["trained_parameters"] / metrics["lora_parameters"]
+    return f"""
+## German numbers in words, {metrics["preset"]} on {metrics["layout"]}
+
+Exact match on {metrics["test_examples"]} held-out numbers: \
+{metrics["exact_match_before"]:.1%} before, **{metrics["exact_match_after"]:.1%} after**.
+Trained parameters: {metrics["trained_parameters"]:,}, {share:.1%} of LoRA's {metrics["lora_parameters"]:,} \
+at the same rank, {metrics["trained_parameters"] / metrics["base_parameters"]:.2%} of the base's.
+Time: {metrics["wall_seconds"]:.0f} s. Memory: {metrics["peak_memory_bytes"] / 2**30:.2f} GiB at most, all processes.
+
+{table}
+
+adapter   {folder / "adapter.nemo"} ({(folder / "adapter.nemo").stat().st_size:,} bytes)
+picture   {folder / "loss.png"}
+numbers   {folder / "metrics.json"}
+answers   {folder / "answers.json"}
+"""
+
+
+def _table(examples: Sequence[Mapping[str, str]], before: Sequence[str], after: Sequence[str]) -> str:
+    """Five prompts, spread over the test set, with the base's and the adapted answers."""
+    rows = [("prompt", "base", "adapted", "right")]
+    for index in range(0, len(examples), max(1, len(examples) // _SHOWN)):
+        expected = examples[index]["output"].strip()
+        mark = "yes" if after[index].strip() == expected else f"no: {expected}"
+        rows.append((examples[index]["input"], before[index].strip(), after[index].strip(), mark))
+    rows = rows[: _SHOWN + 1]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A command that runs on several ranks: started by torchrun or SLURM as one of them, or alone, starting its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+
+__all__ = ["is_rank", "start_ranks"]
+
+
+def is_rank() -> bool:
+    """Whether a launcher started this process as a rank."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def start_ranks(module: str, arguments: Sequence[str], num_ranks: int) -> int:
+    """Runs `python -m module arguments` as each rank on this machine, through torchrun; returns the exit code.
+
+    torchrun ends the others when a rank dies, gives each one thread where OMP_NUM_THREADS is unset, and picks a
+    free port.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    command += ["--nproc-per-node", str(num_ranks), "-m", module, *arguments]
+    process = subprocess.Popen(command)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.wait()
+        return 130

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What commands that run on ranks share: check, start the ranks, and be one of them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_tied_lora.commands.composing import compose_config, parser, plain, report
+from nemo_tied_lora.commands.config_folder import config_folder
+from nemo_tied_lora.commands.ranks import is_rank, start_ranks
+from nemo_tied_lora.config import ConfigError
+from nemo_tied_lora.layout import Layout
+
+__all__ = ["run_command"]
+
+_GROUPS = ("model", "data", "preset", "layout", "optim", "recipe")
+
+
+def run_command(
+    command: str,
+    argv: list[str],
+    *,
+    summary: str,
+    examples: str,
+    check: Callable[[Mapping[str, Any]], None],
+    run: Callable[[DictConfig], Any],
+) -> int:
+    """Composes and checks the config, here, before torch is imported; then runs on every rank.
+
+    Args:
+        command: the command's name, and its YAML's.
+        check: raises ConfigError.
+        run: one rank's work; it is given the config by NeMo's `hydra_runner`.
+
+    Returns:
+        0, 2 where the configuration is refused, else the failed rank's exit code.
+    """
+    options = parser(command, summary, examples, _GROUPS).parse_intermixed_args(argv)
+    try:
+        cfg = compose_config(command, options.overrides, options.config_dir)
+        if options.cfg:
+            print(OmegaConf.to_yaml(cfg, resolve=options.resolve), end="")
+            return 0
+        values = plain(cfg)
+        check(values)
+        layout = Layout.from_config(values)
+    except ConfigError as error:
+        return report(command, error) if not is_rank() or _is_first_rank() else 2
+    if is_rank():
+        return _run_rank(command, options.overrides, options.config_dir, run)
+    if layout.num_nodes > 1:
+        problem = "trainer.num_nodes: several nodes need a launcher; start one process a rank with torchrun or srun"
+        return report(command, ConfigError([problem]))
+    return start_ranks(f"nemo_tied_lora.commands.{command}", argv, layout.devices)
+
+
+def _run_rank(command: str, overrides: list[str], config_dir: str | None, run: Callable[[DictConfig], Any]) -> int:
+    from nemo_tied_lora.platform import prepare
+
+    prepare(nemo=True)
+    from nemo.core.config import hydra_runner
+
+    failure: list[ConfigError] = []
+
+    def guarded(cfg: DictConfig) -> None:
+        try:
+            run(cfg)
+        except ConfigError as error:
+            failure.append(error)
+
+    more = [] if config_dir is None else ["--config-dir", config_dir]
+    sys.argv = [f"tied-lora {command}", *overrides, *more]
+    hydra_runner(config_path=str(config_folder()), config_name=command)(guarded)()
+    if failure:
+        return report(command, failure[0]) if _is_first_rank() else 2
+    return 0
+
+
+def _is_first_rank() -> bool:
+    return os.environ.get("RANK") == "0"

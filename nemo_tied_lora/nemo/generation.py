@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Completions from a base `.nemo` and an adapter `.nemo`, on any layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronLMPPTrainerBuilder
+from omegaconf import DictConfig, open_dict
+from tqdm import tqdm
+
+from nemo_tied_lora.nemo.model import MegatronGPTTiedLoraModel
+from nemo_tied_lora.nemo.process_groups import ensure_process_groups
+
+__all__ = ["complete", "load_base"]
+
+
+def load_base(cfg: DictConfig) -> MegatronGPTTiedLoraModel:
+    """The base of `cfg.base` on the layout of `cfg.model` and `cfg.trainer`, ready to generate. All ranks call it."""
+    trainer: Trainer = MegatronLMPPTrainerBuilder(cfg).create_trainer()
+    model_cfg = MegatronGPTTiedLoraModel.restore_from(cfg.base, trainer=trainer, return_config=True)
+    with open_dict(model_cfg):
+        for key, value in cfg.model.items():
+            model_cfg[key] = value
+        model_cfg.precision = cfg.trainer.precision
+        model_cfg.activations_checkpoint_granularity = None
+        model_cfg.activations_checkpoint_method = None
+    model = MegatronGPTTiedLoraModel.restore_from(cfg.base, model_cfg, trainer=trainer)
+    ensure_process_groups(trainer)
+    model.freeze()
+    return model
+
+
+def complete(
+    model: MegatronGPTTiedLoraModel,
+    prompts: Sequence[str],
+    *,
+    tokens_to_generate: int,
+    batch_size: int = 64,
+    temperature: float | None = None,
+    top_k: int = 0,
+    top_p: float = 0.9,
+) -> list[str]:
+    """What the model writes after each prompt, up to the end-of-text token. All ranks call it and get the same.
+
+    Args:
+        tokens_to_generate: at most so many tokens for each prompt.
+        temperature: None picks the likeliest token each time.
+    """
+    model.eval()
+    sampling = {
+        "use_greedy": temperature is None,
+        "temperature": 1.0 if temperature is None else temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "repetition_penalty": 1.0,
+        "add_BOS": False,
+        "all_probs": False,
+        "compute_logprob": False,
+        "end_strings": ["<|endoftext|>"],
+    }
+    completions: list[str] = []
+    first = torch.distributed.get_rank() == 0
+    starts = range(0, len(prompts), batch_size)
+    for start in tqdm(starts, desc="generating", unit="batch", disable=not first or len(starts) == 1):
+        batch = list(prompts[start : start + batch_size])
+        with torch.no_grad():
+            answer = model.generate(
+                inputs=batch,
+                length_params={"max_length": tokens_to_generate, "min_length": 0},
+                sampling_params=sampling,
+            )
+        completions += _completions(model, batch, answer) if first else []
+    shared = [completions]
+    torch.distributed.broadcast_object_list(shared, src=0)
+    return shared[0]
+
+
+def _completions(model: Any, prompts: Sequence[str], answer: Any) -> list[str]:
+    tokenizer = model.tokenizer
+    texts = []
+    for prompt, token_ids in zip(prompts, answer["token_ids"], strict=True):
+        new = list(token_ids)[len(tokenizer.text_to_ids(prompt)) :]
+        if tokenizer.eos_id in new:
+            new = new[: new.index(tokenizer.eos_id)]
+        texts.append(tokenizer.ids_to_text([int(token) for token in new]))
+    return texts

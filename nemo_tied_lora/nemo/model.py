@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NeMo's GPT fine-tuning model with Tied-LoRA."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron.core import parallel_state
+from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import MegatronGPTSFTModel
+from nemo.collections.nlp.parts.peft_config import PEFTConfig
+
+from nemo_tied_lora.adapter import Adapter
+from nemo_tied_lora.export.nemo_adapter import load_adapter, save_adapter
+from nemo_tied_lora.injection import inject
+from nemo_tied_lora.nemo.peft_config import TiedLoraPEFTConfig, register
+
+__all__ = ["MegatronGPTTiedLoraModel", "TiedLoraModelMixin"]
+
+register()
+
+# What a base model is known by; stands in the adapter's file.
+_BASE_KEYS = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "activation",
+    "normalization",
+    "position_embedding_type",
+    "share_embeddings_and_output_weights",
+)
+
+
+class TiedLoraModelMixin:
+    """In front of a NeMo model that has `NLPAdapterModelMixin`: adds the scheme `tied_lora`, leaves the others alone.
+
+    Its gradients are complete after the forward and backward passes, before NeMo clips them: with
+    `mcore_distributed_optim` megatron-core sums the tied ones itself, reading the parameters' flags; otherwise
+    `training_step_fwd_bwd_step_call` does. NeMo sums what sequence parallelism and data parallelism leave partial.
+    """
+
+    tied_lora: Adapter | None = None
+    tokens_seen: int = 0
+    """Tokens that this rank's microbatches have held so far, padding included."""
+
+    def add_adapter(self, peft_cfgs: PEFTConfig | list[PEFTConfig]) -> None:
+        """NeMo's entry. A `TiedLoraPEFTConfig` is injected into every chunk and stage; the base is frozen.
+
+        Raises:
+            ConfigError: it does not fit the model. ValueError: it is combined with another scheme.
+        """
+        configs = peft_cfgs if isinstance(peft_cfgs, list) else [peft_cfgs]
+        tied = [config for config in configs if isinstance(config, TiedLoraPEFTConfig)]
+        if not tied:
+            super().add_adapter(peft_cfgs)  # type: ignore[misc]
+            return
+        if len(configs) > 1:
+            raise ValueError("peft_scheme: tied_lora cannot be combined with another scheme; name it alone")
+        with self._adapter_keys_of_tied_lora():
+            self.tied_lora = inject(self._unwrap_model_list(), tied[0].tied_lora)  # type: ignore[attr-defined]
+
+    def load_adapters(self, filepath: str, peft_cfgs: Any = None, map_location: str | None = None) -> None:
+        """NeMo's entry. A Tied-LoRA `.nemo`, written on any layout, is injected and loaded; others go to NeMo.
+
+        Raises:
+            AdapterFileError: it is damaged, or made for a base with other shapes.
+        """
+        if peft_cfgs is not None and not isinstance(peft_cfgs, TiedLoraPEFTConfig):
+            super().load_adapters(filepath, peft_cfgs, map_location)  # type: ignore[misc]
+            return
+        with self._adapter_keys_of_tied_lora():
+            self.tied_lora = load_adapter(self._unwrap_model_list(), filepath)  # type: ignore[attr-defined]
+
+    def remove_adapter(self) -> None:
+        """The base alone again."""
+        if self.tied_lora is not None:
+            self.tied_lora.remove()
+            self.tied_lora, self.use_peft = None, False
+
+    def setup_optimizer_param_groups(self) -> None:
+        """Each trained tensor once. A stage without any gets an empty group and still takes part in every sum."""
+        if self.tied_lora is None:
+            super().setup_optimizer_param_groups()  # type: ignore[misc]
+            return
+        self._optimizer_param_groups = ({"params": list(self.tied_lora.parameters())},)
+
+    def training_step_fwd_bwd_step_call(self, dataloader_iter: Any, forward_only: bool) -> Any:
+        """Forward and backward over the microbatches, then the pipeline's sum of the tied gradients."""
+        loss = super().training_step_fwd_bwd_step_call(dataloader_iter, forward_only)  # type: ignore[misc]
+        if self.tied_lora is not None and not self.use_mcore_dist_optim:  # type: ignore[attr-defined]
+            in_main_grad = any(hasattr(parameter, "main_grad") for parameter in self.tied_lora.parameters())
+            self.tied_lora.reduce_gradients("main_grad" if in_main_grad else "grad", tensor_parallel=False)
+        return loss
+
+    def save_to(self, save_path: str) -> None:
+        """With an adapter: the adapter's `.nemo`, layout-free. Without: NeMo's, the whole model."""
+        if self.tied_lora is None:
+            super().save_to(save_path)  # type: ignore[misc]
+        else:
+            save_adapter(self.tied_lora, save_path, self._facts())
+
+    def _make_data_iterator_list(self, data_iterator: Iterator[Any]) -> Any:
+        return super()._make_data_iterator_list(self._counted(data_iterator))  # type: ignore[misc]
+
+    def _counted(self, data_iterator: Iterator[Any]) -> Iterator[Any]:
+        for batch in data_iterator:
+            self.tokens_seen += batch["tokens"].numel()
+            yield batch
+
+    def _adapter_keys_of_tied_lora(self) -> _AdapterKeys:
+        if self.cfg.get("virtual_pipeline_model_parallel_size") is not None:  # type: ignore[attr-defined]
+            raise ValueError("virtual_pipeline_model_parallel_size: NeMo 2.4's model cannot be interleaved; set it to null")
+        return _AdapterKeys(self)
+
+    def _facts(self) -> dict[str, Any]:
+        """What the adapter's YAML says beyond the adapter."""
+        cfg: Any = self.cfg  # type: ignore[attr-defined]
+        trainer: Any = getattr(self, "_trainer", None)
+        metrics = {} if trainer is None else {key: float(value) for key, value in trainer.callback_metrics.items()}
+        names = ("nemo_tied_lora", "nemo_toolkit", "megatron_core", "torch")
+        return {
+            "base": {
+                "name": Path(str(cfg.get("restore_from_path") or "")).name,
+                **{key: cfg.get(key) for key in _BASE_KEYS},
+                "tokenizer": {"library": cfg.tokenizer.get("library"), "type": cfg.tokenizer.get("type")},
+            },
+            "versions": {name: _version(name) for name in names},
+            "training": {
+                "steps": 0 if trainer is None else trainer.global_step,
+                "seed": cfg.get("seed"),
+                "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
+                "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
+                "metrics": metrics,
+            },
+        }
+
+
+class MegatronGPTTiedLoraModel(TiedLoraModelMixin, MegatronGPTSFTModel):
+    """`MegatronGPTSFTModel` that knows `peft_scheme: tied_lora`.
+
+    Its config is NeMo's, with `model.peft.tied_lora` beside NeMo's own sections.
+    """
+
+
+class _AdapterKeys:
+    """NeMo's bookkeeping around an injection: which state-dict keys are the adapter's."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def __enter__(self) -> None:
+        self._base_keys = self._model._get_all_keys()
+
+    def __exit__(self, failure: Any, *_: Any) -> None:
+        if failure is None:
+            self._model.use_peft = True
+            self._model.adapter_keys = self._model._get_all_keys() - self._base_keys
+            self._model.tunable_base_param_keys = set()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+

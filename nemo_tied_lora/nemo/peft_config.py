@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`model.peft.peft_scheme=tied_lora` in NeMo's own map of PEFT schemes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nemo.collections.nlp.parts.peft_config import PEFT_CONFIG_MAP, PEFTConfig
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_tied_lora.config import ConfigError, TiedLoraConfig
+
+__all__ = ["SCHEME", "TiedLoraPEFTConfig", "register"]
+
+SCHEME = "tied_lora"
+
+
+class TiedLoraPEFTConfig(PEFTConfig):
+    """NeMo's handle on a Tied-LoRA configuration, read from `model.peft.tied_lora`.
+
+    Args:
+        cfg: the model's config.
+
+    Raises:
+        ConfigError: every problem of the section together.
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
+        section = OmegaConf.to_container(cfg.peft.get(SCHEME) or OmegaConf.create({}), resolve=True)
+        if not isinstance(section, dict):
+            raise ConfigError([f"model.peft.tied_lora={section!r}: must be a section with keys of its own"])
+        self.tied_lora = TiedLoraConfig.from_mapping({str(key): value for key, value in section.items()})
+        super().__init__({}, name_key_to_cfg={})
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """Read only by NeMo's own injection, which knows nothing of tensors that all layers share.
+
+        Raises:
+            TypeError: always; NeMo would otherwise train nothing, silently.
+        """
+        raise TypeError(
+            "peft_scheme=tied_lora needs a model with TiedLoraModelMixin: "
+            "use nemo_tied_lora.nemo.model.MegatronGPTTiedLoraModel in place of MegatronGPTSFTModel"
+        )
+
+
+def register() -> None:
+    """Puts `tied_lora` into NeMo's map, once."""
+    PEFT_CONFIG_MAP[SCHEME] = TiedLoraPEFTConfig

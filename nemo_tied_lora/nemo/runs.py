@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training runs on real NeMo: fine-tuning with Tied-LoRA, and pre-training a small base. One rank's part of each."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing
+from lightning.pytorch import Trainer
+from megatron.core import parallel_state
+from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronLMPPTrainerBuilder
+from nemo.utils import logging
+from nemo.utils.exp_manager import exp_manager
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from nemo_tied_lora.adapter import Adapter
+from nemo_tied_lora.config import ConfigError, TiedLoraConfig
+from nemo_tied_lora.counting import TargetShape, parameter_counts
+from nemo_tied_lora.nemo.model import MegatronGPTTiedLoraModel
+from nemo_tied_lora.nemo.peft_config import TiedLoraPEFTConfig
+from nemo_tied_lora.nemo.process_groups import ensure_process_groups
+from nemo_tied_lora.nemo.recording import RunRecorder, draw_losses, peak_memory_bytes, write_json
+
+__all__ = ["base_parameter_count", "finetune", "parameter_table", "pretrain"]
+
+
+def finetune(cfg: DictConfig) -> dict[str, Any]:
+    """Trains an adapter on `cfg.model.restore_from_path`; writes its `.nemo`, metrics.json and loss.png.
+
+    All ranks call it. Returns what metrics.json holds (the same on every rank but for what only rank 0 logs).
+    """
+    trainer, recorder, folder = _prepare(cfg)
+    model_cfg = MegatronGPTTiedLoraModel.merge_cfg_with(cfg.model.restore_from_path, cfg)
+    model = MegatronGPTTiedLoraModel.restore_from(cfg.model.restore_from_path, model_cfg, trainer=trainer)
+    ensure_process_groups(trainer)
+    base = base_parameter_count(model)
+    if model_cfg.peft.restore_from_path is not None:
+        model.load_adapters(model_cfg.peft.restore_from_path)
+    else:
+        model.add_adapter(TiedLoraPEFTConfig(model_cfg))
+    assert model.tied_lora is not None
+    if trainer.global_rank == 0:
+        print(parameter_table(model.tied_lora, base), flush=True)
+    trainer.fit(model)
+    facts = {
+        "adapter": model.tied_lora.config.as_dict(),
+        "trained_parameters": sum(model.tied_lora.num_parameters().values()),
+        "lora_parameters": sum(_lora_counts(model.tied_lora).values()),
+        "base_parameters": base,
+    }
+    return _finish(model, trainer, recorder, Path(cfg.output or folder / "adapter.nemo"), facts, cfg)
+
+
+def pretrain(cfg: DictConfig) -> dict[str, Any]:
+    """Trains every parameter of a model built from `cfg.model`; writes the base's `.nemo` and a record beside it."""
+    trainer, recorder, folder = _prepare(cfg)
+    model_cfg = copy.deepcopy(cfg.model)
+    OmegaConf.resolve(model_cfg)
+    with open_dict(model_cfg):
+        model_cfg.precision = cfg.trainer.precision
+    model = MegatronGPTTiedLoraModel(model_cfg, trainer)
+    ensure_process_groups(trainer)
+    _check_vocabulary(model)
+    facts = {"trained_parameters": base_parameter_count(model)}
+    trainer.fit(model)
+    return _finish(model, trainer, recorder, Path(cfg.output or folder / "base.nemo"), facts, cfg)
+
+
+def parameter_table(adapter: Adapter, base: int) -> str:
+    """Trained parameters per target and in total, as a share of the base and of LoRA at the same rank."""
+    ours, lora = adapter.num_parameters(), _lora_counts(adapter)
+    rows = [("target", "layers", "trained", "LoRA's", "of LoRA")]
+    for target, count in ours.items():
+        layers = str(len(adapter.specs[target].layers))
+        rows.append((target, layers, f"{count:,}", f"{lora[target]:,}", f"{count / lora[target]:.2%}"))
+    total, whole = sum(ours.values()), sum(lora.values())
+    rows.append(("total", "", f"{total:,}", f"{whole:,}", f"{total / whole:.2%}"))
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    lines = ["  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]) for row in rows]
+    config = adapter.config
+    title = f"Tied-LoRA rank {config.rank}: trained {' '.join(config.trained)}, tied {' '.join(config.tied) or 'nothing'}"
+    rule = "-" * len(lines[0])
+    share = f"{total / base:.4%} of the base's {base:,} parameters"
+    return "\n".join([title, lines[0], rule, *lines[1:-1], rule, lines[-1], share])
+
+
+def base_parameter_count(model: Any) -> int:
+    """Parameters of the whole base over all ranks, shared and replicated ones once."""
+    first = parallel_state.get_tensor_model_parallel_rank() == 0
+    modules = model.model if isinstance(model.model, list) else [model.model]
+    counted = [
+        parameter.numel()
+        for module in modules
+        for name, parameter in module.named_parameters()
+        if "tied_lora" not in name
+        and not getattr(parameter, "shared", False)
+        and (getattr(parameter, "tensor_model_parallel", False) or first)
+    ]
+    total = torch.tensor(float(sum(counted)), dtype=torch.float64, device=next(modules[0].parameters()).device)
+    torch.distributed.all_reduce(total, group=parallel_state.get_model_parallel_group())
+    return int(total.item())
+
+
+def _prepare(cfg: DictConfig) -> tuple[Trainer, RunRecorder, Path]:
+    torch.multiprocessing.set_start_method("spawn", force=True)
+    recorder = RunRecorder()
+    trainer = MegatronLMPPTrainerBuilder(cfg).create_trainer(callbacks=[recorder])
+    folder = exp_manager(trainer, cfg.exp_manager)
+    logging.info(f"run folder: {folder}")
+    return trainer, recorder, Path(folder)
+
+
+def _check_vocabulary(model: Any) -> None:
+    """A token without a row in the embedding would end in an index error, or worse, on the first batch that has it."""
+    rows, pieces = model.padded_vocab_size, model.tokenizer.vocab_size
+    if pieces > rows:
+        raise ConfigError([f"model.override_vocab_size: the tokenizer has {pieces} pieces, the embedding {rows} rows"])
+
+
+def _lora_counts(adapter: Adapter) -> dict[str, int]:
+    shapes = {t: TargetShape(s.in_features, s.out_features, len(s.layers)) for t, s in adapter.specs.items()}
+    return parameter_counts(shapes, TiedLoraConfig.preset("lora", rank=adapter.config.rank, targets=adapter.config.targets))
+
+
+def _finish(
+    model: Any, trainer: Trainer, recorder: RunRecorder, output: Path, facts: Mapping[str, Any], cfg: DictConfig
+) -> dict[str, Any]:
+    """Writes the `.nemo`, then the record beside it."""
+    model.save_to(str(output))
+    summary = {
+        **facts,
+        "output": str(output),
+        "metrics": {name: float(value) for name, value in sorted(trainer.callback_metrics.items())},
+        "peak_memory_bytes": peak_memory_bytes(),
+        **recorder.summary(),
+    }
+    if trainer.global_rank == 0:
+        write_json(output.with_name("metrics.json"), summary)
+        draw_losses(output.with_name("loss.png"), summary, f"{cfg.name}: {cfg.trainer.max_steps} steps")
+        print(f"written: {output}, {output.with_name('metrics.json')}, {output.with_name('loss.png')}", flush=True)
+    return summary

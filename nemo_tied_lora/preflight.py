@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can be checked before anything expensive starts: base, layout, adapter and data against each other.
+
+Neither torch nor NeMo is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import string
+import tarfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from nemo_tied_lora.config import ConfigError, TiedLoraConfig
+from nemo_tied_lora.layout import Architecture, Layout, check
+
+__all__ = ["adapter_section", "base_model_config", "check_finetuning", "check_generation", "check_pretraining"]
+
+_Part = TypeVar("_Part")
+
+
+def check_finetuning(cfg: Mapping[str, Any]) -> None:
+    """Everything that `tied-lora finetune` needs.
+
+    Raises:
+        ConfigError: all problems together.
+    """
+    problems: list[str] = []
+    model = cfg["model"]
+    scheme = model["peft"].get("peft_scheme")
+    if scheme != "tied_lora":
+        problems.append(f"model.peft.peft_scheme={scheme!r}: this command trains tied_lora; for plain LoRA: preset=lora")
+    problems += _unread_lora_keys(model["peft"])
+    config = _attempt(problems, adapter_section, model["peft"])
+    base = _attempt(problems, base_model_config, model.get("restore_from_path"))
+    start = model["peft"].get("restore_from_path")
+    if start is not None and not Path(start).is_file():
+        problems.append(f"model.peft.restore_from_path={start}: no such file")
+    problems += _layout_problems(cfg, {**(base or {}), **_layout_keys(model)} if base else None, config)
+    problems += _data_problems(cfg)
+    problems += _output_problems(cfg)
+    if problems:
+        raise ConfigError(problems)
+
+
+def check_pretraining(cfg: Mapping[str, Any]) -> None:
+    """Everything that `tied-lora pretrain` needs.
+
+    Raises:
+        ConfigError: all problems together.
+    """
+    problems: list[str] = []
+    tokenizer = cfg["model"]["tokenizer"].get("model")
+    if tokenizer is None or not Path(tokenizer).is_file():
+        problems.append(f"model.tokenizer.model={tokenizer}: no such file; name a sentencepiece model")
+    problems += _layout_problems(cfg, cfg["model"], None)
+    problems += _data_problems(cfg)
+    problems += _output_problems(cfg)
+    if problems:
+        raise ConfigError(problems)
+
+
+def check_generation(cfg: Mapping[str, Any]) -> None:
+    """Everything that `tied-lora generate` needs.
+
+    Raises:
+        ConfigError: all problems together.
+    """
+    problems: list[str] = []
+    base = _attempt(problems, base_model_config, cfg.get("base"))
+    adapter = cfg.get("adapter")
+    if adapter is not None and not Path(adapter).is_file():
+        problems.append(f"adapter={adapter}: no such file; adapter=null generates with the base alone")
+    if (cfg.get("prompts") is None) == (cfg.get("prompts_file") is None):
+        problems.append("prompts, prompts_file: give one of them: prompts=['...'] or prompts_file=questions.jsonl")
+    prompts_file = cfg.get("prompts_file")
+    if prompts_file is not None:
+        problems += _first_line_problems("prompts_file", Path(prompts_file), _fields(cfg["prompt_template"]) or ["input"])
+    tokens = cfg.get("tokens_to_generate")
+    if not isinstance(tokens, int) or tokens < 1:
+        problems.append(f"tokens_to_generate={tokens!r}: must be a whole number of at least 1")
+    problems += _layout_problems(cfg, {**(base or {}), **_layout_keys(cfg["model"])} if base else None, None)
+    if problems:
+        raise ConfigError(problems)
+
+
+def adapter_section(peft: Mapping[str, Any]) -> TiedLoraConfig:
+    """`model.peft.tied_lora` as a configuration.
+
+    Raises:
+        ConfigError: all its problems together.
+    """
+    section = peft.get("tied_lora") or {}
+    if not isinstance(section, Mapping):
+        raise ConfigError([f"model.peft.tied_lora={section!r}: must be a section with keys of its own"])
+    return TiedLoraConfig.from_mapping(section)
+
+
+def base_model_config(path: str | os.PathLike | None) -> dict[str, Any]:
+    """The `model_config.yaml` of a base `.nemo` (a tar, plain or gzipped, or an unpacked folder).
+
+    Raises:
+        ConfigError: no path, no file, or no readable config in it.
+    """
+    key = "model.restore_from_path"
+    if path is None:
+        raise ConfigError([f"{key}: missing; name the base model's .nemo"])
+    try:
+        if Path(path).is_dir():
+            return yaml.safe_load((Path(path) / "model_config.yaml").read_text())
+        with tarfile.open(path) as tar:
+            for member in tar:
+                if member.name.removeprefix("./") == "model_config.yaml" and member.isreg():
+                    return yaml.safe_load(tar.extractfile(member).read())  # type: ignore[union-attr]
+    except FileNotFoundError:
+        raise ConfigError([f"{key}={path}: no such file"]) from None
+    except (tarfile.TarError, OSError, yaml.YAMLError) as error:
+        raise ConfigError([f"{key}={path}: not a .nemo file: {error}"]) from None
+    raise ConfigError([f"{key}={path}: holds no model_config.yaml; this is no .nemo model"])
+
+
+def _attempt(problems: list[str], build: Callable[[Any], _Part], value: Any) -> _Part | None:
+    try:
+        return build(value)
+    except ConfigError as error:
+        problems.extend(error.problems)
+        return None
+
+
+def _layout_keys(model: Mapping[str, Any]) -> dict[str, Any]:
+    """What the command decides, not the base: parallel sizes and batches."""
+    names = ("micro_batch_size", "global_batch_size", "sequence_parallel")
+    return {key: value for key, value in model.items() if key in names or key.endswith("parallel_size")}
+
+
+def _layout_problems(
+    cfg: Mapping[str, Any], model: Mapping[str, Any] | None, config: TiedLoraConfig | None
+) -> Iterator[str]:
+    if cfg["model"].get("virtual_pipeline_model_parallel_size") is not None:
+        yield "model.virtual_pipeline_model_parallel_size: NeMo 2.4's model cannot be interleaved; set it to null"
+        return
+    problems: list[str] = []
+    layout = _attempt(problems, Layout.from_config, {"model": cfg["model"], "trainer": cfg["trainer"]})
+    arch = None if model is None else _attempt(problems, Architecture.from_model_config, model)
+    yield from problems
+    if arch is not None and layout is not None:
+        yield from check(arch, layout, config)
+
+
+def _unread_lora_keys(peft: Mapping[str, Any]) -> Iterator[str]:
+    """An override file made for NeMo's own LoRA must not be ignored silently."""
+    section = peft.get("lora_tuning")
+    if section:
+        yield (
+            f"model.peft.lora_tuning ({', '.join(section)}): read by peft_scheme=lora only; "
+            "write model.peft.tied_lora.rank for adapter_dim, .targets for target_modules, .alpha, .dropout"
+        )
+
+
+def _data_problems(cfg: Mapping[str, Any]) -> Iterator[str]:
+    for name in ("train_ds", "validation_ds"):
+        section = cfg["model"]["data"][name]
+        key = f"model.data.{name}.file_names"
+        files = section.get("file_names")
+        if not isinstance(files, list) or not files:
+            yield f"{key}={files!r}: must be a list of JSONL files"
+            continue
+        weights = section.get("concat_sampling_probabilities")
+        if name == "train_ds" and (not isinstance(weights, list) or len(weights) != len(files)):
+            yield f"model.data.train_ds.concat_sampling_probabilities={weights!r}: must hold one number for each file"
+        for file in files:
+            yield from _first_line_problems(key, Path(file), _fields(section["prompt_template"]))
+
+
+def _fields(template: str) -> list[str]:
+    return [field for _, field, _, _ in string.Formatter().parse(template) if field]
+
+
+def _first_line_problems(key: str, path: Path, fields: list[str]) -> Iterator[str]:
+    if not path.is_file():
+        yield f"{key}: {path}: no such file"
+        return
+    try:
+        with path.open(encoding="utf-8") as lines:
+            example = json.loads(next(lines, ""))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        yield f"{key}: {path}: the first line is not JSON; one object a line is needed"
+        return
+    missing = [field for field in fields if not isinstance(example, Mapping) or field not in example]
+    if missing:
+        yield f"{key}: {path}: the first line has no {', '.join(missing)}, which prompt_template names"
+
+
+def _output_problems(cfg: Mapping[str, Any]) -> Iterator[str]:
+    output = cfg.get("output")
+    if output is None:
+        return
+    if Path(output).suffix != ".nemo":
+        yield f"output={output}: must end in .nemo"
+    folder = Path(output).resolve().parent
+    while not folder.exists():
+        folder = folder.parent
+    if not os.access(folder, os.W_OK):
+        yield f"output={output}: {folder} cannot be written to"
