@@ -8,11 +8,8 @@ each, one after the other; a ratio is taken within a round, and the median over 
 
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
-import gc
-import json
 import os
 import platform
 import random
@@ -134,7 +131,9 @@ def build_model(sizes: Sizes, seed: int, base: GPTModel | None = None) -> GPTMod
         max_sequence_length=sizes.sequence,
         share_embeddings_and_output_weights=False,
     )
-    for parameter, shared in zip(model.parameters(), () if base is None else base.parameters(), strict=base is not None):
+    for parameter, shared in zip(
+        model.parameters(), () if base is None else base.parameters(), strict=base is not None
+    ):
         parameter.data = shared.data
     model.requires_grad_(False)
     # Without this the frozen model has no backward at all; with it all three have the same one.
@@ -327,7 +326,9 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine()
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -30,7 +30,7 @@ class Chunk:
     """One model chunk with its factors, and what is needed to give the base back as it was."""
 
     outer: nn.Module
-    body: nn.Module
+    body: Any
     factors: ChunkFactors
     sites: tuple[Site, ...]
     was_trained: frozenset[str]
@@ -148,15 +148,15 @@ class Adapter:
             raise RuntimeError("merge: the adapter is merged already; call unmerge() first")
         merged = [(chunk, site.module, _merged_weight(site.module)) for chunk in self.chunks for site in chunk.sites]
         for chunk, module, weight in merged:
-            chunk.originals[module] = module.weight.data  # type: ignore[union-attr]
-            module.weight.data = weight  # type: ignore[union-attr]
-            module.tied_lora.enabled = False  # type: ignore[union-attr]
+            chunk.originals[module] = module.weight.data
+            module.weight.data = weight
+            module.tied_lora.enabled = False
 
     def unmerge(self) -> None:
         """The base's own weights again, bit for bit, with the adapter beside them."""
         for chunk in self.chunks:
             for module, weight in chunk.originals.items():
-                module.weight.data = weight  # type: ignore[union-attr]
+                module.weight.data = weight
                 module.tied_lora.enabled = True  # type: ignore[union-attr]
             chunk.originals.clear()
 
@@ -176,7 +176,7 @@ def _require_grad(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch
 
 def _merged_weight(module: nn.Module) -> torch.Tensor:
     link: TiedLoraLink = module.tied_lora  # type: ignore[assignment]
-    weight: torch.Tensor = module.weight.data  # type: ignore[assignment,union-attr]
+    weight: torch.Tensor = module.weight.data
     with torch.no_grad():
         A, h_scale, B = link.folded(torch.promote_types(weight.dtype, torch.float32))
         A = A if h_scale is None else A * h_scale.unsqueeze(1)

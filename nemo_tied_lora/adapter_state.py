@@ -91,9 +91,7 @@ def check_state(state: Mapping[str, torch.Tensor], expected: Mapping[str, tuple[
         raise ValueError("\n".join(problems))
 
 
-def _entries(
-    config: TiedLoraConfig, specs: Mapping[str, TargetSpec]
-) -> Iterator[tuple[str, int | None, str, str]]:
+def _entries(config: TiedLoraConfig, specs: Mapping[str, TargetSpec]) -> Iterator[tuple[str, int | None, str, str]]:
     """(name, layer or None where tied, target, factor) of every stored tensor, the same on every rank."""
     tied = tied_factors(config)
     stored = [factor for factor in FACTORS if is_stored(factor, config)]

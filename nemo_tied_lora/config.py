@@ -89,9 +89,9 @@ class TiedLoraConfig:
     tied: Sequence[str] = ("A", "B")
     """Any subset of A, B: the tensors that all layers share."""
     init_A: str | None = None
-    """normal, xavier, kaiming or zero. None: kaiming, or zero where A is the one factor that starts at 0."""
+    """normal, xavier, kaiming or zero. None: xavier, or zero where A is the one factor that starts at 0."""
     init_B: str | None = None
-    """normal, xavier, kaiming or zero. None: kaiming, or zero where B is the one factor that starts at 0."""
+    """normal, xavier, kaiming or zero. None: xavier, or zero where B is the one factor that starts at 0."""
     init_u: float | None = None
     """Every element of a trained u. None: 1, or 0 where u is the one factor that starts at 0."""
     init_v: float | None = None
@@ -182,7 +182,7 @@ class TiedLoraConfig:
         if own is not None:
             return own
         if factor in ("A", "B"):
-            return "zero" if factor == self.zero_factor else "kaiming"
+            return "zero" if factor == self.zero_factor else "xavier"
         return 0.0 if factor == self.zero_factor else 1.0
 
     def _problems(self) -> Iterable[str]:

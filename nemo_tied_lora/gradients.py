@@ -27,7 +27,9 @@ from nemo_tied_lora.sharding import TargetSpec, sharded_dim
 __all__ = ["mark_parameters", "reduce_over_pipeline", "reduce_over_tensor_parallel"]
 
 
-def mark_parameters(chunk: ChunkFactors, specs: dict[str, TargetSpec], *, first: bool, sequence_parallel: bool) -> None:
+def mark_parameters(
+    chunk: ChunkFactors, specs: dict[str, TargetSpec], *, first: bool, sequence_parallel: bool
+) -> None:
     """Sets on each parameter what megatron-core (0.13 to 0.16) and NeMo read from it.
 
     Args:

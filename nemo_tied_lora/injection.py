@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -26,7 +27,7 @@ class Site:
 
     layer: int
     target: str
-    module: nn.Module
+    module: Any
     kind: str
     blocks: int
 
@@ -67,7 +68,7 @@ def inject(model: nn.Module | Sequence[nn.Module], config: TiedLoraConfig) -> Ad
     return Adapter(config, specs, chunks)
 
 
-def find_sites(body: nn.Module, targets: Iterable[str] = TARGETS) -> tuple[list[Site], list[str]]:
+def find_sites(body: Any, targets: Iterable[str] = TARGETS) -> tuple[list[Site], list[str]]:
     """The adaptable linears of one chunk (a module with a `decoder`), and what stands in the way, a line each.
 
     A linear that has a target's name but cannot be adapted is a problem, never skipped.
@@ -81,8 +82,14 @@ def find_sites(body: nn.Module, targets: Iterable[str] = TARGETS) -> tuple[list[
                 continue
             kind = linear_kind(module)
             if ".experts." in f".{path}." or (number, target) in seen:
-                problems.append(f"targets: layer {number} {path}: experts of a mixture cannot be adapted yet; drop {target}")
-            elif kind is None or getattr(module, "gather_output", False) or not getattr(module, "input_is_parallel", True):
+                problems.append(
+                    f"targets: layer {number} {path}: experts of a mixture cannot be adapted yet; drop {target}"
+                )
+            elif (
+                kind is None
+                or getattr(module, "gather_output", False)
+                or not getattr(module, "input_is_parallel", True)
+            ):
                 name = type(module).__name__
                 problems.append(f"targets: layer {number} {path}: a {name} cannot be adapted; drop {target}")
             else:
@@ -92,14 +99,16 @@ def find_sites(body: nn.Module, targets: Iterable[str] = TARGETS) -> tuple[list[
     return sites, problems
 
 
-def _unwrap(chunk: nn.Module) -> nn.Module:
+def _unwrap(chunk: nn.Module) -> Any:
     """The GPTModel inside DDP, Float16Module and the like."""
-    body = chunk
+    body: Any = chunk
     while not hasattr(body, "decoder") and isinstance(getattr(body, "module", None), nn.Module):
-        body = body.module  # type: ignore[assignment]
+        body = body.module
     layers = getattr(getattr(body, "decoder", None), "layers", None)
     if layers is None or not hasattr(body, "config"):
-        raise ConfigError([f"model: a {type(chunk).__name__} has no Megatron linears (no decoder.layers of a TransformerBlock)"])
+        raise ConfigError(
+            [f"model: a {type(chunk).__name__} has no Megatron linears (no decoder.layers of a TransformerBlock)"]
+        )
     return body
 
 
@@ -110,12 +119,19 @@ def _agree_on_specs(
     tp_size = parallel_state.get_tensor_model_parallel_world_size()
     found: dict[str, tuple[tuple[str, int, int, int], set[int]]] = {}
     for site in sites:
-        rows, columns = site.module.weight.shape  # type: ignore[union-attr]
+        rows, columns = site.module.weight.shape
         split_rows = site.kind == "column"
-        shape = (site.kind, columns * (1 if split_rows else tp_size), rows * (tp_size if split_rows else 1), site.blocks)
+        shape = (
+            site.kind,
+            columns * (1 if split_rows else tp_size),
+            rows * (tp_size if split_rows else 1),
+            site.blocks,
+        )
         known = found.setdefault(site.target, (shape, set()))
         if known[0] != shape:
-            problems.append(f"targets: {site.target} has shape {shape[1:3]} in layer {site.layer} but {known[0][1:3]} elsewhere")
+            problems.append(
+                f"targets: {site.target} has shape {shape[1:3]} in layer {site.layer} but {known[0][1:3]} elsewhere"
+            )
         known[1].add(site.layer)
     stages = _gather_over_pipeline((found, problems))
     problems = sorted({problem for _, stage in stages for problem in stage})
@@ -127,7 +143,8 @@ def _agree_on_specs(
         elif parts:
             layers = {layer for _, layers in parts for layer in layers}
             selected = sorted(layers if config.layers is None else layers & set(config.layers))
-            specs[target] = TargetSpec(*parts[0][0], layers=tuple(selected))
+            kind, in_features, out_features, blocks = parts[0][0]
+            specs[target] = TargetSpec(kind, in_features, out_features, blocks, tuple(selected))
     problems += _mismatches(specs, num_layers, config)
     if problems:
         raise ConfigError(problems)
@@ -163,7 +180,7 @@ def _gather_over_pipeline(value: object) -> list:
 
 def _inject_chunk(
     outer: nn.Module,
-    body: nn.Module,
+    body: Any,
     sites: Sequence[Site],
     specs: dict[str, TargetSpec],
     config: TiedLoraConfig,

@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -73,7 +72,8 @@ class TiedLoraLink:
     def folded(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """(A, what multiplies h or None, B) with u, v and alpha / r folded in, local shapes as in `sharding`."""
         A, B, u, v = (self.factor(name) for name in "ABuv")
-        assert A is not None and B is not None
+        assert A is not None
+        assert B is not None
         h_scale = u
         if u is not None and self.kind == "column" and A.requires_grad:
             A, h_scale = A * u.unsqueeze(1), None

@@ -34,7 +34,9 @@ def check_finetuning(cfg: Mapping[str, Any]) -> None:
     model = cfg["model"]
     scheme = model["peft"].get("peft_scheme")
     if scheme != "tied_lora":
-        problems.append(f"model.peft.peft_scheme={scheme!r}: this command trains tied_lora; for plain LoRA: preset=lora")
+        problems.append(
+            f"model.peft.peft_scheme={scheme!r}: this command trains tied_lora; for plain LoRA: preset=lora"
+        )
     problems += _unread_lora_keys(model["peft"])
     config = _attempt(problems, adapter_section, model["peft"])
     base = _attempt(problems, base_model_config, model.get("restore_from_path"))
@@ -80,7 +82,9 @@ def check_generation(cfg: Mapping[str, Any]) -> None:
         problems.append("prompts, prompts_file: give one of them: prompts=['...'] or prompts_file=questions.jsonl")
     prompts_file = cfg.get("prompts_file")
     if prompts_file is not None:
-        problems += _first_line_problems("prompts_file", Path(prompts_file), _fields(cfg["prompt_template"]) or ["input"])
+        problems += _first_line_problems(
+            "prompts_file", Path(prompts_file), _fields(cfg["prompt_template"]) or ["input"]
+        )
     tokens = cfg.get("tokens_to_generate")
     if not isinstance(tokens, int) or tokens < 1:
         problems.append(f"tokens_to_generate={tokens!r}: must be a whole number of at least 1")

@@ -18,8 +18,6 @@ import torch.multiprocessing as mp
 
 __all__ = ["run_ranks", "single_process"]
 
-_parallel_sizes: dict[str, int] | None = None
-
 
 def run_ranks(
     function: Callable[..., Any],
@@ -42,7 +40,9 @@ def run_ranks(
     with tempfile.TemporaryDirectory() as folder:
         rendezvous = str(Path(folder) / "rendezvous")
         children = [
-            context.Process(target=_rank_main, args=(rank, world_size, rendezvous, sizes, function, args, results, timeout))
+            context.Process(
+                target=_rank_main, args=(rank, world_size, rendezvous, sizes, function, args, results, timeout)
+            )
             for rank in range(world_size)
         ]
         for child in children:
@@ -92,7 +92,16 @@ def _collect(results: mp.Queue, children: list, timeout: float) -> list[Any]:
     return [answers[rank] for rank in range(len(children))]
 
 
-def _rank_main(rank, world_size, rendezvous, sizes, function, args, results, timeout) -> None:
+def _rank_main(
+    rank: int,
+    world_size: int,
+    rendezvous: str,
+    sizes: dict[str, int | None],
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    results: mp.Queue,
+    timeout: float,
+) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))

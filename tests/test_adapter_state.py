@@ -64,7 +64,7 @@ class Record:
 
 
 def whole_state(case: Case, start: State) -> State:
-    """Every element of every tensor is another number, and each is exact in bfloat16's 8 bits only by its name's hash."""
+    """Random numbers that depend on the name alone: a tensor in another's place is noticed."""
     return {name: full_tensor(f"state {name}", tuple(t.shape)).to(t.dtype) for name, t in start.items()}
 
 
@@ -81,6 +81,9 @@ def record(case: Case) -> Record:
     )
 
 
+TwoRanks = list[dict[str, dict[str, Record]]]
+
+
 def record_layouts() -> dict[str, dict[str, Record]]:
     """On a rank: every case on every layout."""
     records = {}
@@ -90,8 +93,9 @@ def record_layouts() -> dict[str, dict[str, Record]]:
     return records
 
 
-@functools.cache
-def two_ranks() -> list[dict[str, dict[str, Record]]]:
+@pytest.fixture(scope="module")
+def two_ranks() -> TwoRanks:
+    """Spawned once; a failure too is kept, and not tried again for each test."""
     return run_ranks(record_layouts, world_size=2, tp=2)
 
 
@@ -117,24 +121,24 @@ def assert_same(got: State, expected: State) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", CASES)
-def test_every_rank_starts_from_the_bits_of_the_single_process(case: str, layout: str) -> None:
-    for rank in two_ranks():
+def test_every_rank_starts_from_the_bits_of_the_single_process(case: str, layout: str, two_ranks: TwoRanks) -> None:
+    for rank in two_ranks:
         assert_same(rank[layout][case].start, one_process(case).start)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", CASES)
-def test_a_loaded_state_is_read_back_whole_on_every_rank(case: str, layout: str) -> None:
+def test_a_loaded_state_is_read_back_whole_on_every_rank(case: str, layout: str, two_ranks: TwoRanks) -> None:
     expected = whole_state(CASES[case], one_process(case).start)
     assert_same(one_process(case).loaded, expected)
-    for rank in two_ranks():
+    for rank in two_ranks:
         assert_same(rank[layout][case].loaded, expected)
 
 
 @pytest.mark.parametrize("source", LAYOUTS)
 @pytest.mark.parametrize("case", CASES)
-def test_a_state_of_two_ranks_loads_on_one(case: str, source: str) -> None:
-    state = two_ranks()[0][source][case].loaded
+def test_a_state_of_two_ranks_loads_on_one(case: str, source: str, two_ranks: TwoRanks) -> None:
+    state = two_ranks[0][source][case].loaded
     adapter = CASES[case].build()
     adapter.load_full_state(state)
     assert_same(adapter.full_state(), state)
@@ -143,10 +147,10 @@ def test_a_state_of_two_ranks_loads_on_one(case: str, source: str) -> None:
     assert [name for name in own if not torch.equal(own[name], state[name])] == []
 
 
-def test_each_tensor_parallel_rank_holds_the_part_that_the_table_says() -> None:
+def test_each_tensor_parallel_rank_holds_the_part_that_the_table_says(two_ranks: TwoRanks) -> None:
     """The parts are written out here; reading back what was loaded would not notice a wrong one."""
     state = one_process("llama tl6").loaded
-    for rank in two_ranks():
+    for rank in two_ranks:
         held = rank["tp2"]["llama tl6"]
         k = held.tp_rank
         gate, up = slice(20 * k, 20 * k + 20), slice(40 + 20 * k, 60 + 20 * k)
@@ -161,19 +165,19 @@ def test_each_tensor_parallel_rank_holds_the_part_that_the_table_says() -> None:
                 ("linear_fc2", "A"): whole[:, 20 * k : 20 * k + 20] if factor == "A" else None,
             }.get((target, factor), whole)
             assert torch.equal(held.local[name], part), name
-    assert sorted(rank["tp2"]["llama tl6"].tp_rank for rank in two_ranks()) == [0, 1]
+    assert sorted(rank["tp2"]["llama tl6"].tp_rank for rank in two_ranks) == [0, 1]
 
 
-def test_each_pipeline_rank_holds_its_own_layers_and_all_tied_tensors() -> None:
+def test_each_pipeline_rank_holds_its_own_layers_and_all_tied_tensors(two_ranks: TwoRanks) -> None:
     tied = {f"{target}.{factor}" for target in TARGETS for factor in "AB"}
-    for stage, rank in enumerate(two_ranks()):
+    for stage, rank in enumerate(two_ranks):
         held = set(rank["pp2"]["tl6"].local)
         assert {name for name in held if not name.startswith("layers.")} == tied
         assert {int(name.split(".")[1]) for name in held - tied} == {2 * stage, 2 * stage + 1}
-    assert set(two_ranks()[0]["pp2"]["one stage"].local) == {
+    assert set(two_ranks[0]["pp2"]["one stage"].local) == {
         f"{t}.{f}" for t in ("linear_qkv", "linear_fc2") for f in "AB"
     }
-    assert two_ranks()[1]["pp2"]["one stage, nothing tied"].local == {}
+    assert two_ranks[1]["pp2"]["one stage, nothing tied"].local == {}
 
 
 def test_names_and_shapes_are_the_contract() -> None:

@@ -76,7 +76,7 @@ def test_every_combination_starts_with_exactly_one_trained_factor_at_zero(
     for factor in "uv":
         assert config.init_of(factor) == (0.0 if factor in at_zero else 1.0)
     for factor in "AB":
-        assert config.init_of(factor) == ("zero" if factor in at_zero else "kaiming")
+        assert config.init_of(factor) == ("zero" if factor in at_zero else "xavier")
 
 
 @pytest.mark.parametrize(("hidden", "layers", "rank", "counts"), PAPER)
@@ -250,7 +250,7 @@ def test_an_update_that_does_not_start_at_zero_or_cannot_leave_it_is_refused(
 
 def test_another_factor_may_be_the_one_at_zero() -> None:
     config = TiedLoraConfig(init_v=1, init_B="zero")
-    assert [config.init_of(factor) for factor in FACTORS] == [1, "zero", 1.0, "kaiming"]
+    assert [config.init_of(factor) for factor in FACTORS] == [1, "zero", 1.0, "xavier"]
     for method in INIT_METHODS[:3]:
         assert TiedLoraConfig(init_A=method, init_B=method).init_of("A") == method
 

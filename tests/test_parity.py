@@ -23,7 +23,9 @@ RUNS = {
     "v alone, A tied": Run(config={"trained": ["v"], "tied": ["A"], "rank": 3, "targets": ALL}),
     "u alone, B tied": Run(config={"trained": ["u"], "tied": ["B"], "rank": 3, "targets": ALL}),
     "A alone": Run(config={"trained": ["A"], "rank": 3, "targets": ALL}),
-    "one stage's layers": Run(config={"preset": "tl6", "rank": 3, "layers": [3], "targets": ["linear_qkv", "linear_fc2"]}),
+    "one stage's layers": Run(
+        config={"preset": "tl6", "rank": 3, "layers": [3], "targets": ["linear_qkv", "linear_fc2"]}
+    ),
     "first stage's layers": Run(config={"preset": "tl6", "rank": 3, "layers": [0], "targets": ["linear_proj"]}),
     "llama": Run(config={"preset": "tl6", "rank": 3, "targets": ALL}, model={"llama": True, "groups": 2}),
 }
@@ -54,7 +56,9 @@ def differences(run: list[TrainingRecord], expected: TrainingRecord) -> list[str
     for rank, record in enumerate(run):
         if not torch.allclose(torch.tensor(record.norms), torch.tensor(expected.norms), rtol=RELATIVE, atol=0):
             found.append(f"rank {rank}: norms {record.norms} != {expected.norms}")
-        pairs = [(f"gradient {s}", g, w) for s, (g, w) in enumerate(zip(record.gradients, expected.gradients, strict=True))]
+        pairs = [
+            (f"gradient {s}", g, w) for s, (g, w) in enumerate(zip(record.gradients, expected.gradients, strict=True))
+        ]
         for what, got, want in [*pairs, ("adapter", record.state, expected.state)]:
             if got.keys() != want.keys():
                 found.append(f"rank {rank}: {what} has {sorted(got.keys() ^ want.keys())}")

@@ -15,7 +15,7 @@ from megatron.core.transformer import TransformerConfig
 
 from nemo_tied_lora.sharding import TargetSpec, shard
 
-__all__ = ["VOCAB", "SEQUENCE", "build_gpt", "fill", "full_tensor"]
+__all__ = ["SEQUENCE", "VOCAB", "build_gpt", "fill", "full_tensor"]
 
 VOCAB = 32
 SEQUENCE = 12

@@ -50,7 +50,7 @@ def train(run: Run) -> TrainingRecord:
     shapes = expected_shapes(adapter.config, adapter.specs)
     adapter.load_full_state({name: full_tensor(f"start {name}", shape) for name, shape in shapes.items()})
     parameters = list(adapter.parameters())
-    optimizer = torch.optim.Adam(parameters, lr=1e-2)
+    optimizer: Any = torch.optim.Adam(parameters, lr=1e-2)
     if run.fault == "stepped_twice":
         optimizer = _SteppedTwice(optimizer)
     record = TrainingRecord()
@@ -74,7 +74,9 @@ def train(run: Run) -> TrainingRecord:
         record.norms.append(_norm(parameters))
         optimizer.step()
     record.state = adapter.full_state()
-    record.local_bits = {n: p.detach().numpy().tobytes() for c in adapter.chunks for n, p in c.factors.named_parameters()}
+    record.local_bits = {
+        n: p.detach().numpy().tobytes() for c in adapter.chunks for n, p in c.factors.named_parameters()
+    }
     return record
 
 

@@ -43,7 +43,9 @@ def parser(command: str, summary: str, examples: str, groups: Iterable[str]) -> 
     result = argparse.ArgumentParser(
         prog=f"tied-lora {command}",
         description=f"{summary[0].upper()}{summary[1:]}.",
-        epilog=f"examples:\n{examples}\ngroups:\n" + "\n".join(choices) + "\n\n--cfg job shows every key and its value.",
+        epilog=f"examples:\n{examples}\ngroups:\n"
+        + "\n".join(choices)
+        + "\n\n--cfg job shows every key and its value.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     result.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides")

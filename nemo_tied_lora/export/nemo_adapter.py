@@ -109,7 +109,9 @@ def read_adapter(path: str | os.PathLike) -> AdapterFile:
         description = yaml.safe_load(members[_CONFIG_MEMBER])
         version = description["format_version"]
         if version != FORMAT_VERSION:
-            raise AdapterFileError(f"{path}: format_version {version!r} is unknown; this version reads {FORMAT_VERSION}")
+            raise AdapterFileError(
+                f"{path}: format_version {version!r} is unknown; this version reads {FORMAT_VERSION}"
+            )
         config = TiedLoraConfig.from_mapping(description["peft"]["tied_lora"])
         specs = {t: TargetSpec(**{**s, "layers": tuple(s["layers"])}) for t, s in description["targets"].items()}
         state = load_safetensors(members[_STATE_MEMBER])

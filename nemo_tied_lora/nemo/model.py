@@ -114,7 +114,9 @@ class TiedLoraModelMixin:
 
     def _adapter_keys_of_tied_lora(self) -> _AdapterKeys:
         if self.cfg.get("virtual_pipeline_model_parallel_size") is not None:  # type: ignore[attr-defined]
-            raise ValueError("virtual_pipeline_model_parallel_size: NeMo 2.4's model cannot be interleaved; set it to null")
+            raise ValueError(
+                "virtual_pipeline_model_parallel_size: NeMo 2.4's model cannot be interleaved; set it to null"
+            )
         return _AdapterKeys(self)
 
     def _facts(self) -> dict[str, Any]:
@@ -168,4 +170,3 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-

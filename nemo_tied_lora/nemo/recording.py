@@ -57,7 +57,9 @@ class RunRecorder(Callback):
         pl_module.log("step_seconds", seconds, rank_zero_only=True, batch_size=1)
         pl_module.log("tokens_per_second", tokens / seconds, prog_bar=True, rank_zero_only=True, batch_size=1)
         names = {"loss": "reduced_train_loss", "lr": "lr", "grad_norm": "grad_norm"}
-        found = {ours: float(trainer.callback_metrics[n]) for ours, n in names.items() if n in trainer.callback_metrics}
+        found = {
+            ours: float(trainer.callback_metrics[n]) for ours, n in names.items() if n in trainer.callback_metrics
+        }
         self.steps.append({"step": trainer.global_step, **found, "seconds": seconds, "tokens": tokens})
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -117,8 +119,8 @@ def draw_losses(path: Path, summary: dict[str, Any], title: str) -> None:
     axes.set(xlabel="step", ylabel="loss (nats per answer token)", title=title, yscale="log")
     axes.grid(visible=True, which="both", alpha=0.25)
     axes.legend()
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.png")
-    figure.savefig(temporary, dpi=120)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    figure.savefig(temporary, dpi=120, format="png")
     plt.close(figure)
     os.replace(temporary, path)
 

@@ -80,9 +80,14 @@ def parameter_table(adapter: Adapter, base: int) -> str:
     total, whole = sum(ours.values()), sum(lora.values())
     rows.append(("total", "", f"{total:,}", f"{whole:,}", f"{total / whole:.2%}"))
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    lines = ["  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]) for row in rows]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
     config = adapter.config
-    title = f"Tied-LoRA rank {config.rank}: trained {' '.join(config.trained)}, tied {' '.join(config.tied) or 'nothing'}"
+    title = (
+        f"Tied-LoRA rank {config.rank}: trained {' '.join(config.trained)}, tied {' '.join(config.tied) or 'nothing'}"
+    )
     rule = "-" * len(lines[0])
     share = f"{total / base:.4%} of the base's {base:,} parameters"
     return "\n".join([title, lines[0], rule, *lines[1:-1], rule, lines[-1], share])
@@ -123,7 +128,9 @@ def _check_vocabulary(model: Any) -> None:
 
 def _lora_counts(adapter: Adapter) -> dict[str, int]:
     shapes = {t: TargetShape(s.in_features, s.out_features, len(s.layers)) for t, s in adapter.specs.items()}
-    return parameter_counts(shapes, TiedLoraConfig.preset("lora", rank=adapter.config.rank, targets=adapter.config.targets))
+    return parameter_counts(
+        shapes, TiedLoraConfig.preset("lora", rank=adapter.config.rank, targets=adapter.config.targets)
+    )
 
 
 def _finish(

@@ -123,7 +123,12 @@ NEMO_PATCHES: tuple[Patch, ...] = (
         reason="megatron_amp_O2 raises without apex",
     ),
     *(
-        Patch(owner=f"{_MEGATRON}.utils", name=name, make=_always(value), reason="get_params_for_weight_decay_optimization")
+        Patch(
+            owner=f"{_MEGATRON}.utils",
+            name=name,
+            make=_always(value),
+            reason="get_params_for_weight_decay_optimization",
+        )
         for name, value in (
             ("listify_model", _listify),
             ("FusedLayerNorm", torch.nn.LayerNorm),

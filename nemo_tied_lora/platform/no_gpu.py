@@ -108,7 +108,9 @@ _CUDA_TYPE_NAMES = (
 MEGATRON_PATCHES: tuple[Patch, ...] = (
     *(Patch(owner=owner, name="torch", make=_cpu_torch, reason='says device="cuda"') for owner in _CUDA_LITERALS),
     *(
-        Patch(owner=owner, name=name, make=with_cuda_type_names, reason="compares tensor.type() with a CUDA type's name")
+        Patch(
+            owner=owner, name=name, make=with_cuda_type_names, reason="compares tensor.type() with a CUDA type's name"
+        )
         for owner, name in _CUDA_TYPE_NAMES
     ),
     Patch(

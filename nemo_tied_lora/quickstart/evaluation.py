@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exact match of a base and of adapters on a JSONL file: one process loads the base once.
 
-    python -m nemo_tied_lora.quickstart.evaluation base.nemo test.jsonl answers.json [adapter.nemo ...]
+python -m nemo_tied_lora.quickstart.evaluation base.nemo test.jsonl answers.json [adapter.nemo ...]
 """
 
 from __future__ import annotations

@@ -50,8 +50,8 @@ NUMBERS = range(1, 2000)
 """The numbers of every task. Not 0: its word occurs in no other number, so it could only be learned by heart."""
 
 TOKENIZER_VOCAB_SIZE = 448
-"""Pieces: 4 special ones, 256 bytes, the base's characters, then merges. Few, so that the new language is spelled from short
-pieces, which fine-tunes better; enough that every prompt and answer together fit into 32 tokens."""
+"""Pieces: 4 special ones, 256 bytes, the base's characters, then merges. Few, so that the new language is spelled from
+short pieces, which fine-tunes better; enough that every prompt and answer together fit into 32 tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`tied-lora compare`: LoRA, TL5, TL6 and VeRA at one rank from the same base, several seeds each."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from nemo_tied_lora.commands.composing import compose_config, parser, plain, report
+from nemo_tied_lora.config import PRESETS, ConfigError
+
+__all__ = ["SUMMARY", "main"]
+
+SUMMARY = "train LoRA, TL5, TL6 and VeRA from the same base and write a table and a picture"
+
+_EXAMPLES = """  tied-lora compare
+  tied-lora compare "presets=[lora,tl6]" "seeds=[1]" "overrides=[model.peft.tied_lora.rank=16]" folder=runs/rank16
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Returns 0, 2 where the configuration is refused, 1 where a run failed. Finished runs are not done again."""
+    options = parser("compare", SUMMARY, _EXAMPLES, ()).parse_intermixed_args(argv)
+    try:
+        cfg = compose_config("compare", options.overrides, options.config_dir)
+        if options.cfg:
+            print(OmegaConf.to_yaml(cfg, resolve=options.resolve), end="")
+            return 0
+        values = plain(cfg)
+        _check(values)
+    except ConfigError as error:
+        return report("compare", error)
+    from nemo_tied_lora.quickstart.stages import StageError
+
+    try:
+        _run(values)
+    except StageError as error:
+        print(f"tied-lora compare: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _check(cfg: Mapping[str, Any]) -> None:
+    problems = [
+        f"presets: {name!r} is unknown; choose from {', '.join(PRESETS)}"
+        for name in cfg["presets"]
+        if name not in PRESETS
+    ]
+    problems += [f"learning_rates.{name}: missing" for name in cfg["presets"] if name not in cfg["learning_rates"]]
+    if not cfg["presets"] or not cfg["seeds"]:
+        problems.append("presets, seeds: name at least one of each")
+    if problems:
+        raise ConfigError(problems)
+
+
+def _run(cfg: Mapping[str, Any]) -> None:
+    from tqdm import tqdm
+
+    from nemo_tied_lora.nemo.recording import write_json
+    from nemo_tied_lora.quickstart import stages
+
+    folder = Path(cfg["folder"])
+    base = stages.make_base(Path(cfg["base_folder"]))
+    data = stages.make_data(Path(cfg["base_folder"]))
+    runs = [(preset, seed, folder / f"{preset}-seed{seed}") for seed in cfg["seeds"] for preset in cfg["presets"]]
+
+    def train(run: tuple[str, int, Path]) -> None:
+        preset, seed, place = run
+        if (place / "metrics.json").exists():
+            return
+        arguments = stages.finetune_arguments(base, data, place / "adapter.nemo", seed)
+        arguments += [f"preset={preset}", "layout=single", f"exp_manager.explicit_log_dir={place}"]
+        arguments += [f"model.optim.lr={cfg['learning_rates'][preset]}", "trainer.enable_progress_bar=false"]
+        stages.run_command([*arguments, *cfg["overrides"]], place / "finetune.log")
+
+    with ThreadPoolExecutor(cfg["at_once"]) as pool:
+        list(tqdm(pool.map(train, runs), total=len(runs), desc="runs", unit="run"))
+    answers = stages.evaluate(base, data, folder / "answers.json", [place / "adapter.nemo" for _, _, place in runs])
+    results = [_result(preset, seed, place, answers) for preset, seed, place in runs]
+    summary = {
+        "base_exact_match": answers["results"]["base"]["exact_match"],
+        "test_examples": len(answers["examples"]),
+        "learning_rates": {preset: cfg["learning_rates"][preset] for preset in cfg["presets"]},
+        "runs": results,
+    }
+    write_json(folder / "compare.json", summary)
+    table = _table(summary)
+    (folder / "compare.md").write_text(table, encoding="utf-8")
+    _draw(folder / "compare.png", summary)
+    print(f"\n{table}\nwritten: {folder / 'compare.json'}, {folder / 'compare.md'}, {folder / 'compare.png'}")
+
+
+def _result(preset: str, seed: int, place: Path, answers: Mapping[str, Any]) -> dict[str, Any]:
+    metrics = json.loads((place / "metrics.json").read_text())
+    return {
+        "preset": preset,
+        "seed": seed,
+        "rank": metrics["adapter"]["rank"],
+        "trained_parameters": metrics["trained_parameters"],
+        "exact_match": answers["results"][str(place / "adapter.nemo")]["exact_match"],
+        "validation_loss": metrics["validations"][-1]["validation_loss"],
+        "wall_seconds": metrics["wall_seconds"],
+    }
+
+
+def _groups(summary: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for run in summary["runs"]:
+        groups.setdefault(run["preset"], []).append(run)
+    return groups
+
+
+def _table(summary: Mapping[str, Any]) -> str:
+    groups = _groups(summary)
+    lora = groups["lora"][0]["trained_parameters"] if "lora" in groups else None
+    rows: list[Sequence[str]] = [
+        ("method", "trained", "of LoRA", "learning rate", "exact match, each seed", "mean", "std")
+    ]
+    for preset, runs in groups.items():
+        scores = [run["exact_match"] for run in runs]
+        trained = runs[0]["trained_parameters"]
+        share = "" if lora is None else f"{trained / lora:.1%}"
+        spread = f"{statistics.stdev(scores):.1%}" if len(scores) > 1 else ""
+        each = ", ".join(f"{score:.1%}" for score in scores)
+        rate = f"{summary['learning_rates'][preset]:g}"
+        rows.append((preset, f"{trained:,}", share, rate, each, f"{statistics.mean(scores):.1%}", spread))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    rank = summary["runs"][0]["rank"]
+    head = f"Rank {rank}, {summary['test_examples']} held-out numbers, base {summary['base_exact_match']:.1%}:\n\n"
+    return head + "\n".join(lines) + "\n"
+
+
+def _draw(path: Path, summary: Mapping[str, Any]) -> None:
+    """Exact match against trained parameters: each seed a dot, each method's mean a bar."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for index, (preset, runs) in enumerate(_groups(summary).items()):
+        trained, scores = runs[0]["trained_parameters"], [run["exact_match"] for run in runs]
+        color = f"C{index}"
+        axes.scatter([trained] * len(scores), scores, color=color, alpha=0.6, label=f"{preset} ({trained:,})")
+        axes.scatter([trained], [statistics.mean(scores)], color=color, marker="_", s=400, linewidths=2)
+    axes.axhline(summary["base_exact_match"], color="gray", linestyle="--", linewidth=1, label="base")
+    axes.set(xscale="log", ylim=(-0.03, 1.03), xlabel="trained parameters", ylabel="exact match, held-out numbers")
+    axes.set_title(f"Rank {summary['runs'][0]['rank']}, {len(summary['runs'])} runs; bars are means")
+    axes.grid(visible=True, which="both", alpha=0.25)
+    axes.legend()
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, dpi=120, format="png")
+    plt.close(figure)
+    temporary.replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

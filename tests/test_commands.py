@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole commands on a tiny model: real NeMo, real ranks, real files."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import torch
+
+from nemo_tied_lora.export.nemo_adapter import AdapterFile, read_adapter
+
+TINY = [
+    "model.num_layers=4",
+    "model.hidden_size=32",
+    "model.ffn_hidden_size=48",
+    "model.num_attention_heads=4",
+    "model.num_query_groups=2",
+    "model.encoder_seq_length=32",
+    "model.max_position_embeddings=32",
+    "model.override_vocab_size=128",
+]
+SHORT = [
+    "trainer.precision=32",
+    "trainer.max_steps=4",
+    "trainer.val_check_interval=2",
+    "trainer.enable_progress_bar=false",
+    "model.global_batch_size=4",
+    "model.micro_batch_size=2",
+    "model.data.train_ds.max_seq_length=32",
+    "model.data.train_ds.pin_memory=false",
+    "model.data.validation_ds.pin_memory=false",
+    "model.data.validation_ds.tokens_to_generate=4",
+    "model.optim.sched.warmup_steps=1",
+]
+TIMEOUT = 280
+
+
+def tied_lora(*arguments: str, folder: Path, ok: bool = True) -> subprocess.CompletedProcess[str]:
+    """Runs the command in a folder, as a user does."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), environment.get("PYTHONPATH", "")])
+    command = [sys.executable, "-W", "ignore", "-m", "nemo_tied_lora.commands.main", *arguments]
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False
+    )
+    if ok:
+        assert done.returncode == 0, f"{arguments}\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
+    return done
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data, a tokenizer, and a base made by `tied-lora pretrain`."""
+    folder = tmp_path_factory.mktemp("workshop")
+    words = ["eins", "zwei", "drei", "vier", "five", "six", "sept", "huit"]
+    examples = [{"input": f"{i % 8}:", "output": words[i % 8]} for i in range(64)]
+    for name in ("train", "validation"):
+        lines = examples if name == "train" else examples[:8]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([e["input"] + e["output"] for e in examples]),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=40,
+        model_type="char",
+        hard_vocab_limit=False,
+        add_dummy_prefix=False,
+        bos_id=1,
+        eos_id=2,
+        pad_id=3,
+        minloglevel=2,
+    )
+    data = [
+        f"model.data.{ds}.file_names=[{n}.jsonl]" for ds, n in (("train_ds", "train"), ("validation_ds", "validation"))
+    ]
+    tokenizer = "model.tokenizer.model=tokenizer.model"
+    tied_lora("pretrain", *TINY, *SHORT, *data, tokenizer, "output=base.nemo", "name=base", folder=folder)
+    assert (folder / "base.nemo").stat().st_size > 10_000
+    return folder
+
+
+def finetune(folder: Path, name: str, *arguments: str) -> tuple[AdapterFile, dict, str]:
+    """A short fine-tuning run: the adapter's file, metrics.json, what was printed."""
+    data = [
+        f"model.data.{ds}.file_names=[{n}.jsonl]" for ds, n in (("train_ds", "train"), ("validation_ds", "validation"))
+    ]
+    fixed = [
+        "model.restore_from_path=base.nemo",
+        f"output={name}/adapter.nemo",
+        f"exp_manager.explicit_log_dir={name}",
+    ]
+    rank = ["model.peft.tied_lora.rank=4", "model.optim.lr=1e-2"]
+    done = tied_lora("finetune", *SHORT, *data, *fixed, *rank, *arguments, folder=folder)
+    metrics = json.loads((folder / name / "metrics.json").read_text())
+    return read_adapter(folder / name / "adapter.nemo"), metrics, done.stdout
+
+
+@pytest.fixture(scope="module")
+def single(workshop: Path) -> tuple[AdapterFile, dict, str]:
+    return finetune(workshop, "single")
+
+
+@pytest.mark.parametrize("layout", ["tp2", "pp2"])
+def test_the_same_adapter_comes_out_of_every_layout(
+    workshop: Path, single: tuple[AdapterFile, dict, str], layout: str
+) -> None:
+    got, metrics, printed = finetune(workshop, layout, f"layout={layout}")
+    want = single[0]
+    assert got.config == want.config
+    assert got.specs == want.specs
+    assert got.state.keys() == want.state.keys()
+    for name, tensor in got.state.items():
+        # float32; Adam divides by small second moments, so reordered sums show in the last digits.
+        assert torch.allclose(tensor, want.state[name], rtol=2e-3, atol=2e-5), name
+    losses = [[step["loss"] for step in run["steps"]] for run in (metrics, single[1])]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    norms = [[step["grad_norm"] for step in run["steps"]] for run in (metrics, single[1])]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+    assert "Tied-LoRA rank 4: trained v B u A, tied A B" in printed
+
+
+def test_training_moves_the_adapter_and_records_what_it_did(
+    workshop: Path, single: tuple[AdapterFile, dict, str]
+) -> None:
+    file, metrics, printed = single
+    assert file.state["layers.3.linear_fc2.v"].abs().max() > 0
+    assert [step["step"] for step in metrics["steps"]] == [1, 2, 3, 4]
+    assert all({"loss", "lr", "grad_norm", "seconds", "tokens"} <= step.keys() for step in metrics["steps"])
+    assert metrics["tokens_per_second"] > 0
+    assert {"validation_loss", "validation_exact_string_match"} <= metrics["validations"][-1].keys()
+    assert metrics["trained_parameters"] == sum(file.state[name].numel() for name in file.state)
+    assert f"{metrics['trained_parameters']:,}" in printed
+    assert (workshop / "single" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert list((workshop / "single").glob("events.out.tfevents.*"))
+
+
+def test_a_run_goes_on_where_it_stopped(workshop: Path, single: tuple[AdapterFile, dict, str]) -> None:
+    _, metrics, _ = finetune(workshop, "single", "trainer.max_steps=6")
+    assert [step["step"] for step in metrics["steps"]] == [1, 2, 3, 4, 5, 6]
+    assert [step["loss"] for step in metrics["steps"][:4]] == [step["loss"] for step in single[1]["steps"]]
+
+
+def test_generate_completes_prompts_on_another_layout(workshop: Path, single: tuple[AdapterFile, dict, str]) -> None:
+    common = ["base=base.nemo", "trainer.precision=32", "tokens_to_generate=4"]
+    adapter = "adapter=single/adapter.nemo"
+    done = tied_lora("generate", *common, adapter, "prompts=['1:','2:']", "layout=pp2", folder=workshop)
+    assert [line[:2] for line in done.stdout.splitlines()[-2:]] == ["1:", "2:"]
+    tied_lora(
+        "generate", *common, "adapter=null", "prompts_file=validation.jsonl", "output=answers.jsonl", folder=workshop
+    )
+    answers = [json.loads(line) for line in (workshop / "answers.jsonl").read_text().splitlines()]
+    assert [answer["prompt"] for answer in answers[:2]] == ["0:", "1:"]
+    assert all(isinstance(answer["completion"], str) for answer in answers)
+
+
+def test_every_mistake_is_reported_at_once_before_torch_is_imported(workshop: Path) -> None:
+    wrong = [
+        "layout=tp8",
+        "model.restore_from_path=base.nemo",
+        "model.peft.tied_lora.adapter_dim=8",
+        "model.peft.tied_lora.weight_tying=true",
+        "model.peft.tied_lora.alpha=0",
+        "model.data.train_ds.file_names=[missing.jsonl]",
+        "output=adapter.zip",
+    ]
+    done = tied_lora("finetune", *wrong, folder=workshop, ok=False)
+    assert done.returncode == 2
+    said = [
+        "adapter_dim=8: not a key of tied_lora; write rank",
+        "tied: [A, B]",
+        "alpha=0",
+        "missing.jsonl: no such file",
+    ]
+    said += ["validation_ds.file_names", "must end in .nemo", "num_attention_heads"]
+    assert [part for part in said if part not in done.stderr] == []
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["", "plan", "finetune", "pretrain", "generate", "quickstart", "compare"])
+def test_help_says_what_to_type(command: str, tmp_path: Path) -> None:
+    done = tied_lora(*command.split(), "--help", folder=tmp_path)
+    assert "tied-lora" in done.stdout
+    assert not list(tmp_path.iterdir())
