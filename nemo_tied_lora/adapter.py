@@ -47,7 +47,7 @@ class Chunk:
         """
         config = self.body.config
         self.had_cond_embedder = getattr(config, "has_cond_embedder", None)
-        config.has_cond_embedder = True  # type: ignore[union-attr]
+        config.has_cond_embedder = True
         pipelined = parallel_state.get_pipeline_model_parallel_world_size() > 1
         # Checkpointed regions give no gradients unless an input requires one; a stage's output must require one
         # for the pipeline's backward, also where the stage has no linear of the adapter.
@@ -62,9 +62,9 @@ class Chunk:
             swap_out(site.module)
         del self.body.decoder.tied_lora
         if self.had_cond_embedder is None:
-            del self.body.config.has_cond_embedder  # type: ignore[union-attr]
+            del self.body.config.has_cond_embedder
         else:
-            self.body.config.has_cond_embedder = self.had_cond_embedder  # type: ignore[union-attr]
+            self.body.config.has_cond_embedder = self.had_cond_embedder
         if self.hook is not None:
             self.hook.remove()
         for name, parameter in self.outer.named_parameters():
@@ -128,7 +128,8 @@ class Adapter:
 
         "linear_qkv.A" (r, in), "linear_qkv.B" (out, r), "layers.7.linear_qkv.u" (r,), "layers.7.linear_qkv.v" (out,).
         """
-        return adapter_state.gather(self.config, self.specs, [chunk.factors for chunk in self.chunks])
+        device = next(self.chunks[0].body.parameters()).device
+        return adapter_state.gather(self.config, self.specs, [chunk.factors for chunk in self.chunks], device)
 
     def load_full_state(self, state: Mapping[str, torch.Tensor]) -> None:
         """Loads what `full_state` returned, on any layout.
@@ -176,7 +177,7 @@ def _require_grad(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch
 
 def _merged_weight(module: nn.Module) -> torch.Tensor:
     link: TiedLoraLink = module.tied_lora  # type: ignore[assignment]
-    weight: torch.Tensor = module.weight.data
+    weight: torch.Tensor = module.weight.data  # type: ignore[assignment]
     with torch.no_grad():
         A, h_scale, B = link.folded(torch.promote_types(weight.dtype, torch.float32))
         A = A if h_scale is None else A * h_scale.unsqueeze(1)

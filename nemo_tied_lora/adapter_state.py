@@ -21,22 +21,21 @@ def expected_shapes(config: TiedLoraConfig, specs: Mapping[str, TargetSpec]) -> 
 
 
 def gather(
-    config: TiedLoraConfig, specs: Mapping[str, TargetSpec], chunks: Sequence[ChunkFactors]
+    config: TiedLoraConfig, specs: Mapping[str, TargetSpec], chunks: Sequence[ChunkFactors], device: torch.device
 ) -> dict[str, torch.Tensor]:
     """Whole tensors on the CPU of every rank. Gathered over the tensor-parallel group, then over the pipeline.
 
-    A tied tensor is the same on every stage and is not sent across the pipeline. All ranks must call it.
+    A tied tensor is the same on every stage and is not sent across the pipeline. All ranks must call it, also one
+    that holds no tensor; `device` is where it receives the others'.
     """
     own = {(layer, t, f): p for chunk in chunks for layer, t, f, p in chunk.named_own()}
-    owners = _owners(own)
+    owners, dtype = _owners(own)
     tied = {(t, f): p for t, f, p in chunks[0].named_tied()}
-    device = next(iter(tied.values()), next(iter(own.values()), torch.empty(0))).device
-    dtype = next(iter(tied.values()), next(iter(own.values()), torch.empty(0))).dtype
     state = {}
     for name, layer, target, factor in _entries(config, specs):
         spec = specs[target]
         if layer is None:
-            state[name] = _gather_shards(tied[target, factor].detach(), factor, spec).cpu()
+            state[name] = _gather_shards(tied[target, factor].detach().clone(), factor, spec).cpu()
             continue
         part = own.get((layer, target, factor))
         local = torch.empty(local_shape(factor, spec, config.rank, _tp_size()), dtype=dtype, device=device)
@@ -110,14 +109,16 @@ def _tp_size() -> int:
     return parallel_state.get_tensor_model_parallel_world_size()
 
 
-def _owners(own: Mapping[tuple[int, str, str], torch.Tensor]) -> dict[int, int]:
-    """Layer to the pipeline rank that holds it."""
+def _owners(own: Mapping[tuple[int, str, str], torch.Tensor]) -> tuple[dict[int, int], torch.dtype | None]:
+    """Layer to the pipeline rank that holds it; the dtype of what they hold, None where nothing is per layer."""
     size = parallel_state.get_pipeline_model_parallel_world_size()
-    layers: list[list[int]] = [sorted({layer for layer, _, _ in own})] * size
+    dtype = next((tensor.dtype for tensor in own.values()), None)
+    stages: list[tuple[list[int], torch.dtype | None]] = [(sorted({layer for layer, _, _ in own}), dtype)] * size
     if size > 1:
         group = parallel_state.get_pipeline_model_parallel_group()
-        torch.distributed.all_gather_object(layers, list(layers[0]), group=group)
-    return {layer: rank for rank, held in enumerate(layers) for layer in held}
+        torch.distributed.all_gather_object(stages, stages[0], group=group)
+    owners = {layer: rank for rank, (held, _) in enumerate(stages) for layer in held}
+    return owners, next((dtype for _, dtype in stages if dtype is not None), None)
 
 
 def _from_stage(tensor: torch.Tensor, stage: int) -> torch.Tensor:

@@ -38,6 +38,10 @@ def check_finetuning(cfg: Mapping[str, Any]) -> None:
             f"model.peft.peft_scheme={scheme!r}: this command trains tied_lora; for plain LoRA: preset=lora"
         )
     problems += _unread_lora_keys(model["peft"])
+    if model.get("fsdp"):
+        problems.append(
+            "model.fsdp=true: not possible; FSDP would shard what all layers share; use tensor or pipeline parallel"
+        )
     config = _attempt(problems, adapter_section, model["peft"])
     base = _attempt(problems, base_model_config, model.get("restore_from_path"))
     start = model["peft"].get("restore_from_path")
@@ -167,10 +171,12 @@ def _unread_lora_keys(peft: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _data_problems(cfg: Mapping[str, Any]) -> Iterator[str]:
-    for name in ("train_ds", "validation_ds"):
+    for name in ("train_ds", "validation_ds", "test_ds"):
         section = cfg["model"]["data"][name]
         key = f"model.data.{name}.file_names"
         files = section.get("file_names")
+        if name == "test_ds" and files is None:
+            continue
         if not isinstance(files, list) or not files:
             yield f"{key}={files!r}: must be a list of JSONL files"
             continue

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import statistics
 import sys
@@ -15,6 +16,7 @@ from omegaconf import OmegaConf
 
 from nemo_tied_lora.commands.composing import compose_config, parser, plain, report
 from nemo_tied_lora.config import PRESETS, ConfigError
+from nemo_tied_lora.files import write_atomically, write_json
 
 __all__ = ["SUMMARY", "main"]
 
@@ -63,7 +65,6 @@ def _check(cfg: Mapping[str, Any]) -> None:
 def _run(cfg: Mapping[str, Any]) -> None:
     from tqdm import tqdm
 
-    from nemo_tied_lora.nemo.recording import write_json
     from nemo_tied_lora.quickstart import stages
 
     folder = Path(cfg["folder"])
@@ -78,6 +79,7 @@ def _run(cfg: Mapping[str, Any]) -> None:
         arguments = stages.finetune_arguments(base, data, place / "adapter.nemo", seed)
         arguments += [f"preset={preset}", "layout=single", f"exp_manager.explicit_log_dir={place}"]
         arguments += [f"model.optim.lr={cfg['learning_rates'][preset]}", "trainer.enable_progress_bar=false"]
+        arguments += [f"trainer.max_steps={cfg['steps']}", f"trainer.val_check_interval={cfg['steps']}"]
         stages.run_command([*arguments, *cfg["overrides"]], place / "finetune.log")
 
     with ThreadPoolExecutor(cfg["at_once"]) as pool:
@@ -87,12 +89,13 @@ def _run(cfg: Mapping[str, Any]) -> None:
     summary = {
         "base_exact_match": answers["results"]["base"]["exact_match"],
         "test_examples": len(answers["examples"]),
+        "steps": cfg["steps"],
         "learning_rates": {preset: cfg["learning_rates"][preset] for preset in cfg["presets"]},
         "runs": results,
     }
     write_json(folder / "compare.json", summary)
     table = _table(summary)
-    (folder / "compare.md").write_text(table, encoding="utf-8")
+    write_atomically(folder / "compare.md", table.encode())
     _draw(folder / "compare.png", summary)
     print(f"\n{table}\nwritten: {folder / 'compare.json'}, {folder / 'compare.md'}, {folder / 'compare.png'}")
 
@@ -135,7 +138,8 @@ def _table(summary: Mapping[str, Any]) -> str:
     lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     rank = summary["runs"][0]["rank"]
-    head = f"Rank {rank}, {summary['test_examples']} held-out numbers, base {summary['base_exact_match']:.1%}:\n\n"
+    base = f"base {summary['base_exact_match']:.1%}"
+    head = f"Rank {rank}, {summary['steps']} steps, {summary['test_examples']} held-out numbers, {base}:\n\n"
     return head + "\n".join(lines) + "\n"
 
 
@@ -154,13 +158,15 @@ def _draw(path: Path, summary: Mapping[str, Any]) -> None:
         axes.scatter([trained], [statistics.mean(scores)], color=color, marker="_", s=400, linewidths=2)
     axes.axhline(summary["base_exact_match"], color="gray", linestyle="--", linewidth=1, label="base")
     axes.set(xscale="log", ylim=(-0.03, 1.03), xlabel="trained parameters", ylabel="exact match, held-out numbers")
-    axes.set_title(f"Rank {summary['runs'][0]['rank']}, {len(summary['runs'])} runs; bars are means")
+    axes.set_title(
+        f"Rank {summary['runs'][0]['rank']}, {summary['steps']} steps, {len(summary['runs'])} runs; bars are means"
+    )
     axes.grid(visible=True, which="both", alpha=0.25)
     axes.legend()
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=120, format="png")
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
     plt.close(figure)
-    temporary.replace(path)
+    write_atomically(path, picture.getvalue())
 
 
 if __name__ == "__main__":

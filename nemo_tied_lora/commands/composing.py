@@ -22,7 +22,7 @@ from nemo_tied_lora.config import ConfigError
 
 __all__ = ["CommandLine", "compose_config", "parser", "plain", "report"]
 
-_ADAPTER_KEYS = "model.peft.tied_lora."
+_ADAPTER_KEYS = ("model.peft.tied_lora.", "model.peft.lora_tuning.")
 
 
 class CommandLine(argparse.Namespace):
@@ -100,7 +100,7 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _parsed(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(overrides for Hydra, problems). Unknown keys of tied_lora are let through: TiedLoraConfig knows what to say."""
+    """(overrides for Hydra, problems). Unknown keys of adapters are let through: `preflight` knows what to say."""
     overrides, problems = [], []
     for argument in arguments:
         try:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_tied_lora.commands.running import run_command
+from nemo_tied_lora.files import write_atomically
 from nemo_tied_lora.preflight import check_generation
 
 __all__ = ["SUMMARY", "main"]
@@ -58,11 +58,8 @@ def _write(rows: list[dict[str, Any]], output: str | None) -> None:
         for row in rows:
             print(f"{row['prompt']}{row['completion']}", flush=True)
         return
-    path = Path(output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    os.replace(temporary, path)
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path = write_atomically(Path(output), lines.encode())
     print(f"written: {path} ({len(rows)} completions)", flush=True)
 
 

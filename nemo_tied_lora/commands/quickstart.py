@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -13,8 +14,9 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from nemo_tied_lora.commands.composing import compose_config, parser, plain, report
-from nemo_tied_lora.commands.config_folder import config_folder
-from nemo_tied_lora.config import PRESETS, ConfigError
+from nemo_tied_lora.config import ConfigError
+from nemo_tied_lora.files import write_atomically, write_json
+from nemo_tied_lora.layout import Architecture, Layout, check
 
 __all__ = ["SUMMARY", "main"]
 
@@ -25,6 +27,7 @@ _EXAMPLES = """  tied-lora quickstart
   tied-lora quickstart "overrides=[model.peft.tied_lora.rank=32,trainer.max_steps=600]"
 """
 _SHOWN = 5
+_BATCH = {"micro_batch_size": 32, "global_batch_size": 32}
 
 
 def main(argv: list[str]) -> int:
@@ -50,13 +53,12 @@ def main(argv: list[str]) -> int:
 
 
 def _check(cfg: Mapping[str, Any]) -> None:
-    layouts = sorted(path.stem for path in (config_folder() / "layout").glob("*.yaml"))
-    choices = {"layout": layouts, "preset": sorted(PRESETS)}
-    problems = [
-        f"{key}={cfg[key]!r}: unknown; choose one of {', '.join(known)}"
-        for key, known in choices.items()
-        if cfg[key] not in known
-    ]
+    """Raises ConfigError where the layout does not fit the quickstart's model."""
+    model = plain(compose_config("pretrain", []))["model"]
+    sizes = {"trainer": cfg["trainer"], "model": {**cfg["model"], **_BATCH}}
+    problems = check(Architecture.from_model_config(model), Layout.from_config(sizes))
+    if cfg["trainer"]["num_nodes"] > 1:
+        problems.append("layout: the quickstart runs on one machine; choose single, tp2, pp2 or tp2pp2")
     if problems:
         raise ConfigError(problems)
 
@@ -65,6 +67,9 @@ def _run(cfg: Mapping[str, Any]) -> None:
     from nemo_tied_lora.quickstart import stages
 
     folder = Path(cfg["folder"])
+    devices, preset = cfg["trainer"]["devices"], cfg["model"]["peft"]["tied_lora"]["preset"]
+    sizes = {key: cfg["model"][key] for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size")}
+    layout = "tp{}pp{}".format(*sizes.values())
     started = time.perf_counter()
     with stages.MemoryMeter() as memory:
         had_base = (folder / "base.nemo").exists()
@@ -72,10 +77,11 @@ def _run(cfg: Mapping[str, Any]) -> None:
         data = stages.make_data(folder)
         pretraining_seconds = time.perf_counter() - started
         # A layout of its own: a checkpoint of NeMo's loads only on the layout that wrote it.
-        training = folder / f"training-{cfg['preset']}-{cfg['layout']}"
+        training = folder / f"training-{preset}-{layout}"
         trained = training / "adapter.nemo"
         arguments = stages.finetune_arguments(base, data, trained, cfg["seed"])
-        arguments += [f"layout={cfg['layout']}", f"preset={cfg['preset']}", f"exp_manager.explicit_log_dir={training}"]
+        arguments += [f"preset={preset}", f"exp_manager.explicit_log_dir={training}", f"trainer.devices={devices}"]
+        arguments += [f"model.{key}={size}" for key, size in sizes.items()]
         finetuning_seconds = stages.run_command([*arguments, *cfg["overrides"]])
         answers = stages.evaluate(base, data, folder / "answers.json", [trained])
     run = json.loads((training / "metrics.json").read_text())
@@ -92,8 +98,8 @@ def _run(cfg: Mapping[str, Any]) -> None:
         "pretraining_seconds": 0.0 if had_base else pretraining_seconds,
         "finetuning_seconds": finetuning_seconds,
         "peak_memory_bytes": memory.peak_bytes,
-        "layout": cfg["layout"],
-        "preset": cfg["preset"],
+        "layout": layout,
+        "preset": preset,
         "seed": cfg["seed"],
         "tokens_per_second": run["tokens_per_second"],
         "steps": len(run["steps"]),
@@ -103,15 +109,11 @@ def _run(cfg: Mapping[str, Any]) -> None:
 
 def _publish(folder: Path, training: Path, metrics: Mapping[str, Any], table: str) -> None:
     """Moves the results up, writes metrics.json and report.md, prints the report, drops the finished checkpoints."""
-    import shutil
-
-    from nemo_tied_lora.nemo.recording import write_json
-
     for name in ("adapter.nemo", "loss.png"):
         (training / name).replace(folder / name)
     write_json(folder / "metrics.json", dict(metrics))
     text = _report(folder, metrics, table)
-    (folder / "report.md").write_text(text, encoding="utf-8")
+    write_atomically(folder / "report.md", text.encode())
     print(text)
     shutil.rmtree(training / "checkpoints", ignore_errors=True)
 

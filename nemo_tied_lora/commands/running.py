@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -52,18 +54,26 @@ def run_command(
     except ConfigError as error:
         return report(command, error) if not is_rank() or _is_first_rank() else 2
     if is_rank():
-        return _run_rank(command, options.overrides, options.config_dir, run)
+        return _run_rank(command, options.overrides, options.config_dir, run, verbose=bool(values["verbose"]))
     if layout.num_nodes > 1:
         problem = "trainer.num_nodes: several nodes need a launcher; start one process a rank with torchrun or srun"
         return report(command, ConfigError([problem]))
     return start_ranks(f"nemo_tied_lora.commands.{command}", argv, layout.devices)
 
 
-def _run_rank(command: str, overrides: list[str], config_dir: str | None, run: Callable[[DictConfig], Any]) -> int:
+def _run_rank(
+    command: str, overrides: list[str], config_dir: str | None, run: Callable[[DictConfig], Any], *, verbose: bool
+) -> int:
+    if not verbose:
+        _quiet()
     from nemo_tied_lora.platform import prepare
 
     prepare(nemo=True)
     from nemo.core.config import hydra_runner
+    from nemo.utils import logging as nemo_logging
+
+    if not verbose:
+        nemo_logging.remove_stream_handlers()  # its log files in the run's folder still hold everything
 
     failure: list[ConfigError] = []
 
@@ -79,6 +89,13 @@ def _run_rank(command: str, overrides: list[str], config_dir: str | None, run: C
     if failure:
         return report(command, failure[0]) if _is_first_rank() else 2
     return 0
+
+
+def _quiet() -> None:
+    """Only what a person asked to see, errors, and the progress bar: before the noisy packages are imported."""
+    warnings.filterwarnings("ignore")
+    for name in ("lightning.pytorch", "datasets", "megatron", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _is_first_rank() -> bool:

@@ -23,6 +23,7 @@ from safetensors.torch import save as save_safetensors
 from torch import nn
 
 from nemo_tied_lora.adapter import Adapter
+from nemo_tied_lora.adapter_state import check_state, expected_shapes
 from nemo_tied_lora.config import ConfigError, TiedLoraConfig
 from nemo_tied_lora.injection import inject
 from nemo_tied_lora.sharding import TargetSpec
@@ -55,24 +56,30 @@ def save_adapter(adapter: Adapter, path: str | os.PathLike, facts: Mapping[str, 
     Args:
         adapter: on any layout.
         path: of the `.nemo` file.
-        facts: plain values to keep in the YAML (base model, versions, training).
+        facts: plain values to keep in the YAML (base model, versions, training), beside the format's own keys.
+
+    Raises:
+        OSError: it could not be written, on every rank; an older file is as it was.
     """
     path = Path(path)
     state = adapter.full_state()
+    own = {
+        "format_version": FORMAT_VERSION,
+        "peft": {"peft_scheme": "tied_lora", "tied_lora": adapter.config.as_dict()},
+        "targets": {t: {**dataclasses.asdict(s), "layers": list(s.layers)} for t, s in adapter.specs.items()},
+    }
+    description = {**own, **{key: value for key, value in (facts or {}).items() if key not in own}}
+    failure: Exception | None = None
     if _is_first_rank():
-        description = {
-            "format_version": FORMAT_VERSION,
-            "peft": {"peft_scheme": "tied_lora", "tied_lora": adapter.config.as_dict()},
-            "targets": {t: {**dataclasses.asdict(s), "layers": list(s.layers)} for t, s in adapter.specs.items()},
-            **(facts or {}),
-        }
-        members = {
-            _CONFIG_MEMBER: yaml.safe_dump(description, sort_keys=False).encode(),
-            _STATE_MEMBER: save_safetensors({name: t.contiguous() for name, t in state.items()}),
-        }
-        _write_tar(path, members)
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
+        try:
+            members = {
+                _CONFIG_MEMBER: yaml.safe_dump(description, sort_keys=False).encode(),
+                _STATE_MEMBER: save_safetensors({name: t.contiguous() for name, t in state.items()}),
+            }
+            _write_tar(path, members)
+        except Exception as error:
+            failure = error
+    _raise_on_every_rank(path, failure)
     return path
 
 
@@ -81,15 +88,15 @@ def load_adapter(model: nn.Module | Sequence[nn.Module], path: str | os.PathLike
 
     Raises:
         AdapterFileError: the file cannot be read as an adapter, or its target shapes are not this model's.
-        ConfigError, ValueError: as `inject` and `Adapter.load_full_state`.
+        ConfigError: as `inject`.
     """
     file = read_adapter(path)
     adapter = inject(model, file.config)
     if adapter.specs != file.specs:
         differences = [
-            f"{path}: {target}: the adapter was trained on {file.specs.get(target)}, this model has {spec}"
+            f"{path}: {target}: the adapter was trained on {file.specs[target]}, this model has {spec}"
             for target, spec in adapter.specs.items()
-            if file.specs.get(target) != spec
+            if file.specs[target] != spec
         ]
         adapter.remove()
         raise AdapterFileError("\n".join(differences))
@@ -101,7 +108,8 @@ def read_adapter(path: str | os.PathLike) -> AdapterFile:
     """Reads a `.nemo` adapter without a model.
 
     Raises:
-        AdapterFileError: not a tar, truncated, members missing, an unknown format version, an unreadable part.
+        AdapterFileError: not a tar, truncated, members missing, an unknown format version, an unreadable part, a
+            configuration out of bounds, tensors that it does not ask for or that are not finite.
         FileNotFoundError: no such file.
     """
     members = _read_tar(Path(path))
@@ -115,11 +123,40 @@ def read_adapter(path: str | os.PathLike) -> AdapterFile:
         config = TiedLoraConfig.from_mapping(description["peft"]["tied_lora"])
         specs = {t: TargetSpec(**{**s, "layers": tuple(s["layers"])}) for t, s in description["targets"].items()}
         state = load_safetensors(members[_STATE_MEMBER])
-    except (AdapterFileError, ConfigError):
+        problems = _inconsistencies(config, specs, state)
+    except AdapterFileError:
         raise
+    except ConfigError as error:
+        raise AdapterFileError("\n".join(f"{path}: {problem}" for problem in error.problems)) from error
     except Exception as error:  # whatever a damaged YAML or safetensors raises
         raise AdapterFileError(f"{path}: damaged: {type(error).__name__}: {error}") from error
-    return AdapterFile(config, specs, state, description)
+    if problems:
+        raise AdapterFileError("\n".join(f"{path}: {problem}" for problem in problems))
+    return AdapterFile(config, specs, {name: state[name] for name in expected_shapes(config, specs)}, description)
+
+
+def _inconsistencies(
+    config: TiedLoraConfig, specs: Mapping[str, TargetSpec], state: Mapping[str, torch.Tensor]
+) -> list[str]:
+    """What the file's parts say against each other, a line each."""
+    if tuple(specs) != tuple(config.targets):
+        return [f"targets: shapes of {', '.join(specs) or 'none'}, but {', '.join(config.targets)} were adapted"]
+    try:
+        check_state(state, expected_shapes(config, specs))
+    except ValueError as error:
+        return str(error).splitlines()
+    return []
+
+
+def _raise_on_every_rank(path: Path, failure: Exception | None) -> None:
+    """Rank 0 tells the others how its write ended: they would wait for it for ever, or go on without a file."""
+    told = [f"{type(failure).__name__}: {failure}" if failure else None]
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(told, src=0)
+    if failure is not None:
+        raise failure
+    if told[0] is not None:
+        raise OSError(f"{path}: rank 0 could not write it: {told[0]}")
 
 
 def _write_tar(path: Path, members: Mapping[str, bytes]) -> None:

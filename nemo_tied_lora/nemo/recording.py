@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-import json
-import os
+import io
+import math
 import resource
 import sys
 import time
@@ -15,7 +15,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from megatron.core import parallel_state
 
-__all__ = ["RunRecorder", "draw_losses", "peak_memory_bytes", "write_json"]
+from nemo_tied_lora.files import write_atomically
+
+__all__ = ["RunRecorder", "draw_losses", "peak_memory_bytes"]
 
 
 class RunRecorder(Callback):
@@ -94,13 +96,6 @@ def peak_memory_bytes() -> int:
     return int(peak.item())
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Beside the target, then renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(values, indent=2) + "\n")
-    os.replace(temporary, path)
-
-
 def draw_losses(path: Path, summary: dict[str, Any], title: str) -> None:
     """Training loss per step, its running mean, validation loss, as a PNG."""
     import matplotlib
@@ -108,7 +103,7 @@ def draw_losses(path: Path, summary: dict[str, Any], title: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    steps = [(point["step"], point["loss"]) for point in summary["steps"] if "loss" in point]
+    steps = [(point["step"], point["loss"]) for point in summary["steps"] if point.get("loss", 0) > 0]
     validations = [(p["step"], p["validation_loss"]) for p in summary["validations"] if "validation_loss" in p]
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     if steps:
@@ -119,16 +114,16 @@ def draw_losses(path: Path, summary: dict[str, Any], title: str) -> None:
     axes.set(xlabel="step", ylabel="loss (nats per answer token)", title=title, yscale="log")
     axes.grid(visible=True, which="both", alpha=0.25)
     axes.legend()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    figure.savefig(temporary, dpi=120, format="png")
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
     plt.close(figure)
-    os.replace(temporary, path)
+    write_atomically(path, picture.getvalue())
 
 
-def _running_mean(points: list[tuple[float, float]], weight: float = 0.95) -> list[tuple[float, float]]:
-    """Exponential, corrected for its start."""
+def _running_mean(points: list[tuple[float, float]], weight: float = 0.9) -> list[tuple[float, float]]:
+    """Exponential, of logarithms as the axis shows them, corrected for its start."""
     means, total, norm = [], 0.0, 0.0
     for step, value in points:
-        total, norm = weight * total + (1 - weight) * value, weight * norm + (1 - weight)
-        means.append((step, total / norm))
+        total, norm = weight * total + (1 - weight) * math.log(value), weight * norm + (1 - weight)
+        means.append((step, math.exp(total / norm)))
     return means

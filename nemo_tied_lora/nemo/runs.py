@@ -20,10 +20,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from nemo_tied_lora.adapter import Adapter
 from nemo_tied_lora.config import ConfigError, TiedLoraConfig
 from nemo_tied_lora.counting import TargetShape, parameter_counts
+from nemo_tied_lora.files import write_json
 from nemo_tied_lora.nemo.model import MegatronGPTTiedLoraModel
 from nemo_tied_lora.nemo.peft_config import TiedLoraPEFTConfig
 from nemo_tied_lora.nemo.process_groups import ensure_process_groups
-from nemo_tied_lora.nemo.recording import RunRecorder, draw_losses, peak_memory_bytes, write_json
+from nemo_tied_lora.nemo.recording import RunRecorder, draw_losses, peak_memory_bytes
 
 __all__ = ["base_parameter_count", "finetune", "parameter_table", "pretrain"]
 
@@ -46,6 +47,8 @@ def finetune(cfg: DictConfig) -> dict[str, Any]:
     if trainer.global_rank == 0:
         print(parameter_table(model.tied_lora, base), flush=True)
     trainer.fit(model)
+    if cfg.model.data.test_ds.file_names is not None:
+        trainer.test(model)
     facts = {
         "adapter": model.tied_lora.config.as_dict(),
         "trained_parameters": sum(model.tied_lora.num_parameters().values()),

@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
     prepare(nemo=True)
     examples = [json.loads(line) for line in Path(examples_file).read_text(encoding="utf-8").splitlines()]
     results = evaluate(base, examples, adapters)
-    from nemo_tied_lora.nemo.recording import write_json
+    from nemo_tied_lora.files import write_json
 
     write_json(Path(output), {"examples": examples, "results": results})
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -65,6 +66,7 @@ def make_base(folder: Path) -> Path:
         arguments += [f"model.data.{ds}.file_names=[{data / f'pretrain_{name}.jsonl'}]" for ds, name in _SPLITS]
         run_command(arguments)
         (folder / "pretraining" / "base.nemo").rename(base)
+        shutil.rmtree(folder / "pretraining" / "checkpoints", ignore_errors=True)
     return base
 
 
@@ -95,12 +97,13 @@ def evaluate(base: Path, data: Path, output: Path, adapters: Sequence[Path]) -> 
 
 
 class MemoryMeter:
-    """The highest sum of resident memory of this process and all its children, sampled while in use.
+    """The highest sum of memory of this process and all its children, sampled while in use.
 
-    Pages that processes share are counted in each: the number is an upper bound.
+    A page that several processes share is divided among them (proportional set size) where the system tells, and
+    counted in each elsewhere.
     """
 
-    def __init__(self, seconds: float = 0.25) -> None:
+    def __init__(self, seconds: float = 0.5) -> None:
         self.peak_bytes = 0
         self._seconds, self._done = seconds, threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
@@ -126,7 +129,8 @@ _SPLITS = (("train_ds", "train"), ("validation_ds", "validation"))
 
 def _resident(process: psutil.Process) -> int:
     try:
-        return process.memory_info().rss
+        full = process.memory_full_info()
+        return int(getattr(full, "pss", full.rss))
     except psutil.Error:  # it has ended meanwhile
         return 0
 

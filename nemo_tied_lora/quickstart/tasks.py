@@ -19,11 +19,11 @@ Everything is a function of the seed: the same seed gives the same bytes on ever
 import hashlib
 import io
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from nemo_tied_lora.files import write_atomically
 
 __all__ = [
     "BASE_LANGUAGES",
@@ -159,7 +159,7 @@ def train_tokenizer(examples: Sequence[Example], path: Path) -> Path:
         num_threads=1,
         minloglevel=2,
     )
-    return _write_atomically(path, model.getvalue())
+    return write_atomically(path, model.getvalue())
 
 
 def write_quickstart_data(folder: Path, seed: int = 1234) -> dict[str, Path]:
@@ -178,7 +178,7 @@ def write_quickstart_data(folder: Path, seed: int = 1234) -> dict[str, Path]:
         "finetune_validation": finetune_examples(splits.validation, seed),
         "finetune_test": finetune_examples(splits.test, seed),
     }
-    paths = {name: _write_atomically(folder / f"{name}.jsonl", _jsonl(lines)) for name, lines in examples.items()}
+    paths = {name: write_atomically(folder / f"{name}.jsonl", _jsonl(lines)) for name, lines in examples.items()}
     paths["tokenizer"] = train_tokenizer(examples["pretrain_train"], folder / "tokenizer.model")
     return paths
 
@@ -200,17 +200,3 @@ def _jsonl(examples: list[Example]) -> bytes:
             yield json.dumps({"input": example.input, "output": example.output}, ensure_ascii=False) + "\n"
 
     return "".join(lines()).encode("utf-8")
-
-
-def _write_atomically(path: Path, content: bytes) -> Path:
-    """Write beside the target, then rename: a name of its own for each writer, so that two do not share one."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)  # mkstemp gives 0600
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return path

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files are written beside the target and renamed: a reader meets the old file or the new one, never half of one."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+__all__ = ["write_atomically", "write_json"]
+
+
+def write_atomically(path: Path, content: bytes) -> Path:
+    """Replaces `path` by `content`, made durable first; folders are made. Returns the path.
+
+    Raises:
+        OSError: it cannot be written; the old file is intact then, and nothing is left beside it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> Path:
+    """`values` as indented JSON."""
+    return write_atomically(path, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

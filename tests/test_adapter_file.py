@@ -1,0 +1,432 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One process, then two ranks (one start): the adapter's `.nemo` file, and every file that is none."""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+
+from nemo_tied_lora import TiedLoraConfig, inject, load_adapter, save_adapter
+from nemo_tied_lora.adapter import Adapter
+from nemo_tied_lora.adapter_state import expected_shapes
+from nemo_tied_lora.config import TARGETS
+from nemo_tied_lora.export import nemo_adapter
+from nemo_tied_lora.export.nemo_adapter import AdapterFileError, read_adapter
+from tests.ranks import run_ranks, single_process
+from tests.relayout import relayout
+from tests.tiny_gpt import build_gpt, full_tensor
+
+LAYERS, RANK = 4, 3
+LLAMA: dict[str, Any] = {"num_layers": LAYERS, "llama": True, "groups": 2}
+LAYOUTS: dict[str, dict[str, int]] = {"tp2": {"tp": 2}, "pp2": {"pp": 2}}
+CONFIG: dict[str, Any] = {"preset": "tl6", "rank": RANK, "alpha": 5.0}
+YAML, STATE = "model_config.yaml", "adapter.safetensors"
+Members = dict[str, bytes]
+
+
+@pytest.fixture(autouse=True)
+def megatron() -> None:
+    single_process()
+
+
+def build(**fields: Any) -> Adapter:
+    """A Llama style model of 4 layers with an adapter that is random everywhere."""
+    adapter = inject(build_gpt(**LLAMA), TiedLoraConfig.from_mapping({**CONFIG, **fields}))
+    shapes = expected_shapes(adapter.config, adapter.specs)
+    adapter.load_full_state({name: full_tensor(f"file {name}", shape) for name, shape in shapes.items()})
+    return adapter
+
+
+def members_of(path: Path) -> Members:
+    with tarfile.open(path) as tar:
+        return {info.name: tar.extractfile(info).read() for info in tar}  # type: ignore[union-attr]
+
+
+def write(path: Path, members: Members) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert list(got) == list(expected)
+    assert [name for name in got if got[name].dtype != expected[name].dtype] == []
+    assert [name for name in got if not torch.equal(got[name], expected[name])] == []
+
+
+def save_and_load_on_a_rank(folder: str) -> dict[str, Any]:
+    """Each layout writes its file; each then loads both files, the other layout's first."""
+    results: dict[str, Any] = {}
+    for layout, sizes in LAYOUTS.items():
+        relayout(**sizes)
+        save_adapter(build(), Path(folder) / f"{layout}.nemo")
+        results[f"readable after {layout}"] = (Path(folder) / f"{layout}.nemo").is_file()
+    for layout, sizes in LAYOUTS.items():
+        relayout(**sizes)
+        for source in LAYOUTS:
+            adapter = load_adapter(build_gpt(**LLAMA), Path(folder) / f"{source}.nemo")
+            results[f"{source} at {layout}"] = adapter.full_state()
+    results["failure"] = error_of(lambda: save_adapter(build(), Path(folder) / "a_folder"))
+    return results
+
+
+def error_of(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except OSError as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("two_ranks")
+    (path / "a_folder").mkdir()
+    return path
+
+
+@pytest.fixture(scope="module")
+def two_ranks(folder: Path) -> list[dict[str, Any]]:
+    """Spawned once; a failure too is kept, and not tried again for each test."""
+    return run_ranks(save_and_load_on_a_rank, str(folder), world_size=2, tp=2)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    return save_adapter(build(), tmp_path / "adapter.nemo")
+
+
+@pytest.mark.parametrize("preset", ["lora", "vera", "tl5", "tl6"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_save_then_load_is_the_identity(tmp_path: Path, preset: str, dtype: torch.dtype) -> None:
+    model = build_gpt(**LLAMA, dtype=dtype)
+    config = TiedLoraConfig.preset(preset, rank=RANK, layers=[1, 3], dropout=0.1)
+    adapter = inject(model, config)
+    state = {n: full_tensor(f"file {n}", tuple(t.shape)).to(dtype) for n, t in adapter.full_state().items()}
+    adapter.load_full_state(state)
+    path = save_adapter(adapter, tmp_path / "adapter.nemo")
+    adapter.remove()
+    loaded = load_adapter(model, path)
+    assert loaded.config == config
+    assert loaded.specs == adapter.specs
+    assert_same(loaded.full_state(), state)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("source", LAYOUTS)
+def test_a_file_of_either_layout_loads_at_either(layout: str, source: str, two_ranks: list[dict[str, Any]]) -> None:
+    expected = build().full_state()
+    for rank in two_ranks:
+        assert_same(rank[f"{source} at {layout}"], expected)
+
+
+def test_the_file_does_not_depend_on_the_layout(two_ranks: list[dict[str, Any]], folder: Path, saved: Path) -> None:
+    assert (folder / "tp2.nemo").read_bytes() == (folder / "pp2.nemo").read_bytes() == saved.read_bytes()
+
+
+def test_the_file_is_there_on_every_rank_when_the_call_returns(two_ranks: list[dict[str, Any]]) -> None:
+    assert [rank[f"readable after {layout}"] for rank in two_ranks for layout in LAYOUTS] == [True] * 4
+
+
+def test_a_failure_of_the_rank_that_writes_is_an_error_on_every_rank(two_ranks: list[dict[str, Any]]) -> None:
+    """The others must not wait for it for ever."""
+    assert two_ranks[0]["failure"].startswith("IsADirectoryError")
+    assert two_ranks[1]["failure"].startswith("OSError")
+    assert "a_folder" in two_ranks[1]["failure"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_file_of_two_ranks_loads_on_one(layout: str, two_ranks: list[dict[str, Any]], folder: Path) -> None:
+    assert_same(load_adapter(build_gpt(**LLAMA), folder / f"{layout}.nemo").full_state(), build().full_state())
+
+
+def test_members_and_keys_on_disk_hold_each_tied_tensor_once(saved: Path) -> None:
+    members = members_of(saved)
+    assert set(members) == {YAML, STATE}
+    expected = {f"{target}.{factor}" for target in TARGETS for factor in "AB"}
+    expected |= {f"layers.{i}.{target}.{factor}" for i in range(LAYERS) for target in TARGETS for factor in "uv"}
+    tensors = load_safetensors(members[STATE])
+    assert set(tensors) == expected
+    assert tensors["linear_fc1.B"].shape == (80, RANK)
+
+
+def test_the_yaml_says_what_was_trained(tmp_path: Path) -> None:
+    path = save_adapter(build(), tmp_path / "adapter.nemo", facts={"base": {"name": "tiny", "layers": LAYERS}})
+    description = yaml.safe_load(members_of(path)[YAML])
+    assert description["format_version"] == 1
+    assert description["peft"]["peft_scheme"] == "tied_lora"
+    assert description["peft"]["tied_lora"]["alpha"] == 5.0
+    assert description["base"] == {"name": "tiny", "layers": LAYERS}
+    assert description["targets"]["linear_fc1"] == {
+        "kind": "column",
+        "in_features": 24,
+        "out_features": 80,
+        "blocks": 2,
+        "layers": [0, 1, 2, 3],
+    }
+    assert read_adapter(path).yaml == description
+
+
+def test_facts_do_not_replace_the_formats_own_keys(tmp_path: Path) -> None:
+    path = save_adapter(build(), tmp_path / "adapter.nemo", facts={"format_version": 99, "peft": None, "note": "mine"})
+    file = read_adapter(path)
+    assert file.config.rank == RANK
+    assert file.yaml["note"] == "mine"
+
+
+@pytest.mark.parametrize("preset", ["lora", "vera", "tl5", "tl6"])
+def test_the_file_is_no_larger_than_the_formula_and_64_kib(tmp_path: Path, preset: str) -> None:
+    """hidden 256, 6 layers: large enough that a tied tensor written once a layer would show."""
+    layers, hidden, rank = 6, 256, 32
+    model = build_gpt(num_layers=layers, hidden=hidden, ffn=4 * hidden, dtype=torch.float32)
+    path = save_adapter(inject(model, TiedLoraConfig.preset(preset, rank=rank)), tmp_path / "adapter.nemo")
+    sides = [(hidden, 3 * hidden), (hidden, hidden), (hidden, 4 * hidden), (4 * hidden, hidden)]
+    elements = sum(rank * (inputs + outputs) for inputs, outputs in sides) * (layers if preset == "lora" else 1)
+    if preset in ("vera", "tl6"):
+        elements += sum(layers * (rank + outputs) for _, outputs in sides)
+    assert 4 * elements < path.stat().st_size <= 4 * elements + 64 * 1024
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.1, 0.3, 0.6, 0.9, 0.999])
+def test_a_truncated_file_is_refused(saved: Path, share: float) -> None:
+    whole = saved.read_bytes()
+    saved.write_bytes(whole[: int(len(whole.rstrip(b"\0")) * share)])
+    refused(saved, "")
+
+
+def test_every_truncation_is_refused_or_leaves_the_whole_content(saved: Path) -> None:
+    """A tar ends in padding: where only whole blocks of that are lost, everything is still there."""
+    whole, expected = saved.read_bytes(), read_adapter(saved).state
+    data_end = -(-len(whole.rstrip(b"\0")) // 512) * 512
+    for length in [*range(0, data_end, 509), data_end - 1, *range(data_end, len(whole), 509)]:
+        saved.write_bytes(whole[:length])
+        state = state_or_none(saved)
+        assert (state is None) == (length < data_end), length
+        if state is not None:
+            assert_same(state, expected)
+
+
+def state_or_none(path: Path) -> dict[str, torch.Tensor] | None:
+    """None where the file is refused as it should be; any other error is the test's failure."""
+    try:
+        return read_adapter(path).state
+    except AdapterFileError as error:
+        message = str(error)
+    assert str(path) in message
+    return None
+
+
+def with_member(name: str, content: bytes) -> Callable[[Members], Members]:
+    return lambda members: {**members, name: content}
+
+
+def with_yaml(change: Callable[[dict[str, Any]], Any]) -> Callable[[Members], Members]:
+    def changed(members: Members) -> Members:
+        description = yaml.safe_load(members[YAML])
+        change(description)
+        return {**members, YAML: yaml.safe_dump(description).encode()}
+
+    return changed
+
+
+def with_state(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Members], Members]:
+    def changed(members: Members) -> Members:
+        state = load_safetensors(members[STATE])
+        change(state)
+        return {**members, STATE: save_safetensors(state)}
+
+    return changed
+
+
+def without(name: str) -> Callable[[Members], Members]:
+    return lambda members: {key: content for key, content in members.items() if key != name}
+
+
+BAD_MEMBERS: dict[str, tuple[Callable[[Members], Members], str]] = {
+    "another member": (with_member("weights.pt", b"x"), "unexpected member 'weights.pt'"),
+    "a member above the folder": (with_member("../adapter.safetensors", b"x"), "unexpected member '../adapter"),
+    "an absolute member": (with_member("/etc/adapter.safetensors", b"x"), "unexpected member '/etc/adapter"),
+    "no state": (without(STATE), "adapter.safetensors is missing"),
+    "no yaml": (without(YAML), "model_config.yaml is missing"),
+    "an empty archive": (lambda _: {}, "is missing"),
+    "a yaml that is none": (with_member(YAML, b"{: ["), "damaged"),
+    "a yaml that is a list": (with_member(YAML, b"[1, 2]"), "damaged"),
+    "a yaml that makes objects": (with_member(YAML, b"!!python/object/apply:os.getcwd []"), "damaged"),
+    "a huge yaml": (with_member(YAML, b"#" * ((1 << 20) + 1)), "claims 1048577 bytes"),
+    "a later version": (with_yaml(lambda d: d.update(format_version=2)), "format_version 2 is unknown"),
+    "no version": (with_yaml(lambda d: d.pop("format_version")), "format_version"),
+    "a bad config": (with_yaml(lambda d: d["peft"]["tied_lora"].update(rank=-1)), "rank=-1: must be a whole number"),
+    "an unknown key": (with_yaml(lambda d: d["peft"]["tied_lora"].update(ranc=8)), "did you mean rank?"),
+    "another target": (with_yaml(lambda d: d["targets"].pop("linear_fc2")), "linear_fc2"),
+    "a state of nothing": (with_member(STATE, b""), "damaged"),
+    "a state that is none": (with_member(STATE, b"\x80\x02}q\x00." * 40), "damaged"),
+    "a cut state": (lambda m: {**m, STATE: m[STATE][:-5]}, "damaged"),
+    "a tensor less": (with_state(lambda s: s.pop("linear_qkv.A")), "linear_qkv.A is missing"),
+    "a tensor more": (with_state(lambda s: s.update(x=torch.ones(1))), "x is unexpected"),
+    "another shape": (with_state(lambda s: s.update({"linear_qkv.A": torch.ones(2, 24)})), "has shape (2, 24)"),
+    "NaN": (with_state(lambda s: s["linear_qkv.A"].fill_(float("nan"))), "linear_qkv.A holds NaN"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_MEMBERS)
+def test_a_file_with_other_content_is_refused_and_the_model_left_alone(saved: Path, kind: str) -> None:
+    change, message = BAD_MEMBERS[kind]
+    refused(write(saved, change(members_of(saved))), message)
+
+
+def refused(path: Path, message: str) -> None:
+    """With a message that names the file, by both readers; the model stays as it was."""
+    with pytest.raises(AdapterFileError) as error:
+        read_adapter(path)
+    assert str(path) in str(error.value)
+    assert message in str(error.value)
+    model = build_gpt(**LLAMA)
+    keys, classes = list(model.state_dict()), [type(m) for m in model.modules()]
+    with pytest.raises(AdapterFileError):
+        load_adapter(model, path)
+    assert (list(model.state_dict()), [type(m) for m in model.modules()]) == (keys, classes)
+
+
+@pytest.mark.parametrize(
+    "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE]
+)
+def test_a_member_that_is_no_file_is_refused(saved: Path, kind: bytes) -> None:
+    members = members_of(saved)
+    with tarfile.open(saved, "w") as tar:
+        for name in (YAML, STATE):
+            info = tarfile.TarInfo(name)
+            if name == STATE:
+                info.type, info.linkname = kind, "/etc/passwd"
+                tar.addfile(info)
+            else:
+                info.size = len(members[name])
+                tar.addfile(info, io.BytesIO(members[name]))
+    refused(saved, "unexpected member 'adapter.safetensors'")
+
+
+def test_a_member_that_stands_there_twice_is_refused(saved: Path) -> None:
+    members = members_of(saved)
+    with tarfile.open(saved, "a") as tar:
+        info = tarfile.TarInfo(STATE)
+        info.size = len(members[STATE])
+        tar.addfile(info, io.BytesIO(members[STATE]))
+    refused(saved, "unexpected member 'adapter.safetensors'")
+
+
+def test_names_that_tar_writes_with_a_dot_are_read(saved: Path) -> None:
+    expected = read_adapter(saved).state
+    write(saved, {f"./{name}": content for name, content in members_of(saved).items()})
+    assert_same(read_adapter(saved).state, expected)
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 10240, b"not a tar", b"PK\x03\x04" + b"\0" * 600])
+def test_what_is_no_tar_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "adapter.nemo"
+    path.write_bytes(content)
+    refused(path, "")
+
+
+def test_a_folder_is_refused(tmp_path: Path) -> None:
+    refused(tmp_path, "is a folder")
+
+
+def test_a_file_that_is_not_there_is_not_found(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nothing\.nemo"):
+        read_adapter(tmp_path / "nothing.nemo")
+
+
+def test_any_damaged_byte_is_refused_or_harmless_and_never_another_error(saved: Path) -> None:
+    """A byte here and there, more of them in the two headers."""
+    whole = saved.read_bytes()
+    second = 512 + -(-len(members_of(saved)[YAML]) // 512) * 512
+    places = [
+        *range(0, 512, 5),
+        *range(512, second, 83),
+        *range(second, second + 512, 5),
+        *range(second + 512, second + 4000, 197),
+    ]
+    for place in places:
+        for value in (0x00, 0x39):
+            saved.write_bytes(whole[:place] + bytes([value]) + whole[place + 1 :])
+            state_or_none(saved)
+
+
+def test_an_adapter_of_another_base_is_refused_with_both_shapes(saved: Path) -> None:
+    model = build_gpt(**{**LLAMA, "ffn": 48})
+    keys = list(model.state_dict())
+    with pytest.raises(AdapterFileError) as error:
+        load_adapter(model, saved)
+    assert {line.split(": ")[1] for line in str(error.value).splitlines()} == {"linear_fc1", "linear_fc2"}
+    for number in ("80", "96"):
+        assert number in str(error.value)
+    assert list(model.state_dict()) == keys
+
+
+def test_an_adapter_of_a_deeper_base_is_refused(saved: Path) -> None:
+    with pytest.raises(AdapterFileError, match="linear_qkv"):
+        load_adapter(build_gpt(**{**LLAMA, "num_layers": 5}), saved)
+
+
+def test_saving_replaces_an_older_file(saved: Path) -> None:
+    save_adapter(build(rank=2), saved)
+    assert read_adapter(saved).config.rank == 2
+    assert os.listdir(saved.parent) == [saved.name]
+
+
+def test_missing_folders_are_made(tmp_path: Path) -> None:
+    path = save_adapter(build(), tmp_path / "runs" / "first" / "adapter.nemo")
+    assert read_adapter(str(path)).config.rank == RANK
+
+
+def test_the_file_has_the_permissions_that_the_user_asks_for(saved: Path) -> None:
+    current = os.umask(0o027)
+    try:
+        save_adapter(build(), saved)
+    finally:
+        os.umask(current)
+    assert stat.S_IMODE(saved.stat().st_mode) == 0o640
+
+
+def raise_no_space(*args: Any, **kwargs: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("failing", ["os.replace", "os.fsync", "tarfile.TarFile.addfile"])
+def test_a_failed_write_leaves_the_older_file_and_nothing_else(
+    saved: Path, failing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = saved.read_bytes()
+    adapter = build(rank=2)
+    monkeypatch.setattr(failing, raise_no_space)
+    with pytest.raises(OSError, match="No space left"):
+        save_adapter(adapter, saved)
+    monkeypatch.undo()
+    assert saved.read_bytes() == before
+    assert os.listdir(saved.parent) == [saved.name]
+
+
+def test_an_interrupted_write_leaves_nothing_behind(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = saved.read_bytes()
+    monkeypatch.setattr(nemo_adapter.os, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        save_adapter(build(rank=2), saved)
+    monkeypatch.undo()
+    assert saved.read_bytes() == before
+    assert os.listdir(saved.parent) == [saved.name]
