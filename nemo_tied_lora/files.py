@@ -6,24 +6,24 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-__all__ = ["write_atomically", "write_json"]
+__all__ = ["replace_file", "write_atomically", "write_json"]
 
 
-def write_atomically(path: Path, content: bytes) -> Path:
-    """Replaces `path` by `content`, made durable first; folders are made. Returns the path.
+def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> Path:
+    """Replaces `path` by what `write` puts into the file it is given, made durable first; folders are made.
 
     Raises:
-        OSError: it cannot be written; the old file is intact then, and nothing is left beside it.
+        OSError: it cannot be written; whatever goes wrong, the old file is intact, and nothing is left beside it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(content)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
@@ -32,6 +32,11 @@ def write_atomically(path: Path, content: bytes) -> Path:
         Path(temporary).unlink(missing_ok=True)
         raise
     return path
+
+
+def write_atomically(path: Path, content: bytes) -> Path:
+    """Replaces `path` by `content`; see `replace_file`."""
+    return replace_file(path, lambda file: file.write(content))
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> Path:

@@ -137,8 +137,12 @@ class TiedLoraMixin:
         """Transformer Engine's layer norm + linear in one kernel: the update acts on the norm's output."""
         link = self.tied_lora
         self.return_layernorm_output = True
-        result, bias = _fused_norm_outputs(super().forward(input_, *args, **kwargs))  # type: ignore[misc]
-        output, normed = result
+        try:
+            (output, normed), bias = _fused_norm_outputs(super().forward(input_, *args, **kwargs))  # type: ignore[misc]
+        finally:
+            self.return_layernorm_output = (
+                False  # a caller that meets the linear without its update expects two values
+            )
         A, h_scale, B = link.folded(_compute_dtype(normed))
         x = link.to_first_product(normed) if self.training else normed  # type: ignore[attr-defined]
         h = functional.linear(x.to(A.dtype), A)
@@ -158,8 +162,6 @@ def swap_out(module: nn.Module) -> None:
     """The linear's own class again."""
     module.__class__ = type(module).__bases__[1]
     del module.__dict__["tied_lora"]
-    if "return_layernorm_output" in module.__dict__:
-        module.return_layernorm_output = False  # type: ignore[assignment]
 
 
 _mixed: dict[type, type] = {}

@@ -38,7 +38,7 @@ SHORT = [
     "model.data.validation_ds.tokens_to_generate=4",
     "model.optim.sched.warmup_steps=1",
 ]
-TIMEOUT = 280
+TIMEOUT = 600
 
 
 def tied_lora(*arguments: str, folder: Path, ok: bool = True) -> subprocess.CompletedProcess[str]:

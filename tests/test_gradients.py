@@ -125,6 +125,21 @@ def sum_marked_over_tensor_parallel() -> list[list[float]]:
     return [p.grad.tolist() for p in parameters]  # type: ignore[union-attr]
 
 
+def dropout_masks() -> dict[str, list[float]]:
+    """On a rank: what dropout leaves of ones in front of each linear, plain and under sequence parallelism.
+
+    Megatron gives the default generator the same seed on all tensor-parallel ranks, as is done here.
+    """
+    masks = {}
+    for sequence_parallel in (False, True):
+        adapter = inject(build_gpt(num_layers=1, sequence_parallel=sequence_parallel), TiedLoraConfig(dropout=0.5))
+        for site in adapter.chunks[0].sites:
+            torch.manual_seed(11)
+            mask = site.module.tied_lora.to_first_product(torch.ones(64))  # type: ignore[operator,union-attr]
+            masks[f"{site.kind}{', sequence' if sequence_parallel else ''}"] = mask.tolist()
+    return masks
+
+
 SEQUENCE_PARALLEL = {"config": {"preset": "tl6", "rank": 3, "alpha": 5.0}, "steps": 2}
 
 
@@ -135,6 +150,7 @@ def on_a_rank() -> dict[str, Any]:
     results["all-reduces"] = count_all_reduces()
     relayout(tp=2)
     results["marked"] = sum_marked_over_tensor_parallel()
+    results["dropout"] = dropout_masks()
     sequence = {"sequence_parallel": True}
     results["sequence"] = train(Run(**SEQUENCE_PARALLEL, model=sequence))
     results["sequence, no sum"] = train(Run(**SEQUENCE_PARALLEL, model=sequence, fault="no_sum"))
@@ -296,3 +312,12 @@ def test_sequence_parallel_gradients_without_the_sum_are_noticed(
     for rank in two_ranks:
         names = wrong(rank["sequence, no sum"].gradients[0], whole_sequence.gradients[0])
         assert {tuple(name.split(".")[-2:]) for name in names} == partial_over_ranks
+
+
+@pytest.mark.parametrize(("kind", "replicated"), [("column", True), ("row", False), ("column, sequence", False)])
+def test_dropout_masks_agree_exactly_where_x_is_replicated(
+    kind: str, replicated: bool, two_ranks: list[dict[str, Any]]
+) -> None:
+    first, second = (rank["dropout"][kind] for rank in two_ranks)
+    assert set(first) == set(second) == {0.0, 2.0}
+    assert (first == second) is replicated

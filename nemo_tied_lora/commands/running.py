@@ -86,9 +86,19 @@ def _run_rank(
     more = [] if config_dir is None else ["--config-dir", config_dir]
     sys.argv = [f"tied-lora {command}", *overrides, *more]
     hydra_runner(config_path=str(config_folder()), config_name=command)(guarded)()
+    _leave_process_groups()
     if failure:
         return report(command, failure[0]) if _is_first_rank() else 2
     return 0
+
+
+def _leave_process_groups() -> None:
+    """A rank that exits with its groups' threads running may be aborted, after its work is done."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def _quiet() -> None:

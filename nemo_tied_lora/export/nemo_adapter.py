@@ -10,11 +10,10 @@ import dataclasses
 import io
 import os
 import tarfile
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import yaml
@@ -25,6 +24,7 @@ from torch import nn
 from nemo_tied_lora.adapter import Adapter
 from nemo_tied_lora.adapter_state import check_state, expected_shapes
 from nemo_tied_lora.config import ConfigError, TiedLoraConfig
+from nemo_tied_lora.files import replace_file
 from nemo_tied_lora.injection import inject
 from nemo_tied_lora.sharding import TargetSpec
 
@@ -76,7 +76,7 @@ def save_adapter(adapter: Adapter, path: str | os.PathLike, facts: Mapping[str, 
                 _CONFIG_MEMBER: yaml.safe_dump(description, sort_keys=False).encode(),
                 _STATE_MEMBER: save_safetensors({name: t.contiguous() for name, t in state.items()}),
             }
-            _write_tar(path, members)
+            replace_file(path, lambda file: _write_tar(file, members))
         except Exception as error:
             failure = error
     _raise_on_every_rank(path, failure)
@@ -159,23 +159,12 @@ def _raise_on_every_rank(path: Path, failure: Exception | None) -> None:
         raise OSError(f"{path}: rank 0 could not write it: {told[0]}")
 
 
-def _write_tar(path: Path, members: Mapping[str, bytes]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            with tarfile.open(fileobj=file, mode="w") as tar:
-                for name, content in members.items():
-                    info = tarfile.TarInfo(name)
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+def _write_tar(file: IO[bytes], members: Mapping[str, bytes]) -> None:
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
 
 
 def _read_tar(path: Path) -> dict[str, bytes]:
@@ -204,9 +193,3 @@ def _read_tar(path: Path) -> dict[str, bytes]:
 
 def _is_first_rank() -> bool:
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current

@@ -44,6 +44,8 @@ def finetune(cfg: DictConfig) -> dict[str, Any]:
     else:
         model.add_adapter(TiedLoraPEFTConfig(model_cfg))
     assert model.tied_lora is not None
+    # NeMo's validation would sample: its answers, and exact match, would be another at every run.
+    model.set_inference_config({"greedy": True})
     if trainer.global_rank == 0:
         print(parameter_table(model.tied_lora, base), flush=True)
     trainer.fit(model)
