@@ -166,16 +166,6 @@ def test_the_table_shows_the_numbers_of_the_json(capsys: pytest.CaptureFixture[s
 # The shipped YAMLs
 
 
-@pytest.mark.parametrize("name", PLAN_YAMLS)
-def test_every_yaml_opens_with_a_command_that_works(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    head = (FOLDER / name).read_text().splitlines()[:4]
-    command = next(line for line in head if line.startswith("# tied-lora plan"))
-    group, _, option = name.removesuffix(".yaml").rpartition("/")
-    assert not group or f"{group}={option}" in command or group == "peft"
-    assert main(shlex.split(command.removeprefix("# "))[2:]) == 0
-    capsys.readouterr()
-
-
 @pytest.mark.parametrize("layout", [name for name in PLAN_YAMLS if name.startswith("layout/")])
 def test_a_layouts_name_says_its_sizes_and_the_ranks_are_all_used(layout: str) -> None:
     option = layout.removeprefix("layout/").removesuffix(".yaml")

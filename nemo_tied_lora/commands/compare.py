@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import statistics
 import sys
@@ -12,11 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from nemo_tied_lora.commands.composing import compose_config, parser, plain, report
+from nemo_tied_lora.commands.composing import run_composed
 from nemo_tied_lora.config import PRESETS, ConfigError
 from nemo_tied_lora.files import write_atomically, write_json
+from nemo_tied_lora.pictures import picture
 
 __all__ = ["SUMMARY", "main"]
 
@@ -29,24 +27,14 @@ _EXAMPLES = """  tied-lora compare
 
 def main(argv: list[str]) -> int:
     """Returns 0, 2 where the configuration is refused, 1 where a run failed. Finished runs are not done again."""
-    options = parser("compare", SUMMARY, _EXAMPLES, ()).parse_intermixed_args(argv)
-    try:
-        cfg = compose_config("compare", options.overrides, options.config_dir)
-        if options.cfg:
-            print(OmegaConf.to_yaml(cfg, resolve=options.resolve), end="")
-            return 0
-        values = plain(cfg)
-        _check(values)
-    except ConfigError as error:
-        return report("compare", error)
-    from nemo_tied_lora.quickstart.stages import StageError
+    return run_composed("compare", argv, _checked, summary=SUMMARY, examples=_EXAMPLES)
 
-    try:
-        _run(values)
-    except StageError as error:
-        print(f"tied-lora compare: {error}", file=sys.stderr)
-        return 1
-    return 0
+
+def _checked(cfg: dict[str, Any]) -> int:
+    _check(cfg)
+    from nemo_tied_lora.quickstart.stages import run_stages  # psutil and the like: not needed to say --help
+
+    return run_stages("compare", _run, cfg)
 
 
 def _check(cfg: Mapping[str, Any]) -> None:
@@ -145,28 +133,16 @@ def _table(summary: Mapping[str, Any]) -> str:
 
 def _draw(path: Path, summary: Mapping[str, Any]) -> None:
     """Exact match against trained parameters: each seed a dot, each method's mean a bar."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for index, (preset, runs) in enumerate(_groups(summary).items()):
-        trained, scores = runs[0]["trained_parameters"], [run["exact_match"] for run in runs]
-        color = f"C{index}"
-        axes.scatter([trained] * len(scores), scores, color=color, alpha=0.6, label=f"{preset} ({trained:,})")
-        axes.scatter([trained], [statistics.mean(scores)], color=color, marker="_", s=400, linewidths=2)
-    axes.axhline(summary["base_exact_match"], color="gray", linestyle="--", linewidth=1, label="base")
-    axes.set(xscale="log", ylim=(-0.03, 1.03), xlabel="trained parameters", ylabel="exact match, held-out numbers")
-    axes.set_title(
-        f"Rank {summary['runs'][0]['rank']}, {summary['steps']} steps, {len(summary['runs'])} runs; bars are means"
-    )
-    axes.grid(visible=True, which="both", alpha=0.25)
-    axes.legend()
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=120, format="png")
-    plt.close(figure)
-    write_atomically(path, picture.getvalue())
+    with picture(path, width=7) as axes:
+        for index, (preset, runs) in enumerate(_groups(summary).items()):
+            trained, scores = runs[0]["trained_parameters"], [run["exact_match"] for run in runs]
+            color = f"C{index}"
+            axes.scatter([trained] * len(scores), scores, color=color, alpha=0.6, label=f"{preset} ({trained:,})")
+            axes.scatter([trained], [statistics.mean(scores)], color=color, marker="_", s=400, linewidths=2)
+        axes.axhline(summary["base_exact_match"], color="gray", linestyle="--", linewidth=1, label="base")
+        axes.set(xscale="log", ylim=(-0.03, 1.03), xlabel="trained parameters", ylabel="exact match, held-out numbers")
+        rank, steps = summary["runs"][0]["rank"], summary["steps"]
+        axes.set_title(f"Rank {rank}, {steps} steps, {len(summary['runs'])} runs; bars are means")
 
 
 if __name__ == "__main__":

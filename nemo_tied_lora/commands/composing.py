@@ -7,7 +7,7 @@ import argparse
 import difflib
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +20,9 @@ from omegaconf.errors import OmegaConfBaseException
 from nemo_tied_lora.commands.config_folder import config_folder
 from nemo_tied_lora.config import ConfigError
 
-__all__ = ["CommandLine", "compose_config", "parser", "plain", "report"]
+__all__ = ["compose_config", "parser", "plain", "report", "run_composed"]
 
 _ADAPTER_KEYS = ("model.peft.tied_lora.", "model.peft.lora_tuning.")
-
-
-class CommandLine(argparse.Namespace):
-    """What `parser` reads: overrides, config_dir, cfg, resolve."""
-
-    overrides: list[str]
-    config_dir: str | None
-    cfg: str | None
-    resolve: bool
 
 
 def parser(command: str, summary: str, examples: str, groups: Iterable[str]) -> argparse.ArgumentParser:
@@ -53,6 +44,32 @@ def parser(command: str, summary: str, examples: str, groups: Iterable[str]) -> 
     result.add_argument("--cfg", "-c", choices=["job"], help="print the composed config and stop")
     result.add_argument("--resolve", action="store_true", help="with --cfg: resolve interpolations")
     return result
+
+
+def run_composed(
+    command: str,
+    argv: Sequence[str],
+    work: Callable[[dict[str, Any]], int],
+    *,
+    summary: str,
+    examples: str,
+    groups: Sequence[str] = (),
+) -> int:
+    """Composes `configs/COMMAND.yaml` and hands its plain values to `work`.
+
+    Returns:
+        0 where --cfg only asked to see the config; 2, with every problem on stderr, where `work` or composing raises
+        ConfigError; else what `work` returns.
+    """
+    options = parser(command, summary, examples, groups).parse_intermixed_args(argv)
+    try:
+        cfg = compose_config(command, options.overrides, options.config_dir)
+        if options.cfg:
+            print(OmegaConf.to_yaml(cfg, resolve=options.resolve), end="")
+            return 0
+        return work(plain(cfg))
+    except ConfigError as error:
+        return report(command, error)
 
 
 def report(command: str, error: ConfigError) -> int:

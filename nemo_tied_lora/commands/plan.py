@@ -9,9 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from omegaconf import OmegaConf
-
-from nemo_tied_lora.commands.composing import compose_config, parser, plain, report
+from nemo_tied_lora.commands.composing import run_composed
 from nemo_tied_lora.config import ConfigError, TiedLoraConfig
 from nemo_tied_lora.layout import Architecture, Layout, check
 from nemo_tied_lora.planning import Precision, plan
@@ -43,16 +41,13 @@ _EXAMPLES = """  tied-lora plan model=llama2_7b model.peft.tied_lora.rank=8 "mod
 
 def main(argv: list[str]) -> int:
     """Prints the plan on stdout and returns 0, or prints every problem on stderr and returns 2."""
-    options = parser("plan", SUMMARY, _EXAMPLES, ("model", "layout")).parse_intermixed_args(argv)
-    try:
-        cfg = compose_config("plan", options.overrides, options.config_dir)
-        if options.cfg:
-            print(OmegaConf.to_yaml(cfg, resolve=options.resolve), end="")
-            return 0
-        values = plain(cfg)
-        result = _plan(values)
-    except ConfigError as error:
-        return report("plan", error)
+    return run_composed(
+        "plan", argv, _print_plan, summary=SUMMARY, examples=_EXAMPLES, groups=("model", "preset", "layout")
+    )
+
+
+def _print_plan(values: dict[str, Any]) -> int:
+    result = _plan(values)
     print(json.dumps(result, indent=2) if values["format"] == "json" else _tables(result))
     return 0
 

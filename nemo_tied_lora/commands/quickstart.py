@@ -11,9 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from nemo_tied_lora.commands.composing import compose_config, parser, plain, report
+from nemo_tied_lora.commands.composing import compose_config, plain, run_composed
 from nemo_tied_lora.config import ConfigError
 from nemo_tied_lora.files import write_atomically, write_json
 from nemo_tied_lora.layout import Architecture, Layout, check
@@ -32,24 +30,14 @@ _BATCH = {"micro_batch_size": 32, "global_batch_size": 32}
 
 def main(argv: list[str]) -> int:
     """Returns 0, 2 where the configuration is refused, 1 where a stage failed."""
-    options = parser("quickstart", SUMMARY, _EXAMPLES, ("layout", "preset")).parse_intermixed_args(argv)
-    try:
-        cfg = compose_config("quickstart", options.overrides, options.config_dir)
-        if options.cfg:
-            print(OmegaConf.to_yaml(cfg, resolve=options.resolve), end="")
-            return 0
-        values = plain(cfg)
-        _check(values)
-    except ConfigError as error:
-        return report("quickstart", error)
-    from nemo_tied_lora.quickstart.stages import StageError
+    return run_composed("quickstart", argv, _checked, summary=SUMMARY, examples=_EXAMPLES, groups=("layout", "preset"))
 
-    try:
-        _run(values)
-    except StageError as error:
-        print(f"tied-lora quickstart: {error}", file=sys.stderr)
-        return 1
-    return 0
+
+def _checked(cfg: dict[str, Any]) -> int:
+    _check(cfg)
+    from nemo_tied_lora.quickstart.stages import run_stages  # psutil and the like: not needed to say --help
+
+    return run_stages("quickstart", _run, cfg)
 
 
 def _check(cfg: Mapping[str, Any]) -> None:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import resource
 import sys
@@ -15,7 +14,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from megatron.core import parallel_state
 
-from nemo_tied_lora.files import write_atomically
+from nemo_tied_lora.pictures import picture
 
 __all__ = ["RunRecorder", "draw_losses", "peak_memory_bytes"]
 
@@ -98,26 +97,15 @@ def peak_memory_bytes() -> int:
 
 def draw_losses(path: Path, summary: dict[str, Any], title: str) -> None:
     """Training loss per step, its running mean, validation loss, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     steps = [(point["step"], point["loss"]) for point in summary["steps"] if point.get("loss", 0) > 0]
     validations = [(p["step"], p["validation_loss"]) for p in summary["validations"] if "validation_loss" in p]
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    if steps:
-        axes.plot(*zip(*steps, strict=True), color="tab:blue", alpha=0.3, linewidth=1, label="training, each step")
-        axes.plot(*zip(*_running_mean(steps), strict=True), color="tab:blue", label="training, running mean")
-    if validations:
-        axes.plot(*zip(*validations, strict=True), color="tab:orange", marker="o", label="validation")
-    axes.set(xlabel="step", ylabel="loss (nats per answer token)", title=title, yscale="log")
-    axes.grid(visible=True, which="both", alpha=0.25)
-    axes.legend()
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=120, format="png")
-    plt.close(figure)
-    write_atomically(path, picture.getvalue())
+    with picture(path) as axes:
+        if steps:
+            axes.plot(*zip(*steps, strict=True), color="tab:blue", alpha=0.3, linewidth=1, label="training, each step")
+            axes.plot(*zip(*_running_mean(steps), strict=True), color="tab:blue", label="training, running mean")
+        if validations:
+            axes.plot(*zip(*validations, strict=True), color="tab:orange", marker="o", label="validation")
+        axes.set(xlabel="step", ylabel="loss (nats per answer token)", title=title, yscale="log")
 
 
 def _running_mean(points: list[tuple[float, float]], weight: float = 0.9) -> list[tuple[float, float]]:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,11 +27,22 @@ __all__ = [
     "make_base",
     "make_data",
     "run_command",
+    "run_stages",
 ]
 
 
 class StageError(RuntimeError):
     """A stage's command failed; the message names it."""
+
+
+def run_stages(command: str, run: Callable[[Mapping[str, Any]], None], cfg: Mapping[str, Any]) -> int:
+    """Runs a command made of stages; returns 0, or 1 where one failed, with the reason on stderr."""
+    try:
+        run(cfg)
+    except StageError as error:
+        print(f"tied-lora {command}: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def run_command(arguments: Sequence[str], log: Path | None = None) -> float:
