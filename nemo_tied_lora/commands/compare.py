@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -56,6 +57,7 @@ def _run(cfg: Mapping[str, Any]) -> None:
     from nemo_tied_lora.quickstart import stages
 
     folder = Path(cfg["folder"])
+    threads = max(1, (os.cpu_count() or 1) // cfg["at_once"])
     base = stages.make_base(Path(cfg["base_folder"]))
     data = stages.make_data(Path(cfg["base_folder"]))
     runs = [(preset, seed, folder / f"{preset}-seed{seed}") for seed in cfg["seeds"] for preset in cfg["presets"]]
@@ -68,7 +70,7 @@ def _run(cfg: Mapping[str, Any]) -> None:
         arguments += [f"preset={preset}", "layout=single", f"exp_manager.explicit_log_dir={place}"]
         arguments += [f"model.optim.lr={cfg['learning_rates'][preset]}", "trainer.enable_progress_bar=false"]
         arguments += [f"trainer.max_steps={cfg['steps']}", f"trainer.val_check_interval={cfg['steps']}"]
-        stages.run_command([*arguments, *cfg["overrides"]], place / "finetune.log")
+        stages.run_command([*arguments, *cfg["overrides"]], place.with_name(f"{place.name}.log"), threads)
 
     with ThreadPoolExecutor(cfg["at_once"]) as pool:
         list(tqdm(pool.map(train, runs), total=len(runs), desc="runs", unit="run"))

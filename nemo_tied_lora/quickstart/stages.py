@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -45,17 +46,20 @@ def run_stages(command: str, run: Callable[[Mapping[str, Any]], None], cfg: Mapp
     return 0
 
 
-def run_command(arguments: Sequence[str], log: Path | None = None) -> float:
+def run_command(arguments: Sequence[str], log: Path | None = None, threads: int | None = None) -> float:
     """Runs `tied-lora arguments`, shown as a user would type it; returns its seconds.
 
     Args:
-        log: where its output goes; None: to the terminal.
+        log: where its output goes; None: to the terminal, and the command is shown there.
+        threads: of each rank; None: the cores divided by the ranks. Commands that run side by side must share the
+            cores: with more threads than cores a step took ten times as long.
 
     Raises:
         StageError: it failed.
     """
-    print(f"$ tied-lora {shlex.join(arguments)}", flush=True)
-    return _run([sys.executable, "-m", "nemo_tied_lora.commands.main", *arguments], log)
+    if log is None:
+        print(f"$ tied-lora {shlex.join(arguments)}", flush=True)
+    return _run([sys.executable, "-m", "nemo_tied_lora.commands.main", *arguments], log, threads)
 
 
 def make_data(folder: Path) -> Path:
@@ -146,14 +150,17 @@ def _resident(process: psutil.Process) -> int:
         return 0
 
 
-def _run(command: Sequence[str], log: Path | None) -> float:
+def _run(command: Sequence[str], log: Path | None, threads: int | None = None) -> float:
     started = time.perf_counter()
+    environment = {**os.environ, **({} if threads is None else {"OMP_NUM_THREADS": str(threads)})}
     if log is None:
-        code = subprocess.run(command, check=False).returncode
+        code = subprocess.run(command, check=False, env=environment).returncode
     else:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w") as file:
-            code = subprocess.run(command, check=False, stdout=file, stderr=subprocess.STDOUT).returncode
+            code = subprocess.run(
+                command, check=False, env=environment, stdout=file, stderr=subprocess.STDOUT
+            ).returncode
     if code != 0:
         where = "" if log is None else f"; its output is in {log}"
         raise StageError(f"{shlex.join(command[1:4])} ... failed with exit code {code}{where}")
