@@ -34,12 +34,24 @@ LAYOUTS: dict[str, dict[str, int]] = {"single": {}, "tp2": {"tp": 2}, "pp2": {"p
 
 
 @functools.cache
-def records(layout: str) -> dict[str, list[TrainingRecord]]:
-    """Every run on one layout, each rank's record; the ranks are spawned once."""
+def outcome(layout: str) -> dict[str, list[TrainingRecord]] | AssertionError:
+    """Every run on one layout, each rank's record; the ranks are spawned once, also when they fail."""
     sizes = LAYOUTS[layout]
     faults = {fault: Run(config=RUNS["tl6"].config, fault=fault) for fault in FAULTS} if layout == "pp2" else {}
-    ranks = run_ranks(train_all, {**RUNS, **faults}, world_size=sizes.get("tp", 1) * sizes.get("pp", 1), **sizes)
+    world_size = sizes.get("tp", 1) * sizes.get("pp", 1)
+    try:
+        ranks = run_ranks(train_all, {**RUNS, **faults}, world_size=world_size, **sizes)
+    except AssertionError as failure:
+        return failure
     return {name: [rank[name] for rank in ranks] for name in ranks[0]}
+
+
+def records(layout: str) -> dict[str, list[TrainingRecord]]:
+    """What the ranks of a layout recorded, run name to one record a rank."""
+    result = outcome(layout)
+    if isinstance(result, AssertionError):
+        raise result
+    return result
 
 
 def oracle(name: str) -> TrainingRecord:

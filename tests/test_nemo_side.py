@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NeMo's own entry points, without a model: the scheme is where NeMo's users look for it, and errors say what to do."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+PROGRAM = """
+from nemo_tied_lora.platform import prepare
+prepare(nemo=True)
+from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import MegatronGPTSFTModel
+from nemo.collections.nlp.parts.peft_config import PEFT_CONFIG_MAP
+from omegaconf import OmegaConf
+from nemo_tied_lora import ConfigError, TiedLoraConfig
+from nemo_tied_lora.nemo.model import MegatronGPTTiedLoraModel
+
+assert issubclass(MegatronGPTTiedLoraModel, MegatronGPTSFTModel)
+scheme = PEFT_CONFIG_MAP["tied_lora"]
+assert set(PEFT_CONFIG_MAP) > {"lora", "adapter", "ia3", "ptuning", "tied_lora"}
+
+cfg = OmegaConf.create({"peft": {"peft_scheme": "tied_lora", "tied_lora": {"preset": "tl5", "rank": 4, "alpha": None}}})
+assert scheme(cfg).tied_lora == TiedLoraConfig.preset("tl5", rank=4)
+assert scheme(OmegaConf.create({"peft": {"peft_scheme": "tied_lora"}})).tied_lora == TiedLoraConfig()
+
+def said(kind, call):
+    try:
+        call()
+    except kind as error:
+        return str(error)
+    raise AssertionError(f"{kind.__name__} was not raised")
+
+wrong = OmegaConf.create({"peft": {"tied_lora": {"adapter_dim": 8, "weight_tying": True}}})
+text = said(ConfigError, lambda: scheme(wrong))
+assert "write rank" in text and "tied: [A, B]" in text, text
+
+# NeMo's own injection would skip what it does not know, silently.
+text = said(TypeError, scheme(cfg).get_config_dict)
+assert "MegatronGPTTiedLoraModel" in text, text
+
+model = MegatronGPTTiedLoraModel.__new__(MegatronGPTTiedLoraModel)
+text = said(ValueError, lambda: MegatronGPTTiedLoraModel.add_adapter(model, [scheme(cfg), scheme(cfg)]))
+assert "cannot be combined" in text, text
+print("all said")
+"""
+
+
+def test_the_scheme_is_in_nemos_map_and_its_errors_say_what_to_do() -> None:
+    command = [sys.executable, "-W", "ignore", "-c", PROGRAM]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.splitlines()[-1] == "all said"
