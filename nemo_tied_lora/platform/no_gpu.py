@@ -51,6 +51,11 @@ def _cpu_torch(_torch: Any) -> Any:
     return cpu_torch()
 
 
+def _cpu_autocast(decorate: Callable[..., Any]) -> Callable[[Any], Any]:
+    """Exchanges ``custom_fwd`` or ``custom_bwd`` for the CPU's around the function that upstream decorated."""
+    return lambda decorated: staticmethod(decorate(decorated.__wrapped__, device_type="cpu"))
+
+
 TORCH_PATCHES: tuple[Patch, ...] = (
     Patch(
         owner="torch:Tensor",
@@ -102,8 +107,10 @@ _CUDA_TYPE_NAMES = (
     ("megatron.core.optimizer.clip_grads", "clip_grad_by_total_norm_fp32"),
     ("megatron.core.optimizer.optimizer", "clip_grad_by_total_norm_fp32"),
     ("megatron.core.optimizer.optimizer:Float16OptimizerWithFloat16Params", "__init__"),
-    ("megatron.core.optimizer.distrib_optimizer:DistributedOptimizer", "_build_model_and_main_param_groups"),
+    ("megatron.core.optimizer.distrib_optimizer:DistributedOptimizer", "__init__"),
 )
+
+_AUTOCAST_FUNCTIONS = ("LinearWithFrozenWeight", "LinearWithGradAccumulationAndAsyncCommunication")
 
 MEGATRON_PATCHES: tuple[Patch, ...] = (
     *(Patch(owner=owner, name="torch", make=_cpu_torch, reason='says device="cuda"') for owner in _CUDA_LITERALS),
@@ -112,6 +119,16 @@ MEGATRON_PATCHES: tuple[Patch, ...] = (
             owner=owner, name=name, make=with_cuda_type_names, reason="compares tensor.type() with a CUDA type's name"
         )
         for owner, name in _CUDA_TYPE_NAMES
+    ),
+    *(
+        Patch(
+            owner=f"megatron.core.tensor_parallel.layers:{function}",
+            name=name,
+            make=_cpu_autocast(decorate),
+            reason="remembers the GPU's autocast for the backward pass: bf16-mixed then multiplies bfloat16 with float32",
+        )
+        for function in _AUTOCAST_FUNCTIONS
+        for name, decorate in (("forward", torch.amp.custom_fwd), ("backward", torch.amp.custom_bwd))
     ),
     Patch(
         owner="megatron.core.tensor_parallel.random",

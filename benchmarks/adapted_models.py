@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The three models that `step_overhead.py` times, and the arithmetic that each of them needs."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+# torch, Megatron and NeMo are imported where they are used: after the number of threads is set, and after `prepare`.
+if TYPE_CHECKING:
+    import torch
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.transformer import TransformerConfig
+    from nemo.collections.nlp.modules.common.megatron.adapters.parallel_adapters import ParallelLinearAdapter
+    from torch import nn
+
+__all__ = ["VARIANTS", "Sizes", "adapter_flops", "build_variants", "frozen_flops", "thin_products"]
+
+VARIANTS = ("frozen", "nemo", "ours")
+PATHS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+
+
+def _size(default: int, what: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": what})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """The model of one step. A micro-batch is one sequence."""
+
+    layers: int = _size(6, "transformer layers")
+    hidden: int = _size(512, "hidden width")
+    ffn: int = _size(2048, "width inside the MLP")
+    heads: int = _size(8, "attention heads")
+    sequence: int = _size(512, "tokens of the one sequence")
+    vocab: int = _size(1024, "vocabulary size")
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """Target to (in, out); one of each per layer."""
+        return {
+            "linear_qkv": (self.hidden, 3 * self.hidden),
+            "linear_proj": (self.hidden, self.hidden),
+            "linear_fc1": (self.hidden, self.ffn),
+            "linear_fc2": (self.ffn, self.hidden),
+        }
+
+
+def frozen_flops(sizes: Sizes) -> int:
+    """FLOPs of the frozen model's matrix products, forward and backward. A multiplication and an addition are 2.
+
+    A frozen linear and the output layer: 2 T in out forward and 2 T in out for the gradient of the input; there is
+    none for the weight. Attention: scores and context, 2 T T hidden each, and two gradients of that cost for each;
+    the half that the causal mask hides is computed as well.
+    """
+    tokens = sizes.sequence
+    linears = sum(4 * tokens * width_in * width_out for width_in, width_out in sizes.linears().values())
+    attention = 3 * (2 * 2 * tokens * tokens * sizes.hidden)
+    return sizes.layers * (linears + attention) + 4 * tokens * sizes.hidden * sizes.vocab
+
+
+def adapter_flops(sizes: Sizes, rank: int) -> int:
+    """FLOPs of both thin products, forward and backward: 6 T r (in + out) a linear.
+
+    h = A x and B h; grad_h and grad_B; grad_x and grad_A: 2 T r in or 2 T r out each.
+    """
+    return sizes.layers * sum(6 * sizes.sequence * rank * sum(widths) for widths in sizes.linears().values())
+
+
+class _NemoLora:
+    """In front of a Megatron linear's class: output + adapter(input), as the mixins in NeMo's mcore_mixins.py do.
+
+    NeMo's attention mixin itself does not run on the megatron-core that NeMo is paired with: its forward lacks
+    `inference_context`. The layer that is measured is NeMo's; only these lines around it are not.
+    """
+
+    nemo_lora: nn.Module
+
+    def forward(self, input_: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        output, bias = super().forward(input_, *args, **kwargs)  # type: ignore[misc]
+        return output + self.nemo_lora(input_), bias
+
+
+def build_model(sizes: Sizes, seed: int, base: GPTModel | None = None) -> GPTModel:
+    """A frozen float32 GPT whose backward reaches the embedding's output, on the memory of `base`'s weights."""
+    import torch
+    from megatron.core import tensor_parallel
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    model = GPTModel(
+        _transformer_config(sizes),
+        get_gpt_layer_local_spec(),
+        vocab_size=sizes.vocab,
+        max_sequence_length=sizes.sequence,
+        share_embeddings_and_output_weights=False,
+    )
+    if base is not None:
+        for parameter, shared in zip(model.parameters(), base.parameters(), strict=True):
+            parameter.data = shared.data
+    model.requires_grad_(False)
+    # Without this the frozen model has no backward at all; with it all three have the same one.
+    model.embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
+    return model.train()
+
+
+def _transformer_config(sizes: Sizes) -> TransformerConfig:
+    from megatron.core.transformer import TransformerConfig
+
+    return TransformerConfig(
+        num_layers=sizes.layers,
+        hidden_size=sizes.hidden,
+        ffn_hidden_size=sizes.ffn,
+        num_attention_heads=sizes.heads,
+        use_cpu_initialization=True,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        gradient_accumulation_fusion=False,
+    )
+
+
+def add_ours(model: GPTModel, rank: int, seed: int) -> None:
+    """Tied-LoRA `tl6` on all four linears, every factor away from zero."""
+    import torch
+
+    from nemo_tied_lora import TiedLoraConfig, inject
+
+    adapter = inject(model, TiedLoraConfig.preset("tl6", rank=rank, seed=seed))
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in adapter.named_parameters():
+        mean = 1.0 if name.endswith((".u", ".v")) else 0.0
+        parameter.data.normal_(mean, 0.02, generator=generator)
+
+
+def add_nemo(model: GPTModel, rank: int, ours: GPTModel) -> None:
+    """NeMo's LoRA layer on all four linears, computing the update of `ours`."""
+    import torch
+
+    for layer, adapted in zip(model.decoder.layers, ours.decoder.layers, strict=True):
+        for path in PATHS:
+            linear = layer.get_submodule(path)
+            A, h_scale, B = adapted.get_submodule(path).tied_lora.folded(torch.float32)
+            linear.nemo_lora = _nemo_layer(linear, rank, model.config)
+            linear.nemo_lora.linear_in.weight.data.copy_(A if h_scale is None else A * h_scale.unsqueeze(1))
+            linear.nemo_lora.linear_out.weight.data.copy_(B)
+            linear.__class__ = type(f"Nemo{type(linear).__name__}", (_NemoLora, type(linear)), {})
+
+
+def _nemo_layer(linear: Any, rank: int, config: TransformerConfig) -> ParallelLinearAdapter:
+    """NeMo's layer with the arguments that its LoraPEFTConfig gives it."""
+    from nemo.collections.nlp.modules.common.megatron.adapters.parallel_adapters import ParallelLinearAdapter
+
+    width_out, width_in = (int(width) for width in linear.weight.shape)
+    return ParallelLinearAdapter(
+        width_in,
+        width_out,
+        rank,
+        activation="identity",
+        norm_position=None,
+        norm_type=None,
+        column_init_method="normal",
+        row_init_method="zero",
+        gather_output=False,
+        input_is_parallel=type(linear).__name__.startswith("Row"),
+        dropout=0.0,
+        model_parallel_config=copy.copy(config),
+        alpha=rank,
+    )
+
+
+def build_variants(sizes: Sizes, rank: int, seed: int) -> dict[str, GPTModel]:
+    """The three models; both adapters compute the same update."""
+    frozen = build_model(sizes, seed)
+    nemo, ours = build_model(sizes, seed, frozen), build_model(sizes, seed, frozen)
+    add_ours(ours, rank, seed)
+    add_nemo(nemo, rank, ours)
+    return dict(zip(VARIANTS, (frozen, nemo, ours), strict=True))
+
+
+def thin_products(sizes: Sizes, rank: int, seed: int) -> Callable[[], None]:
+    """The six products of `adapter_flops` for every linear and nothing else: what no adapter can do without."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    tokens, linears = sizes.sequence, sizes.layers * list(sizes.linears().values())
+
+    def draw(*shapes: tuple[int, int]) -> list[torch.Tensor]:
+        return [torch.empty(shape).normal_(0.0, 0.02, generator=generator) for shape in shapes]
+
+    tensors = [
+        draw((tokens, i), (tokens, i), (tokens, o), (tokens, o), (rank, i), (o, rank), (tokens, rank), (tokens, rank))
+        for i, o in linears
+    ]
+
+    def run() -> None:
+        for x, grad_x, y, grad_y, A, B, h, grad_h in tensors:
+            torch.mm(x, A.t(), out=h)
+            y.addmm_(h, B.t())
+            torch.mm(grad_y, B, out=grad_h)
+            torch.mm(h.t(), grad_y)  # the faster order for the gradient of B
+            torch.mm(grad_h.t(), x)
+            grad_x.addmm_(grad_h, A)
+
+    return run
