@@ -15,12 +15,16 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
+from megatron.core import parallel_state
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+from megatron.core.utils import make_sharded_tensor_for_checkpoint, make_tp_sharded_tensor_for_checkpoint
 from torch import nn
 
 from nemo_tied_lora.config import FACTORS, TiedLoraConfig
-from nemo_tied_lora.sharding import TargetSpec, factor_shape, shard
+from nemo_tied_lora.sharding import TargetSpec, factor_shape, shard, sharded_dim
 
 __all__ = ["ChunkFactors", "Factors", "initial_tensor", "is_stored", "tied_factors"]
 
@@ -58,6 +62,7 @@ class ChunkFactors(nn.Module):
         own_layers: target name to the global layer numbers that lie in this chunk.
         tp_rank, tp_size: this rank's place in the tensor-parallel group.
         device, dtype: of the parameters.
+        chunk_rank: this chunk's place among all chunks of all stages, 0 for the first: tied tensors are saved once.
     """
 
     def __init__(
@@ -70,8 +75,10 @@ class ChunkFactors(nn.Module):
         tp_size: int,
         device: torch.device,
         dtype: torch.dtype,
+        chunk_rank: int = 0,
     ):
         super().__init__()
+        self._specs, self._chunk_rank = dict(specs), chunk_rank
 
         def build(target: str, factors: Sequence[str], layer: int | None) -> Factors:
             spec = specs[target]
@@ -112,6 +119,29 @@ class ChunkFactors(nn.Module):
         for name, parameter in self.layers.named_parameters():
             layer, target, factor = name.split(".")
             yield int(layer), target, factor, parameter
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """For megatron-core's dist_checkpointing: sharded tensors by their rule, tied ones once for all chunks.
+
+        `replica_id` is (chunk for a tied tensor, tensor-parallel rank for a replicated one, data-parallel rank).
+        """
+        tp_rank = parallel_state.get_tensor_model_parallel_rank()
+        dp_rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+        state: dict[str, Any] = {}
+        for name, parameter in self.named_parameters():
+            target, factor = name.split(".")[-2:]
+            spec, key = self._specs[target], f"{prefix}{name}"
+            chunk = 0 if name.startswith("layers.") else self._chunk_rank
+            dim = sharded_dim(factor, spec.kind)
+            if dim is None:
+                state[key] = make_sharded_tensor_for_checkpoint(parameter, key, replica_id=(chunk, tp_rank, dp_rank))
+                continue
+            shard_ = make_tp_sharded_tensor_for_checkpoint(parameter, key, dim, replica_id=(chunk, 0, dp_rank))
+            gated = spec.blocks == 2 and factor in ("B", "v")
+            state[key] = apply_swiglu_sharded_factory(shard_, ()) if gated else shard_
+        return state
 
 
 def initial_tensor(

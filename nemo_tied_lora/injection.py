@@ -59,12 +59,12 @@ def inject(model: nn.Module | Sequence[nn.Module], config: TiedLoraConfig) -> Ad
     specs = _agree_on_specs([site for chunk in sites for site in chunk], problems, bodies[0].config.num_layers, config)
 
     was_trained = [{name for name, p in chunk.named_parameters() if p.requires_grad} for chunk in wrapped]
-    chunks = []
+    chunks, stage = [], parallel_state.get_pipeline_model_parallel_rank()
     for index, (outer, body) in enumerate(zip(wrapped, bodies, strict=True)):
         outer.requires_grad_(False)
         selected = [s for s in sites[index] if s.target in specs and s.layer in specs[s.target].layers]
-        first = index == 0 and parallel_state.get_pipeline_model_parallel_rank() == 0
-        chunks.append(_inject_chunk(outer, body, selected, specs, config, first, was_trained[index]))
+        chunk_rank = index * parallel_state.get_pipeline_model_parallel_world_size() + stage
+        chunks.append(_inject_chunk(outer, body, selected, specs, config, chunk_rank, was_trained[index]))
     return Adapter(config, specs, chunks)
 
 
@@ -184,7 +184,7 @@ def _inject_chunk(
     sites: Sequence[Site],
     specs: dict[str, TargetSpec],
     config: TiedLoraConfig,
-    first: bool,
+    chunk_rank: int,
     was_trained: set[str],
 ) -> Chunk:
     """Builds one chunk's factors at `decoder.tied_lora` and links its linears to them."""
@@ -199,8 +199,9 @@ def _inject_chunk(
         tp_size=tp_size,
         device=like.device,
         dtype=like.dtype,
+        chunk_rank=chunk_rank,
     )
-    mark_parameters(factors, specs, first=first, sequence_parallel=sequence_parallel)
+    mark_parameters(factors, specs, first=chunk_rank == 0, sequence_parallel=sequence_parallel)
     body.decoder.tied_lora = factors
     for site in sites:
         tied, own = factors.tied(site.target), factors.of_layer(site.layer, site.target)

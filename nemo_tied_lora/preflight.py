@@ -10,6 +10,7 @@ import json
 import os
 import string
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +23,7 @@ from nemo_tied_lora.layout import Architecture, Layout, check
 __all__ = ["adapter_section", "base_model_config", "check_finetuning", "check_generation", "check_pretraining"]
 
 _Part = TypeVar("_Part")
+_PRECISIONS = ("bf16", "bf16-mixed", "16", "16-mixed", "32")
 
 
 def check_finetuning(cfg: Mapping[str, Any]) -> None:
@@ -30,6 +32,7 @@ def check_finetuning(cfg: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: all problems together.
     """
+    _require_sections(cfg, "peft", "data", "optim")
     problems: list[str] = []
     model = cfg["model"]
     scheme = model["peft"].get("peft_scheme")
@@ -47,9 +50,14 @@ def check_finetuning(cfg: Mapping[str, Any]) -> None:
     start = model["peft"].get("restore_from_path")
     if start is not None and not Path(start).is_file():
         problems.append(f"model.peft.restore_from_path={start}: no such file")
+    given = [key for key, value in (model["peft"].get("tied_lora") or {}).items() if value is not None]
+    if start is not None and given:
+        fix = "the adapter of restore_from_path has its own; remove these keys"
+        problems.append(f"model.peft.tied_lora ({', '.join(given)}): {fix}")
     problems += _layout_problems(cfg, {**(base or {}), **_layout_keys(model)} if base else None, config)
+    _attempt(problems, _precision, cfg["trainer"])
     problems += _data_problems(cfg)
-    problems += _output_problems(cfg)
+    problems += _output_problems(cfg, [model.get("restore_from_path"), start])
     if problems:
         raise ConfigError(problems)
 
@@ -60,13 +68,19 @@ def check_pretraining(cfg: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: all problems together.
     """
+    _require_sections(cfg, "peft", "data", "optim", "tokenizer")
     problems: list[str] = []
+    if cfg["model"]["peft"].get("tied_lora"):
+        problems.append(
+            "model.peft.tied_lora: pretrain trains every parameter, without an adapter; remove preset=, peft="
+        )
     tokenizer = cfg["model"]["tokenizer"].get("model")
     if tokenizer is None or not Path(tokenizer).is_file():
         problems.append(f"model.tokenizer.model={tokenizer}: no such file; name a sentencepiece model")
     problems += _layout_problems(cfg, cfg["model"], None)
+    _attempt(problems, _precision, cfg["trainer"])
     problems += _data_problems(cfg)
-    problems += _output_problems(cfg)
+    problems += _output_problems(cfg, [tokenizer])
     if problems:
         raise ConfigError(problems)
 
@@ -78,20 +92,28 @@ def check_generation(cfg: Mapping[str, Any]) -> None:
         ConfigError: all problems together.
     """
     problems: list[str] = []
-    base = _attempt(problems, base_model_config, cfg.get("base"))
+    base = _attempt(problems, lambda path: base_model_config(path, key="base"), cfg.get("base"))
     adapter = cfg.get("adapter")
     if adapter is not None and not Path(adapter).is_file():
         problems.append(f"adapter={adapter}: no such file; adapter=null generates with the base alone")
     if (cfg.get("prompts") is None) == (cfg.get("prompts_file") is None):
         problems.append("prompts, prompts_file: give one of them: prompts=['...'] or prompts_file=questions.jsonl")
-    prompts_file = cfg.get("prompts_file")
+    prompts, prompts_file = cfg.get("prompts"), cfg.get("prompts_file")
+    if prompts is not None and not (
+        isinstance(prompts, list) and prompts and all(isinstance(p, str) for p in prompts)
+    ):
+        problems.append(f"prompts={prompts!r}: must be a list of texts: \"prompts=['...']\"")
     if prompts_file is not None:
-        problems += _first_line_problems(
-            "prompts_file", Path(prompts_file), _fields(cfg["prompt_template"]) or ["input"]
-        )
-    tokens = cfg.get("tokens_to_generate")
-    if not isinstance(tokens, int) or tokens < 1:
-        problems.append(f"tokens_to_generate={tokens!r}: must be a whole number of at least 1")
+        problems += _jsonl_problems("prompts_file", Path(str(prompts_file)), _fields(cfg["prompt_template"]))
+    for key in ("tokens_to_generate", "batch_size"):
+        value = cfg.get(key)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            problems.append(f"{key}={value!r}: must be a whole number of at least 1")
+    temperature = cfg.get("temperature")
+    if temperature is not None and (not isinstance(temperature, (int, float)) or temperature <= 0):
+        problems.append(f"temperature={temperature!r}: must be greater than 0; null picks the likeliest token")
+    _attempt(problems, _precision, cfg["trainer"])
+    problems += _output_problems(cfg, [cfg.get("base"), adapter, prompts_file], suffix=None)
     problems += _layout_problems(cfg, {**(base or {}), **_layout_keys(cfg["model"])} if base else None, None)
     if problems:
         raise ConfigError(problems)
@@ -109,27 +131,48 @@ def adapter_section(peft: Mapping[str, Any]) -> TiedLoraConfig:
     return TiedLoraConfig.from_mapping(section)
 
 
-def base_model_config(path: str | os.PathLike | None) -> dict[str, Any]:
+def base_model_config(path: str | os.PathLike | None, key: str = "model.restore_from_path") -> dict[str, Any]:
     """The `model_config.yaml` of a base `.nemo` (a tar, plain or gzipped, or an unpacked folder).
+
+    Args:
+        key: what the user calls the path, for messages.
 
     Raises:
         ConfigError: no path, no file, or no readable config in it.
     """
-    key = "model.restore_from_path"
     if path is None:
         raise ConfigError([f"{key}: missing; name the base model's .nemo"])
     try:
-        if Path(path).is_dir():
-            return yaml.safe_load((Path(path) / "model_config.yaml").read_text())
-        with tarfile.open(path) as tar:
-            for member in tar:
-                if member.name.removeprefix("./") == "model_config.yaml" and member.isreg():
-                    return yaml.safe_load(tar.extractfile(member).read())  # type: ignore[union-attr]
+        config = _read_model_config(Path(str(path)))
     except FileNotFoundError:
         raise ConfigError([f"{key}={path}: no such file"]) from None
-    except (tarfile.TarError, OSError, yaml.YAMLError) as error:
-        raise ConfigError([f"{key}={path}: not a .nemo file: {error}"]) from None
-    raise ConfigError([f"{key}={path}: holds no model_config.yaml; this is no .nemo model"])
+    except (tarfile.TarError, OSError, EOFError, zlib.error, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ConfigError([f"{key}={path}: not a .nemo file: {reason}"]) from None
+    if not isinstance(config, dict) or not config:
+        raise ConfigError([f"{key}={path}: holds no model_config.yaml with keys; this is no .nemo model"])
+    return config
+
+
+def _read_model_config(path: Path) -> Any:
+    if path.is_dir():
+        return yaml.safe_load((path / "model_config.yaml").read_text())
+    with tarfile.open(path) as tar:
+        for member in tar:
+            if member.name.removeprefix("./") == "model_config.yaml" and member.isreg():
+                return yaml.safe_load(tar.extractfile(member).read())  # type: ignore[union-attr]
+    return None
+
+
+def _require_sections(cfg: Mapping[str, Any], *names: str) -> None:
+    wrong = [f"model.{n}={cfg['model'].get(n)!r}" for n in names if not isinstance(cfg["model"].get(n), Mapping)]
+    if wrong:
+        raise ConfigError([f"{section}: must be a section with keys of its own" for section in wrong])
+
+
+def _precision(trainer: Mapping[str, Any]) -> None:
+    if str(trainer.get("precision")) not in _PRECISIONS:
+        raise ConfigError([f"trainer.precision={trainer.get('precision')!r}: choose one of {', '.join(_PRECISIONS)}"])
 
 
 def _attempt(problems: list[str], build: Callable[[Any], _Part], value: Any) -> _Part | None:
@@ -183,12 +226,38 @@ def _data_problems(cfg: Mapping[str, Any]) -> Iterator[str]:
         weights = section.get("concat_sampling_probabilities")
         if name == "train_ds" and (not isinstance(weights, list) or len(weights) != len(files)):
             yield f"model.data.train_ds.concat_sampling_probabilities={weights!r}: must hold one number for each file"
+        yield from _batch_problems(name, section)
         for file in files:
-            yield from _first_line_problems(key, Path(file), _fields(section["prompt_template"]))
+            yield from _first_line_problems(key, Path(str(file)), _fields(section.get("prompt_template")))
 
 
-def _fields(template: str) -> list[str]:
-    return [field for _, field, _, _ in string.Formatter().parse(template) if field]
+def _batch_problems(name: str, section: Mapping[str, Any]) -> Iterator[str]:
+    micro, whole = section.get("micro_batch_size"), section.get("global_batch_size")
+    if not all(isinstance(size, int) and size > 0 for size in (micro, whole)):
+        yield f"model.data.{name}: micro_batch_size={micro!r} and global_batch_size={whole!r} must be at least 1"
+    elif whole % micro:  # type: ignore[operator]
+        yield f"model.data.{name}.global_batch_size={whole}: must be divisible by micro_batch_size={micro}"
+
+
+def _fields(template: object) -> list[str]:
+    return [field for _, field, _, _ in string.Formatter().parse(str(template)) if field]
+
+
+def _jsonl_problems(key: str, path: Path, fields: list[str]) -> Iterator[str]:
+    """Every line is looked at: the first that does not fit is named."""
+    first = list(_first_line_problems(key, path, fields))
+    yield from first
+    if first:
+        return
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                missing = [field for field in fields if line.strip() and field not in json.loads(line)]
+            except (json.JSONDecodeError, TypeError):
+                missing = ["JSON object"]
+            if missing:
+                yield f"{key}: {path}: line {number} has no {', '.join(missing)}"
+                return
 
 
 def _first_line_problems(key: str, path: Path, fields: list[str]) -> Iterator[str]:
@@ -206,13 +275,16 @@ def _first_line_problems(key: str, path: Path, fields: list[str]) -> Iterator[st
         yield f"{key}: {path}: the first line has no {', '.join(missing)}, which prompt_template names"
 
 
-def _output_problems(cfg: Mapping[str, Any]) -> Iterator[str]:
-    output = cfg.get("output")
-    if output is None:
+def _output_problems(cfg: Mapping[str, Any], inputs: list[Any], suffix: str | None = ".nemo") -> Iterator[str]:
+    if cfg.get("output") is None:
         return
-    if Path(output).suffix != ".nemo":
-        yield f"output={output}: must end in .nemo"
-    folder = Path(output).resolve().parent
+    output = Path(str(cfg["output"]))
+    if suffix is not None and output.suffix != suffix:
+        yield f"output={output}: must end in {suffix}"
+    for file in inputs:
+        if file is not None and output.exists() and Path(str(file)).exists() and output.samefile(str(file)):
+            yield f"output={output}: is a file that is read; name another"
+    folder = output.resolve().parent
     while not folder.exists():
         folder = folder.parent
     if not os.access(folder, os.W_OK):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -40,15 +41,23 @@ def _checked(cfg: dict[str, Any]) -> int:
 
 def _check(cfg: Mapping[str, Any]) -> None:
     problems = [
-        f"presets: {name!r} is unknown; choose from {', '.join(PRESETS)}"
-        for name in cfg["presets"]
-        if name not in PRESETS
+        f"{key}={cfg[key]!r}: must be a non-empty list" for key in ("presets", "seeds") if not _is_list(cfg[key])
     ]
-    problems += [f"learning_rates.{name}: missing" for name in cfg["presets"] if name not in cfg["learning_rates"]]
-    if not cfg["presets"] or not cfg["seeds"]:
-        problems.append("presets, seeds: name at least one of each")
+    problems += [f"{key}={cfg[key]!r}: must be at least 1" for key in ("at_once", "steps") if not _is_count(cfg[key])]
+    presets = cfg["presets"] if _is_list(cfg["presets"]) else []
+    choices = ", ".join(PRESETS)
+    problems += [f"presets: {name!r} is unknown; choose from {choices}" for name in presets if name not in PRESETS]
+    problems += [f"learning_rates.{name}: missing" for name in presets if name not in cfg["learning_rates"]]
     if problems:
         raise ConfigError(problems)
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, list) and bool(value)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _run(cfg: Mapping[str, Any]) -> None:
@@ -64,13 +73,18 @@ def _run(cfg: Mapping[str, Any]) -> None:
 
     def train(run: tuple[str, int, Path]) -> None:
         preset, seed, place = run
-        if (place / "metrics.json").exists():
-            return
         arguments = stages.finetune_arguments(base, data, place / "adapter.nemo", seed)
         arguments += [f"preset={preset}", "layout=single", f"exp_manager.explicit_log_dir={place}"]
         arguments += [f"model.optim.lr={cfg['learning_rates'][preset]}", "trainer.enable_progress_bar=false"]
         arguments += [f"trainer.max_steps={cfg['steps']}", f"trainer.val_check_interval={cfg['steps']}"]
-        stages.run_command([*arguments, *cfg["overrides"]], place.with_name(f"{place.name}.log"), threads)
+        arguments += cfg["overrides"]
+        record = place / "arguments.json"
+        if (place / "metrics.json").exists() and record.exists():
+            if json.loads(record.read_text()) == {"arguments": arguments}:
+                return
+            shutil.rmtree(place)  # of other settings: its numbers would stand under these settings' names
+        stages.run_command(arguments, place.with_name(f"{place.name}.log"), threads)
+        write_json(record, {"arguments": arguments})
 
     with ThreadPoolExecutor(cfg["at_once"]) as pool:
         list(tqdm(pool.map(train, runs), total=len(runs), desc="runs", unit="run"))

@@ -20,8 +20,10 @@ from omegaconf.errors import OmegaConfBaseException
 from nemo_tied_lora.commands.config_folder import config_folder
 from nemo_tied_lora.config import ConfigError
 
-__all__ = ["compose_config", "parser", "plain", "report", "run_composed"]
+__all__ = ["compose_config", "parse_overrides", "parser", "plain", "report", "run_composed"]
 
+# Commands whose `preflight` or plan reads these keys, and says what to write instead of an unknown one.
+_READ_ADAPTER_KEYS = ("plan", "finetune")
 _ADAPTER_KEYS = ("model.peft.tied_lora.", "model.peft.lora_tuning.")
 
 
@@ -84,7 +86,7 @@ def compose_config(name: str, arguments: Sequence[str], config_dir: str | None =
     Raises:
         ConfigError: every override that cannot be read or does not fit, together.
     """
-    overrides, problems = _parsed(arguments)
+    overrides, problems = parse_overrides(name, arguments)
     search = []
     if config_dir is not None:
         folder = Path(config_dir).resolve()
@@ -116,7 +118,7 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
 
 
-def _parsed(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+def parse_overrides(name: str, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """(overrides for Hydra, problems). Unknown keys of adapters are let through: `preflight` knows what to say."""
     overrides, problems = [], []
     for argument in arguments:
@@ -127,7 +129,7 @@ def _parsed(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
             continue
         if parsed.is_sweep_override():
             problems.append(f"{argument!r}: a sweep; give one value, and run the command once for each")
-        elif parsed.key_or_group.startswith(_ADAPTER_KEYS) and not parsed.is_delete():
+        elif name in _READ_ADAPTER_KEYS and parsed.key_or_group.startswith(_ADAPTER_KEYS) and not parsed.is_delete():
             overrides.append(f"++{argument.lstrip('+')}")
         else:
             overrides.append(argument)

@@ -24,7 +24,15 @@ _EXAMPLES = """  tied-lora finetune recipe=quickstart layout=tp2
 
 def main(argv: list[str]) -> int:
     """The command; see `run_command` for what it returns."""
-    return run_command("finetune", argv, summary=SUMMARY, examples=_EXAMPLES, check=check_finetuning, run=_run)
+    return run_command(
+        "finetune",
+        argv,
+        summary=SUMMARY,
+        examples=_EXAMPLES,
+        groups=("data", "optim", "preset", "layout", "recipe"),
+        check=check_finetuning,
+        run=_run,
+    )
 
 
 def _run(cfg: DictConfig) -> Any:

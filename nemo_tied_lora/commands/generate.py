@@ -26,7 +26,9 @@ _EXAMPLES = """  tied-lora generate base=base.nemo adapter=adapter.nemo "prompts
 
 def main(argv: list[str]) -> int:
     """The command; see `run_command` for what it returns."""
-    return run_command("generate", argv, summary=SUMMARY, examples=_EXAMPLES, check=check_generation, run=_run)
+    return run_command(
+        "generate", argv, summary=SUMMARY, examples=_EXAMPLES, groups=("layout",), check=check_generation, run=_run
+    )
 
 
 def _run(cfg: DictConfig) -> None:
@@ -50,7 +52,7 @@ def _rows(cfg: Mapping[str, Any]) -> list[dict[str, Any]]:
         return [{"prompt": prompt} for prompt in cfg["prompts"]]
     with open(cfg["prompts_file"], encoding="utf-8") as lines:
         examples = [json.loads(line) for line in lines if line.strip()]
-    return [{"prompt": cfg["prompt_template"].format(**example), **example} for example in examples]
+    return [{**example, "prompt": cfg["prompt_template"].format(**example)} for example in examples]
 
 
 def _write(rows: list[dict[str, Any]], output: str | None) -> None:

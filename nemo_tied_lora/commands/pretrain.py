@@ -23,7 +23,15 @@ _EXAMPLES = """  tied-lora pretrain recipe=quickstart_base
 
 def main(argv: list[str]) -> int:
     """The command; see `run_command` for what it returns."""
-    return run_command("pretrain", argv, summary=SUMMARY, examples=_EXAMPLES, check=check_pretraining, run=_run)
+    return run_command(
+        "pretrain",
+        argv,
+        summary=SUMMARY,
+        examples=_EXAMPLES,
+        groups=("model", "data", "optim", "layout", "recipe"),
+        check=check_pretraining,
+        run=_run,
+    )
 
 
 def _run(cfg: DictConfig) -> Any:

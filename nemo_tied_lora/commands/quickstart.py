@@ -79,6 +79,7 @@ def _run(cfg: Mapping[str, Any]) -> None:
         "exact_match_after": after["exact_match"],
         "test_examples": len(answers["examples"]),
         "trained_parameters": run["trained_parameters"],
+        "parameter_table": run["parameter_table"],
         "lora_parameters": run["lora_parameters"],
         "base_parameters": run["base_parameters"],
         "wall_seconds": time.perf_counter() - started,
@@ -118,6 +119,8 @@ at the same rank, {metrics["trained_parameters"] / metrics["base_parameters"]:.2
 Time: {metrics["wall_seconds"]:.0f} s. Memory: {metrics["peak_memory_bytes"] / 2**30:.2f} GiB at most, all processes.
 
 {table}
+
+{metrics["parameter_table"]}
 
 adapter   {folder / "adapter.nemo"} ({(folder / "adapter.nemo").stat().st_size:,} bytes)
 picture   {folder / "loss.png"}

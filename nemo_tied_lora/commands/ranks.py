@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A command that runs on several ranks: started by torchrun or SLURM as one of them, or alone, starting its own."""
+"""A command that runs on several ranks: started by torchrun as one of them, or alone, starting its own."""
 
 from __future__ import annotations
 

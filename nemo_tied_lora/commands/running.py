@@ -12,15 +12,13 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_tied_lora.commands.composing import compose_config, parser, plain, report
+from nemo_tied_lora.commands.composing import compose_config, parse_overrides, parser, plain, report
 from nemo_tied_lora.commands.config_folder import config_folder
 from nemo_tied_lora.commands.ranks import is_rank, start_ranks
 from nemo_tied_lora.config import ConfigError
 from nemo_tied_lora.layout import Layout
 
 __all__ = ["run_command"]
-
-_GROUPS = ("model", "data", "preset", "layout", "optim", "recipe")
 
 
 def run_command(
@@ -29,6 +27,7 @@ def run_command(
     *,
     summary: str,
     examples: str,
+    groups: tuple[str, ...],
     check: Callable[[Mapping[str, Any]], None],
     run: Callable[[DictConfig], Any],
 ) -> int:
@@ -36,13 +35,14 @@ def run_command(
 
     Args:
         command: the command's name, and its YAML's.
+        groups: the config groups that --help lists.
         check: raises ConfigError.
         run: one rank's work; it is given the config by NeMo's `hydra_runner`.
 
     Returns:
         0, 2 where the configuration is refused, else the failed rank's exit code.
     """
-    options = parser(command, summary, examples, _GROUPS).parse_intermixed_args(argv)
+    options = parser(command, summary, examples, groups).parse_intermixed_args(argv)
     try:
         cfg = compose_config(command, options.overrides, options.config_dir)
         if options.cfg:
@@ -51,14 +51,25 @@ def run_command(
         values = plain(cfg)
         check(values)
         layout = Layout.from_config(values)
+        _check_launcher(layout)
     except ConfigError as error:
         return report(command, error) if not is_rank() or _is_first_rank() else 2
     if is_rank():
         return _run_rank(command, options.overrides, options.config_dir, run, verbose=bool(values["verbose"]))
     if layout.num_nodes > 1:
-        problem = "trainer.num_nodes: several nodes need a launcher; start one process a rank with torchrun or srun"
+        problem = "trainer.num_nodes: several nodes need a launcher; start one process a rank with torchrun"
         return report(command, ConfigError([problem]))
     return start_ranks(f"nemo_tied_lora.commands.{command}", argv, layout.devices)
+
+
+def _check_launcher(layout: Layout) -> None:
+    """A launcher that starts another number of ranks than the configuration names would end in a hang or a traceback."""
+    if is_rank() and int(os.environ["WORLD_SIZE"]) != layout.world_size:
+        started = os.environ["WORLD_SIZE"]
+        problem = (
+            f"trainer.num_nodes x trainer.devices = {layout.world_size}, but the launcher started {started} ranks"
+        )
+        raise ConfigError([f"{problem}; make them agree"])
 
 
 def _run_rank(
@@ -84,7 +95,7 @@ def _run_rank(
             failure.append(error)
 
     more = [] if config_dir is None else ["--config-dir", config_dir]
-    sys.argv = [f"tied-lora {command}", *overrides, *more]
+    sys.argv = [f"tied-lora {command}", *parse_overrides(command, overrides)[0], *more]
     hydra_runner(config_path=str(config_folder()), config_name=command)(guarded)()
     _leave_process_groups()
     if failure:

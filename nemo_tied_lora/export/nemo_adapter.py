@@ -28,7 +28,15 @@ from nemo_tied_lora.files import replace_file
 from nemo_tied_lora.injection import inject
 from nemo_tied_lora.sharding import TargetSpec
 
-__all__ = ["FORMAT_VERSION", "AdapterFile", "AdapterFileError", "load_adapter", "read_adapter", "save_adapter"]
+__all__ = [
+    "FORMAT_VERSION",
+    "AdapterFile",
+    "AdapterFileError",
+    "is_adapter_file",
+    "load_adapter",
+    "read_adapter",
+    "save_adapter",
+]
 
 FORMAT_VERSION = 1
 _CONFIG_MEMBER = "model_config.yaml"
@@ -36,8 +44,11 @@ _STATE_MEMBER = "adapter.safetensors"
 _MAX_CONFIG_BYTES = 1 << 20
 
 
-class AdapterFileError(ValueError):
+class AdapterFileError(ConfigError):
     """The file is not a whole adapter of a known format, or does not fit the model. The message says which."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.splitlines())
 
 
 @dataclass(frozen=True)
@@ -157,6 +168,15 @@ def _raise_on_every_rank(path: Path, failure: Exception | None) -> None:
         raise failure
     if told[0] is not None:
         raise OSError(f"{path}: rank 0 could not write it: {told[0]}")
+
+
+def is_adapter_file(path: str | os.PathLike) -> bool:
+    """Whether the file is a tar with a tied adapter's state in it; stock NeMo adapters hold other members."""
+    try:
+        with tarfile.open(path, mode="r:") as tar:
+            return any(member.name.removeprefix("./") == _STATE_MEMBER for member in tar)
+    except (tarfile.TarError, OSError):
+        return False
 
 
 def _write_tar(file: IO[bytes], members: Mapping[str, bytes]) -> None:

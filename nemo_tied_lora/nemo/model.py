@@ -13,7 +13,7 @@ from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import
 from nemo.collections.nlp.parts.peft_config import PEFTConfig
 
 from nemo_tied_lora.adapter import Adapter
-from nemo_tied_lora.export.nemo_adapter import load_adapter, save_adapter
+from nemo_tied_lora.export.nemo_adapter import is_adapter_file, load_adapter, save_adapter
 from nemo_tied_lora.injection import inject
 from nemo_tied_lora.nemo.peft_config import TiedLoraPEFTConfig, register
 
@@ -70,7 +70,9 @@ class TiedLoraModelMixin:
         Raises:
             AdapterFileError: it is damaged, or made for a base with other shapes.
         """
-        if peft_cfgs is not None and not isinstance(peft_cfgs, TiedLoraPEFTConfig):
+        asked = peft_cfgs if isinstance(peft_cfgs, list) else [peft_cfgs]
+        tied = any(isinstance(config, TiedLoraPEFTConfig) for config in asked)
+        if not tied and (peft_cfgs or not is_adapter_file(filepath)):
             super().load_adapters(filepath, peft_cfgs, map_location)  # type: ignore[misc]
             return
         with self._adapter_keys_of_tied_lora():

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ def finetune(cfg: DictConfig) -> dict[str, Any]:
     facts = {
         "adapter": model.tied_lora.config.as_dict(),
         "trained_parameters": sum(model.tied_lora.num_parameters().values()),
+        "parameter_table": parameter_table(model.tied_lora, base),
         "lora_parameters": sum(_lora_counts(model.tied_lora).values()),
         "base_parameters": base,
     }
@@ -121,7 +123,24 @@ def _prepare(cfg: DictConfig) -> tuple[Trainer, RunRecorder, Path]:
     trainer = MegatronLMPPTrainerBuilder(cfg).create_trainer(callbacks=[recorder])
     folder = exp_manager(trainer, cfg.exp_manager)
     logging.info(f"run folder: {folder}")
+    _check_settings(cfg, Path(folder), first=trainer.global_rank == 0)
     return trainer, recorder, Path(folder)
+
+
+def _check_settings(cfg: DictConfig, folder: Path, *, first: bool) -> None:
+    """A folder's checkpoints belong to the settings that wrote them: others would be resumed as if they were the same.
+
+    Raises:
+        ConfigError: the folder holds checkpoints of a run with another `model` section.
+    """
+    record = folder / "settings.json"
+    settings = {"model": OmegaConf.to_container(cfg.model, resolve=True)}
+    if any((folder / "checkpoints").glob("**/*last*")) and record.exists():
+        if json.loads(record.read_text()) != settings:
+            fix = "set name= or exp_manager.explicit_log_dir= to another folder, or remove its checkpoints"
+            raise ConfigError([f"exp_manager: {folder} holds the checkpoints of a run with other settings; {fix}"])
+    elif first:
+        write_json(record, settings)
 
 
 def _check_vocabulary(model: Any) -> None:
