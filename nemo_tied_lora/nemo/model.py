@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core import parallel_state
+from nemo.collections.nlp.data.language_modeling.megatron.megatron_batch_samplers import (
+    MegatronPretrainingBatchSampler,
+)
 from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import MegatronGPTSFTModel
 from nemo.collections.nlp.parts.peft_config import PEFTConfig
 
@@ -99,6 +102,17 @@ class TiedLoraModelMixin:
             self.tied_lora.reduce_gradients("main_grad" if in_main_grad else "grad", tensor_parallel=False)
         return loss
 
+    def build_data_loader(self, dataset: Any, data_cfg: Any, consumed_samples: int = 0) -> Any:
+        """NeMo's, but a resumed run goes on behind the samples that it has consumed.
+
+        NeMo's sampler counts the remaining batches while Lightning's counter starts at the restored one, so that a
+        resumed epoch ends early and the batches after the resume point come a second time.
+        """
+        loader = super().build_data_loader(dataset, data_cfg, consumed_samples)  # type: ignore[misc]
+        if consumed_samples and type(loader.batch_sampler) is MegatronPretrainingBatchSampler:
+            loader.batch_sampler.__class__ = _WholeRunSampler
+        return loader
+
     def save_to(self, save_path: str) -> None:
         """With an adapter: the adapter's `.nemo`, layout-free. Without: NeMo's, the whole model."""
         if self.tied_lora is None:
@@ -149,6 +163,13 @@ class MegatronGPTTiedLoraModel(TiedLoraModelMixin, MegatronGPTSFTModel):
 
     Its config is NeMo's, with `model.peft.tied_lora` beside NeMo's own sections.
     """
+
+
+class _WholeRunSampler(MegatronPretrainingBatchSampler):
+    """Counts all batches of the run, also those before the resume point."""
+
+    def __len__(self) -> int:
+        return self.total_samples // self.global_batch_size
 
 
 class _AdapterKeys:
