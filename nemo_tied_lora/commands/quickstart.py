@@ -120,12 +120,14 @@ Time: {metrics["wall_seconds"]:.0f} s. Memory: {metrics["peak_memory_bytes"] / 2
 
 {table}
 
+```
 {metrics["parameter_table"]}
 
 adapter   {folder / "adapter.nemo"} ({(folder / "adapter.nemo").stat().st_size:,} bytes)
 picture   {folder / "loss.png"}
 numbers   {folder / "metrics.json"}
 answers   {folder / "answers.json"}
+```
 """
 
 
