@@ -191,7 +191,8 @@ def test_help_says_what_to_type(command: str, tmp_path: Path) -> None:
 def test_the_launcher_starts_each_rank_or_says_how(tmp_path: Path) -> None:
     script = str(Path(__file__).parents[1] / "launch" / "torchrun.sh")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = {**os.environ, "PATH": path, "NPROC_PER_NODE": "2", "MASTER_PORT": "29471"}
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment |= {"NPROC_PER_NODE": "2", "MASTER_PORT": "29471"}
     bare = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, check=False)
     assert bare.returncode == 2
     assert "NODE_RANK" in bare.stdout
