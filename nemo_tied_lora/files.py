@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["replace_file", "write_atomically", "write_json"]
+__all__ = ["replace_file", "replace_folder", "write_atomically", "write_json"]
 
 
 def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> Path:
@@ -31,6 +32,35 @@ def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> Path:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+    return path
+
+
+def replace_folder(path: Path, write: Callable[[Path], object]) -> Path:
+    """Replaces the folder `path` by the one that `write` fills, which stands beside it until it is whole.
+
+    Raises:
+        OSError: it cannot be written; whatever goes wrong, the old folder is intact, and nothing is left beside it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    new, old = temporary / "new", temporary / "old"
+    try:
+        new.mkdir()
+        write(new)
+        for file in new.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+        if path.exists():
+            os.replace(path, old)
+        try:
+            os.replace(new, path)
+        except OSError:
+            if old.exists():
+                os.replace(old, path)
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     return path
 
 

@@ -6,11 +6,13 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.metadata
+import keyword
 import sys
+from typing import Any
 
 __all__ = ["COMMANDS", "entry", "main"]
 
-COMMANDS = ("plan", "finetune", "generate", "pretrain", "quickstart", "compare")
+COMMANDS = ("plan", "finetune", "generate", "pretrain", "quickstart", "compare", "export")
 
 
 def entry() -> None:
@@ -31,13 +33,18 @@ def main(argv: list[str]) -> int:
         hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(COMMANDS)}"
         print(f"tied-lora: {argv[0]!r} is not a command; {hint}", file=sys.stderr)
         return 2
-    return importlib.import_module(f"nemo_tied_lora.commands.{argv[0]}").main(argv[1:])
+    return _module(argv[0]).main(argv[1:])
+
+
+def _module(command: str) -> Any:
+    """The command's module; its name ends in _ where the command's is a keyword of Python."""
+    return importlib.import_module(f"nemo_tied_lora.commands.{command}{'_' if keyword.iskeyword(command) else ''}")
 
 
 def _help() -> str:
     lines = ["usage: tied-lora <command> [key=value ...]", "", "commands:"]
     for name in COMMANDS:
-        summary = importlib.import_module(f"nemo_tied_lora.commands.{name}").SUMMARY
+        summary = _module(name).SUMMARY
         lines.append(f"  {name:<12}{summary}")
     return "\n".join([*lines, "", "tied-lora <command> --help says more."])
 

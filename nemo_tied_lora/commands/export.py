@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`tied-lora export`: an adapter `.nemo` -> a peft folder, stock NeMo's LoRA, or the bare state. One process, no GPU."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nemo_tied_lora.base_record import recorded_model_keys
+from nemo_tied_lora.commands.composing import run_composed
+from nemo_tied_lora.config import ConfigError
+from nemo_tied_lora.preflight import base_model_config
+
+__all__ = ["FORMATS", "SUMMARY", "main"]
+
+SUMMARY = "write an adapter as plain LoRA for peft and vLLM or for stock NeMo, or as safetensors"
+FORMATS = ("hf-peft", "nemo-lora", "safetensors")
+
+_EXAMPLES = """  tied-lora export adapter=adapter.nemo to=hf-peft output=adapter-peft base_model=my-org/my-base
+  tied-lora export adapter=adapter.nemo to=nemo-lora output=lora.nemo base=base.nemo
+  tied-lora export adapter=adapter.nemo to=safetensors output=adapter.safetensors
+"""
+# The expanded factors are float32 products of float32 numbers.
+_LARGEST_DIFFERENCE = 1e-4
+
+
+def main(argv: list[str]) -> int:
+    """The command; see `run_composed` for what it returns."""
+    return run_composed("export", argv, _run, summary=SUMMARY, examples=_EXAMPLES)
+
+
+def _run(cfg: Mapping[str, Any]) -> int:
+    _check(cfg)
+    from nemo_tied_lora.export.full_state import check_full_state, write_full_state
+    from nemo_tied_lora.export.hf_peft import check_hf_peft, write_hf_peft
+    from nemo_tied_lora.export.nemo_adapter import read_adapter
+    from nemo_tied_lora.export.nemo_lora import check_nemo_lora, write_nemo_lora
+
+    file, output = read_adapter(cfg["adapter"]), Path(cfg["output"])
+    base = _base(cfg, file.yaml)
+    try:
+        if cfg["to"] == "hf-peft":
+            write_hf_peft(file, base, output, cfg["base_model"])
+            difference = check_hf_peft(output, file, base)
+        elif cfg["to"] == "nemo-lora":
+            write_nemo_lora(file, base, output)
+            difference = check_nemo_lora(output, file)
+        else:
+            write_full_state(file, output)
+            difference = check_full_state(output, file)
+    except OSError as error:
+        raise ConfigError([f"output={output}: cannot be written: {error}"]) from error
+    size = sum(part.stat().st_size for part in ([output] if output.is_file() else output.iterdir()))
+    print(f"written: {output} ({size:,} bytes)")
+    print(f"check: read back, its updates differ from the tied formula by {difference}")
+    if not difference.relative <= _LARGEST_DIFFERENCE:
+        print(f"tied-lora export: {output} is wrong: more than {_LARGEST_DIFFERENCE:.0e} apart", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _check(cfg: Mapping[str, Any]) -> None:
+    """What can be said before anything is read.
+
+    Raises:
+        ConfigError: all problems together.
+    """
+    problems = []
+    if cfg["to"] not in FORMATS:
+        problems.append(f"to={cfg['to']}: unknown; choose one of {', '.join(FORMATS)}")
+    if cfg["adapter"] is None or not Path(cfg["adapter"]).is_file():
+        problems.append(f"adapter={cfg['adapter']}: no such file; name an adapter's .nemo")
+    if cfg["output"] is None:
+        problems.append("output=null: name the folder (to=hf-peft) or the file to write")
+    elif cfg["to"] in FORMATS:
+        output = Path(cfg["output"])
+        if cfg["to"] != "hf-peft" and output.is_dir():
+            problems.append(f"output={output}: is a folder; to={cfg['to']} writes a file")
+        if any(cfg[key] is not None and output.resolve() == Path(cfg[key]).resolve() for key in ("adapter", "base")):
+            problems.append(f"output={output}: is an input; name another")
+    if cfg["base_model"] is not None and cfg["to"] in FORMATS and cfg["to"] != "hf-peft":
+        problems.append(f"base_model={cfg['base_model']}: only to=hf-peft records it; remove it")
+    if cfg["base"] is not None and not Path(cfg["base"]).is_file():
+        problems.append(f"base={cfg['base']}: no such file; null uses what the adapter says of its base")
+    if problems:
+        raise ConfigError(problems)
+
+
+def _base(cfg: Mapping[str, Any], description: Mapping[str, Any]) -> Mapping[str, Any]:
+    """NeMo's model keys of the base: from its `.nemo` where it is named, else from the adapter's record."""
+    if cfg["base"] is not None:
+        return base_model_config(cfg["base"], key="base")
+    return recorded_model_keys(description)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
