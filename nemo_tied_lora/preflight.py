@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from nemo_tied_lora.allocation import fitting
 from nemo_tied_lora.config import ConfigError, TiedLoraConfig
 from nemo_tied_lora.layout import Architecture, Layout, check
 
@@ -57,6 +58,7 @@ def check_finetuning(cfg: Mapping[str, Any]) -> None:
     problems += _layout_problems(cfg, {**(base or {}), **_layout_keys(model)} if base else None, config)
     _attempt(problems, _precision, cfg["trainer"])
     problems += _data_problems(cfg)
+    problems += _allocation_problems(cfg, base, config)
     problems += _output_problems(cfg, [model.get("restore_from_path"), start])
     if problems:
         raise ConfigError(problems)
@@ -80,6 +82,7 @@ def check_pretraining(cfg: Mapping[str, Any]) -> None:
     problems += _layout_problems(cfg, cfg["model"], None)
     _attempt(problems, _precision, cfg["trainer"])
     problems += _data_problems(cfg)
+    problems += _allocation_problems(cfg, cfg["model"], None)
     problems += _output_problems(cfg, [tokenizer])
     if problems:
         raise ConfigError(problems)
@@ -201,6 +204,26 @@ def _layout_problems(
     yield from problems
     if arch is not None and layout is not None:
         yield from check(arch, layout, config)
+    if layout is not None:
+        yield from fitting.slurm_problems(layout)
+
+
+def _allocation_problems(
+    cfg: Mapping[str, Any], base: Mapping[str, Any] | None, config: TiedLoraConfig | None
+) -> Iterator[str]:
+    """Data, room and time against the layout, where base and layout are sound by themselves."""
+    try:
+        layout = Layout.from_config({"model": cfg["model"], "trainer": cfg["trainer"]})
+        arch = Architecture.from_model_config({**(base or {}), **_layout_keys(cfg["model"])})
+        tuned = config is not None or cfg["model"]["peft"].get("peft_scheme") == "tied_lora"
+    except ConfigError:
+        return  # said elsewhere
+    if layout.resolved_dp_size == 0 or check(arch, layout, config):
+        return
+    yield from fitting.data_problems(cfg, base or {}, layout)
+    if config is not None or not tuned:
+        yield from fitting.room_problems(cfg, arch, layout, config)
+        yield from fitting.time_problems(cfg, arch, layout, config)
 
 
 def _unread_lora_keys(peft: Mapping[str, Any]) -> Iterator[str]:
