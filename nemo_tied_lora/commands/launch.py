@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`tied-lora launch`: a fine-tuning run, or a sweep of them, on SLURM or on this machine."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_tied_lora.commands.composing import compose_config, parser, plain, report
+from nemo_tied_lora.config import ConfigError
+from nemo_tied_lora.launching.submission import Launch, prepare, print_launch, run_here, submit
+from nemo_tied_lora.launching.sweeps import written_out
+
+__all__ = ["SUMMARY", "main"]
+
+SUMMARY = "start finetune on SLURM, or here, one run or a sweep of them"
+
+_EXAMPLES = """  tied-lora launch cluster=slurm cluster.nodes=2 cluster.gpus_per_node=8 cluster.partition=gpu model=llama2_7b \\
+      layout=tp8 model.restore_from_path=llama2_7b.nemo "model.data.train_ds.file_names=[train.jsonl]" \\
+      "model.data.validation_ds.file_names=[validation.jsonl]" dry_run=true
+  tied-lora launch cluster=slurm cluster.at_once=4 rank=2,8,32,128 preset=tl5,tl6 name=ranks ...
+  tied-lora launch cluster=local layout=tp2 recipe=quickstart
+Every key but dry_run, model= and those of cluster is one of tied-lora finetune; rank is model.peft.tied_lora.rank.
+"""
+_OWN = ("dry_run", "cluster", "model")
+
+
+def main(argv: list[str]) -> int:
+    """Returns 0, 2 where something is refused, or the exit code of a run on this machine."""
+    groups = ("cluster", "model", "layout", "preset", "data", "optim", "recipe")
+    options = parser("launch", SUMMARY, _EXAMPLES, groups).parse_intermixed_args(argv)
+    own, arguments = _split([written_out(argument) for argument in options.overrides])
+    try:
+        settings = compose_config("launch", own, options.config_dir)
+        if options.cfg:
+            return _print_config(settings, arguments, options.config_dir, resolve=options.resolve)
+        launch = prepare(plain(settings), arguments, options.config_dir)
+        if settings.dry_run:
+            print_launch(launch)
+            return 0
+        return run_here(launch) if launch.job.cluster.kind == "local" else _submit(launch)
+    except ConfigError as error:
+        return report("launch", error)
+
+
+def _submit(launch: Launch) -> int:
+    number = submit(launch)
+    job = launch.job
+    print(f"submitted: job {number}, {job.nodes} nodes x {job.ranks_per_node} ranks, {len(launch.runs)} run(s)")
+    print(f"folder:    {job.folder}")
+    print(f"the queue: squeue --job {number}")
+    return 0
+
+
+def _split(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(the launch's own, finetune's)."""
+    own: list[str] = []
+    rest: list[str] = []
+    for override in overrides:
+        key = override.partition("=")[0].lstrip("+~")
+        (own if key in _OWN or key.startswith("cluster.") else rest).append(override)
+    return own, rest
+
+
+def _print_config(settings: DictConfig, arguments: list[str], config_dir: str | None, *, resolve: bool) -> int:
+    finetune = compose_config("finetune", arguments, config_dir)
+    print(
+        OmegaConf.to_yaml(settings, resolve=resolve) + "# finetune:\n" + OmegaConf.to_yaml(finetune, resolve=resolve)
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A SLURM of its own on this machine: munged, slurmctld and two slurmd, which share a folder, a key and free ports.
+
+Nothing outside the folder is written, and nothing in /etc is read; another SLURM on the same machine is not disturbed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+__all__ = ["PrivateCluster", "install", "why_not"]
+
+PACKAGES = ("slurm-wlm", "munge", "shellcheck")
+_PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo", "shellcheck")
+_ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL")
+
+
+def why_not() -> str | None:
+    """What keeps a SLURM from running here, once `install` had its chance; None: nothing."""
+    if os.name != "posix" or not Path("/proc/self").exists():
+        return "this is no Linux"
+    missing = [program for program in _PROGRAMS if _which(program) is None]
+    if missing:
+        return (
+            f"{', '.join(missing)} cannot be had: apt-get install {' '.join(PACKAGES)}, as root, on Debian or Ubuntu"
+        )
+    return "slurmctld and slurmd want root" if os.geteuid() != 0 else None
+
+
+def install() -> None:
+    """Debian's packages, where they are missing and can be installed; without their services."""
+    if all(_which(program) for program in _PROGRAMS) or os.geteuid() != 0 or shutil.which("apt-get") is None:
+        return
+    # RUNLEVEL=1: the packages' scripts start no services.
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
+    for command in (["update"], ["install", "--yes", "--no-install-recommends", *PACKAGES]):
+        subprocess.run(
+            ["apt-get", "--quiet", *command], env=environment, check=False, capture_output=True, timeout=600
+        )
+
+
+def _which(program: str) -> str | None:
+    return shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+
+
+class PrivateCluster:
+    """Two nodes, n1 and n2, on the loopback; use it as a context.
+
+    Args:
+        folder: where everything lies; its path must be short (sockets) and not writable by others (munge).
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._daemons: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> PrivateCluster:
+        try:
+            self._start()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if len(self._daemons) > 1:
+            self.run("scancel", "--user=root", check=False)
+            self._wait(lambda: not self.run("squeue", "--noheader", check=False), 20, "jobs to end", fail=False)
+        for daemon in reversed(self._daemons):
+            daemon.terminate()
+        for daemon in reversed(self._daemons):
+            try:
+                daemon.wait(20)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+                daemon.wait()
+        self._daemons.clear()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a shell needs to talk to this SLURM and no other."""
+        clean = {name: value for name, value in os.environ.items() if not re.match(r"SLURM|SBATCH|SRUN", name)}
+        return {**clean, "SLURM_CONF": str(self.folder / "slurm.conf")}
+
+    def run(self, *command: str, check: bool = True, cwd: Path | None = None, **variables: str) -> str:
+        """A client's output; its complaint, where `check` and it fails."""
+        environment = {**self.environment, **variables}
+        done = subprocess.run(
+            command, env=environment, cwd=cwd or self.folder, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert done.returncode == 0 or not check, f"{command}\n{done.stdout}\n{done.stderr}"
+        return done.stdout.strip()
+
+    def fields(self, job: str) -> dict[str, str]:
+        """What `scontrol show job` knows of a job, or of `ARRAY_TASK`."""
+        return dict(re.findall(r"(\w+(?:/\w+)?)=(\S*)", self.run("scontrol", "--oneliner", "show", "job", job)))
+
+    def wait_for_state(self, job: str, *states: str, seconds: float = 120) -> dict[str, str]:
+        """Waits until the job is in one of the states (any end, where none is named); returns its fields."""
+        found: dict[str, str] = {}
+
+        def reached() -> bool:
+            found.update(self.fields(job))
+            return found["JobState"] in (states or _ENDED)
+
+        self._wait(reached, seconds, f"job {job}", lambda: f"{found}")
+        return found
+
+    def wait_until(self, condition: Callable[[], bool], seconds: float, what: str) -> None:
+        """Polls, and fails with what was waited for."""
+        self._wait(condition, seconds, what)
+
+    def _start(self) -> None:
+        for name in ("munge", "state", "spool-n1", "spool-n2", "logs"):
+            (self.folder / name).mkdir(mode=0o755, parents=True)
+        key = self.folder / "munge" / "key"
+        key.write_bytes(secrets.token_bytes(128))
+        key.chmod(0o600)
+        munge = [f"--{what}={self.folder / 'munge' / what.removesuffix('-file')}" for what in ("key-file", "socket")]
+        munge += [f"--{what}={self.folder / 'munge' / what}" for what in ("pid-file", "seed-file", "log-file")]
+        self._daemon("munged", "--foreground", "--force", *munge)
+        self._wait((self.folder / "munge" / "socket").exists, 20, "munged")
+        (self.folder / "slurm.conf").write_text(self._configuration())
+        self._daemon("slurmctld", "-D", "-f", str(self.folder / "slurm.conf"))
+        for node in ("n1", "n2"):
+            self._daemon("slurmd", "-D", "-N", node, "-f", str(self.folder / "slurm.conf"))
+        idle = ["sinfo", "--noheader", "--Node", "--states=idle", "--format=%N"]
+        self._wait(
+            lambda: self.run(*idle, check=False).split() == ["n1", "n2"], 60, "two idle nodes", self._last_words
+        )
+
+    def _daemon(self, program: str, *arguments: str) -> None:
+        path = _which(program)
+        assert path is not None, program
+        with (self.folder / "logs" / f"{program}-{len(self._daemons)}.log").open("wb") as log:
+            self._daemons.append(
+                subprocess.Popen([path, *arguments], stdout=log, stderr=log, env=self.environment, cwd=self.folder)
+            )
+
+    def _last_words(self) -> str:
+        logs = sorted((self.folder / "logs").glob("*.log"))
+        return "\n".join(f"{log.name}: {log.read_text(errors='replace')[-1500:]}" for log in logs)
+
+    def _configuration(self) -> str:
+        host = socket.gethostname().split(".")[0]
+        control, first, second = _free_ports(3)
+        node = f"NodeHostname={host} NodeAddr=127.0.0.1 CPUs=8 RealMemory=4096 State=UNKNOWN"
+        return _CONFIGURATION.format(
+            folder=self.folder, host=host, control=control, node=node, first=first, second=second
+        )
+
+    @staticmethod
+    def _wait(
+        condition: Callable[[], bool],
+        seconds: float,
+        what: str,
+        details: Callable[[], str] = str,
+        *,
+        fail: bool = True,
+    ) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            if time.monotonic() > end:
+                assert not fail, f"waited {seconds} s for {what}: {details()}"
+                return
+            time.sleep(0.3)
+
+
+# cred_expire is also how long a requeued job waits before it starts again: 120 s where it is not set.
+# Two slurmd of one host share its name, so every path carries %n, the node's.
+_CONFIGURATION = """\
+ClusterName=private
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={control}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge/socket,cred_expire=5
+CryptoType=crypto/munge
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool-%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+SwitchType=switch/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SchedulerType=sched/backfill
+SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2,sched_min_interval=0
+ReturnToService=2
+SlurmdTimeout=60
+KillWait=20
+MinJobAge=600
+InactiveLimit=0
+Waittime=0
+MailProg=/bin/true
+SlurmdParameters=config_overrides
+PlugStackConfig={folder}/plugstack.conf
+NodeName=n1 Port={first} {node}
+NodeName=n2 Port={second} {node}
+PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
