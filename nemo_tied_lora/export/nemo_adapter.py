@@ -27,6 +27,7 @@ from nemo_tied_lora.config import ConfigError, TiedLoraConfig
 from nemo_tied_lora.files import replace_file
 from nemo_tied_lora.injection import inject
 from nemo_tied_lora.sharding import TargetSpec
+from nemo_tied_lora.tie_guard import check_ties
 
 __all__ = [
     "FORMAT_VERSION",
@@ -61,18 +62,24 @@ class AdapterFile:
     yaml: dict[str, Any]
 
 
-def save_adapter(adapter: Adapter, path: str | os.PathLike, facts: Mapping[str, Any] | None = None) -> Path:
+def save_adapter(
+    adapter: Adapter, path: str | os.PathLike, facts: Mapping[str, Any] | None = None, *, tie_guard: bool = True
+) -> Path:
     """Writes the adapter beside `path` and renames it there. All ranks must call it; rank 0 writes.
 
     Args:
         adapter: on any layout.
         path: of the `.nemo` file.
         facts: plain values to keep in the YAML (base model, versions, training), beside the format's own keys.
+        tie_guard: whether the ranks compare what they share first (see `tie_guard`).
 
     Raises:
+        TieError: ranks that hold the same tensor hold different bits, on every rank; an older file is as it was.
         OSError: it could not be written, on every rank; an older file is as it was.
     """
     path = Path(path)
+    if tie_guard:
+        check_ties(adapter, f"before {path} was written: ")
     state = adapter.full_state()
     own = {
         "format_version": FORMAT_VERSION,
