@@ -97,9 +97,9 @@ class Adapter:
                     yield name, parameter
 
     def num_parameters(self) -> dict[str, int]:
-        """Trained parameters per target over the whole model, by the paper's formula."""
+        """Trained parameters per target (experts' for themselves) over the whole model, by the paper's formula."""
         shapes = {
-            target: TargetShape(spec.in_features, spec.out_features, len(spec.layers))
+            target: TargetShape(spec.in_features, spec.out_features, len(spec.layers), spec.num_experts)
             for target, spec in self.specs.items()
         }
         return parameter_counts(shapes, self.config)

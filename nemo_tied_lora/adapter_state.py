@@ -9,6 +9,7 @@ import torch
 from megatron.core import parallel_state
 
 from nemo_tied_lora.config import FACTORS, TiedLoraConfig
+from nemo_tied_lora.experts import group_of, own_names, tied_names
 from nemo_tied_lora.factors import ChunkFactors, is_stored, tied_factors
 from nemo_tied_lora.sharding import TargetSpec, factor_shape, local_shape, shard, sharded_dim, unshard
 
@@ -17,7 +18,7 @@ __all__ = ["check_state", "expected_shapes", "gather", "load"]
 
 def expected_shapes(config: TiedLoraConfig, specs: Mapping[str, TargetSpec]) -> dict[str, tuple[int, ...]]:
     """Name to whole shape of every stored tensor, in the order of the file."""
-    return {name: factor_shape(f, specs[t], config.rank) for name, _, t, f in _entries(config, specs)}
+    return {key: factor_shape(f, specs[group_of(name)], config.rank) for key, _, name, f in _entries(config, specs)}
 
 
 def gather(
@@ -32,16 +33,16 @@ def gather(
     owners, dtype = _owners(own)
     tied = {(t, f): p for t, f, p in chunks[0].named_tied()}
     state = {}
-    for name, layer, target, factor in _entries(config, specs):
-        spec = specs[target]
+    for key, layer, name, factor in _entries(config, specs):
+        spec = specs[group_of(name)]
         if layer is None:
-            state[name] = _gather_shards(tied[target, factor].detach().clone(), factor, spec).cpu()
+            state[key] = _gather_shards(tied[name, factor].detach().clone(), factor, spec).cpu()
             continue
-        part = own.get((layer, target, factor))
+        part = own.get((layer, name, factor))
         local = torch.empty(local_shape(factor, spec, config.rank, _tp_size()), dtype=dtype, device=device)
         if part is not None:
             local.copy_(part.detach())
-        state[name] = _gather_shards(_from_stage(local, owners[layer]), factor, spec).cpu()
+        state[key] = _gather_shards(_from_stage(local, owners[layer]), factor, spec).cpu()
     return state
 
 
@@ -60,12 +61,12 @@ def load(
     tp_rank, tp_size = parallel_state.get_tensor_model_parallel_rank(), _tp_size()
     with torch.no_grad():
         for chunk in chunks:
-            for target, factor, parameter in chunk.named_tied():
-                full = state[f"{target}.{factor}"]
-                parameter.copy_(shard(full, factor, specs[target], tp_rank, tp_size))
-            for layer, target, factor, parameter in chunk.named_own():
-                full = state[f"layers.{layer}.{target}.{factor}"]
-                parameter.copy_(shard(full, factor, specs[target], tp_rank, tp_size))
+            for name, factor, parameter in chunk.named_tied():
+                full = state[f"{name}.{factor}"]
+                parameter.copy_(shard(full, factor, specs[group_of(name)], tp_rank, tp_size))
+            for layer, name, factor, parameter in chunk.named_own():
+                full = state[f"layers.{layer}.{name}.{factor}"]
+                parameter.copy_(shard(full, factor, specs[group_of(name)], tp_rank, tp_size))
 
 
 def check_state(state: Mapping[str, torch.Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
@@ -91,18 +92,17 @@ def check_state(state: Mapping[str, torch.Tensor], expected: Mapping[str, tuple[
 
 
 def _entries(config: TiedLoraConfig, specs: Mapping[str, TargetSpec]) -> Iterator[tuple[str, int | None, str, str]]:
-    """(name, layer or None where tied, target, factor) of every stored tensor, the same on every rank."""
+    """(key, layer or None where tied, name, factor) of every stored tensor, the same on every rank."""
     tied = tied_factors(config)
     stored = [factor for factor in FACTORS if is_stored(factor, config)]
-    for target in specs:
-        for factor in stored:
-            if factor in tied:
-                yield f"{target}.{factor}", None, target, factor
+    for group, spec in specs.items():
+        for name in tied_names(group, spec.num_experts, config.experts):
+            yield from ((f"{name}.{factor}", None, name, factor) for factor in stored if factor in tied)
+    own = [factor for factor in stored if factor not in tied]
     for layer in sorted({layer for spec in specs.values() for layer in spec.layers}):
-        for target, spec in specs.items():
-            for factor in stored:
-                if factor not in tied and layer in spec.layers:
-                    yield f"layers.{layer}.{target}.{factor}", layer, target, factor
+        names = [name for g, s in specs.items() if layer in s.layers for name in own_names(g, s.num_experts)]
+        for name in names:
+            yield from ((f"layers.{layer}.{name}.{factor}", layer, name, factor) for factor in own)
 
 
 def _tp_size() -> int:

@@ -10,11 +10,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["FACTORS", "INIT_METHODS", "PRESETS", "TARGETS", "ConfigError", "TiedLoraConfig"]
+__all__ = ["EXPERT_TIES", "FACTORS", "INIT_METHODS", "PRESETS", "TARGETS", "ConfigError", "TiedLoraConfig"]
 
 TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 FACTORS = ("v", "B", "u", "A")
 INIT_METHODS = ("normal", "xavier", "kaiming", "zero")
+EXPERT_TIES = ("per_expert", "tied")
 
 # NeMo's names for the same linears (its `model.peft.lora_tuning.target_modules`).
 _TARGET_ALIASES: dict[str, tuple[str, ...]] = {
@@ -88,6 +89,9 @@ class TiedLoraConfig:
     """Any non-empty subset of v, B, u, A."""
     tied: Sequence[str] = ("A", "B")
     """Any subset of A, B: the tensors that all layers share."""
+    experts: str = "per_expert"
+    """What experts of a mixture share of the tied tensors. per_expert: expert e of all layers shares, each expert for
+    itself; tied: all experts of all layers share. Without effect on a dense model."""
     init_A: str | None = None
     """normal, xavier, kaiming or zero. None: xavier, or zero where A is the one factor that starts at 0."""
     init_B: str | None = None
@@ -200,6 +204,8 @@ class TiedLoraConfig:
         yield from _unknown_values("targets", self.targets, (*TARGETS, *_TARGET_ALIASES), empty_ok=False)
         yield from _unknown_values("trained", self.trained, FACTORS, empty_ok=False)
         yield from _unknown_values("tied", self.tied, ("A", "B"), empty_ok=True)
+        if self.experts not in EXPERT_TIES:
+            yield f"experts={self.experts!r}: unknown; choose one of {', '.join(EXPERT_TIES)}"
         yield from self._layer_problems()
         yield from self._init_problems()
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from nemo_tied_lora.config import FACTORS, TiedLoraConfig
+from nemo_tied_lora.experts import groups_of
 
-__all__ = ["TargetShape", "factor_numel", "parameter_counts", "stored_counts"]
+__all__ = ["TargetShape", "factor_numel", "parameter_counts", "stored_counts", "tied_copies"]
 
 
 @dataclass(frozen=True)
@@ -16,30 +17,40 @@ class TargetShape:
     """One kind of linear of a model, whole (not one rank's shard).
 
     in_features, out_features: columns and rows of its weight. num_layers: how many selected layers have it.
+    num_experts: how many such linears each of these layers has, 1 but for a mixture's experts.
     """
 
     in_features: int
     out_features: int
     num_layers: int
+    num_experts: int = 1
 
 
 def factor_numel(factor: str, shape: TargetShape, config: TiedLoraConfig) -> int:
-    """Elements of one factor over all layers: A is r*in, B is out*r (once where tied, else per layer), u r, v out."""
-    per_layer = {
+    """Elements of one factor over all layers: A is r*in, B is out*r, u r, v out.
+
+    A tied one exists once, or once for each expert where experts are not tied to each other; any other once for each
+    layer and expert.
+    """
+    one = {
         "A": config.rank * shape.in_features,
         "B": config.rank * shape.out_features,
         "u": config.rank,
         "v": shape.out_features,
     }[factor]
-    return per_layer if factor in config.tied else per_layer * shape.num_layers
+    return one * (tied_copies(shape, config) if factor in config.tied else shape.num_experts * shape.num_layers)
+
+
+def tied_copies(shape: TargetShape, config: TiedLoraConfig) -> int:
+    """How many of each tied factor there are over all layers."""
+    return 1 if config.experts == "tied" else shape.num_experts
 
 
 def parameter_counts(shapes: Mapping[str, TargetShape], config: TiedLoraConfig) -> dict[str, int]:
     """Trained parameters per target. ``sum(....values())`` is the adapter's total; only config.targets count."""
     return {
         target: sum(factor_numel(factor, shapes[target], config) for factor in config.trained)
-        for target in config.targets
-        if target in shapes
+        for target in _selected(shapes, config)
     }
 
 
@@ -48,6 +59,9 @@ def stored_counts(shapes: Mapping[str, TargetShape], config: TiedLoraConfig) -> 
     stored = [factor for factor in FACTORS if factor in config.trained or factor in ("A", "B")]
     return {
         target: sum(factor_numel(factor, shapes[target], config) for factor in stored)
-        for target in config.targets
-        if target in shapes
+        for target in _selected(shapes, config)
     }
+
+
+def _selected(shapes: Mapping[str, TargetShape], config: TiedLoraConfig) -> list[str]:
+    return [group for target in config.targets for group in groups_of(target) if group in shapes]

@@ -5,6 +5,7 @@ They live in one module per model chunk, at `decoder.tied_lora`, under names tha
 
     decoder.tied_lora.linear_qkv.A              tied
     decoder.tied_lora.layers.7.linear_qkv.u     per layer, global layer number from 0
+    decoder.tied_lora.experts.5.linear_fc1.A    of experts, see `experts`
 
 The base's own modules register none of them, so base checkpoints keep their keys. A chunk holds the tied tensors
 of every target, also of one that none of its own layers has: every stage must take part in their sums.
@@ -24,6 +25,7 @@ from megatron.core.utils import make_sharded_tensor_for_checkpoint, make_tp_shar
 from torch import nn
 
 from nemo_tied_lora.config import FACTORS, TiedLoraConfig
+from nemo_tied_lora.experts import group_of, own_names, tied_name, tied_names
 from nemo_tied_lora.sharding import TargetSpec, factor_shape, shard, sharded_dim
 
 __all__ = ["ChunkFactors", "Factors", "initial_tensor", "is_stored", "tied_factors"]
@@ -58,8 +60,9 @@ class ChunkFactors(nn.Module):
 
     Args:
         config: the adapter's configuration.
-        specs: target name to its whole shape and layers, the same on every rank.
-        own_layers: target name to the global layer numbers that lie in this chunk.
+        specs: group (see `experts`; a target's name but for experts) to its whole shape and layers, the same on
+            every rank.
+        own_layers: group to the global layer numbers that lie in this chunk.
         tp_rank, tp_size: this rank's place in the tensor-parallel group.
         device, dtype: of the parameters.
         chunk_rank: this chunk's place among all chunks of all stages, 0 for the first: tied tensors are saved once.
@@ -78,47 +81,52 @@ class ChunkFactors(nn.Module):
         chunk_rank: int = 0,
     ):
         super().__init__()
-        self._specs, self._chunk_rank = dict(specs), chunk_rank
+        self._specs, self._chunk_rank, self._experts = dict(specs), chunk_rank, config.experts
 
-        def build(target: str, factors: Sequence[str], layer: int | None) -> Factors:
-            spec = specs[target]
+        def build(name: str, factors: Sequence[str], layer: int | None) -> Factors:
+            spec = specs[group_of(name)]
             tensors = {}
             for factor in factors:
                 if not is_stored(factor, config):
                     continue
-                full = initial_tensor(factor, target, layer, factor_shape(factor, spec, config.rank), config, device)
+                full = initial_tensor(factor, name, layer, factor_shape(factor, spec, config.rank), config, device)
                 tensors[factor] = shard(full, factor, spec, tp_rank, tp_size).to(device=device, dtype=dtype)
             return Factors(tensors, config.trained)
 
         tied = tied_factors(config)
         own = tuple(factor for factor in FACTORS if factor not in tied)
-        for target in specs:
-            self.add_module(target, build(target, tied, None))
+        for group, spec in specs.items():
+            for name in tied_names(group, spec.num_experts, config.experts):
+                _place(self, name, build(name, tied, None))
         self.layers = nn.ModuleDict()
         for layer in sorted({layer for layers in own_layers.values() for layer in layers}):
-            targets = [target for target in specs if layer in own_layers.get(target, ())]
-            self.layers[str(layer)] = nn.ModuleDict({target: build(target, own, layer) for target in targets})
+            self.layers[str(layer)] = nn.Module()
+            for group, spec in specs.items():
+                if layer in own_layers.get(group, ()):
+                    for name in own_names(group, spec.num_experts):
+                        _place(self.layers[str(layer)], name, build(name, own, layer))
 
-    def tied(self, target: str) -> Factors:
-        """The target's tied factors."""
-        return self.get_submodule(target)  # type: ignore[return-value]
+    def tied(self, name: str) -> Factors:
+        """The tied factors that the linear of this name uses."""
+        return self.get_submodule(tied_name(name, self._experts))  # type: ignore[return-value]
 
-    def of_layer(self, layer: int, target: str) -> Factors:
-        """One layer's own factors of the target."""
-        return self.layers.get_submodule(f"{layer}.{target}")  # type: ignore[return-value]
+    def of_layer(self, layer: int, name: str) -> Factors:
+        """One layer's own factors of the linear of this name."""
+        return self.layers.get_submodule(f"{layer}.{name}")  # type: ignore[return-value]
 
     def named_tied(self) -> Iterator[tuple[str, str, nn.Parameter]]:
-        """(target, factor, parameter) of every tied tensor, in the same order on every rank."""
-        for target, module in self.named_children():
-            if target != "layers":
-                for factor, parameter in module.named_parameters():
-                    yield target, factor, parameter
+        """(name, factor, parameter) of every tied tensor, in the same order on every rank."""
+        for path, parameter in self.named_parameters():
+            if not path.startswith("layers."):
+                name, _, factor = path.rpartition(".")
+                yield name, factor, parameter
 
     def named_own(self) -> Iterator[tuple[int, str, str, nn.Parameter]]:
-        """(layer, target, factor, parameter) of every per-layer tensor of this chunk."""
-        for name, parameter in self.layers.named_parameters():
-            layer, target, factor = name.split(".")
-            yield int(layer), target, factor, parameter
+        """(layer, name, factor, parameter) of every per-layer tensor of this chunk."""
+        for path, parameter in self.layers.named_parameters():
+            name, _, factor = path.rpartition(".")
+            layer, _, name = name.partition(".")
+            yield int(layer), name, factor, parameter
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -130,10 +138,10 @@ class ChunkFactors(nn.Module):
         tp_rank = parallel_state.get_tensor_model_parallel_rank()
         dp_rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
         state: dict[str, Any] = {}
-        for name, parameter in self.named_parameters():
-            target, factor = name.split(".")[-2:]
-            spec, key = self._specs[target], f"{prefix}{name}"
-            chunk = 0 if name.startswith("layers.") else self._chunk_rank
+        tied = [(name, f"{name}.{factor}", factor, p, self._chunk_rank) for name, factor, p in self.named_tied()]
+        own = [(name, f"layers.{layer}.{name}.{factor}", factor, p, 0) for layer, name, factor, p in self.named_own()]
+        for name, path, factor, parameter, chunk in tied + own:
+            spec, key = self._specs[group_of(name)], f"{prefix}{path}"
             dim = sharded_dim(factor, spec.kind)
             if dim is None:
                 state[key] = make_sharded_tensor_for_checkpoint(parameter, key, replica_id=(chunk, tp_rank, dp_rank))
@@ -142,6 +150,16 @@ class ChunkFactors(nn.Module):
             gated = spec.blocks == 2 and factor in ("B", "v")
             state[key] = apply_swiglu_sharded_factory(shard_, ()) if gated else shard_
         return state
+
+
+def _place(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Registers the module at a dotted path."""
+    *parents, name = path.split(".")
+    for parent in parents:
+        if parent not in root._modules:
+            root.add_module(parent, nn.Module())
+        root = root.get_submodule(parent)
+    root.add_module(name, module)
 
 
 def initial_tensor(

@@ -9,6 +9,9 @@ A, u of columns; B, u, v of rows; sequence parallel    tensor-parallel ranks    
 everything else                                        nothing                     --
 =====================================================  ==========================  ===============================
 
+Experts' linears follow the same rules: under sequence parallelism, which tensor-parallel experts need, the dispatcher
+gives them every rank's tokens, and what is replicated is partial over the tensor-parallel ranks too, since each has a
+part of the weight. An expert that gets no token in a step has gradients of 0 and takes part in every sum.
 Data-parallel sums are the training loop's own, as for any parameter.
 """
 
@@ -21,6 +24,7 @@ from megatron.core import parallel_state
 from torch import nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from nemo_tied_lora.experts import group_of
 from nemo_tied_lora.factors import ChunkFactors
 from nemo_tied_lora.sharding import TargetSpec, sharded_dim
 
@@ -38,15 +42,15 @@ def mark_parameters(
         first: whether this is the first stage's first chunk, the one whose copy counts in norms.
         sequence_parallel: whether activations outside the linears are split over the sequence.
     """
-    for target, factor, parameter in chunk.named_tied():
-        _mark_tensor_parallel(parameter, factor, specs[target], sequence_parallel)
+    for name, factor, parameter in chunk.named_tied():
+        _mark_tensor_parallel(parameter, factor, specs[group_of(name)], sequence_parallel)
         parameter.zero_out_wgrad = True  # type: ignore[attr-defined]  # fused kernels: used by several layers
         if parameter.requires_grad:
             parameter.pipeline_parallel = True  # type: ignore[attr-defined]  # finalize_model_grads sums over PP
             parameter.shared_embedding = True  # type: ignore[attr-defined]  # DDP: a bucket of its own
             parameter.shared = not first  # type: ignore[attr-defined]  # norms and zero counts: once
-    for _, target, factor, parameter in chunk.named_own():
-        _mark_tensor_parallel(parameter, factor, specs[target], sequence_parallel)
+    for _, name, factor, parameter in chunk.named_own():
+        _mark_tensor_parallel(parameter, factor, specs[group_of(name)], sequence_parallel)
 
 
 def reduce_over_pipeline(chunks: Sequence[ChunkFactors], grad_attr: str) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 
 from nemo_tied_lora.adapter import Adapter, Chunk
 from nemo_tied_lora.config import TARGETS, ConfigError, TiedLoraConfig
+from nemo_tied_lora.experts import group_of, groups_of, is_routed, linear_of, name_at, refused_layouts
 from nemo_tied_lora.factors import ChunkFactors
 from nemo_tied_lora.gradients import mark_parameters
 from nemo_tied_lora.linear import TiedLoraLink, linear_kind, swap_in
@@ -23,13 +24,22 @@ __all__ = ["Site", "find_sites", "inject"]
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """One linear that can be adapted. layer: global number from 0. blocks: 2 for a gated linear_fc1, else 1."""
+    """One linear that can be adapted.
+
+    layer: global number from 0. target: its name, "linear_qkv" or "experts.5.linear_fc1" (see `experts`).
+    blocks: 2 for a gated linear_fc1, else 1.
+    """
 
     layer: int
     target: str
     module: Any
     kind: str
     blocks: int
+
+    @property
+    def group(self) -> str:
+        """Of the linears that may share A and B."""
+        return group_of(self.target)
 
 
 def inject(model: nn.Module | Sequence[nn.Module], config: TiedLoraConfig) -> Adapter:
@@ -56,13 +66,14 @@ def inject(model: nn.Module | Sequence[nn.Module], config: TiedLoraConfig) -> Ad
     scans = [find_sites(body, config.targets) for body in bodies]
     sites = [scan[0] for scan in scans]
     problems = [problem for scan in scans for problem in scan[1]]
+    problems += _refused_layouts(bodies[0].config, [site.group for chunk in sites for site in chunk])
     specs = _agree_on_specs([site for chunk in sites for site in chunk], problems, bodies[0].config.num_layers, config)
 
     was_trained = [{name for name, p in chunk.named_parameters() if p.requires_grad} for chunk in wrapped]
     chunks, stage = [], parallel_state.get_pipeline_model_parallel_rank()
     for index, (outer, body) in enumerate(zip(wrapped, bodies, strict=True)):
         outer.requires_grad_(False)
-        selected = [s for s in sites[index] if s.target in specs and s.layer in specs[s.target].layers]
+        selected = [s for s in sites[index] if s.group in specs and s.layer in specs[s.group].layers]
         chunk_rank = index * parallel_state.get_pipeline_model_parallel_world_size() + stage
         chunks.append(_inject_chunk(outer, body, selected, specs, config, chunk_rank, was_trained[index]))
     return Adapter(config, specs, chunks)
@@ -73,30 +84,54 @@ def find_sites(body: Any, targets: Iterable[str] = TARGETS) -> tuple[list[Site],
 
     A linear that has a target's name but cannot be adapted is a problem, never skipped.
     """
-    sites, problems, seen = [], [], set()
+    sites: list[Site] = []
+    problems: list[str] = []
+    seen = set()
     for layer in body.decoder.layers:
         number = layer.layer_number - 1
         for path, module in layer.named_modules():
-            target = path.rpartition(".")[2]
-            if target not in targets or type(module).__name__.startswith("Identity"):
+            target = linear_of(path)
+            if target == "experts" and not hasattr(module, "local_experts"):
+                problems += _grouped_experts(f"layer {number} {path}", module, targets)
+            name = name_at(path) if target in targets else None
+            if name is None or type(module).__name__.startswith("Identity"):
                 continue
-            kind = linear_kind(module)
-            if ".experts." in f".{path}." or (number, target) in seen:
-                problems.append(
-                    f"targets: layer {number} {path}: experts of a mixture cannot be adapted yet; drop {target}"
-                )
-            elif (
-                kind is None
-                or getattr(module, "gather_output", False)
-                or not getattr(module, "input_is_parallel", True)
-            ):
-                name = type(module).__name__
-                problems.append(f"targets: layer {number} {path}: a {name} cannot be adapted; drop {target}")
+            kind = _adaptable_kind(module)
+            if (number, name) in seen:
+                problems.append(f"targets: layer {number} {path}: a second {name}, cannot be adapted; drop {target}")
+            elif kind is None:
+                cls = type(module).__name__
+                problems.append(f"targets: layer {number} {path}: a {cls} cannot be adapted; drop {target}")
             else:
-                seen.add((number, target))
+                seen.add((number, name))
                 gated = target == "linear_fc1" and bool(getattr(body.config, "gated_linear_unit", False))
-                sites.append(Site(number, target, module, kind, 2 if gated else 1))
+                sites.append(Site(number, name, module, kind, 2 if gated else 1))
     return sites, problems
+
+
+def _adaptable_kind(module: nn.Module) -> str | None:
+    """ "column" or "row"; None for what is no parallel linear, or exchanges more than one does."""
+    whole = getattr(module, "gather_output", False) or not getattr(module, "input_is_parallel", True)
+    return None if whole else linear_kind(module)
+
+
+def _grouped_experts(place: str, module: nn.Module, targets: Iterable[str]) -> Iterable[str]:
+    wanted = [target for target in ("linear_fc1", "linear_fc2") if target in targets]
+    if wanted:
+        cls, drop = type(module).__name__, " and ".join(wanted)
+        yield (
+            f"moe_grouped_gemm=True: {place}: a {cls} holds all experts in one tensor, which cannot be adapted yet; "
+            f"build the model with moe_grouped_gemm=False, or drop {drop}"
+        )
+
+
+def _refused_layouts(config: Any, groups: Iterable[str]) -> list[str]:
+    sizes = {
+        "tp_size": parallel_state.get_tensor_model_parallel_world_size(),
+        "ep_size": parallel_state.get_expert_model_parallel_world_size(),
+        "etp_size": parallel_state.get_expert_tensor_parallel_world_size(),
+    }
+    return list(refused_layouts(config, groups, **sizes))
 
 
 def _unwrap(chunk: nn.Module) -> Any:
@@ -116,57 +151,67 @@ def _agree_on_specs(
     sites: Sequence[Site], problems: list[str], num_layers: int, config: TiedLoraConfig
 ) -> dict[str, TargetSpec]:
     """Whole shapes and layers of every target, gathered over the pipeline so that all stages decide alike."""
-    tp_size = parallel_state.get_tensor_model_parallel_world_size()
-    found: dict[str, tuple[tuple[str, int, int, int], set[int]]] = {}
-    for site in sites:
-        rows, columns = site.module.weight.shape
-        split_rows = site.kind == "column"
-        shape = (
-            site.kind,
-            columns * (1 if split_rows else tp_size),
-            rows * (tp_size if split_rows else 1),
-            site.blocks,
-        )
-        known = found.setdefault(site.target, (shape, set()))
-        if known[0] != shape:
-            problems.append(
-                f"targets: {site.target} has shape {shape[1:3]} in layer {site.layer} but {known[0][1:3]} elsewhere"
-            )
-        known[1].add(site.layer)
-    stages = _gather_over_pipeline((found, problems))
+    stages = _gather_over_pipeline((_found_groups(sites, problems), problems))
     problems = sorted({problem for _, stage in stages for problem in stage})
-    specs = {}
-    for target in config.targets:
-        parts = [found[target] for found, _ in stages if target in found]
+    found, specs = set(), {}
+    for group in [group for target in config.targets for group in groups_of(target)]:
+        parts = [groups[group] for groups, _ in stages if group in groups]
         if len({shape for shape, _ in parts}) > 1:
-            problems.append(f"targets: {target} has different shapes on different pipeline stages")
+            problems.append(f"targets: {group} has different shapes on different pipeline stages")
         elif parts:
+            found.add(linear_of(group))
             layers = {layer for _, layers in parts for layer in layers}
             selected = sorted(layers if config.layers is None else layers & set(config.layers))
-            kind, in_features, out_features, blocks = parts[0][0]
-            specs[target] = TargetSpec(kind, in_features, out_features, blocks, tuple(selected))
-    problems += _mismatches(specs, num_layers, config)
+            kind, in_features, out_features, blocks, num_experts = parts[0][0]
+            if selected:
+                specs[group] = TargetSpec(kind, in_features, out_features, blocks, tuple(selected), num_experts)
+    problems += _mismatches(specs, found, num_layers, config)
     if problems:
         raise ConfigError(problems)
     return specs
 
 
-def _mismatches(specs: dict[str, TargetSpec], num_layers: int, config: TiedLoraConfig) -> Iterable[str]:
-    if not specs:
+def _found_groups(sites: Sequence[Site], problems: list[str]) -> dict[str, tuple[tuple, set[int]]]:
+    """Group to (kind, in, out, blocks, experts), whole, and the layers of this stage that have it."""
+    tp_size = parallel_state.get_tensor_model_parallel_world_size()
+    names: dict[str, set[str]] = {}
+    for site in sites:
+        names.setdefault(site.group, set()).add(site.target)
+    found: dict[str, tuple[tuple, set[int]]] = {}
+    for site in sites:
+        rows, columns = site.module.weight.shape
+        wide, high = (1, tp_size) if site.kind == "column" else (tp_size, 1)
+        shape = (site.kind, columns * wide, rows * high, site.blocks, len(names[site.group]))
+        known = found.setdefault(site.group, (shape, set()))
+        if known[0] != shape:
+            problems.append(
+                f"targets: {site.target} has shape {shape[1:3]} in layer {site.layer} but {known[0][1:3]} elsewhere"
+            )
+        known[1].add(site.layer)
+    return found
+
+
+def _mismatches(
+    specs: dict[str, TargetSpec], found: set[str], num_layers: int, config: TiedLoraConfig
+) -> Iterable[str]:
+    """found: the targets that the model has at all."""
+    if not found:
         yield f"targets: none of {', '.join(config.targets)} is a Megatron linear of this model"
         return
+    adapted = {linear_of(group) for group in specs}
     for target in config.targets:
-        if target not in specs:
-            yield f"targets: {target} matches no linear of this model; it has {', '.join(specs)}"
-        elif not specs[target].layers and all(layer < num_layers for layer in config.layers or ()):
+        if target not in found:
+            has = ", ".join(known for known in config.targets if known in found)
+            yield f"targets: {target} matches no linear of this model; it has {has}"
+        elif target not in adapted and all(layer < num_layers for layer in config.layers or ()):
             yield f"layers: {list(config.layers or ())} has no layer with a {target}"
     outside = [layer for layer in config.layers or () if layer >= num_layers]
     if outside:
         yield f"layers: {outside} do not exist; the model has layers 0 to {num_layers - 1}"
-    for target, spec in specs.items():
+    for group, spec in specs.items():
         widest = min(spec.in_features, spec.out_features)
         if config.rank > widest:
-            yield f"rank={config.rank}: more than {widest}, the smaller side of {target}; choose a smaller rank"
+            yield f"rank={config.rank}: more than {widest}, the smaller side of {group}; choose a smaller rank"
 
 
 def _gather_over_pipeline(value: object) -> list:
@@ -194,7 +239,7 @@ def _inject_chunk(
     factors = ChunkFactors(
         config,
         specs,
-        {target: [site.layer for site in sites if site.target == target] for target in specs},
+        {group: [site.layer for site in sites if site.group == group] for group in specs},
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         tp_size=tp_size,
         device=like.device,
@@ -205,7 +250,8 @@ def _inject_chunk(
     body.decoder.tied_lora = factors
     for site in sites:
         tied, own = factors.tied(site.target), factors.of_layer(site.layer, site.target)
-        swap_in(site.module, TiedLoraLink(config, site.kind, tied, own, tp_size, sequence_parallel))
+        expert = is_routed(site.target)
+        swap_in(site.module, TiedLoraLink(config, site.kind, tied, own, tp_size, sequence_parallel, expert))
     chunk = Chunk(outer=outer, body=body, factors=factors, sites=tuple(sites), was_trained=frozenset(was_trained))
     chunk.prepare_base()
     return chunk

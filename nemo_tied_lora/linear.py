@@ -12,7 +12,14 @@ column             (S, N, in), replicated      --                               
 column, sequence   (S/T, N, in)                all-gather to (S, N, r)          reduce-scatter
 row                (S, N, in/T)                all-reduce                       --
 row, sequence      (S, N, in/T)                reduce-scatter to (S/T, N, r)    all-gather
+column, expert     (tokens, in), replicated    --                               --
+row, expert        (tokens, in/T)              --                               --
 =================  ==========================  ===============================  ========================
+
+An expert's linears exchange nothing: the token dispatcher gathers x over the tensor-parallel ranks and sums y over
+them, and in backward the other way round. Like the base's own products, a row's y and a column's gradient of x are
+that rank's share of the sum, the update's as well. The dispatcher's tokens are none of S x N: some, in the expert's
+order, or none at all.
 
 The factors are scaled, not the activations: v and alpha / r are folded into B; u is folded into the factor that is
 replicated, A of a column and B of a row, where that one gets a gradient anyway, and else multiplies the r-wide h.
@@ -62,6 +69,7 @@ class TiedLoraLink:
     own: nn.Module
     tp_size: int
     sequence_parallel: bool
+    expert: bool = False
     enabled: bool = True
 
     def factor(self, name: str) -> torch.Tensor | None:
@@ -89,13 +97,15 @@ class TiedLoraLink:
         """Dropout on x: the same mask on all ranks where x is replicated, different ones where it is sharded."""
         if not self.config.dropout:
             return x
-        if self.tp_size == 1 or (self.kind == "column" and not self.sequence_parallel):
+        if self.tp_size == 1 or (self.kind == "column" and (self.expert or not self.sequence_parallel)):
             return functional.dropout(x, self.config.dropout)
         with get_cuda_rng_tracker().fork():
             return functional.dropout(x, self.config.dropout)
 
     def across_ranks(self, h: torch.Tensor, h_scale: torch.Tensor | None) -> torch.Tensor:
         """The r-wide exchange of the table above, and the factor u where it acts on h."""
+        if self.expert:
+            return h if h_scale is None else h * h_scale
         if self.kind == "column":
             h = h if h_scale is None else h * h_scale
             if self.tp_size == 1:

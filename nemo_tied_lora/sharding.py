@@ -31,6 +31,7 @@ class TargetSpec:
 
     kind: "column" or "row". in_features, out_features: of the whole weight. blocks: 2 for a gated linear_fc1,
     else 1. layers: the global numbers (from 0) of the selected layers that have this target, over all stages.
+    num_experts: linears of this kind in each of these layers, 1 but for a mixture's experts.
     """
 
     kind: str
@@ -38,6 +39,7 @@ class TargetSpec:
     out_features: int
     blocks: int
     layers: tuple[int, ...]
+    num_experts: int = 1
 
 
 def factor_shape(factor: str, spec: TargetSpec, rank: int) -> tuple[int, ...]:

@@ -440,37 +440,6 @@ def test_a_rank_above_the_smaller_side_is_refused_for_each_target() -> None:
     inject(build_gpt(num_layers=1), TiedLoraConfig(rank=24))
 
 
-def test_experts_of_a_mixture_are_refused() -> None:
-    model = build_gpt(num_layers=1)
-    mlp = model.decoder.layers[0].mlp
-    experts = nn.Module()
-    experts.local_experts = nn.ModuleList([mlp])
-    model.decoder.layers[0].mlp = nn.Module()
-    model.decoder.layers[0].mlp.experts = experts
-    refused(
-        model,
-        ["layer 0 mlp.experts.local_experts.0.linear_fc1: experts of a mixture cannot be adapted yet"],
-        targets=["mlp"],
-    )
-    inject(model, TiedLoraConfig(rank=3, targets=["attention"]))
-
-
-def test_experts_of_megatrons_own_mixture_are_refused() -> None:
-    config = TransformerConfig(
-        num_layers=1,
-        hidden_size=24,
-        num_attention_heads=4,
-        num_moe_experts=2,
-        moe_router_topk=1,
-        moe_router_pre_softmax=True,
-        use_cpu_initialization=True,
-        add_bias_linear=False,
-        bias_activation_fusion=False,
-    )
-    model = GPTModel(config, get_gpt_layer_local_spec(num_experts=2), vocab_size=VOCAB, max_sequence_length=SEQUENCE)
-    refused(model, ["experts of a mixture cannot be adapted yet; drop linear_fc1", "drop linear_fc2"])
-
-
 def test_a_linear_of_another_kind_is_refused_and_not_skipped() -> None:
     model = build_gpt(num_layers=2)
     model.decoder.layers[1].mlp.linear_fc2 = nn.Linear(40, 24)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
 
 from nemo_tied_lora.sharding import TargetSpec, shard
@@ -31,9 +31,14 @@ def build_gpt(
     llama: bool = False,
     dtype: torch.dtype = torch.float64,
     vp_stage: int | None = None,
+    idle_expert: int | None = None,
     **options: Any,
 ) -> GPTModel:
-    """GPT-2 style, or Llama style (gated MLP, RMSNorm, RoPE, no biases). The base is filled with fixed numbers."""
+    """GPT-2 style, or Llama style (gated MLP, RMSNorm, RoPE, no biases). The base is filled with fixed numbers.
+
+    With num_moe_experts among the options a mixture, with dense layers where moe_layer_freq says so; idle_expert gets
+    no token.
+    """
     config = TransformerConfig(
         num_layers=num_layers,
         hidden_size=hidden,
@@ -61,9 +66,13 @@ def build_gpt(
         virtual_pipeline_model_parallel_size=parallel_state.get_virtual_pipeline_model_parallel_world_size(),
         **options,
     )
+    normalization = "RMSNorm" if llama else None
+    spec: Any = get_gpt_layer_local_spec(normalization=normalization)
+    if config.num_moe_experts is not None:
+        spec = get_gpt_decoder_block_spec(config, False, normalization, vp_stage=vp_stage)
     model = GPTModel(
         config,
-        get_gpt_layer_local_spec(normalization="RMSNorm" if llama else None),
+        spec,
         vocab_size=VOCAB,
         max_sequence_length=SEQUENCE,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),
@@ -73,6 +82,8 @@ def build_gpt(
         vp_stage=vp_stage,
     ).to(dtype)
     fill(model)
+    if idle_expert is not None:
+        _starve(model, idle_expert)
     return model
 
 
@@ -93,6 +104,22 @@ def full_tensor(name: str, shape: tuple[int, ...], scale: float = 0.3) -> torch.
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big")
     generator = torch.Generator().manual_seed(seed)
     return torch.empty(shape, dtype=torch.float64).normal_(0.0, scale, generator=generator)
+
+
+def _starve(model: GPTModel, expert: int) -> None:
+    """Takes the expert out of the routers' choice.
+
+    Megatron's own means, a bias, comes with float32 sigmoids, whose last bit depends on a token's place in the batch.
+    """
+    for layer in model.decoder.layers:
+        router = getattr(layer.mlp, "router", None)
+        if router is not None:
+
+            def gating(tokens: torch.Tensor, gating: Any = router.gating) -> torch.Tensor:
+                logits = gating(tokens)
+                return logits.index_fill(-1, torch.tensor([expert]), -1e4)
+
+            router.gating = gating
 
 
 def _rank_part(name: str, parameter: torch.Tensor, blocks: int) -> torch.Tensor:

@@ -24,6 +24,7 @@ from torch import nn
 from nemo_tied_lora.adapter import Adapter
 from nemo_tied_lora.adapter_state import check_state, expected_shapes
 from nemo_tied_lora.config import ConfigError, TiedLoraConfig
+from nemo_tied_lora.experts import linear_of
 from nemo_tied_lora.files import replace_file
 from nemo_tied_lora.injection import inject
 from nemo_tied_lora.sharding import TargetSpec
@@ -112,9 +113,10 @@ def load_adapter(model: nn.Module | Sequence[nn.Module], path: str | os.PathLike
     adapter = inject(model, file.config)
     if adapter.specs != file.specs:
         differences = [
-            f"{path}: {target}: the adapter was trained on {file.specs[target]}, this model has {spec}"
-            for target, spec in adapter.specs.items()
-            if file.specs[target] != spec
+            f"{path}: {target}: the adapter was trained on {file.specs.get(target)}, this model has "
+            f"{adapter.specs.get(target)}"
+            for target in dict.fromkeys((*file.specs, *adapter.specs))
+            if file.specs.get(target) != adapter.specs.get(target)
         ]
         adapter.remove()
         raise AdapterFileError("\n".join(differences))
@@ -157,7 +159,7 @@ def _inconsistencies(
     config: TiedLoraConfig, specs: Mapping[str, TargetSpec], state: Mapping[str, torch.Tensor]
 ) -> list[str]:
     """What the file's parts say against each other, a line each."""
-    if tuple(specs) != tuple(config.targets):
+    if tuple(dict.fromkeys(linear_of(group) for group in specs)) != tuple(config.targets):
         return [f"targets: shapes of {', '.join(specs) or 'none'}, but {', '.join(config.targets)} were adapted"]
     try:
         check_state(state, expected_shapes(config, specs))

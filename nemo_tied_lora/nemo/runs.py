@@ -151,7 +151,9 @@ def _check_vocabulary(model: Any) -> None:
 
 
 def _lora_counts(adapter: Adapter) -> dict[str, int]:
-    shapes = {t: TargetShape(s.in_features, s.out_features, len(s.layers)) for t, s in adapter.specs.items()}
+    shapes = {
+        t: TargetShape(s.in_features, s.out_features, len(s.layers), s.num_experts) for t, s in adapter.specs.items()
+    }
     return parameter_counts(
         shapes, TiedLoraConfig.preset("lora", rank=adapter.config.rank, targets=adapter.config.targets)
     )

@@ -10,15 +10,35 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import ModuleType
 from typing import Any
 
 import torch
 
-__all__ = ["cpu_torch", "cuda_type_names", "stand_in", "with_cuda_type_names"]
+__all__ = ["NoStream", "cpu_torch", "cuda_type_names", "no_streams", "stand_in", "with_cuda_type_names"]
 
 _FACTORIES = ("arange", "as_tensor", "empty", "full", "ones", "tensor", "zeros")
+
+
+class NoStream:
+    """The CPU's only stream, and its events: work is done when its call returns."""
+
+    def wait_stream(self, _stream: object) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def record_event(self) -> NoStream:
+        return self
+
+
+def no_streams(torch_: ModuleType) -> ModuleType:
+    """``torch`` with streams that do nothing."""
+    only = NoStream()
+    cuda = stand_in(
+        torch_.cuda, Stream=lambda: only, current_stream=lambda: only, stream=lambda _stream: nullcontext(only)
+    )
+    return stand_in(torch_, cuda=cuda)
 
 
 class _StandIn(ModuleType):

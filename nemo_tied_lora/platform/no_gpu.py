@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from nemo_tied_lora.platform import cpu_rng, detect
-from nemo_tied_lora.platform.cpu_torch import cpu_torch, stand_in, with_cuda_type_names
+from nemo_tied_lora.platform.cpu_torch import cpu_torch, no_streams, stand_in, with_cuda_type_names
 from nemo_tied_lora.platform.patching import Patch, apply
 
 __all__ = ["MEGATRON_PATCHES", "NEMO_PATCHES", "TORCH_PATCHES", "enable"]
@@ -100,6 +100,7 @@ _CUDA_LITERALS = (
     "megatron.core.optimizer.optimizer",
     "megatron.core.pipeline_parallel.schedules",
     "megatron.core.tensor_parallel.data",
+    "megatron.core.transformer.moe.moe_utils",
     "megatron.core.transformer.utils",
     "megatron.core.utils",
 )
@@ -156,6 +157,12 @@ MEGATRON_PATCHES: tuple[Patch, ...] = (
         name="fork",
         make=_always(cpu_rng.fork),
         reason="warns at every use that the CPU's generator moved, which is here what it is for",
+    ),
+    Patch(
+        owner="megatron.core.transformer.moe.token_dispatcher",
+        name="torch",
+        make=no_streams,
+        reason="copies token counts to the CPU on a stream of its own (MoEAlltoAllTokenDispatcher)",
     ),
     Patch(
         owner="megatron.core.dist_checkpointing.mapping:ShardedTensor",

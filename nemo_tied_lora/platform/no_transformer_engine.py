@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The switch for a machine without Transformer Engine: NeMo then builds megatron-core's local layers alone."""
+"""The switch for a machine without Transformer Engine: megatron-core's local layers, in NeMo too.
+
+Checked with megatron-core 0.13.1 and with NeMo 2.4.1.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,18 @@ import torch
 from nemo_tied_lora.platform import detect
 from nemo_tied_lora.platform.patching import Patch, apply
 
-__all__ = ["NEMO_PATCHES", "enable"]
+__all__ = ["MEGATRON_PATCHES", "NEMO_PATCHES", "enable"]
 
 
 def enable(*, nemo: bool) -> tuple[str, ...]:
-    """Make NeMo build a GPT without Transformer Engine; megatron-core alone needs nothing.
+    """Make megatron-core (and NeMo, with ``nemo=True``) do without Transformer Engine.
 
     Returns:
         The names that were replaced; empty where Transformer Engine is there.
     """
-    return apply(NEMO_PATCHES) if nemo and not detect.has_transformer_engine() else ()
+    if detect.has_transformer_engine():
+        return ()
+    return apply(MEGATRON_PATCHES) + (apply(NEMO_PATCHES) if nemo else ())
 
 
 def _local_specs(_get_specs: Any) -> Callable[..., Any]:
@@ -56,6 +61,15 @@ def _with_process_groups(provide: Callable[..., Any]) -> Callable[..., Any]:
 
     return model_provider_func
 
+
+MEGATRON_PATCHES: tuple[Patch, ...] = (
+    Patch(
+        owner="megatron.core.transformer.moe.moe_utils",
+        name="te_general_gemm",
+        make=lambda original: original,
+        reason="a mixture's router asks whether this is None; the name does not exist where its import failed",
+    ),
+)
 
 NEMO_PATCHES: tuple[Patch, ...] = (
     Patch(
