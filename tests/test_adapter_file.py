@@ -176,6 +176,7 @@ def test_the_yaml_says_what_was_trained(tmp_path: Path) -> None:
         "out_features": 80,
         "blocks": 2,
         "layers": [0, 1, 2, 3],
+        "num_experts": 1,
     }
     assert read_adapter(path).yaml == description
 

@@ -111,7 +111,7 @@ def _peft_section(file: AdapterFile) -> dict[str, Any]:
 def _check_shapes(file: AdapterFile, base: Mapping[str, Any]) -> None:
     shape = BaseShape.from_model_config(base, "base")
     problems = [f"targets: NeMo's LoRA has no {target}" for target in file.specs if target not in TARGET_MODULES]
-    for target, spec in file.specs.items():
+    for target, spec in ((target, spec) for target, spec in file.specs.items() if target in TARGET_MODULES):
         ours, theirs = (spec.in_features, spec.out_features), (shape.in_features(target), shape.out_features(target))
         if ours != theirs:
             problems.append(f"base: its {target} is {theirs} (in, out), the adapter's {ours}; name the adapter's base")
