@@ -9,6 +9,7 @@ TORCH_OPTIONS ?=
 LAYOUT ?= tp2
 PYTEST_OPTIONS ?=
 OVERHEAD ?= runs/step_overhead.json
+COMMUNICATION ?= runs/communication.json
 
 CANDIDATES := $(if $(PYTHON),$(PYTHON),python3.11 python3.12 python3.10 python3)
 BIN := $(VENV)/bin
@@ -21,10 +22,10 @@ STAMP := $(VENV)/.installed-$(KEY)
 UNFINISHED := $(VENV)/.unfinished
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint typecheck format quickstart compare benchmark clean clean-venv
+.PHONY: help setup test lint typecheck format quickstart compare benchmark benchmark-communication clean clean-venv
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-24s %s\n", $$1, $$2}' Makefile
 
 setup: $(STAMP) ## build .venv with the pinned versions (about 3 minutes, once)
 	@echo "make setup: $(VENV) is ready"
@@ -83,6 +84,10 @@ compare: $(STAMP) ## LoRA, TL5, TL6 and VeRA from the same base, three seeds eac
 benchmark: $(STAMP) ## what an adapter adds to a training step, beside NeMo's own (OVERHEAD=file.json)
 	@mkdir -p $(dir $(OVERHEAD))
 	$(BIN)/python benchmarks/step_overhead.py --output $(OVERHEAD)
+
+benchmark-communication: $(STAMP) ## what an adapter sends, beside NeMo's own, by counting (COMMUNICATION=file.json)
+	@mkdir -p $(dir $(COMMUNICATION))
+	$(BIN)/python benchmarks/communication.py --output $(COMMUNICATION)
 
 clean: ## remove builds and caches; .venv and runs/ stay
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The three models that `step_overhead.py` times, and the arithmetic that each of them needs."""
+"""The models that the benchmarks compare, on whatever parallel layout the rank is in, and the arithmetic of each."""
 
 from __future__ import annotations
 
@@ -16,7 +16,20 @@ if TYPE_CHECKING:
     from nemo.collections.nlp.modules.common.megatron.adapters.parallel_adapters import ParallelLinearAdapter
     from torch import nn
 
-__all__ = ["VARIANTS", "Sizes", "adapter_flops", "build_variants", "frozen_flops", "thin_products"]
+    from nemo_tied_lora import Adapter
+
+__all__ = [
+    "VARIANTS",
+    "NemoLora",
+    "Sizes",
+    "adapter_flops",
+    "add_nemo",
+    "add_ours",
+    "build_model",
+    "build_variants",
+    "frozen_flops",
+    "thin_products",
+]
 
 VARIANTS = ("frozen", "nemo", "ours")
 PATHS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
@@ -68,7 +81,7 @@ def adapter_flops(sizes: Sizes, rank: int) -> int:
     return sizes.layers * sum(6 * sizes.sequence * rank * sum(widths) for widths in sizes.linears().values())
 
 
-class _NemoLora:
+class NemoLora:
     """In front of a Megatron linear's class: output + adapter(input), as the mixins in NeMo's mcore_mixins.py do.
 
     NeMo's attention mixin itself does not run on the megatron-core that NeMo is paired with: its forward lacks
@@ -79,23 +92,32 @@ class _NemoLora:
 
     def forward(self, input_: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         output, bias = super().forward(input_, *args, **kwargs)  # type: ignore[misc]
-        return output + self.nemo_lora(input_), bias
+        return output + self.nemo_lora(self.adapter_input(input_)), bias
+
+    def adapter_input(self, input_: torch.Tensor) -> torch.Tensor:
+        """What the adapter is given of the linear's input."""
+        return input_
 
 
-def build_model(sizes: Sizes, seed: int, base: GPTModel | None = None) -> GPTModel:
-    """A frozen float32 GPT whose backward reaches the embedding's output, on the memory of `base`'s weights."""
+def build_model(sizes: Sizes, seed: int, base: GPTModel | None = None, *, sequence_parallel: bool = False) -> GPTModel:
+    """A frozen float32 GPT whose backward reaches the embedding's output, on the memory of `base`'s weights.
+
+    It is this rank's part of it, on the layout that Megatron was initialized for.
+    """
     import torch
-    from megatron.core import tensor_parallel
+    from megatron.core import parallel_state, tensor_parallel
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     model = GPTModel(
-        _transformer_config(sizes),
+        _transformer_config(sizes, sequence_parallel),
         get_gpt_layer_local_spec(),
         vocab_size=sizes.vocab,
         max_sequence_length=sizes.sequence,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
         share_embeddings_and_output_weights=False,
     )
     if base is not None:
@@ -103,11 +125,14 @@ def build_model(sizes: Sizes, seed: int, base: GPTModel | None = None) -> GPTMod
             parameter.data = shared.data
     model.requires_grad_(False)
     # Without this the frozen model has no backward at all; with it all three have the same one.
-    model.embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
+    if model.pre_process:
+        model.embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
     return model.train()
 
 
-def _transformer_config(sizes: Sizes) -> TransformerConfig:
+def _transformer_config(sizes: Sizes, sequence_parallel: bool) -> TransformerConfig:
+    import torch
+    from megatron.core import parallel_state
     from megatron.core.transformer import TransformerConfig
 
     return TransformerConfig(
@@ -123,10 +148,14 @@ def _transformer_config(sizes: Sizes) -> TransformerConfig:
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
+        tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        pipeline_dtype=torch.float32,
+        sequence_parallel=sequence_parallel,
     )
 
 
-def add_ours(model: GPTModel, rank: int, seed: int) -> None:
+def add_ours(model: GPTModel, rank: int, seed: int) -> Adapter:
     """Tied-LoRA `tl6` on all four linears, every factor away from zero."""
     import torch
 
@@ -137,27 +166,41 @@ def add_ours(model: GPTModel, rank: int, seed: int) -> None:
     for name, parameter in adapter.named_parameters():
         mean = 1.0 if name.endswith((".u", ".v")) else 0.0
         parameter.data.normal_(mean, 0.02, generator=generator)
+    return adapter
 
 
-def add_nemo(model: GPTModel, rank: int, ours: GPTModel) -> None:
-    """NeMo's LoRA layer on all four linears, computing the update of `ours`."""
+def add_nemo(model: GPTModel, rank: int, ours: GPTModel, mixin: type = NemoLora) -> None:
+    """NeMo's LoRA layer on all four linears, computing the update of `ours`.
+
+    Under tensor parallelism NeMo's layer splits the rank of a column's A, and the rows of every B.
+    """
     import torch
+    from megatron.core import parallel_state
+
+    tp_rank = parallel_state.get_tensor_model_parallel_rank()
 
     for layer, adapted in zip(model.decoder.layers, ours.decoder.layers, strict=True):
         for path in PATHS:
             linear = layer.get_submodule(path)
             A, h_scale, B = adapted.get_submodule(path).tied_lora.folded(torch.float32)
             linear.nemo_lora = _nemo_layer(linear, rank, model.config)
-            linear.nemo_lora.linear_in.weight.data.copy_(A if h_scale is None else A * h_scale.unsqueeze(1))
-            linear.nemo_lora.linear_out.weight.data.copy_(B)
-            linear.__class__ = type(f"Nemo{type(linear).__name__}", (_NemoLora, type(linear)), {})
+            whole = {"linear_in": A if h_scale is None else A * h_scale.unsqueeze(1), "linear_out": B}
+            for name, factor in whole.items():
+                weight = getattr(linear.nemo_lora, name).weight
+                first = tp_rank * len(weight) if len(weight) < len(factor) else 0
+                weight.data.copy_(factor[first : first + len(weight)])
+            linear.__class__ = type(f"Nemo{type(linear).__name__}", (mixin, type(linear)), {})
 
 
 def _nemo_layer(linear: Any, rank: int, config: TransformerConfig) -> ParallelLinearAdapter:
     """NeMo's layer with the arguments that its LoraPEFTConfig gives it."""
+    from megatron.core import parallel_state
     from nemo.collections.nlp.modules.common.megatron.adapters.parallel_adapters import ParallelLinearAdapter
 
     width_out, width_in = (int(width) for width in linear.weight.shape)
+    is_row = type(linear).__name__.startswith("Row")
+    tp_size = parallel_state.get_tensor_model_parallel_world_size()
+    width_in, width_out = (width_in * tp_size, width_out) if is_row else (width_in, width_out * tp_size)
     return ParallelLinearAdapter(
         width_in,
         width_out,
@@ -168,7 +211,7 @@ def _nemo_layer(linear: Any, rank: int, config: TransformerConfig) -> ParallelLi
         column_init_method="normal",
         row_init_method="zero",
         gather_output=False,
-        input_is_parallel=type(linear).__name__.startswith("Row"),
+        input_is_parallel=is_row,
         dropout=0.0,
         model_parallel_config=copy.copy(config),
         alpha=rank,

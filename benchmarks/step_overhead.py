@@ -14,19 +14,16 @@ import dataclasses
 import gc
 import json
 import os
-import platform
 import random
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime, timezone
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapted_models import Sizes, adapter_flops, build_variants, frozen_flops, thin_products
+from provenance import provenance
 from step_overhead_page import render_page, table
 from tqdm import tqdm
 
@@ -35,8 +32,6 @@ if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
 __all__ = ["benchmark", "main", "measure", "summarize"]
-
-PACKAGES = ("torch", "megatron-core", "nemo_toolkit", "numpy", "nemo_tied_lora")
 
 
 def make_step(sizes: Sizes, seed: int) -> Callable[[GPTModel], float]:
@@ -125,7 +120,7 @@ def benchmark(
     clock = "process_time" if threads == 1 else "perf_counter"
     settings = {"seed": seed, "repeats": repeats, "warmup": warmup, "clock": clock, "freed_memory": memory}
     model = {"sizes": dataclasses.asdict(sizes), "targets": list(sizes.linears()), "preset": "tl6", "dtype": "float32"}
-    result: dict[str, Any] = {"benchmark": "step_overhead", **_provenance(threads), **model, **settings, "ranks": {}}
+    result: dict[str, Any] = {"benchmark": "step_overhead", **provenance(threads), **model, **settings, "ranks": {}}
     with tqdm(total=len(ranks) * (warmup + repeats), unit="round") as bar:
         for rank in ranks:
             bar.set_description(f"rank {rank}")
@@ -178,44 +173,6 @@ def _one_process(threads: int) -> None:
         torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel()
-
-
-def _provenance(threads: int) -> dict[str, Any]:
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--", "nemo_tied_lora", "benchmarks")),
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "load_average": os.getloadavg()[0],
-    }
-
-
-def _git(*words: str) -> str | None:
-    try:
-        done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True)
-    except OSError:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine()
-    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
