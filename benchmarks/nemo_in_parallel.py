@@ -13,6 +13,7 @@ import importlib.metadata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from adapted_models import NemoLora
@@ -25,11 +26,12 @@ __all__ = ["NemoLoraAfterGather", "transformer_engine"]
 def transformer_engine(version: str) -> Iterator[None]:
     """Inside, `importlib.metadata` says that this version of Transformer Engine is installed."""
     original = importlib.metadata.version
-    importlib.metadata.version = lambda name: version if name == "transformer-engine" else original(name)
-    try:
+
+    def told(distribution_name: str) -> str:
+        return version if distribution_name == "transformer-engine" else original(distribution_name)
+
+    with patch("importlib.metadata.version", told):
         yield
-    finally:
-        importlib.metadata.version = original
 
 
 class NemoLoraAfterGather(NemoLora):
