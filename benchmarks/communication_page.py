@@ -163,7 +163,8 @@ they fall as the model gets wider, with rank / width.
 
 Over TP: under sequence parallelism, what is partial over the sequence (A, u of columns; B, u, v of rows). Over PP: the
 gradients of the tied A and B, which every stage has a part of. NeMo's LoRA has nothing to sum there, because it ties nothing. A
-step has many microbatches, and this is sent once in it, whatever the number of tokens, layers and microbatches.
+step has many microbatches, and this is sent once in it, whatever the number of tokens and microbatches; what goes over
+PP does not grow with the layers either.
 
 ## Kept and missed
 
@@ -211,8 +212,8 @@ would spare the r-wide exchanges and cost the sum over TP that sequence parallel
 
 Time: how much of the traffic a GPU hides behind its arithmetic, and what latency a call has. NCCL's own choice between
 rings and trees. bfloat16, which halves activations and leaves the gradients' bytes. Activation recompute, which repeats the forward
-exchange. Data, context and expert parallelism. Megatron's distributed optimizer, whose sums over PP are
-`finalize_model_grads`'s. Transformer Engine itself.
+exchange. Data, context and expert parallelism. Loops with Megatron's DDP, where `finalize_model_grads` does the step's
+sums instead of `adapter.reduce_gradients()`. Transformer Engine itself.
 
 ## Repeat it
 
