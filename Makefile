@@ -22,7 +22,7 @@ STAMP := $(VENV)/.installed-$(KEY)
 UNFINISHED := $(VENV)/.unfinished
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint typecheck format quickstart compare benchmark benchmark-communication clean clean-venv
+.PHONY: help setup test test-slurm lint typecheck format quickstart compare benchmark benchmark-communication clean clean-venv
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-24s %s\n", $$1, $$2}' Makefile
@@ -61,8 +61,12 @@ $(STAMP):
 	@PYTHONWARNINGS=ignore $(PIP) install --constraint constraints.txt --build-constraint constraints.txt --editable '.[laptop,dev]'
 	@rm -f $(UNFINISHED); touch $@
 
-test: lint typecheck ## the linter, the type checker and all tests
+test: lint typecheck ## the linter, the type checker and all tests, those on a SLURM of their own too
 	$(BIN)/python -m pytest $(PYTEST_OPTIONS)
+	$(BIN)/python -m pytest -m slurm tests/slurm
+
+test-slurm: $(STAMP) ## the tests on a private SLURM (Linux, root; installs Debian's packages where they are missing)
+	$(BIN)/python -m pytest -m slurm tests/slurm $(PYTEST_OPTIONS)
 
 lint: $(STAMP) ## check style and format
 	$(BIN)/python -m ruff check .

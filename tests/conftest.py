@@ -15,8 +15,8 @@ __all__ = ["ALLOWED_SKIPS"]
 # cores wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-ALLOWED_SKIPS = ("needs a CUDA device",)
-"""The reasons for which a test may be skipped, as they begin; any other skip is a failure."""
+ALLOWED_SKIPS = ("needs a CUDA device", *(() if os.environ.get("CI") else ("needs a SLURM",)))
+"""The reasons for which a test may be skipped, as they begin; any other skip is a failure. CI must have a SLURM."""
 
 _Report = TypeVar("_Report", pytest.TestReport, pytest.CollectReport)
 

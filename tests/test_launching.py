@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from nemo_tied_lora.commands import launch
+from nemo_tied_lora.commands import launch, report
 from nemo_tied_lora.config import ConfigError
 from nemo_tied_lora.launching.cluster import Cluster, Container, looks_secret, seconds
 from nemo_tied_lora.launching.record import resolved_yaml, write_record
@@ -243,3 +243,28 @@ def test_cluster_values_of_a_wrong_kind_are_refused() -> None:
     with pytest.raises(ConfigError) as caught:
         Cluster.from_mapping({"kind": "slurm", "srun": "x", "environment": 3, "container": {"path": "x"}})
     assert len(caught.value.problems) == 3
+
+
+def test_a_report_has_a_line_a_run_in_the_index_order_and_says_what_is_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = points([["model.peft.tied_lora.rank=2", "model.peft.tied_lora.rank=8"], ["preset=tl5", "preset=tl6"]])
+    sweep = tmp_path / "ranks"
+    sweep.mkdir()
+    (sweep / "sweep.tsv").write_text(index_file("/where/it/ran/ranks", runs))
+    for number, run in enumerate(runs[:2]):
+        (sweep / run.name).mkdir()
+        validations = [{"validation_loss": 9.0}, {"validation_loss": 0.5, "validation_exact_string_match": 0.25}]
+        metrics = {"trained_parameters": 1000 * (number + 1), "lora_parameters": 8000, "validations": validations}
+        metrics |= {"steps": [{"step": 1, "loss": 1.25}], "tokens_per_second": 12.0, "wall_seconds": 3.0}
+        (sweep / run.name / "metrics.json").write_text(json.dumps(metrics))
+    (sweep / runs[2].name / "logs").mkdir(parents=True)
+    assert report.main([f"folder={sweep}"]) == 0
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[:6]]
+    assert lines[0][:5] == ["run", "rank", "preset", "trained", "of LoRA"]
+    assert lines[2][:8] == ["0_rank-2_preset-tl5", "2", "tl5", "1,000", "12.5%", "0.5000", "25.0%", "1.2500"]
+    assert [line[-1] for line in lines[2:]] == ["finished", "finished", "started, not finished", "not started"]
+    assert json.loads((sweep / "report.json").read_text())["runs"][1]["validation_loss"] == 0.5
+    assert (sweep / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert report.main([f"folder={tmp_path}"]) == 2
+    assert "name a sweep's folder" in capsys.readouterr().err

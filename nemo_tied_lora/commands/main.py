@@ -12,7 +12,7 @@ from typing import Any
 
 __all__ = ["COMMANDS", "entry", "main"]
 
-COMMANDS = ("plan", "finetune", "generate", "pretrain", "quickstart", "compare", "export", "launch")
+COMMANDS = ("plan", "finetune", "generate", "pretrain", "quickstart", "compare", "export", "launch", "report")
 
 
 def entry() -> None:

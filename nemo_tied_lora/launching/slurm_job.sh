@@ -81,7 +81,15 @@ if ((code == 0)); then
     say "finished"
     exit 0
 fi
-state=$(squeue --noheader --jobs="$job" --format=%T || true)
+if ((code == 2)); then
+    say "refused by the ranks; not tried again"
+    exit 2
+fi
+state=''
+for _ in 1 2 3; do  # a SIGTERM ends squeue too, and a busy controller may not answer at once
+    state=$(squeue --noheader --jobs="$job" --format=%T) && break
+    sleep 3
+done
 if [[ $state != RUNNING ]]; then
     say "ended from outside (${state:-no longer known to SLURM}), exit code $code"
 elif ((restart < max_requeues)); then

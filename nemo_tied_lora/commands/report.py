@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`tied-lora report`: a sweep's runs as one table and one picture."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from nemo_tied_lora.commands.composing import run_composed
+from nemo_tied_lora.config import ConfigError
+from nemo_tied_lora.launching.reporting import write_report
+
+__all__ = ["SUMMARY", "main"]
+
+SUMMARY = "gather the runs of a sweep into one table and one picture"
+
+_EXAMPLES = """  tied-lora report folder=runs/ranks
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Prints the table and writes report.md, report.json and report.png; returns 0, or 2 where there is no sweep."""
+    return run_composed("report", argv, _report, summary=SUMMARY, examples=_EXAMPLES)
+
+
+def _report(cfg: dict[str, Any]) -> int:
+    if cfg["folder"] is None:
+        raise ConfigError(["folder: missing; name the sweep's folder, which holds sweep.tsv"])
+    folder = Path(str(cfg["folder"]))
+    print(write_report(folder), end="")
+    written = [
+        str(folder / f"report.{kind}") for kind in ("md", "json", "png") if (folder / f"report.{kind}").exists()
+    ]
+    print(f"written: {', '.join(written)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

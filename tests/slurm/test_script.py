@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The real script on a real SLURM, with ranks that only say what they were given: what the script itself decides.
+
+The ranks are a shell script in the place of Python, so that a start costs a second.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nemo_tied_lora.launching.cluster import Cluster
+from nemo_tied_lora.launching.rendering import Job, render
+from nemo_tied_lora.launching.sweeps import Point, index_file, points
+from tests.slurm.private_cluster import PrivateCluster
+
+ROOT = Path(__file__).resolve().parents[2]
+# As the configuration's defaults, but for what this machine has not: GPUs, and nodes of one's own.
+BARE = {"kind": "slurm", "memory": "0", "time": "10", "save_seconds": 60, "max_requeues": 1, "at_once": 2}
+SAY = 'env | grep -E "^(RANK|WORLD_SIZE|LOCAL_RANK|NODE_RANK|MASTER_|OMP_|NCCL_|HF_TOKEN)" | sort; echo "got $*"'
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Writes the script of a job whose "Python" records its call and then does `does`; returns the script."""
+
+    def write_job(
+        does: str,
+        *,
+        first: str = "exit 0",
+        nodes: int = 2,
+        ranks: int = 1,
+        runs: list[Point] | None = None,
+        **settings: object,
+    ) -> Path:
+        python = tmp_path / "python"
+        body = f'case $2 in *.record) {first} ;; esac\n{{ {SAY}; }} >> "{tmp_path}/rank-$RANK"\n{does}\n'
+        python.write_text(f"#!/usr/bin/env bash\n{body}")
+        python.chmod(0o755)
+        cluster = Cluster.from_mapping({**BARE, "python": str(python), **settings})
+        job = Job(
+            name="said",
+            folder=str(tmp_path / "run"),
+            arguments=["name=a b", "model.x='$HOME'"],
+            cluster=cluster,
+            nodes=nodes,
+            ranks_per_node=ranks,
+            num_runs=None if runs is None else len(runs),
+        )
+        script = tmp_path / "job.sbatch"
+        script.write_text(render(job))
+        (tmp_path / "run" / "logs").mkdir(parents=True)
+        if job.index is not None:
+            Path(job.index).write_text(index_file(job.folder, runs or ()))
+        return script
+
+    return write_job
+
+
+def submit(slurm: PrivateCluster, script: Path, *arguments: str, **variables: str) -> str:
+    return slurm.run("sbatch", "--parsable", *arguments, str(script), cwd=script.parent, **variables)
+
+
+def said(script: Path, job: str) -> str:
+    return (script.parent / "run" / "logs" / f"{job}.log").read_text()
+
+
+def test_every_rank_gets_its_numbers_the_address_and_the_settings(slurm: PrivateCluster, write: Write) -> None:
+    script = write("exit 0", ranks=2, environment={"NCCL_DEBUG": "WARN", "NCCL_IB_HCA": None})
+    job = submit(slurm, script, HF_TOKEN="from the shell")
+    assert slurm.wait_for_state(job)["JobState"] == "COMPLETED", said(script, job)
+    for rank in range(4):
+        text = (script.parent / f"rank-{rank}").read_text()
+        found = dict(re.findall(r"^(\w+)=(.*)$", text, flags=re.M))
+        assert found.pop("MASTER_PORT").isdigit()
+        assert found == {
+            "RANK": str(rank),
+            "WORLD_SIZE": "4",
+            "LOCAL_RANK": str(rank % 2),
+            "NODE_RANK": str(rank // 2),
+            "MASTER_ADDR": "127.0.0.1",
+            "OMP_NUM_THREADS": "1",
+            "NCCL_DEBUG": "WARN",
+            "HF_TOKEN": "from the shell",
+        }
+        sizes = "trainer.num_nodes=2 trainer.devices=2"
+        run = f"exp_manager.explicit_log_dir={script.parent}/run"
+        assert f"got -m nemo_tied_lora.commands.finetune name=a b model.x='$HOME' {sizes} {run}" in text
+    logs = script.parent / "run" / "logs" / f"{job}-0"
+    assert sorted(path.name for path in logs.iterdir()) == ["job.sbatch", "node-0.log", "node-1.log"]
+    assert (logs / "job.sbatch").read_text() == script.read_text()
+    assert "from the shell" not in script.read_text()
+
+
+def test_each_node_has_a_log_in_which_every_line_names_its_rank(slurm: PrivateCluster, write: Write) -> None:
+    script = write('echo "I am $RANK"', ranks=2)
+    job = submit(slurm, script)
+    slurm.wait_for_state(job, "COMPLETED")
+    logs = [(script.parent / "run" / "logs" / f"{job}-0" / f"node-{node}.log").read_text() for node in (0, 1)]
+    assert [sorted(log.split("\n")[:-1]) for log in logs] == [["0: I am 0", "1: I am 1"], ["2: I am 2", "3: I am 3"]]
+
+
+def test_a_rank_that_dies_takes_the_others_with_it_and_the_job_is_requeued_so_often_and_no_more(
+    slurm: PrivateCluster, write: Write
+) -> None:
+    script = write("[[ $RANK != 1 ]] || { sleep 2; kill -KILL $$; }; sleep 300")
+    job = submit(slurm, script)
+    fields = slurm.wait_for_state(job, "FAILED", seconds=60)
+    assert fields["Restarts"] == "1"
+    log = said(script, job)
+    assert log.count("starting 2 ranks on 2 nodes") == 2
+    assert "requeued to go on from the last checkpoint, 1 times more at most" in log
+    assert "after 1 restarts: not requeued again" in log
+    assert {path.name for path in (script.parent / "run" / "logs").iterdir()} == {f"{job}.log", f"{job}-0", f"{job}-1"}
+    ports = re.findall(r"^MASTER_PORT=(\d+)$", (script.parent / "rank-0").read_text(), flags=re.M)
+    assert len(set(ports)) == 2
+
+
+def test_what_is_refused_is_not_tried_again_and_starts_no_rank(slurm: PrivateCluster, write: Write) -> None:
+    script = write("exit 0", first="echo 'not possible' >&2; exit 2")
+    job = submit(slurm, script)
+    fields = slurm.wait_for_state(job)
+    assert (fields["JobState"], fields["Restarts"], fields["ExitCode"]) == ("FAILED", "0", "2:0")
+    assert "refused; not started" in said(script, job)
+    assert not list(script.parent.glob("rank-*"))
+
+
+def test_what_the_ranks_refuse_is_not_tried_again(slurm: PrivateCluster, write: Write) -> None:
+    script = write("exit 2", nodes=1)
+    job = submit(slurm, script)
+    fields = slurm.wait_for_state(job)
+    assert (fields["JobState"], fields["Restarts"], fields["ExitCode"]) == ("FAILED", "0", "2:0")
+
+
+def test_a_cancelled_job_stays_cancelled(slurm: PrivateCluster, write: Write) -> None:
+    script = write("trap 'echo saved; exit 75' TERM; touch ready-$RANK; sleep 300 & wait")
+    job = submit(slurm, script)
+    slurm.wait_until(lambda: len(list(script.parent.glob("ready-*"))) == 2, 30, "two ranks")
+    slurm.run("scancel", job)
+    fields = slurm.wait_for_state(job)
+    slurm.wait_until(lambda: "ended from outside" in said(script, job), 30, "the script's last word")
+    assert (fields["JobState"], fields["Restarts"]) == ("CANCELLED", "0")
+    assert "saved" in (script.parent / "run" / "logs" / f"{job}-0" / "node-1.log").read_text()
+
+
+def test_a_finished_run_is_not_run_again_when_its_job_is_requeued(slurm: PrivateCluster, write: Write) -> None:
+    script = write("exit 0")
+    job = submit(slurm, script)
+    slurm.wait_for_state(job, "COMPLETED")
+    slurm.run("scontrol", "requeue", job)
+    slurm.wait_until(lambda: "nothing is left to do" in said(script, job), 60, "the second start")
+    assert slurm.wait_for_state(job)["JobState"] == "COMPLETED"
+    assert (script.parent / "rank-0").read_text().count("WORLD_SIZE") == 1
+
+
+def test_each_task_of_an_array_does_its_own_line_of_the_index(slurm: PrivateCluster, write: Write) -> None:
+    runs = points([["rank=2", "rank=8", "rank=32"]])
+    script = write("exit 0", first="exit 0", nodes=1, runs=runs)
+    array = submit(slurm, script)
+    for number, run in enumerate(runs):
+        assert slurm.wait_for_state(f"{array}_{number}")["JobState"] == "COMPLETED"
+        folder = script.parent / "run" / run.name
+        assert (folder / "finished").exists()
+        assert (folder / "logs" / f"{array}_{number}-0" / "node-0.log").exists()
+        assert (
+            f"{run.overrides[0]} trainer.num_nodes=1 trainer.devices=1 exp_manager.explicit_log_dir={folder}\n"
+            in (script.parent / "rank-0").read_text()
+        )
+
+
+def test_the_last_task_of_an_array_requeues_itself_and_not_the_array(slurm: PrivateCluster, write: Write) -> None:
+    runs = points([["rank=2", "rank=8"]])
+    script = write("[[ $* != *rank=8* ]] || exit 1", nodes=1, runs=runs)
+    array = submit(slurm, script)
+    states = [slurm.wait_for_state(f"{array}_{number}", "COMPLETED", "FAILED", seconds=60) for number in (1, 0)]
+    assert [(state["JobState"], state["Restarts"]) for state in states] == [("FAILED", "1"), ("COMPLETED", "0")]
+
+
+def test_uneven_nodes_are_refused(slurm: PrivateCluster, write: Write) -> None:
+    script = write("exit 0")
+    job = submit(slurm, script, "--ntasks=3", "--ntasks-per-node=2")
+    assert slurm.wait_for_state(job)["ExitCode"] == "2:0"
+    assert "refused: 3 tasks on 2 nodes" in said(script, job)
+
+
+def test_shellcheck_finds_nothing() -> None:
+    scripts = sorted([*(ROOT / "launch").rglob("*.s*"), ROOT / ".ci" / "run"])
+    assert len(scripts) == 3
+    done = subprocess.run(["shellcheck", *map(str, scripts)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
