@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an adapter costs on a layout: parameters, bytes per rank, file size, bytes on the network. No model is built.
 
-Every number is for the rank that holds most: one of the pipeline stage with the most selected layers. Let r be the
+Every number is for the rank that holds most: one of the pipeline stage with the most selected linears. Let r be the
 adapter's rank, T, P, C, D the tensor, pipeline, context and data parallel sizes. A rank holds
 
 ======  ============  ============  ====  =======
@@ -11,7 +11,8 @@ column  (r, in)       (out/T, r)    (r)   (out/T)
 row     (r, in/T)     (out, r)      (r)   (out)
 ======  ============  ============  ====  =======
 
-once per model chunk where tied, once per selected layer of its stage otherwise (linear_qkv and linear_fc1 are column
+once per model chunk where tied, once per selected layer of its stage otherwise, and in a mixture as often for each
+expert, but for what experts share (see `experts`; linear_qkv and linear_fc1 are column
 parallel, linear_proj and linear_fc2 row parallel). A frozen A or B is held without gradient and optimizer state; a
 frozen u or v is 1 and is not held. Collectives are counted as rings: a rank sends 2 (n-1)/n of what an all-reduce over
 n ranks sums, and (n-1)/n of the whole tensor in an all-gather or a reduce-scatter.
@@ -26,8 +27,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from nemo_tied_lora.config import FACTORS, ConfigError, TiedLoraConfig
-from nemo_tied_lora.counting import TargetShape, parameter_counts, stored_counts
-from nemo_tied_lora.layout import Architecture, Layout, stage_layers, target_shapes
+from nemo_tied_lora.counting import TargetShape, parameter_counts, stored_counts, tied_copies
+from nemo_tied_lora.experts import is_routed, linear_of, own_names, tied_names
+from nemo_tied_lora.layout import Architecture, Layout, selected_groups, stage_layers, target_shapes
 
 __all__ = ["Precision", "RankShare", "file_bytes", "network_bytes", "plan", "rank_share"]
 
@@ -92,19 +94,20 @@ class RankShare:
 
 def rank_share(arch: Architecture, layout: Layout, config: TiedLoraConfig) -> RankShare:
     """What the rank that holds most holds of each kind."""
-    num_layers = _most_layers(arch, layout, config)
+    num_layers = _fullest_stage(arch, layout, config)
     held = trained = tied = partial = 0
     for target, shape in target_shapes(arch, config).items():
-        kind = "column" if target in _COLUMN else "row"
+        kind = "column" if linear_of(target) in _COLUMN else "row"
+        ties = tied_copies(shape, config)
         for factor in FACTORS:
             is_trained, is_tied = factor in config.trained, factor in config.tied
             if not is_trained and factor in ("u", "v"):
                 continue
             one = _local_numel(factor, kind, shape, config.rank, layout.tp_size)
-            copies = one * (layout.num_chunks if is_tied else num_layers)
+            copies = one * (layout.num_chunks * ties if is_tied else num_layers[target] * shape.num_experts)
             held += copies
             trained += copies * is_trained
-            tied += one * (is_trained and is_tied)
+            tied += one * ties * (is_trained and is_tied)
             partial += copies * (is_trained and factor not in _SPLIT[kind])
     return RankShare(held, trained, tied, partial)
 
@@ -116,11 +119,11 @@ def network_bytes(arch: Architecture, layout: Layout, config: TiedLoraConfig, pr
     sequence_parallel_bytes_per_step: a step's all-reduce, over the tensor group, of what is partial over the sequence.
     data_parallel_bytes_per_step: a step's all-reduce of all gradients over the D * C ranks that hold the same shards.
     activation_bytes_per_microbatch: per selected linear one r-wide exchange in forward or backward (two halves under
-    sequence parallelism), no recomputation.
+    sequence parallelism), none for a routed expert's; no recomputation.
     """
     share = rank_share(arch, layout, config)
     sequence_parallel = layout.sequence_parallel and layout.tp_size > 1
-    linears = _most_layers(arch, layout, config) * len(config.targets)
+    linears = sum(n for group, n in _fullest_stage(arch, layout, config).items() if not is_routed(group))
     tokens = (layout.micro_batch_size or 1) * arch.seq_length // layout.cp_size
     replicas = layout.resolved_dp_size * layout.cp_size
     sent = {
@@ -208,10 +211,14 @@ def _per_target(arch: Architecture, config: TiedLoraConfig, lora: TiedLoraConfig
     }
 
 
-def _most_layers(arch: Architecture, layout: Layout, config: TiedLoraConfig) -> int:
-    """Selected layers of the stage that has the most."""
-    selected = set(range(arch.num_layers) if config.layers is None else config.layers)
-    return max(len(selected.intersection(layers)) for layers in stage_layers(arch, layout))
+def _fullest_stage(arch: Architecture, layout: Layout, config: TiedLoraConfig) -> dict[str, int]:
+    """Selected layers of each group on the stage that has the most linears."""
+    groups = selected_groups(arch, config)
+    stages = [
+        {name: len(set(layers).intersection(group.layers)) for name, group in groups.items()}
+        for layers in stage_layers(arch, layout)
+    ]
+    return max(stages, key=lambda stage: sum(n * groups[name].num_experts for name, n in stage.items()))
 
 
 def _local_numel(factor: str, kind: str, shape: TargetShape, rank: int, tp_size: int) -> int:
@@ -238,14 +245,16 @@ def _safetensors_header_bytes(shapes: Mapping[str, TargetShape], config: TiedLor
 def _stored(shapes: Mapping[str, TargetShape], config: TiedLoraConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     """(name, shape) of every tensor in the file. Only the number of digits of a layer's number matters here."""
     for target, shape in shapes.items():
-        layers = config.layers or range(shape.num_layers)
+        layers = (config.layers or range(shape.num_layers))[-shape.num_layers :]
+        own = own_names(target, shape.num_experts)
         sides: dict[str, tuple[int, ...]] = {"u": (config.rank,), "v": (shape.out_features,)}
         sides |= {"A": (config.rank, shape.in_features), "B": (shape.out_features, config.rank)}
         for factor in FACTORS:
             if factor in config.tied:
-                yield f"{target}.{factor}", sides[factor]
+                for name in tied_names(target, shape.num_experts, config.experts):
+                    yield f"{name}.{factor}", sides[factor]
             elif factor in ("A", "B") or factor in config.trained:
-                yield from ((f"layers.{layer}.{target}.{factor}", sides[factor]) for layer in layers)
+                yield from ((f"layers.{layer}.{name}.{factor}", sides[factor]) for layer in layers for name in own)
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -198,6 +198,10 @@ def _layout_problems(
     if cfg["model"].get("virtual_pipeline_model_parallel_size") is not None:
         yield "model.virtual_pipeline_model_parallel_size: NeMo 2.4's model cannot be interleaved; set it to null"
         return
+    if model is not None and model.get("num_moe_experts"):
+        fix = "adapt it on plain megatron-core, with nemo_tied_lora.inject"
+        yield f"model.num_moe_experts={model['num_moe_experts']!r}: a mixture is not tested through NeMo yet; {fix}"
+        return
     problems: list[str] = []
     layout = _attempt(problems, Layout.from_config, {"model": cfg["model"], "trainer": cfg["trainer"]})
     arch = None if model is None else _attempt(problems, Architecture.from_model_config, model)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import nn
@@ -19,10 +20,14 @@ from torch.nn import functional
 from nemo_tied_lora import ConfigError, TiedLoraConfig, inject, load_adapter, save_adapter
 from nemo_tied_lora.adapter import Adapter
 from nemo_tied_lora.adapter_state import expected_shapes
+from nemo_tied_lora.architecture import Architecture, target_shapes
 from nemo_tied_lora.config import TARGETS
+from nemo_tied_lora.counting import parameter_counts
 from nemo_tied_lora.experts import group_of, name_at, own_names, refused_layouts, tied_names
 from nemo_tied_lora.export.nemo_adapter import AdapterFileError
+from nemo_tied_lora.layout import Layout, check
 from nemo_tied_lora.linear import TiedLoraMixin
+from nemo_tied_lora.planning import file_bytes, rank_share
 from tests.ranks import run_ranks, single_process
 from tests.relayout import relayout
 from tests.tiny_gpt import SEQUENCE, VOCAB, build_gpt, full_tensor
@@ -137,6 +142,54 @@ def test_trained_parameters_are_the_formulas(preset: str, experts: str) -> None:
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == sum(expected.values())
     in_file = {name: tensor.shape for name, tensor in adapter.full_state().items()}
     assert in_file == expected_shapes(adapter.config, adapter.specs)
+
+
+def planned(**changes: Any) -> Architecture:
+    """The mixture, as a configuration file says it."""
+    keys = {
+        "num_layers": 4,
+        "hidden_size": 24,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "ffn_hidden_size": 40,
+        "encoder_seq_length": SEQUENCE,
+        "override_vocab_size": VOCAB,
+        "activation": "swiglu",
+        "bias": False,
+        "normalization": "rmsnorm",
+        "position_embedding_type": "rope",
+        "share_embeddings_and_output_weights": False,
+    }
+    return Architecture.from_model_config({**keys, **{k: v for k, v in MIXTURE.items() if "moe" in k}, **changes})
+
+
+@pytest.mark.parametrize("experts", ["per_expert", "tied"])
+def test_a_plan_counts_what_the_model_has(experts: str, tmp_path: Path) -> None:
+    single_process()
+    model, config = build_gpt(**MIXTURE), TiedLoraConfig(rank=3, experts=experts)
+    assert planned().num_parameters == sum(parameter.numel() for parameter in model.parameters())
+    adapter = inject(model, config)
+    shapes = target_shapes(planned(), config)
+    assert parameter_counts(shapes, config) == adapter.num_parameters()
+    size = save_adapter(adapter, tmp_path / "moe.nemo").stat().st_size
+    assert size <= file_bytes(shapes, config, bytes_per_element=8) <= size + 64 * 1024
+
+
+def test_a_plan_refuses_what_injection_refuses() -> None:
+    config = TiedLoraConfig(rank=3)
+    tensor, expert = Layout(tp_size=2, devices=2), Layout(tp_size=1, devices=2, ep_size=2)
+    assert [p.split("=")[0] for p in check(planned(), tensor, config)] == ["model.sequence_parallel"]
+    assert [p.split("=")[0] for p in check(planned(), expert, config)] == ["model.expert_model_parallel_size"]
+    assert check(planned(), Layout(tp_size=2, devices=2, sequence_parallel=True), config) == []
+    assert check(planned(), Layout(pp_size=2, devices=2), config) == []
+    assert check(planned(), expert, TiedLoraConfig(rank=3, targets=["attention"])) == []
+
+
+def test_bad_sizes_of_a_mixture_are_reported_together() -> None:
+    with pytest.raises(ConfigError) as caught:
+        planned(num_moe_experts=0, moe_ffn_hidden_size="28", moe_layer_freq=[1, 0])
+    keys = ["model.num_moe_experts", "model.moe_ffn_hidden_size", "model.moe_layer_freq"]
+    assert [problem.split("=")[0] for problem in caught.value.problems] == keys
 
 
 @pytest.mark.parametrize("experts", ["per_expert", "tied"])
@@ -304,6 +357,22 @@ def refusal(**options: Any) -> list[str]:
     return []
 
 
+def dropout_masks() -> dict[str, list[float]]:
+    """On a rank: what dropout leaves of ones in front of an expert's linears."""
+    adapter = inject(build_gpt(**MIXTURE, sequence_parallel=True), TiedLoraConfig(rank=3, dropout=0.5))
+    masks = {}
+    for name in ("experts.0.linear_fc1", "experts.0.linear_fc2"):
+        torch.manual_seed(11)
+        masks[name] = sites(adapter)[0, name].tied_lora.to_first_product(torch.ones(64)).tolist()
+    return masks
+
+
+def held(experts: str, **options: Any) -> int:
+    """On a rank: the adapter's elements."""
+    adapter = inject(build_gpt(**MIXTURE, **options), TiedLoraConfig(rank=3, experts=experts))
+    return sum(parameter.numel() for parameter in adapter.parameters())
+
+
 def saved(folder: str) -> dict[str, torch.Tensor]:
     """On a rank: what is written, as the adapter's own file and into Megatron's checkpoint."""
     from megatron.core import dist_checkpointing
@@ -338,12 +407,18 @@ def on_a_rank(folder: str) -> dict[str, Any]:
             results["runs"]["tp2", dispatcher, name] = train(Run(config=config, model=model))
     results["no sum"] = train(Run(config=RUNS["tl6, tied"], model=sharded, steps=1, fault="no_sum"))
     results["refused"] = refusal()
+    results["dropout"] = dropout_masks()
+    results["held"] = {("tp2", experts): held(experts, sequence_parallel=True) for experts in ("per_expert", "tied")}
     results["saved"] = saved(folder)
     relayout(pp=2)
     for name, config in RUNS.items():
         results["runs"]["pp2", "allgather", name] = train(Run(config=config, model=MIXTURE))
     results["ddp"] = {name: with_megatrons_ddp(RUNS[name]) for name in ("tl6, per expert", "tl6, tied")}
+    results["held"] |= {("pp2", experts): held(experts) for experts in ("per_expert", "tied")}
     results["loaded"] = loaded(folder)
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(expert_model_parallel_size=2)
+    results["expert parallel"] = refusal(expert_model_parallel_size=2)
     return results
 
 
@@ -404,6 +479,29 @@ def test_tensor_parallel_experts_need_sequence_parallelism_on_every_rank(ranks: 
     for rank in ranks:
         assert len(rank["refused"]) == 1
         assert rank["refused"][0].startswith("sequence_parallel=False with tensor_model_parallel_size=2")
+
+
+def test_experts_on_different_ranks_are_refused_on_each_of_them(ranks: list[dict[str, Any]]) -> None:
+    problems = [rank["expert parallel"] for rank in ranks]
+    assert problems[0] == problems[1]
+    assert [problem.partition(":")[0] for problem in problems[0]] == ["expert_model_parallel_size=2"]
+
+
+@pytest.mark.parametrize(("linear", "replicated"), [("linear_fc1", True), ("linear_fc2", False)])
+def test_an_experts_dropout_masks_agree_exactly_where_its_tokens_do(
+    linear: str, replicated: bool, ranks: list[dict[str, Any]]
+) -> None:
+    first, second = (rank["dropout"][f"experts.0.{linear}"] for rank in ranks)
+    assert set(first) == set(second) == {0.0, 2.0}
+    assert (first == second) is replicated
+
+
+@pytest.mark.parametrize("experts", ["per_expert", "tied"])
+@pytest.mark.parametrize("layout", ["tp2", "pp2"])
+def test_a_plans_fullest_rank_is_the_real_one(layout: str, experts: str, ranks: list[dict[str, Any]]) -> None:
+    sizes: dict[str, Any] = {"tp2": {"tp_size": 2, "sequence_parallel": True}, "pp2": {"pp_size": 2}}[layout]
+    share = rank_share(planned(), Layout(devices=2, **sizes), TiedLoraConfig(rank=3, experts=experts))
+    assert share.held == share.trained == max(rank["held"][layout, experts] for rank in ranks)
 
 
 def test_files_change_the_layout_bit_for_bit(ranks: list[dict[str, Any]]) -> None:

@@ -281,7 +281,7 @@ def test_missing_and_bad_sizes_are_reported_together() -> None:
         *("model.num_layers", "model.encoder_seq_length", "model.hidden_size=10", "model.ffn_hidden_size=0"),
     ]
     with pytest.raises(ConfigError) as caught:
-        small(num_query_groups=3, num_moe_experts=8, multi_latent_attention=True)
+        small(num_query_groups=3, num_moe_experts=0, multi_latent_attention=True)
     assert len(caught.value.problems) == 3
     for key, value in (("num_layers", "4"), ("kv_channels", 1.5), ("override_vocab_size", 0)):
         with pytest.raises(ConfigError, match=f"model.{key}={value!r}: must be a whole number"):
