@@ -35,7 +35,7 @@ class Chunk:
     sites: tuple[Site, ...]
     was_trained: frozenset[str]
     had_cond_embedder: bool | None = None
-    hook: Any = None
+    hooks: list[Any] = field(default_factory=list)
     originals: dict[nn.Module, torch.Tensor] = field(default_factory=dict)
 
     def prepare_base(self) -> None:
@@ -48,13 +48,14 @@ class Chunk:
         config = self.body.config
         self.had_cond_embedder = getattr(config, "has_cond_embedder", None)
         config.has_cond_embedder = True
+        self.hooks.append(self.body.decoder.register_forward_pre_hook(lambda *_: self.factors()))
         pipelined = parallel_state.get_pipeline_model_parallel_world_size() > 1
         # Checkpointed regions give no gradients unless an input requires one; a stage's output must require one
         # for the pipeline's backward, also where the stage has no linear of the adapter.
         needed = getattr(config, "recompute_granularity", None) or (pipelined and not self.sites)
         embedding = getattr(self.body, "embedding", None)
         if needed and embedding is not None:
-            self.hook = embedding.register_forward_hook(_require_grad)
+            self.hooks.append(embedding.register_forward_hook(_require_grad))
 
     def restore_base(self) -> None:
         """Swaps the classes back, drops the factors, and thaws what was trained before."""
@@ -65,8 +66,8 @@ class Chunk:
             del self.body.config.has_cond_embedder
         else:
             self.body.config.has_cond_embedder = self.had_cond_embedder
-        if self.hook is not None:
-            self.hook.remove()
+        for hook in self.hooks:
+            hook.remove()
         for name, parameter in self.outer.named_parameters():
             parameter.requires_grad_(name in self.was_trained)
 
@@ -128,6 +129,8 @@ class Adapter:
 
         "linear_qkv.A" (r, in), "linear_qkv.B" (out, r), "layers.7.linear_qkv.u" (r,), "layers.7.linear_qkv.v" (out,).
         """
+        for chunk in self.chunks:
+            chunk.factors()
         device = next(self.chunks[0].body.parameters()).device
         return adapter_state.gather(self.config, self.specs, [chunk.factors for chunk in self.chunks], device)
 

@@ -54,6 +54,9 @@ class Factors(nn.Module):
         for factor, tensor in tensors.items():
             self.register_parameter(factor, nn.Parameter(tensor, requires_grad=factor in trained))
 
+    def forward(self) -> None:
+        """Computes nothing. What must have happened before parameters are read hangs on their module's forward."""
+
 
 class ChunkFactors(nn.Module):
     """Every factor that one model chunk holds.
@@ -105,6 +108,18 @@ class ChunkFactors(nn.Module):
                 if layer in own_layers.get(group, ()):
                     for name in own_names(group, spec.num_experts):
                         _place(self.layers[str(layer)], name, build(name, own, layer))
+
+    def forward(self) -> None:
+        """Makes the parameters current: with `overlap_param_gather`, Megatron's DDP gathers what the optimizer of other
+        ranks has stepped when the module that owns a parameter runs forward. All data-parallel ranks must call it.
+
+        Called before the decoder runs, for linears read the factors without running these modules, and a chunk may
+        hold tied tensors that none of its linears uses; and before the factors are compared or saved.
+        """
+        if any(hasattr(parameter, "main_grad") for parameter in self.parameters()):
+            for module in self.modules():
+                if isinstance(module, Factors):
+                    module()
 
     def tied(self, name: str) -> Factors:
         """The tied factors that the linear of this name uses."""

@@ -19,7 +19,9 @@ import yaml
 
 from nemo_tied_lora.allocation import fitting
 from nemo_tied_lora.config import ConfigError, TiedLoraConfig
+from nemo_tied_lora.guards import GuardSettings
 from nemo_tied_lora.layout import Architecture, Layout, check
+from nemo_tied_lora.loops import loop_problems
 
 __all__ = ["adapter_section", "base_model_config", "check_finetuning", "check_generation", "check_pretraining"]
 
@@ -42,6 +44,7 @@ def check_finetuning(cfg: Mapping[str, Any]) -> None:
             f"model.peft.peft_scheme={scheme!r}: this command trains tied_lora; for plain LoRA: preset=lora"
         )
     problems += _unread_lora_keys(model["peft"])
+    problems += loop_problems(model)
     if model.get("fsdp"):
         problems.append(
             "model.fsdp=true: not possible; FSDP would shard what all layers share; use tensor or pipeline parallel"
@@ -56,6 +59,7 @@ def check_finetuning(cfg: Mapping[str, Any]) -> None:
         fix = "the adapter of restore_from_path has its own; remove these keys"
         problems.append(f"model.peft.tied_lora ({', '.join(given)}): {fix}")
     problems += _layout_problems(cfg, {**(base or {}), **_layout_keys(model)} if base else None, config)
+    _attempt(problems, GuardSettings.from_mapping, cfg.get("guards"))
     _attempt(problems, _precision, cfg["trainer"])
     problems += _data_problems(cfg)
     problems += _allocation_problems(cfg, base, config)
@@ -80,6 +84,7 @@ def check_pretraining(cfg: Mapping[str, Any]) -> None:
     if tokenizer is None or not Path(tokenizer).is_file():
         problems.append(f"model.tokenizer.model={tokenizer}: no such file; name a sentencepiece model")
     problems += _layout_problems(cfg, cfg["model"], None)
+    _attempt(problems, GuardSettings.from_mapping, cfg.get("guards"))
     _attempt(problems, _precision, cfg["trainer"])
     problems += _data_problems(cfg)
     problems += _allocation_problems(cfg, cfg["model"], None)

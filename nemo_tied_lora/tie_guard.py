@@ -69,7 +69,7 @@ class TieError(TrainingStopped):
 def check_ties(adapter: Adapter, when: str = "") -> None:
     """Compares every stored tensor's bits over the ranks and chunks that hold it. All ranks must call it.
 
-    Call it between an optimizer step and the next forward pass, when no gather of parameters is under way.
+    Call it between an optimizer step and the next forward pass.
 
     Args:
         when: what to say in the message, as "after step 400: ".
@@ -129,7 +129,8 @@ def _names(adapter: Adapter) -> dict[str, int]:
 
 def _own_checksums(adapter: Adapter) -> dict[_Key, list[int]]:
     """(name, shard) of each tensor of this rank to its checksum in each chunk that holds it."""
-    tp_rank = parallel_state.get_tensor_model_parallel_rank()
+    several = parallel_state.get_tensor_model_parallel_world_size() > 1
+    tp_rank = parallel_state.get_tensor_model_parallel_rank() if several else None
     alike: dict[tuple[torch.Size, torch.dtype], list[tuple[_Key, torch.Tensor]]] = {}
     for name, parameter in _named_factors(adapter):
         key = (name, tp_rank if getattr(parameter, "tensor_model_parallel", False) else None)
@@ -145,6 +146,7 @@ def _own_checksums(adapter: Adapter) -> dict[_Key, list[int]]:
 
 def _named_factors(adapter: Adapter) -> Iterator[tuple[str, torch.Tensor]]:
     for chunk in adapter.chunks:
+        chunk.factors()
         yield from chunk.factors.named_parameters()
 
 

@@ -158,6 +158,21 @@ def test_generate_completes_prompts_on_another_layout(workshop: Path, single: tu
     assert all(isinstance(answer["completion"], str) for answer in answers)
 
 
+def test_a_run_that_a_guard_stops_fails_with_the_reason_and_leaves_an_older_file(
+    workshop: Path, single: tuple[AdapterFile, dict, str]
+) -> None:
+    older = (workshop / "single" / "adapter.nemo").read_bytes()
+    data = [
+        f"model.data.{ds}.file_names=[{n}.jsonl]" for ds, n in (("train_ds", "train"), ("validation_ds", "validation"))
+    ]
+    fixed = ["model.restore_from_path=base.nemo", "output=single/adapter.nemo", "model.optim.lr=1e30", "name=stopped"]
+    done = tied_lora("finetune", *SHORT, *data, *fixed, "trainer.gradient_clip_val=0", folder=workshop, ok=False)
+    assert done.returncode != 0
+    assert "tied-lora finetune: step " in done.stderr
+    assert "holds NaN or infinity on rank 0" in done.stderr
+    assert (workshop / "single" / "adapter.nemo").read_bytes() == older
+
+
 def test_every_mistake_is_reported_at_once_before_torch_is_imported(workshop: Path) -> None:
     wrong = [
         "layout=tp8",

@@ -16,9 +16,13 @@ from nemo_tied_lora.commands.composing import compose_config, parse_overrides, p
 from nemo_tied_lora.commands.config_folder import config_folder
 from nemo_tied_lora.commands.ranks import is_rank, start_ranks
 from nemo_tied_lora.config import ConfigError
+from nemo_tied_lora.guards import TrainingStopped
 from nemo_tied_lora.layout import Layout
 
-__all__ = ["run_command"]
+__all__ = ["STOPPED", "run_command"]
+
+STOPPED = 3
+"""The exit code of a run that one of its guards has stopped."""
 
 
 def run_command(
@@ -40,7 +44,7 @@ def run_command(
         run: one rank's work; it is given the config by NeMo's `hydra_runner`.
 
     Returns:
-        0, 2 where the configuration is refused, else the failed rank's exit code.
+        0, 2 where the configuration is refused, 3 where a guard stopped the run, else the failed rank's exit code.
     """
     options = parser(command, summary, examples, groups).parse_intermixed_args(argv)
     try:
@@ -86,21 +90,30 @@ def _run_rank(
     if not verbose:
         nemo_logging.remove_stream_handlers()  # its log files in the run's folder still hold everything
 
-    failure: list[ConfigError] = []
+    failure: list[ConfigError | TrainingStopped] = []
 
     def guarded(cfg: DictConfig) -> None:
         try:
             run(cfg)
-        except ConfigError as error:
+        except (ConfigError, TrainingStopped) as error:
             failure.append(error)
 
     more = [] if config_dir is None else ["--config-dir", config_dir]
     sys.argv = [f"tied-lora {command}", *parse_overrides(command, overrides)[0], *more]
     hydra_runner(config_path=str(config_folder()), config_name=command)(guarded)()
+    # Said before the others are met again: a launcher may end this rank as soon as another has gone.
+    code = _report_failure(command, failure[0]) if failure else 0
     _leave_process_groups()
-    if failure:
-        return report(command, failure[0]) if _is_first_rank() else 2
-    return 0
+    return code
+
+
+def _report_failure(command: str, failure: ConfigError | TrainingStopped) -> int:
+    """Rank 0 says it once, for every rank has the same; returns the exit code."""
+    if isinstance(failure, ConfigError):
+        return report(command, failure) if _is_first_rank() else 2
+    if _is_first_rank():
+        print(f"tied-lora {command}: {failure}", file=sys.stderr, flush=True)
+    return STOPPED
 
 
 def _leave_process_groups() -> None:

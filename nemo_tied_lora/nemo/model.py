@@ -14,10 +14,13 @@ from nemo.collections.nlp.data.language_modeling.megatron.megatron_batch_sampler
 )
 from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import MegatronGPTSFTModel
 from nemo.collections.nlp.parts.peft_config import PEFTConfig
+from omegaconf import open_dict
 
 from nemo_tied_lora.adapter import Adapter
 from nemo_tied_lora.export.nemo_adapter import is_adapter_file, load_adapter, save_adapter
 from nemo_tied_lora.injection import inject
+from nemo_tied_lora.loops import check_loop
+from nemo_tied_lora.nemo.guarded_training import GuardedTrainingMixin
 from nemo_tied_lora.nemo.peft_config import TiedLoraPEFTConfig, register
 
 __all__ = ["MegatronGPTTiedLoraModel", "TiedLoraModelMixin"]
@@ -94,6 +97,18 @@ class TiedLoraModelMixin:
             return
         self._optimizer_param_groups = ({"params": list(self.tied_lora.parameters())},)
 
+    def configure_optimizers(self) -> Any:
+        """NeMo's, but O2 sums over data parallelism once, after the backward pass.
+
+        While it runs, NeMo's O2 starts an all-reduce each time a parameter's gradient arrives and waits for none: with
+        several microbatches one may still run when the next gradient is added; and it counts arrivals, so that a tied
+        tensor, whose gradient arrives once per layer under recomputation, would never be summed at all.
+        """
+        if self.tied_lora is not None:
+            with open_dict(self.cfg):  # type: ignore[attr-defined]
+                self.cfg.async_grad_allreduce = False  # type: ignore[attr-defined]
+        return super().configure_optimizers()  # type: ignore[misc]
+
     def training_step_fwd_bwd_step_call(self, dataloader_iter: Any, forward_only: bool) -> Any:
         """Forward and backward over the microbatches, then the pipeline's sum of the tied gradients."""
         loss = super().training_step_fwd_bwd_step_call(dataloader_iter, forward_only)  # type: ignore[misc]
@@ -118,7 +133,8 @@ class TiedLoraModelMixin:
         if self.tied_lora is None:
             super().save_to(save_path)  # type: ignore[misc]
         else:
-            save_adapter(self.tied_lora, save_path, self._facts())
+            guarded = bool(self.guards.tie_guard_every_n_steps)  # type: ignore[attr-defined]
+            save_adapter(self.tied_lora, save_path, self._facts(), tie_guard=guarded)
 
     def _make_data_iterator_list(self, data_iterator: Iterator[Any]) -> Any:
         return super()._make_data_iterator_list(self._counted(data_iterator))  # type: ignore[misc]
@@ -133,6 +149,7 @@ class TiedLoraModelMixin:
             raise ValueError(
                 "virtual_pipeline_model_parallel_size: NeMo 2.4's model cannot be interleaved; set it to null"
             )
+        check_loop(self.cfg)  # type: ignore[attr-defined]
         return _AdapterKeys(self)
 
     def _facts(self) -> dict[str, Any]:
@@ -158,7 +175,7 @@ class TiedLoraModelMixin:
         }
 
 
-class MegatronGPTTiedLoraModel(TiedLoraModelMixin, MegatronGPTSFTModel):
+class MegatronGPTTiedLoraModel(TiedLoraModelMixin, GuardedTrainingMixin, MegatronGPTSFTModel):
     """`MegatronGPTSFTModel` that knows `peft_scheme: tied_lora`.
 
     Its config is NeMo's, with `model.peft.tied_lora` beside NeMo's own sections.

@@ -27,7 +27,7 @@ class RunRecorder(Callback):
     """
 
     def __init__(self) -> None:
-        self.steps: list[dict[str, float]] = []
+        self.steps: list[dict[str, Any]] = []
         self.validations: list[dict[str, float]] = []
         self.wall_seconds = 0.0
         self._step_started = self._fit_started = 0.0
@@ -58,9 +58,12 @@ class RunRecorder(Callback):
         pl_module.log("step_seconds", seconds, rank_zero_only=True, batch_size=1)
         pl_module.log("tokens_per_second", tokens / seconds, prog_bar=True, rank_zero_only=True, batch_size=1)
         names = {"loss": "reduced_train_loss", "lr": "lr", "grad_norm": "grad_norm"}
-        found = {
+        found: dict[str, Any] = {
             ours: float(trainer.callback_metrics[n]) for ours, n in names.items() if n in trainer.callback_metrics
         }
+        skipped = getattr(pl_module, "skipped", None)
+        if skipped is not None:
+            found = {name: value for name, value in found.items() if math.isfinite(value)} | {"skipped": skipped.name}
         self.steps.append({"step": trainer.global_step, **found, "seconds": seconds, "tokens": tokens})
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -75,6 +78,7 @@ class RunRecorder(Callback):
         return {
             "wall_seconds": self._elapsed(),
             "tokens_per_second": tokens / seconds if seconds else None,
+            "skipped_steps": sum("skipped" in step for step in self.steps),
             "steps": self.steps,
             "validations": self.validations,
         }

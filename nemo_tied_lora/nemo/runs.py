@@ -22,6 +22,7 @@ from nemo_tied_lora.adapter import Adapter
 from nemo_tied_lora.config import ConfigError, TiedLoraConfig
 from nemo_tied_lora.counting import TargetShape, parameter_counts
 from nemo_tied_lora.files import write_json
+from nemo_tied_lora.guards import GuardSettings
 from nemo_tied_lora.nemo.model import MegatronGPTTiedLoraModel
 from nemo_tied_lora.nemo.peft_config import TiedLoraPEFTConfig
 from nemo_tied_lora.nemo.process_groups import ensure_process_groups
@@ -45,6 +46,7 @@ def finetune(cfg: DictConfig) -> dict[str, Any]:
     else:
         model.add_adapter(TiedLoraPEFTConfig(model_cfg))
     assert model.tied_lora is not None
+    model.guards = GuardSettings.from_mapping(cfg.get("guards"))
     # NeMo's validation would sample: its answers, and exact match, would be another at every run.
     model.set_inference_config({"greedy": True})
     if trainer.global_rank == 0:
@@ -70,6 +72,7 @@ def pretrain(cfg: DictConfig) -> dict[str, Any]:
     with open_dict(model_cfg):
         model_cfg.precision = cfg.trainer.precision
     model = MegatronGPTTiedLoraModel(model_cfg, trainer)
+    model.guards = GuardSettings.from_mapping(cfg.get("guards"))
     ensure_process_groups(trainer)
     _check_vocabulary(model)
     facts = {"trained_parameters": base_parameter_count(model)}

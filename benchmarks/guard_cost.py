@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the guards of a run cost beside a training step, measured in one process.
+
+One round times a step (forward and backward of an adapted megatron-core GPT), the tie guard's comparison and the look at
+the gradients, one after the other in a new random order; a ratio is taken within a round, and medians are reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from adapted_models import Sizes, build_model
+from provenance import provenance
+from step_overhead import _one_process, make_step, measure
+from tqdm import tqdm
+
+__all__ = ["main", "render_page", "summarize"]
+
+PARTS = ("tie_guard", "gradients")
+
+
+def summarize(seconds: dict[str, list[float]], parameters: int, rank: int, every: int) -> dict[str, Any]:
+    """One rank's entry of the JSON, from the seconds of each round."""
+    entry: dict[str, Any] = {
+        "rank": rank,
+        "parameters": parameters,
+        "step_seconds": statistics.median(seconds["step"]),
+    }
+    for part in PARTS:
+        ratios = [a / step for a, step in zip(seconds[part], seconds["step"], strict=True)]
+        entry[part] = {"ratio": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+    entry["tie_guard"]["amortised"] = entry["tie_guard"]["ratio"] / every
+    return {**entry, "seconds": seconds}
+
+
+def table(result: dict[str, Any]) -> str:
+    """A Markdown table, a line per rank."""
+    lines = [
+        "| rank | stored numbers | step, s | tie guard / step | spread over 200 steps | gradients / step |",
+        "|---:|---:|---:|---:|---:|---:|",
+    ]
+    for entry in result["ranks"].values():
+        guard, gradients = (f"{entry[p]['ratio']:.2%} ({entry[p]['min']:.2%} to {entry[p]['max']:.2%})" for p in PARTS)
+        lines.append(
+            f"| {entry['rank']} | {entry['parameters']:,} | {entry['step_seconds']:.3f} | {guard} "
+            f"| {entry['tie_guard']['amortised']:.4%} | {gradients} |"
+        )
+    return "\n".join(lines)
+
+
+def render_page(result: dict[str, Any]) -> str:
+    """The page, in Markdown."""
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
+    sizes = ", ".join(f"{name} {value}" for name, value in result["sizes"].items())
+    changes = ", with uncommitted changes" if result["uncommitted_changes"] else ""
+    commit = f"{(result['commit'] or 'unknown')[:12]}{changes}"
+    quoted = {name: result[name] for name in ("repeats", "processor", "cores", "load_average", "seed", "date")}
+    return _PAGE.format(table=table(result), versions=versions, sizes=sizes, commit=commit, **quoted)
+
+
+def benchmark(
+    sizes: Sizes, ranks: Sequence[int], *, repeats: int, warmup: int, seed: int, every: int
+) -> dict[str, Any]:
+    """The whole JSON."""
+    _one_process(1)
+    settings = {"seed": seed, "repeats": repeats, "warmup": warmup, "clock": "process_time", "every": every}
+    result: dict[str, Any] = {"benchmark": "guard_cost", **provenance(1), **settings, "ranks": {}}
+    result["sizes"] = dataclasses.asdict(sizes)
+    with tqdm(total=len(ranks) * (warmup + repeats), unit="round") as bar:
+        for rank in ranks:
+            steps, reset, parameters = _parts(sizes, rank, seed)
+            seconds = measure(
+                steps, reset, time.process_time, repeats=repeats, warmup=warmup, seed=seed, progress=bar.update
+            )
+            result["ranks"][str(rank)] = summarize(seconds, parameters, rank, every)
+    return result
+
+
+def _parts(sizes: Sizes, rank: int, seed: int) -> tuple[dict[str, Callable[[], object]], Callable[[], object], int]:
+    """What is timed, what precedes each timing, and how many numbers the adapter stores."""
+    import torch
+
+    from nemo_tied_lora import TiedLoraConfig, inject
+    from nemo_tied_lora.finite_gradients import find_nonfinite
+    from nemo_tied_lora.tie_guard import check_ties
+
+    model = build_model(sizes, seed)
+    adapter = inject(model, TiedLoraConfig.preset("tl6", rank=rank))
+    step = make_step(sizes, seed)
+
+    def keep_gradients() -> None:
+        """The look at the gradients needs some: each parameter gets them anew, and the step adds its own to them."""
+        for parameter in adapter.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+
+    timed: dict[str, Callable[[], object]] = {
+        "step": lambda: step(model),
+        "tie_guard": lambda: check_ties(adapter),
+        "gradients": lambda: find_nonfinite(adapter.named_parameters()),
+    }
+    return timed, keep_gradients, sum(parameter.numel() for parameter in adapter.parameters())
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line; `--help` describes it."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="where the JSON goes")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="where the page goes, in Markdown")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 32, 128], metavar="R", help="the adapters' ranks")
+    parser.add_argument("--repeats", type=int, default=20, metavar="N", help="rounds that are counted")
+    parser.add_argument("--warmup", type=int, default=2, metavar="N", help="rounds before them that are not")
+    parser.add_argument("--seed", type=int, default=1234, metavar="N", help="of the weights, the data and the order")
+    for field in dataclasses.fields(Sizes):
+        parser.add_argument(
+            f"--{field.name}", type=int, default=field.default, metavar="N", help=field.metadata["help"]
+        )
+    options = parser.parse_args(arguments)
+    sizes = Sizes(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Sizes)})
+    rounds = {"repeats": options.repeats, "warmup": options.warmup}
+    result = benchmark(sizes, options.ranks, seed=options.seed, every=_default_interval(), **rounds)
+    for path, text in ((options.output, json.dumps(result, indent=1) + "\n"), (options.page, render_page(result))):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+            print(f"wrote {path}")
+    print(table(result))
+
+
+def _default_interval() -> int:
+    from nemo_tied_lora.guards import GuardSettings
+
+    return GuardSettings().tie_guard_every_n_steps
+
+
+_PAGE = """\
+# The guards of a run
+
+| key of `guards` | default | |
+|---|---|---|
+| `tie_guard_every_n_steps` | 200 | how often, and before each save, ranks compare the bits of what they share; 0: never |
+| `nonfinite_gradients` | `stop` | on NaN or infinity: `stop` ends the run, `skip` leaves the step out and counts it |
+
+A run that a guard stops ends on every rank, with one message and exit code 3 (1 where `torchrun` started it), and has
+written nothing over an older checkpoint or adapter.
+
+## The tie guard
+
+Ranks that hold the same element must hold the same bits: tied tensors over pipeline stages and chunks, replicated ones
+over tensor parallelism, all of them over data and context parallelism, frozen ones too. Each rank takes a checksum of
+the bits of each tensor, in which every word is mixed with its place, so that two elements that changed places are noticed;
+one all-reduce of 16 bytes for each tensor and shard of the model gives every rank the same verdict. On a difference
+the message names the tensor, its shard, the ranks and their checksums. In a loop of your own:
+
+```python
+from nemo_tied_lora.tie_guard import check_ties
+
+check_ties(adapter)  # all ranks, between a step and the next forward pass; raises TieError on every rank
+```
+
+`save_adapter` does so by itself.
+
+## Gradients that are not finite
+
+After every sum of gradients and before clipping all ranks look at every trained gradient. One that is not finite
+on one rank is known to all: the run stops, or no rank steps. Parameters, moments, step counts and the learning rate then stay as
+they are; `metrics.json` counts the step in `skipped_steps` and names the tensor in `steps`. The tensor that is named is the first
+in the order of the backward pass, the one nearest to the cause. Ten steps skipped in a row stop the run all the same.
+
+`stop` is the default: without a loss scaler a gradient that is not finite is a fault of the data, the learning rate or the
+machine, and a run that hides it goes on for days. float16's loss scaler is left alone: it overflows on purpose to find
+its scale, and skips those steps itself, on all ranks.
+
+## What they cost
+
+{table}
+
+In brackets the smallest and the largest of {repeats} rounds. A step is forward and backward of one sequence, without the
+optimizer; the look at the gradients is taken at each step, the tie guard at each 200th.
+
+- Model: {sizes}; float32; `tl6` on all four linears. One process: CPU time, one thread. A round times the three in a new random
+  order; a ratio is taken within a round; the table has medians.
+- {processor}, {cores} cores, load average {load_average:.1f} at the start; seed {seed}; {date}; commit {commit}.
+- {versions}.
+
+Not measured: the network (one all-reduce of a byte a step; one of 16 bytes a tensor and shard at each 200th), GPUs, and
+the wait for the slowest rank, which clipping has in any case.
+
+    python benchmarks/guard_cost.py --output runs/guard_cost.json --page docs/guards.md
+"""
+
+
+if __name__ == "__main__":
+    main()

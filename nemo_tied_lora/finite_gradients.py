@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether every gradient of every rank is finite, and which one is not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+__all__ = ["NonfiniteGradient", "find_nonfinite"]
+
+_BLOCKS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+
+
+@dataclass(frozen=True)
+class NonfiniteGradient:
+    """The first trained tensor, in the order of the backward pass, whose gradient holds NaN or infinity.
+
+    name: global, "layers.7.linear_qkv.u". layer: 7, None for a tied tensor. ranks: those that hold such a gradient of
+    it. tensors: how many trained tensors have one somewhere.
+    """
+
+    name: str
+    layer: int | None
+    ranks: tuple[int, ...]
+    tensors: int
+
+    def __str__(self) -> str:
+        where = "shared by all layers" if self.layer is None else f"layer {self.layer}"
+        ranks = ", ".join(str(rank) for rank in self.ranks[:8]) + (", ..." if len(self.ranks) > 8 else "")
+        others = f", and of {self.tensors - 1} more tensor(s)" if self.tensors > 1 else ""
+        noun = "ranks" if len(self.ranks) > 1 else "rank"
+        return f"the gradient of {self.name} ({where}) holds NaN or infinity on {noun} {ranks}{others}"
+
+
+def find_nonfinite(named: Iterable[tuple[str, nn.Parameter]]) -> NonfiniteGradient | None:
+    """Looks at `main_grad` where Megatron keeps gradients there, else at `grad`. All ranks must call it.
+
+    Call it after every sum of gradients and before clipping. With finite gradients one 1-byte all-reduce over all
+    ranks is all that is sent; the names are gathered only where there is something to name.
+
+    Args:
+        named: this rank's trained parameters under their global names.
+
+    Returns:
+        None where every gradient of every rank is finite, else the same answer on every rank.
+    """
+    gradients = ((name, _gradient(parameter)) for name, parameter in named)
+    found = [(name, gradient) for name, gradient in gradients if gradient is not None]
+    finite = _finite([gradient for _, gradient in found])
+    flag = torch.zeros((), dtype=torch.uint8, device=_device(found))
+    if finite is not None:
+        flag |= ~finite.all()
+    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+    if not flag.item():
+        return None
+    each = [] if finite is None else finite.tolist()
+    return _first(dict.fromkeys(name for (name, _), good in zip(found, each, strict=True) if not good))
+
+
+def _first(own: Iterable[str]) -> NonfiniteGradient:
+    everyone: list[list[str]] = [[]] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, list(own))
+    name = min({name for names in everyone for name in names}, key=_backward_order)
+    ranks = tuple(rank for rank, names in enumerate(everyone) if name in names)
+    return NonfiniteGradient(name, _layer(name), ranks, len({name for names in everyone for name in names}))
+
+
+def _backward_order(name: str) -> tuple[int, int, str]:
+    """Sorts by when the backward pass reaches a tensor: the last layer's MLP first.
+
+    What is not finite makes everything behind it in the backward pass so: the first is nearest to the cause. A tied
+    tensor adds up all layers, so it says least and comes last.
+    """
+    layer = _layer(name)
+    block = next((-index for index, block in enumerate(_BLOCKS) if block in name), 1)
+    return (1 if layer is None else -layer, block, name)
+
+
+def _layer(name: str) -> int | None:
+    match = re.search(r"\blayers\.(\d+)\.", name)
+    return None if match is None else int(match.group(1))
+
+
+def _gradient(parameter: nn.Parameter) -> torch.Tensor | None:
+    gradient = getattr(parameter, "main_grad", None)
+    return parameter.grad if gradient is None else gradient
+
+
+def _finite(gradients: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """(n,) whether each is finite, by its largest absolute value: a sum could overflow where no element has."""
+    if not gradients:
+        return None
+    largest = torch._foreach_norm(list(gradients), float("inf"))
+    alike = len({value.dtype for value in largest}) == 1
+    return torch.stack(largest if alike else [value.double() for value in largest]).isfinite()
+
+
+def _device(found: Sequence[tuple[str, torch.Tensor]]) -> torch.device:
+    if found:
+        return found[0][1].device
+    nccl = torch.distributed.get_backend() == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")

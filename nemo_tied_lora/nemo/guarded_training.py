@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The guards in NeMo's training loop: replicas that drift apart, and gradients that are not finite."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from nemo.utils import logging
+from torch import nn
+
+from nemo_tied_lora.adapter import Adapter
+from nemo_tied_lora.finite_gradients import NonfiniteGradient, find_nonfinite
+from nemo_tied_lora.guards import MOST_SKIPPED_IN_A_ROW, GuardSettings, TrainingStopped
+from nemo_tied_lora.tie_guard import check_ties
+
+__all__ = ["GuardedTrainingMixin"]
+
+
+class GuardedTrainingMixin:
+    """In front of a NeMo Megatron model. Set `guards` before the run; the defaults are on.
+
+    Tie guard: after every `tie_guard_every_n_steps`-th step and before each checkpoint all ranks compare what they
+    share (`tie_guard.check_ties`). A difference raises on every rank, before anything is written.
+
+    Gradients: NeMo's `training_step` leaves them summed over every group, in O1, in O2 and with
+    `mcore_distributed_optim` alike; Lightning then unscales (float16), clips, and steps. In between this looks at all
+    of them. Where float16's loss scaler is at work it looks on: the scaler overflows on purpose to find its scale,
+    skips those steps itself, on all ranks, and the schedule with them.
+    """
+
+    guards: GuardSettings = GuardSettings()
+    tied_lora: Adapter | None = None
+    skipped: NonfiniteGradient | None = None
+    """What made the last step be left out; None where it was taken."""
+    _skipped_in_a_row: int = 0
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any]) -> None:
+        """Lightning's hook. Forward and backward first, then the look at the gradients, then the step or none.
+
+        A step that is left out touches no parameter, no moment and no step count, on any rank.
+
+        Raises:
+            TrainingStopped: on every rank; a gradient is not finite, and the policy is to stop, or too many steps
+                in a row had to be left out.
+        """
+        loss = optimizer_closure()
+        self.skipped = None if self._has_loss_scaler() else find_nonfinite(self._trained())
+        if self.skipped is None:
+            self._skipped_in_a_row = 0
+            super().optimizer_step(epoch, batch_idx, optimizer, lambda: loss)  # type: ignore[misc]
+            return
+        self._skipped_in_a_row += 1
+        step = self.trainer.global_step + 1  # type: ignore[attr-defined]
+        if self.guards.nonfinite_gradients == "stop":
+            remedy = "guards.nonfinite_gradients=skip would leave such steps out; a lower learning rate may avoid them"
+            raise TrainingStopped(f"step {step}: {self.skipped}. {remedy}")
+        if self._skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
+            raise TrainingStopped(f"step {step}: {self._skipped_in_a_row} steps in a row left out: {self.skipped}")
+        logging.warning(f"step {step} is left out: {self.skipped}")
+        if self.trainer.global_rank == 0:  # type: ignore[attr-defined]
+            print(f"step {step} is left out: {self.skipped}", file=sys.stderr, flush=True)
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Lightning's hook. The schedule does not move on without a step, as in NeMo's own handling of float16."""
+        if self.skipped is None:
+            super().lr_scheduler_step(scheduler, metric)  # type: ignore[misc]
+
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """Lightning's hook: the tie guard, every so many steps."""
+        super().on_train_batch_end(*args, **kwargs)  # type: ignore[misc]
+        every, step = self.guards.tie_guard_every_n_steps, self.trainer.global_step  # type: ignore[attr-defined]
+        if every and step % every == 0:
+            self._compare_replicas(f"after step {step}: ")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Lightning's hook, before anything of a checkpoint is written: the tie guard."""
+        self._compare_replicas(f"before the checkpoint of step {self.trainer.global_step}: ")  # type: ignore[attr-defined]
+        super().on_save_checkpoint(checkpoint)  # type: ignore[misc]
+
+    def _compare_replicas(self, when: str) -> None:
+        if self.tied_lora is not None and self.guards.tie_guard_every_n_steps:
+            check_ties(self.tied_lora, when)
+
+    def _has_loss_scaler(self) -> bool:
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)  # type: ignore[attr-defined]
+        return scaler is not None and scaler.is_enabled()
+
+    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        if self.tied_lora is not None:
+            yield from self.tied_lora.named_parameters()
+            return
+        for chunk in self.get_model_module_list():  # type: ignore[attr-defined]
+            first = chunk.decoder.layers[0].layer_number - 1 if chunk.decoder.layers else 0
+            for name, parameter in chunk.named_parameters():
+                if parameter.requires_grad:
+                    yield _with_global_layer(name, first), parameter
+
+
+def _with_global_layer(name: str, first: int) -> str:
+    """ "decoder.layers.2.mlp..." of a stage that begins with layer 4: "decoder.layers.6.mlp..."."""
+    return re.sub(r"^(decoder\.layers\.)(\d+)", lambda match: f"{match[1]}{int(match[2]) + first}", name)
