@@ -3,17 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
-from megatron.core import parallel_state
 
 from nemo_tied_lora.config import FACTORS, TiedLoraConfig
 from nemo_tied_lora.experts import group_of, own_names, tied_names
 from nemo_tied_lora.factors import ChunkFactors, is_stored, tied_factors
 from nemo_tied_lora.sharding import TargetSpec, factor_shape, local_shape, shard, sharded_dim, unshard
 
-__all__ = ["check_state", "expected_shapes", "gather", "load"]
+__all__ = ["check_state", "expected_shapes", "gather", "load", "stream"]
 
 
 def expected_shapes(config: TiedLoraConfig, specs: Mapping[str, TargetSpec]) -> dict[str, tuple[int, ...]]:
@@ -24,26 +24,38 @@ def expected_shapes(config: TiedLoraConfig, specs: Mapping[str, TargetSpec]) -> 
 def gather(
     config: TiedLoraConfig, specs: Mapping[str, TargetSpec], chunks: Sequence[ChunkFactors], device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """Whole tensors on the CPU of every rank. Gathered over the tensor-parallel group, then over the pipeline.
+    """Whole tensors on the CPU of every rank; see `stream`."""
+    return dict(stream(config, specs, chunks, device))
 
-    A tied tensor is the same on every stage and is not sent across the pipeline. All ranks must call it, also one
-    that holds no tensor; `device` is where it receives the others'.
+
+def stream(
+    config: TiedLoraConfig,
+    specs: Mapping[str, TargetSpec],
+    chunks: Sequence[ChunkFactors],
+    device: torch.device,
+    names: Iterable[str] | None = None,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, whole tensor on the CPU) one after the other, gathered over the tensor-parallel group, then the pipeline.
+
+    A rank that does not keep them holds one at a time. A tied tensor is the same on every stage and is not sent
+    across the pipeline. All ranks must go through it to the end, also one that holds no tensor; `device` is where it
+    receives the others'. names: all of them, in the order wanted; None: the order of `expected_shapes`.
     """
     own = {(layer, t, f): p for chunk in chunks for layer, t, f, p in chunk.named_own()}
     owners, dtype = _owners(own)
     tied = {(t, f): p for t, f, p in chunks[0].named_tied()}
-    state = {}
-    for key, layer, name, factor in _entries(config, specs):
+    entries = {entry[0]: entry for entry in _entries(config, specs)}
+    for key in entries if names is None else names:
+        _, layer, name, factor = entries[key]
         spec = specs[group_of(name)]
         if layer is None:
-            state[key] = _gather_shards(tied[name, factor].detach().clone(), factor, spec).cpu()
+            yield key, _gather_shards(tied[name, factor].detach().clone(), factor, spec).cpu()
             continue
         part = own.get((layer, name, factor))
         local = torch.empty(local_shape(factor, spec, config.rank, _tp_size()), dtype=dtype, device=device)
         if part is not None:
             local.copy_(part.detach())
-        state[key] = _gather_shards(_from_stage(local, owners[layer]), factor, spec).cpu()
-    return state
+        yield key, _gather_shards(_from_stage(local, owners[layer]), factor, spec).cpu()
 
 
 def load(
@@ -58,7 +70,7 @@ def load(
         ValueError: see `check_state`.
     """
     check_state(state, expected_shapes(config, specs))
-    tp_rank, tp_size = parallel_state.get_tensor_model_parallel_rank(), _tp_size()
+    tp_rank, tp_size = _groups().get_tensor_model_parallel_rank(), _tp_size()
     with torch.no_grad():
         for chunk in chunks:
             for name, factor, parameter in chunk.named_tied():
@@ -105,25 +117,32 @@ def _entries(config: TiedLoraConfig, specs: Mapping[str, TargetSpec]) -> Iterato
             yield from ((f"layers.{layer}.{name}.{factor}", layer, name, factor) for factor in own)
 
 
+def _groups() -> Any:
+    """Megatron's groups, imported when tensors move between ranks: reading a file needs none of it."""
+    from megatron.core import parallel_state
+
+    return parallel_state
+
+
 def _tp_size() -> int:
-    return parallel_state.get_tensor_model_parallel_world_size()
+    return _groups().get_tensor_model_parallel_world_size()
 
 
 def _owners(own: Mapping[tuple[int, str, str], torch.Tensor]) -> tuple[dict[int, int], torch.dtype | None]:
     """Layer to the pipeline rank that holds it; the dtype of what they hold, None where nothing is per layer."""
-    size = parallel_state.get_pipeline_model_parallel_world_size()
+    size = _groups().get_pipeline_model_parallel_world_size()
     dtype = next((tensor.dtype for tensor in own.values()), None)
     stages: list[tuple[list[int], torch.dtype | None]] = [(sorted({layer for layer, _, _ in own}), dtype)] * size
     if size > 1:
-        group = parallel_state.get_pipeline_model_parallel_group()
+        group = _groups().get_pipeline_model_parallel_group()
         torch.distributed.all_gather_object(stages, stages[0], group=group)
     owners = {layer: rank for rank, (held, _) in enumerate(stages) for layer in held}
     return owners, next((dtype for _, dtype in stages if dtype is not None), None)
 
 
 def _from_stage(tensor: torch.Tensor, stage: int) -> torch.Tensor:
-    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-        group = parallel_state.get_pipeline_model_parallel_group()
+    if _groups().get_pipeline_model_parallel_world_size() > 1:
+        group = _groups().get_pipeline_model_parallel_group()
         torch.distributed.broadcast(tensor, torch.distributed.get_global_rank(group, stage), group=group)
     return tensor
 
@@ -132,5 +151,5 @@ def _gather_shards(part: torch.Tensor, factor: str, spec: TargetSpec) -> torch.T
     if sharded_dim(factor, spec.kind) is None or _tp_size() == 1:
         return part
     shards = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(_tp_size())]
-    torch.distributed.all_gather(shards, part.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
+    torch.distributed.all_gather(shards, part.contiguous(), group=_groups().get_tensor_model_parallel_group())
     return unshard(shards, factor, spec)

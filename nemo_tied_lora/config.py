@@ -10,12 +10,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["EXPERT_TIES", "FACTORS", "INIT_METHODS", "PRESETS", "TARGETS", "ConfigError", "TiedLoraConfig"]
+__all__ = [
+    "EXPERT_TIES",
+    "FACTORS",
+    "FROZEN_FACTORS",
+    "INIT_METHODS",
+    "PRESETS",
+    "TARGETS",
+    "ConfigError",
+    "TiedLoraConfig",
+]
 
 TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 FACTORS = ("v", "B", "u", "A")
 INIT_METHODS = ("normal", "xavier", "kaiming", "zero")
 EXPERT_TIES = ("per_expert", "tied")
+FROZEN_FACTORS = ("tensor", "seed")
 
 # NeMo's names for the same linears (its `model.peft.lora_tuning.target_modules`).
 _TARGET_ALIASES: dict[str, tuple[str, ...]] = {
@@ -104,6 +114,9 @@ class TiedLoraConfig:
     """Standard deviation of init method normal."""
     seed: int = 1234
     """Seeds the initial A and B, whole tensors, independent of the parallel layout."""
+    frozen_factors: str = "tensor"
+    """How a file holds an A or B that is not trained. tensor: as it is; seed: as the seed, with a checksum that refuses
+    a generator which draws other numbers."""
 
     def __post_init__(self) -> None:
         for name in ("targets", "trained", "tied", "layers"):
@@ -201,6 +214,8 @@ class TiedLoraConfig:
             yield f"init_std={self.init_std!r}: must be a finite number greater than 0"
         if not _is_int(self.seed) or self.seed < 0:
             yield f"seed={self.seed!r}: must be a whole number of at least 0"
+        if self.frozen_factors not in FROZEN_FACTORS:
+            yield f"frozen_factors={self.frozen_factors!r}: unknown; choose one of {', '.join(FROZEN_FACTORS)}"
         yield from _unknown_values("targets", self.targets, (*TARGETS, *_TARGET_ALIASES), empty_ok=False)
         yield from _unknown_values("trained", self.trained, FACTORS, empty_ok=False)
         yield from _unknown_values("tied", self.tied, ("A", "B"), empty_ok=True)

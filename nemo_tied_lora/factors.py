@@ -19,9 +19,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
-from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
-from megatron.core.utils import make_sharded_tensor_for_checkpoint, make_tp_sharded_tensor_for_checkpoint
 from torch import nn
 
 from nemo_tied_lora.config import FACTORS, TiedLoraConfig
@@ -150,6 +147,10 @@ class ChunkFactors(nn.Module):
 
         `replica_id` is (chunk for a tied tensor, tensor-parallel rank for a replicated one, data-parallel rank).
         """
+        from megatron.core import parallel_state
+        from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+        from megatron.core.utils import make_sharded_tensor_for_checkpoint, make_tp_sharded_tensor_for_checkpoint
+
         tp_rank = parallel_state.get_tensor_model_parallel_rank()
         dp_rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
         state: dict[str, Any] = {}

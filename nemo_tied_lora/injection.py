@@ -19,7 +19,7 @@ from nemo_tied_lora.gradients import mark_parameters
 from nemo_tied_lora.linear import TiedLoraLink, linear_kind, swap_in
 from nemo_tied_lora.sharding import TargetSpec
 
-__all__ = ["Site", "find_sites", "inject"]
+__all__ = ["Site", "find_sites", "gpt_model", "inject"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ def inject(model: nn.Module | Sequence[nn.Module], config: TiedLoraConfig) -> Ad
         RuntimeError: the model has an adapter already.
     """
     wrapped = [model] if isinstance(model, nn.Module) else list(model)
-    bodies = [_unwrap(chunk) for chunk in wrapped]
+    bodies = [gpt_model(chunk) for chunk in wrapped]
     if any(hasattr(body.decoder, "tied_lora") for body in bodies):
         raise RuntimeError("model: it has a Tied-LoRA adapter already; call adapter.remove() first")
     scans = [find_sites(body, config.targets) for body in bodies]
@@ -134,8 +134,12 @@ def _refused_layouts(config: Any, groups: Iterable[str]) -> list[str]:
     return list(refused_layouts(config, groups, **sizes))
 
 
-def _unwrap(chunk: nn.Module) -> Any:
-    """The GPTModel inside DDP, Float16Module and the like."""
+def gpt_model(chunk: nn.Module) -> Any:
+    """The GPTModel inside DDP, Float16Module and the like.
+
+    Raises:
+        ConfigError: there is none.
+    """
     body: Any = chunk
     while not hasattr(body, "decoder") and isinstance(getattr(body, "module", None), nn.Module):
         body = body.module

@@ -27,8 +27,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from nemo_tied_lora.config import FACTORS, ConfigError, TiedLoraConfig
-from nemo_tied_lora.counting import TargetShape, parameter_counts, stored_counts, tied_copies
-from nemo_tied_lora.experts import is_routed, linear_of, own_names, tied_names
+from nemo_tied_lora.counting import TargetShape, factor_numel, parameter_counts, stored_counts, tied_copies
+from nemo_tied_lora.experts import is_routed, linear_of, own_names
 from nemo_tied_lora.layout import Architecture, Layout, selected_groups, stage_layers, target_shapes
 
 __all__ = ["Precision", "RankShare", "file_bytes", "network_bytes", "plan", "rank_share"]
@@ -141,7 +141,7 @@ def file_bytes(shapes: Mapping[str, TargetShape], config: TiedLoraConfig, bytes_
     The tensors and the safetensors header are exact. model_config.yaml is allowed 16 KiB, and the tar's own headers,
     padding and end are added.
     """
-    tensors = sum(stored_counts(shapes, config).values()) * bytes_per_element
+    tensors = (sum(stored_counts(shapes, config).values()) - _seeded(shapes, config)) * bytes_per_element
     members = [_YAML_ALLOWANCE, 8 + _safetensors_header_bytes(shapes, config, bytes_per_element) + tensors]
     blocks = sum(_TAR_BLOCK + _round_up(size, _TAR_BLOCK) for size in members)
     return _round_up(blocks + 2 * _TAR_BLOCK, _TAR_RECORD)
@@ -243,18 +243,22 @@ def _safetensors_header_bytes(shapes: Mapping[str, TargetShape], config: TiedLor
 
 
 def _stored(shapes: Mapping[str, TargetShape], config: TiedLoraConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """(name, shape) of every tensor in the file. Only the number of digits of a layer's number matters here."""
+    """(name, shape) of every tensor in the file: what is not tied is stacked over the layers."""
     for target, shape in shapes.items():
-        layers = (config.layers or range(shape.num_layers))[-shape.num_layers :]
-        own = own_names(target, shape.num_experts)
         sides: dict[str, tuple[int, ...]] = {"u": (config.rank,), "v": (shape.out_features,)}
         sides |= {"A": (config.rank, shape.in_features), "B": (shape.out_features, config.rank)}
+        own = shape.num_layers * len(own_names(target, shape.num_experts))
         for factor in FACTORS:
-            if factor in config.tied:
-                for name in tied_names(target, shape.num_experts, config.experts):
-                    yield f"{name}.{factor}", sides[factor]
-            elif factor in ("A", "B") or factor in config.trained:
-                yield from ((f"layers.{layer}.{name}.{factor}", sides[factor]) for layer in layers for name in own)
+            if factor in ("A", "B") or factor in config.trained:
+                copies = tied_copies(shape, config) if factor in config.tied else own
+                lead = () if factor in config.tied and copies == 1 else (copies,)
+                yield f"{target}.{factor}", (*lead, *sides[factor])
+
+
+def _seeded(shapes: Mapping[str, TargetShape], config: TiedLoraConfig) -> int:
+    """Elements that the file holds as their seed."""
+    frozen = [f for f in ("A", "B") if f not in config.trained and config.frozen_factors == "seed"]
+    return sum(factor_numel(factor, shape, config) for shape in shapes.values() for factor in frozen)
 
 
 def _round_up(value: int, multiple: int) -> int:

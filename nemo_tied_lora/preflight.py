@@ -52,6 +52,7 @@ def check_finetuning(cfg: Mapping[str, Any]) -> None:
     config = _attempt(problems, adapter_section, model["peft"])
     base = _attempt(problems, base_model_config, model.get("restore_from_path"))
     start = model["peft"].get("restore_from_path")
+    problems += _flag_problems("model.peft.allow_other_base", model["peft"].get("allow_other_base", False))
     if start is not None and not Path(start).is_file():
         problems.append(f"model.peft.restore_from_path={start}: no such file")
     given = [key for key, value in (model["peft"].get("tied_lora") or {}).items() if value is not None]
@@ -106,6 +107,7 @@ def check_generation(cfg: Mapping[str, Any]) -> None:
         problems.append(f"adapter={adapter}: no such file; adapter=null generates with the base alone")
     if (cfg.get("prompts") is None) == (cfg.get("prompts_file") is None):
         problems.append("prompts, prompts_file: give one of them: prompts=['...'] or prompts_file=questions.jsonl")
+    problems += _flag_problems("allow_other_base", cfg.get("allow_other_base", False))
     prompts, prompts_file = cfg.get("prompts"), cfg.get("prompts_file")
     if prompts is not None and not (
         isinstance(prompts, list) and prompts and all(isinstance(p, str) for p in prompts)
@@ -176,6 +178,11 @@ def _require_sections(cfg: Mapping[str, Any], *names: str) -> None:
     wrong = [f"model.{n}={cfg['model'].get(n)!r}" for n in names if not isinstance(cfg["model"].get(n), Mapping)]
     if wrong:
         raise ConfigError([f"{section}: must be a section with keys of its own" for section in wrong])
+
+
+def _flag_problems(key: str, value: object) -> Iterator[str]:
+    if value not in (True, False):
+        yield f"{key}={value!r}: must be true or false"
 
 
 def _precision(trainer: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from nemo_tied_lora.base_record import recorded_model_keys
 from nemo_tied_lora.commands.main import main
 from nemo_tied_lora.config import TARGETS, ConfigError
-from nemo_tied_lora.export import nemo_adapter
+from nemo_tied_lora.export import adapter_file
 from nemo_tied_lora.export.full_state import check_full_state, write_full_state
 from nemo_tied_lora.export.hf_peft import check_hf_peft, write_hf_peft
 from nemo_tied_lora.export.nemo_adapter import AdapterFile
@@ -267,14 +267,7 @@ def test_a_record_in_megatrons_words_is_read_as_nemos_keys() -> None:
 
 def write_adapter(path: Path, file: AdapterFile) -> Path:
     """The `.nemo` of an adapter that was never on a model."""
-
-    class Stored:
-        config, specs = file.config, file.specs
-
-        def full_state(self) -> dict[str, torch.Tensor]:
-            return file.state
-
-    return nemo_adapter.save_adapter(Stored(), path, file.yaml)  # type: ignore[arg-type]
+    return adapter_file.write_adapter(path, file.config, file.specs, file.state, file.yaml)
 
 
 @pytest.mark.parametrize("to", ["hf-peft", "nemo-lora", "safetensors"])

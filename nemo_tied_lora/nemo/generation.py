@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronLMPPTrainerBuilder
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 from tqdm import tqdm
 
 from nemo_tied_lora.nemo.model import MegatronGPTTiedLoraModel
@@ -25,6 +25,7 @@ def load_base(cfg: DictConfig) -> MegatronGPTTiedLoraModel:
     with open_dict(model_cfg):
         for key, value in cfg.model.items():
             model_cfg[key] = value
+        OmegaConf.update(model_cfg, "peft.allow_other_base", bool(cfg.get("allow_other_base")), force_add=True)
         model_cfg.precision = cfg.trainer.precision
         model_cfg.activations_checkpoint_granularity = None
         model_cfg.activations_checkpoint_method = None

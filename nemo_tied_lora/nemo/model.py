@@ -17,6 +17,7 @@ from nemo.collections.nlp.parts.peft_config import PEFTConfig
 from omegaconf import open_dict
 
 from nemo_tied_lora.adapter import Adapter
+from nemo_tied_lora.base_identity import tokenizer_identity
 from nemo_tied_lora.export.nemo_adapter import is_adapter_file, load_adapter, save_adapter
 from nemo_tied_lora.injection import inject
 from nemo_tied_lora.loops import check_loop
@@ -26,20 +27,6 @@ from nemo_tied_lora.nemo.peft_config import TiedLoraPEFTConfig, register
 __all__ = ["MegatronGPTTiedLoraModel", "TiedLoraModelMixin"]
 
 register()
-
-# What a base model is known by; stands in the adapter's file.
-_BASE_KEYS = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "activation",
-    "normalization",
-    "position_embedding_type",
-    "share_embeddings_and_output_weights",
-)
 
 
 class TiedLoraModelMixin:
@@ -75,6 +62,8 @@ class TiedLoraModelMixin:
 
         Raises:
             AdapterFileError: it is damaged, or made for a base with other shapes.
+            BaseMismatchError: it was trained on a base with another architecture, other weights or another tokenizer;
+                the last two are let through where `model.peft.allow_other_base` is true.
         """
         asked = peft_cfgs if isinstance(peft_cfgs, list) else [peft_cfgs]
         tied = any(isinstance(config, TiedLoraPEFTConfig) for config in asked)
@@ -82,7 +71,12 @@ class TiedLoraModelMixin:
             super().load_adapters(filepath, peft_cfgs, map_location)  # type: ignore[misc]
             return
         with self._adapter_keys_of_tied_lora():
-            self.tied_lora = load_adapter(self._unwrap_model_list(), filepath)  # type: ignore[attr-defined]
+            self.tied_lora = load_adapter(
+                self._unwrap_model_list(),  # type: ignore[attr-defined]
+                filepath,
+                allow_other_base=bool((self.cfg.get("peft") or {}).get("allow_other_base")),  # type: ignore[attr-defined]
+                tokenizer=tokenizer_identity(self.tokenizer),  # type: ignore[attr-defined]
+            )
 
     def remove_adapter(self) -> None:
         """The base alone again."""
@@ -161,8 +155,11 @@ class TiedLoraModelMixin:
         return {
             "base": {
                 "name": Path(str(cfg.get("restore_from_path") or "")).name,
-                **{key: cfg.get(key) for key in _BASE_KEYS},
-                "tokenizer": {"library": cfg.tokenizer.get("library"), "type": cfg.tokenizer.get("type")},
+                "tokenizer": {
+                    "library": cfg.tokenizer.get("library"),
+                    "type": cfg.tokenizer.get("type"),
+                    **tokenizer_identity(self.tokenizer),  # type: ignore[attr-defined]
+                },
             },
             "versions": {name: _version(name) for name in names},
             "training": {

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Forked processes: an adapter's file is the old one or the new one, whatever happens to whoever writes it."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from nemo_tied_lora.export.adapter_file import read_adapter
+from tests.adapters import tiny_adapter
+
+KILLS = 60
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """One that any user may enter: pytest's own are the user's alone."""
+    path = Path(tempfile.mkdtemp())
+    path.chmod(0o755)
+    yield path
+    path.chmod(0o755)
+    shutil.rmtree(path)
+
+
+def in_a_fork(work: Callable[[], object]) -> tuple[int, str]:
+    """(exit code, what was raised) of a child process that may limit itself, or change its user."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        said, code = "", 0
+        try:
+            work()
+        except BaseException as error:
+            said, code = f"{type(error).__name__}: {error}", 1
+        os.write(write, said.encode())
+        os._exit(code)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        said = pipe.read()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), said
+
+
+def test_a_kill_at_any_moment_leaves_the_old_file_or_the_new_one(folder: Path) -> None:
+    """SIGKILL at moments drawn at random, while a child replaces one adapter by another without pause."""
+    path, draw = folder / "adapter.nemo", random.Random(3)
+    tiny_adapter(path, hidden=256, rank=32)
+    seen = set()
+    for _ in range(KILLS):
+        child = os.fork()
+        if child == 0:
+            while True:
+                for seed in (1, 2):
+                    tiny_adapter(path, hidden=256, rank=32, seed=seed)
+        time.sleep(draw.uniform(0.0, 0.08))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        seen.add(read_adapter(path).config.seed)
+    assert seen >= {1, 2}
+    unfinished = [name for name in os.listdir(folder) if name != path.name]
+    assert unfinished, "no kill met a write: the test would pass without the renaming"
+    assert all(name.startswith(".adapter.nemo.") for name in unfinished)
+
+
+def test_a_full_disk_is_a_clear_error_and_the_old_file_is_intact(folder: Path) -> None:
+    path = tiny_adapter(folder / "adapter.nemo", seed=1)
+    before = path.read_bytes()
+
+    def write() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # the kernel refuses the rest, as on a full disk
+        tiny_adapter(path, seed=2)
+
+    code, said = in_a_fork(write)
+    assert code == 1
+    assert said.startswith("OSError: ")
+    assert "the adapter could not be written; an older file is as it was" in said
+    assert str(path) in said
+    assert path.read_bytes() == before
+    assert os.listdir(folder) == [path.name]
+
+
+def test_a_folder_that_may_not_be_written_to_is_a_clear_error_and_the_old_file_is_intact(folder: Path) -> None:
+    path = tiny_adapter(folder / "adapter.nemo", seed=1)
+    before = path.read_bytes()
+    folder.chmod(0o555)
+
+    def write() -> None:
+        if os.getuid() == 0:  # who may write anywhere
+            os.setuid(65534)
+        tiny_adapter(path, seed=2)
+
+    code, said = in_a_fork(write)
+    assert code == 1
+    assert said.startswith("PermissionError: ")
+    assert "Permission denied; the adapter could not be written; an older file is as it was" in said
+    assert str(path) in said
+    assert path.read_bytes() == before
+    assert os.listdir(folder) == [path.name]
