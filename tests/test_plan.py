@@ -536,10 +536,8 @@ def test_the_file_is_at_most_64_kib_smaller_than_planned(config: TiedLoraConfig,
         sides = {"A": (config.rank, shape.in_features), "B": (shape.out_features, config.rank)}
         for factor, side in {**sides, "u": (config.rank,), "v": (shape.out_features,)}.items():
             if factor in "AB" or factor in config.trained:
-                names = [f"{target}.{factor}"]
-                if factor not in config.tied:
-                    names = [f"layers.{layer}.{target}.{factor}" for layer in layers]
-                state.update({name: numpy.zeros(side, dtype) for name in names})
+                lead = () if factor in config.tied else (len(layers),)
+                state[f"{target}.{factor}"] = numpy.zeros((*lead, *side), dtype)
     description = {"targets": {target: {"layers": list(layers)} for target in shapes}, "peft": config.as_dict()}
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w") as tar:

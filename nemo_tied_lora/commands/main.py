@@ -12,7 +12,19 @@ from typing import Any
 
 __all__ = ["COMMANDS", "entry", "main"]
 
-COMMANDS = ("plan", "finetune", "generate", "pretrain", "quickstart", "compare", "export", "launch", "report")
+COMMANDS = (
+    "plan",
+    "finetune",
+    "generate",
+    "pretrain",
+    "quickstart",
+    "compare",
+    "show",
+    "merge",
+    "export",
+    "launch",
+    "report",
+)
 
 
 def entry() -> None:

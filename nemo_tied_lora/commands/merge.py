@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`tied-lora merge`: base `.nemo` + adapter `.nemo` -> one `.nemo`, compared with base + adapter before it gets its name."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from nemo_tied_lora.commands.composing import run_composed
+from nemo_tied_lora.commands.ranks import is_rank, start_ranks
+from nemo_tied_lora.commands.running import run_command
+from nemo_tied_lora.config import ConfigError
+from nemo_tied_lora.layout import Architecture, Layout, check
+from nemo_tied_lora.preflight import base_model_config
+
+__all__ = ["SUMMARY", "main"]
+
+SUMMARY = "add adapters to a base model's weights and write one .nemo that needs no adapter"
+
+_EXAMPLES = """  tied-lora merge base=base.nemo adapter=adapter.nemo output=merged.nemo
+  tied-lora merge base=base.nemo "adapters=[a.nemo,b.nemo]" "weights=[0.7,0.3]" output=merged.nemo layout=tp2
+"""
+# What the ranks of the check are told beside the configuration.
+_TASK = "TIED_LORA_MERGE_CHECK"
+
+
+def main(argv: list[str]) -> int:
+    """The command; see `run_composed` for what it returns. Ranks that it started itself do the check."""
+    if is_rank() and _TASK in os.environ:
+        return run_command(
+            "merge",
+            argv,
+            summary=SUMMARY,
+            examples=_EXAMPLES,
+            groups=("layout",),
+            check=_nothing,
+            run=_check_on_a_rank,
+        )
+    return run_composed(
+        "merge", argv, lambda cfg: _run(cfg, argv), summary=SUMMARY, examples=_EXAMPLES, groups=("layout",)
+    )
+
+
+def _run(cfg: dict[str, Any], argv: list[str]) -> int:
+    model, layout = _check_settings(cfg)
+    from nemo_tied_lora.export.adapter_file import read_adapter
+    from nemo_tied_lora.merging.merge import merge_into
+
+    base, output = Path(cfg["base"]), Path(cfg["output"])
+    paths, weights = _adapters(cfg)
+    adapters = [(path, read_adapter(path), weight) for path, weight in zip(paths, weights, strict=True)]
+    _check_shapes(model, adapters)
+    try:
+        with merge_into(output, base, model, adapters, allow_other_base=cfg["allow_other_base"]) as (
+            candidate,
+            report,
+        ):
+            print(
+                f"merged: {report.elements:,} elements of {len(report.changed)} weights, the largest change "
+                f"{report.largest_change:.3g}, in {report.dtype}",
+                flush=True,
+            )
+            if cfg["verify"]:
+                _verify(argv, candidate, output, report.dtype, layout)
+    except OSError as error:
+        raise ConfigError([f"output={output}: cannot be written: {error}; an older file is as it was"]) from error
+    print(f"written: {output} ({output.stat().st_size:,} bytes)")
+    return 0
+
+
+def _verify(argv: list[str], candidate: Path, output: Path, dtype: str, layout: Layout) -> None:
+    """Compares the candidate with base + adapter, in processes of their own: they hold the whole model.
+
+    Raises:
+        ConfigError: they differ, or the comparison could not be made.
+    """
+    record = output.with_suffix(".check.json")
+    os.environ[_TASK] = json.dumps({"candidate": str(candidate), "record": str(record), "dtype": dtype})
+    try:
+        code = start_ranks("nemo_tied_lora.commands.merge", argv, layout.devices)
+    finally:
+        del os.environ[_TASK]
+    if code:
+        raise ConfigError(
+            [
+                f"the check of the merged model failed (exit code {code}); {output} was not written; see above, or {record}"
+            ]
+        )
+
+
+def _check_on_a_rank(cfg: DictConfig) -> None:
+    import torch
+
+    from nemo_tied_lora.nemo.verification import compare_with_merged
+
+    task = json.loads(os.environ[_TASK])
+    paths, weights = _adapters(cfg)
+    compare_with_merged(cfg, list(zip(paths, weights, strict=True)), task["candidate"], task["record"], task["dtype"])
+    torch.distributed.barrier()
+
+
+def _check_settings(cfg: Mapping[str, Any]) -> tuple[dict[str, Any], Layout]:
+    """What can be said before anything is read: (the base's config, the layout of the check).
+
+    Raises:
+        ConfigError: all problems together.
+    """
+    problems: list[str] = []
+    model: dict[str, Any] = {}
+    try:
+        model = base_model_config(cfg["base"], key="base")
+    except ConfigError as error:
+        problems += error.problems
+    if (cfg["adapter"] is None) == (cfg["adapters"] is None):
+        problems.append("adapter, adapters: give one of them: adapter=a.nemo or adapters=[a.nemo,b.nemo]")
+    paths, weights = _adapters(cfg)
+    problems += [
+        f"adapter={path}: no such file; name an adapter's .nemo" for path in paths if not Path(path).is_file()
+    ]
+    if len(weights) != len(paths) or not all(type(w) in (int, float) and w - w == 0 for w in weights):
+        problems.append(f"weights={cfg['weights']}: must hold one finite number for each adapter")
+    problems += _output_problems(cfg, [cfg["base"], *paths])
+    for key in ("verify", "allow_other_base"):
+        if cfg[key] not in (True, False):
+            problems.append(f"{key}={cfg[key]!r}: must be true or false")
+    prompts = cfg["prompts"]
+    if prompts is not None and not (
+        isinstance(prompts, list) and prompts and all(isinstance(p, str) for p in prompts)
+    ):
+        problems.append(f"prompts={prompts!r}: must be a list of texts")
+    layout = Layout()
+    try:
+        layout = Layout.from_config({"model": cfg["model"], "trainer": cfg["trainer"]})
+        if layout.num_nodes > 1:
+            problems.append("trainer.num_nodes: the check starts its own ranks, on this machine; set it to 1")
+        if model and cfg["verify"]:
+            problems += check(Architecture.from_model_config(model), layout, None)
+    except ConfigError as error:
+        problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return model, layout
+
+
+def _output_problems(cfg: Mapping[str, Any], inputs: list[str | None]) -> list[str]:
+    if cfg["output"] is None or Path(cfg["output"]).suffix != ".nemo":
+        return [f"output={cfg['output']}: must be a file that ends in .nemo"]
+    output = Path(cfg["output"])
+    if output.is_dir():
+        return [f"output={output}: is a folder"]
+    same = [path for path in inputs if path is not None and output.resolve() == Path(path).resolve()]
+    return [f"output={output}: is an input; name another" for _ in same[:1]]
+
+
+def _check_shapes(model: Mapping[str, Any], adapters: list[tuple[str, Any, float]]) -> None:
+    """The adapters' linears are the base's.
+
+    Raises:
+        ConfigError: each difference.
+    """
+    from nemo_tied_lora.config import TiedLoraConfig
+    from nemo_tied_lora.layout import target_shapes
+
+    arch = Architecture.from_model_config(model)
+    shapes = target_shapes(arch, TiedLoraConfig())
+    problems = []
+    for path, file, _ in adapters:
+        for target, spec in file.specs.items():
+            known = shapes.get(target)
+            if known is not None and (known.in_features, known.out_features) != (spec.in_features, spec.out_features):
+                problems.append(
+                    f"{path}: {target}: the adapter was trained on {spec.in_features} x {spec.out_features} (in x out), "
+                    f"this base has {known.in_features} x {known.out_features}"
+                )
+        deepest = max(layer for spec in file.specs.values() for layer in spec.layers)
+        if deepest >= arch.num_layers:
+            problems.append(
+                f"{path}: it has an update for layer {deepest}; this base has layers 0 to {arch.num_layers - 1}"
+            )
+    if problems:
+        raise ConfigError(problems)
+
+
+def _adapters(cfg: Mapping[str, Any]) -> tuple[list[str], list[float]]:
+    paths = [str(cfg["adapter"])] if cfg["adapter"] is not None else [str(path) for path in cfg["adapters"] or []]
+    return paths, [1.0] * len(paths) if cfg["weights"] is None else list(cfg["weights"])
+
+
+def _nothing(cfg: Mapping[str, Any]) -> None:
+    """The process that started the ranks has checked it all."""
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`tied-lora show`: what an adapter's file holds, as tables and a picture. Neither NeMo nor Megatron is imported."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_tied_lora.commands.composing import run_composed
+from nemo_tied_lora.config import ConfigError
+
+if TYPE_CHECKING:
+    from nemo_tied_lora.export.adapter_file import AdapterFile
+    from nemo_tied_lora.inspection import LayerFacts
+
+__all__ = ["SUMMARY", "main"]
+
+SUMMARY = "print an adapter's config, base, parameters and norms, and draw what it learned layer by layer"
+
+_FORMATS = ("table", "json")
+_EXAMPLES = """  tied-lora show adapter=adapter.nemo
+  tied-lora show adapter=adapter.nemo output=null format=json
+"""
+
+
+def main(argv: list[str]) -> int:
+    """The command; see `run_composed` for what it returns."""
+    return run_composed("show", argv, _run, summary=SUMMARY, examples=_EXAMPLES)
+
+
+def _run(cfg: dict[str, Any]) -> int:
+    picture = _picture_path(cfg)
+    from nemo_tied_lora.export.adapter_file import read_adapter
+    from nemo_tied_lora.inspection import inspect_layers
+
+    path = Path(cfg["adapter"])
+    file = read_adapter(path)
+    layers = inspect_layers(file.config, file.specs, file.state)
+    if picture is not None:
+        from nemo_tied_lora.adapter_picture import draw_adapter
+
+        try:
+            draw_adapter(picture, layers, f"{path.name}: {_title(file)}")
+        except OSError as error:
+            raise ConfigError([f"output={picture}: cannot be written: {error}"]) from error
+    if cfg["format"] == "json":
+        print(json.dumps(_as_json(path, file, layers, picture), indent=2))
+    else:
+        print(_as_text(path, file, layers))
+        print("\n" + (f"picture   {picture}" if picture else "output=null: no picture"))
+    return 0
+
+
+def _picture_path(cfg: Mapping[str, Any]) -> Path | None:
+    """Where to draw; beside the adapter unless told otherwise.
+
+    Raises:
+        ConfigError: all problems together.
+    """
+    problems = []
+    if cfg["format"] not in _FORMATS:
+        problems.append(f"format={cfg['format']!r}: unknown; choose one of {', '.join(_FORMATS)}")
+    if cfg["adapter"] is None or not Path(cfg["adapter"]).is_file():
+        problems.append(f"adapter={cfg['adapter']}: no such file; name an adapter's .nemo")
+    if cfg["output"] is not None and Path(str(cfg["output"])).suffix != ".png":
+        problems.append(f"output={cfg['output']}: must end in .png; null draws nothing")
+    if problems:
+        raise ConfigError(problems)
+    return None if cfg["output"] is None else Path(cfg["output"])
+
+
+def _title(file: AdapterFile) -> str:
+    tied = " ".join(file.config.tied) or "nothing"
+    return f"rank {file.config.rank}, trained {' '.join(file.config.trained)}, tied {tied}"
+
+
+def _as_json(path: Path, file: AdapterFile, layers: Sequence[LayerFacts], picture: Path | None) -> dict[str, Any]:
+    from nemo_tied_lora.inspection import trained_parameters
+
+    counts = trained_parameters(file.config, file.specs)
+    return {
+        "adapter": str(path),
+        "bytes": path.stat().st_size,
+        "format_version": file.yaml["format_version"],
+        "config": file.config.as_dict(),
+        "base": file.yaml.get("base"),
+        "versions": file.yaml.get("versions"),
+        "training": file.yaml.get("training"),
+        "trained_parameters": sum(counts.values()),
+        "targets": {t: {**dataclasses.asdict(s), "trained_parameters": counts[t]} for t, s in file.specs.items()},
+        "layers": [dataclasses.asdict(facts) for facts in layers],
+        "picture": None if picture is None else str(picture),
+    }
+
+
+def _as_text(path: Path, file: AdapterFile, layers: Sequence[LayerFacts]) -> str:
+    config = file.config
+    alpha = config.rank if config.alpha is None else config.alpha
+    dtype = str(next(iter(file.state.values())).dtype).removeprefix("torch.")
+    lines = [
+        f"adapter   {path} ({path.stat().st_size:,} bytes, {dtype}, format version {file.yaml['format_version']})",
+        f"config    {_title(file)}, alpha {alpha:g}, dropout {config.dropout:g}, seed {config.seed}",
+        *_base_lines(file.yaml),
+        "",
+        *_table(_parameter_rows(file)),
+        "",
+        *_table(_layer_rows(layers)),
+    ]
+    return "\n".join(lines)
+
+
+def _base_lines(description: Mapping[str, Any]) -> list[str]:
+    base = description.get("base") or {}
+    arch, prints = base.get("architecture") or base, base.get("fingerprint") or {}
+    sizes = f"{arch.get('num_layers', '?')} layers, hidden {arch.get('hidden_size', '?')}"
+    lines = [f"base      {base.get('name') or 'unnamed'}: {sizes}, fingerprint {prints.get('value', 'not recorded')}"]
+    tokenizer = base.get("tokenizer") or {}
+    if tokenizer.get("sha256"):
+        lines.append(
+            f"tokenizer {tokenizer.get('kind')}, {tokenizer.get('vocab_size')} pieces, {tokenizer['sha256'][:12]}"
+        )
+    for name in ("versions", "training"):
+        facts = description.get(name) or {}
+        if facts:
+            said = ", ".join(f"{key} {value}" for key, value in facts.items() if not isinstance(value, Mapping))
+            lines.append(f"{name:<9} {said}")
+    return lines
+
+
+def _parameter_rows(file: AdapterFile) -> list[tuple[str, ...]]:
+    from nemo_tied_lora.inspection import trained_parameters
+
+    counts = trained_parameters(file.config, file.specs)
+    rows = [("target", "in", "out", "layers", "trained parameters")]
+    for target, spec in file.specs.items():
+        sides = (str(spec.in_features), str(spec.out_features))
+        rows.append((target, *sides, str(len(spec.layers)), f"{counts[target]:,}"))
+    return [*rows, ("total", "", "", "", f"{sum(counts.values()):,}")]
+
+
+def _layer_rows(layers: Sequence[LayerFacts]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [("layer", "linear", "|u|", "|v|", "|A|", "|B|", "|update|", "effective rank")]
+    for facts in layers:
+        norms = [f"{facts.norms[f]:.4g}" if f in facts.norms else "1 each" for f in "uvAB"]
+        rows.append(
+            (str(facts.layer), facts.target, *norms, f"{facts.update_norm:.4g}", f"{facts.effective_rank:.2f}")
+        )
+    return rows
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Words to the left, numbers to the right, a rule under the head."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    words = [not any(ch.isdigit() for ch in rows[1][column][:1]) for column in range(len(widths))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if word else cell.rjust(width)
+            for cell, width, word in zip(row, widths, words, strict=True)
+        ).rstrip()
+        for row in rows
+    ]
+    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
