@@ -21,10 +21,10 @@ from nemo_tied_lora import ConfigError, TiedLoraConfig, inject, load_adapter, sa
 from nemo_tied_lora.adapter import Adapter
 from nemo_tied_lora.adapter_state import expected_shapes
 from nemo_tied_lora.architecture import Architecture, target_shapes
+from nemo_tied_lora.base_identity import BaseMismatchError
 from nemo_tied_lora.config import TARGETS
 from nemo_tied_lora.counting import parameter_counts
 from nemo_tied_lora.experts import group_of, name_at, own_names, refused_layouts, tied_names
-from nemo_tied_lora.export.nemo_adapter import AdapterFileError
 from nemo_tied_lora.layout import Layout, check
 from nemo_tied_lora.linear import TiedLoraMixin
 from nemo_tied_lora.planning import file_bytes, rank_share
@@ -254,9 +254,9 @@ def test_a_file_of_another_number_of_experts_is_refused(tmp_path: Path) -> None:
     loaded = load_adapter(build_gpt(**MIXTURE), path)
     assert all(torch.equal(a, b) for a, b in zip(*(x.full_state().values() for x in (adapter, loaded)), strict=True))
     smaller = build_gpt(**{**MIXTURE, "num_moe_experts": 3})
-    with pytest.raises(AdapterFileError, match=r"experts\.linear_fc1: .*num_experts=4.*num_experts=3"):
+    with pytest.raises(BaseMismatchError, match="num_moe_experts: the adapter was trained on 4, this model has 3"):
         load_adapter(smaller, path)
-    with pytest.raises(AdapterFileError, match=r"experts\.linear_fc2: .*this model has None"):
+    with pytest.raises(BaseMismatchError, match="num_moe_experts: the adapter was trained on 4, this model has None"):
         load_adapter(build_gpt(llama=True, groups=2), path)
     assert not any(isinstance(module, TiedLoraMixin) for module in smaller.modules())
 
