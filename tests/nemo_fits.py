@@ -98,6 +98,8 @@ class FitRecord:
     """Of each step: whether every parameter, every moment and step count, and the learning rate stayed as they were."""
     global_step: int = 0
     files: list[str] = field(default_factory=list)
+    summary: dict[str, Any] = field(default_factory=dict)
+    """What metrics.json would hold of the run."""
 
 
 def fits_of(world_size: int) -> dict[str, Fit]:
@@ -234,6 +236,7 @@ def _run(fit: Fit, name: str, record: FitRecord) -> None:
     from nemo_tied_lora.guards import GuardSettings
     from nemo_tied_lora.nemo.model import MegatronGPTTiedLoraModel
     from nemo_tied_lora.nemo.peft_config import TiedLoraPEFTConfig
+    from nemo_tied_lora.nemo.recording import RunRecorder
     from tests.tiny_gpt import fill, full_tensor
 
     files = [f"model.data.{ds}.file_names=[{ds.removesuffix('_ds')}.jsonl]" for ds in ("train_ds", "validation_ds")]
@@ -243,8 +246,8 @@ def _run(fit: Fit, name: str, record: FitRecord) -> None:
     model_cfg = OmegaConf.create(OmegaConf.to_container(cfg.model, resolve=True))
     with open_dict(model_cfg):
         model_cfg.precision = cfg.trainer.precision
-    watcher = _watcher(fit, record)
-    trainer = MegatronLMPPTrainerBuilder(cfg).create_trainer(callbacks=[watcher])
+    recorder, watcher = RunRecorder(), _watcher(fit, record)
+    trainer = MegatronLMPPTrainerBuilder(cfg).create_trainer(callbacks=[recorder, watcher])
     parallel_state.initialize_model_parallel(
         cfg.model.tensor_model_parallel_size,
         cfg.model.pipeline_model_parallel_size,
@@ -264,7 +267,7 @@ def _run(fit: Fit, name: str, record: FitRecord) -> None:
         if fit.save_at_end:
             model.save_to(f"{name}.nemo")
     finally:
-        record.global_step = trainer.global_step
+        record.global_step, record.summary = trainer.global_step, recorder.summary()
         written = [f"{name}.nemo", "checkpoint"]
         record.files = [file for file in written if Path(file).exists()]
     record.state = {key: tensor.float() for key, tensor in adapter.full_state().items()}

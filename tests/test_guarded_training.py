@@ -24,14 +24,18 @@ def both(name: str) -> list[FitRecord]:
 @pytest.mark.parametrize("name", [f"skip {loop}" for loop in LOOPS] + ["skip dp2"])
 def test_a_nan_on_one_rank_skips_the_step_on_all_and_touches_nothing(name: str) -> None:
     ranks = both(name)
+    tensor = "linear_qkv.A" if name == "skip dp2" else "layers.3.linear_fc1.u"
     assert [rank.failure for rank in ranks] == [None, None], ranks[0].traceback
     for rank in ranks:
         assert rank.untouched == [False, True, False]
         assert [step["skipped"] is not None for step in rank.steps] == [False, True, False]
         assert rank.steps[1]["skipped"] == ranks[0].steps[1]["skipped"]
+        assert rank.summary["skipped_steps"] == 1
+        assert [step.get("skipped") for step in rank.summary["steps"]] == [None, tensor, None]
     said = ranks[0].steps[1]["skipped"]
-    expected = "linear_qkv.A (shared by all layers)" if name == "skip dp2" else "layers.3.linear_fc1.u (layer 3)"
-    assert said == f"the gradient of {expected} holds NaN or infinity on rank {0 if name == 'skip dp2' else 1}"
+    where = "shared by all layers" if name == "skip dp2" else "layer 3"
+    rank_named = 0 if name == "skip dp2" else 1
+    assert said == f"the gradient of {tensor} ({where}) holds NaN or infinity on rank {rank_named}"
 
 
 def test_by_default_the_run_stops_on_every_rank_with_the_name_and_saves_nothing() -> None:

@@ -7,11 +7,13 @@ by small second moments, which magnifies them.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from nemo_tied_lora.config import ConfigError
-from nemo_tied_lora.loops import check_loop
+from nemo_tied_lora.loops import check_ddp, check_loop
 from tests.nemo_fits import LOOPS, FitRecord, fit_records
 
 LAYOUTS = ("tp2", "pp2", "dp2")
@@ -128,3 +130,16 @@ def test_nemos_own_loop_would_fail_where_overlap_meets_recomputation() -> None:
     """The refusal is not for nothing; when this no longer fails, it can go."""
     failures = [records["mcore dp2 overlap full recompute"].failure for records in fit_records(2)]
     assert all(failure is not None and "Cannot set grad twice" in failure for failure in failures)
+
+
+def test_a_loop_of_ones_own_is_told_before_it_wraps_the_model() -> None:
+    """Of either config only the fields that are read."""
+    overlap, plain = SimpleNamespace(overlap_grad_reduce=True), SimpleNamespace(overlap_grad_reduce=False)
+    full = SimpleNamespace(recompute_granularity="full", recompute_modules=None)
+    mlp = SimpleNamespace(recompute_granularity="selective", recompute_modules=["mlp"])
+    core = SimpleNamespace(recompute_granularity="selective", recompute_modules=["core_attn"])
+    for recompute in (full, mlp):
+        with pytest.raises(ConfigError, match="overlap_grad_reduce=True: not possible with recompute_granularity"):
+            check_ddp(recompute, overlap)
+        check_ddp(recompute, plain)
+    check_ddp(core, overlap)

@@ -93,7 +93,8 @@ class GuardedTrainingMixin:
             yield from self.tied_lora.named_parameters()
             return
         for chunk in self.get_model_module_list():  # type: ignore[attr-defined]
-            first = chunk.decoder.layers[0].layer_number - 1 if chunk.decoder.layers else 0
+            layers = getattr(getattr(chunk, "decoder", None), "layers", None)
+            first = layers[0].layer_number - 1 if layers else 0
             for name, parameter in chunk.named_parameters():
                 if parameter.requires_grad:
                     yield _with_global_layer(name, first), parameter
