@@ -16,8 +16,9 @@ from nemo_tied_lora.config import TiedLoraConfig
 from nemo_tied_lora.counting import TargetShape, parameter_counts
 from nemo_tied_lora.factors import ChunkFactors
 from nemo_tied_lora.gradients import reduce_over_pipeline, reduce_over_tensor_parallel
-from nemo_tied_lora.linear import TiedLoraLink, swap_out
+from nemo_tied_lora.linear import TiedLoraLink, swap_in, swap_out
 from nemo_tied_lora.sharding import TargetSpec
+from nemo_tied_lora.sharing import own_frozen
 
 if TYPE_CHECKING:
     from nemo_tied_lora.injection import Site
@@ -37,6 +38,24 @@ class Chunk:
     had_cond_embedder: bool | None = None
     hooks: list[Any] = field(default_factory=list)
     originals: dict[nn.Module, torch.Tensor] = field(default_factory=dict)
+    detached_links: dict[nn.Module, TiedLoraLink] | None = None
+
+    def detach(self) -> None:
+        """The base as it was, with the factors kept for `attach`. No tensor is copied."""
+        links = {site.module: site.module.tied_lora for site in self.sites}
+        self.restore_base()
+        self.detached_links = links
+
+    def attach(self) -> None:
+        """Undoes `detach`: swaps the classes in again, and freezes whatever the base trains by now."""
+        assert self.detached_links is not None
+        self.was_trained = frozenset(name for name, p in self.outer.named_parameters() if p.requires_grad)
+        self.outer.requires_grad_(False)
+        self.body.decoder.tied_lora = self.factors
+        for module, link in self.detached_links.items():
+            swap_in(module, link)
+        self.detached_links = None
+        self.prepare_base()
 
     def prepare_base(self) -> None:
         """Makes Megatron sum what is tied, and lets gradients reach adapters behind a frozen, recomputed base.
@@ -68,6 +87,7 @@ class Chunk:
             self.body.config.has_cond_embedder = self.had_cond_embedder
         for hook in self.hooks:
             hook.remove()
+        self.hooks.clear()
         for name, parameter in self.outer.named_parameters():
             parameter.requires_grad_(name in self.was_trained)
 
@@ -140,14 +160,19 @@ class Adapter:
         Raises:
             ValueError: lists every missing, unexpected or misshapen tensor and every NaN; nothing is changed then.
         """
+        adapter_state.check_state(state, adapter_state.expected_shapes(self.config, self.specs))
+        for chunk in self.chunks:
+            own_frozen(chunk.factors)
         adapter_state.load(self.config, self.specs, [chunk.factors for chunk in self.chunks], state)
 
     def merge(self) -> None:
         """W += (alpha / r) diag(v) B diag(u) A, in float32, then cast; each rank its own shard, nothing is sent.
 
         Raises:
-            RuntimeError: the adapter is merged already. ValueError: the merged weight would not be finite.
+            RuntimeError: the adapter is merged already, or detached. ValueError: the merged weight would not be finite.
         """
+        if not self.attached:
+            raise RuntimeError("merge: the adapter is not attached to the model; call attach() first")
         if any(chunk.originals for chunk in self.chunks):
             raise RuntimeError("merge: the adapter is merged already; call unmerge() first")
         merged = [(chunk, site.module, _merged_weight(site.module)) for chunk in self.chunks for site in chunk.sites]
@@ -164,11 +189,44 @@ class Adapter:
                 module.tied_lora.enabled = True  # type: ignore[union-attr]
             chunk.originals.clear()
 
+    @property
+    def attached(self) -> bool:
+        """Whether the model has it: True from `inject` on, until `detach` or `remove`."""
+        return any(chunk.detached_links is None for chunk in self.chunks)
+
+    def detach(self) -> None:
+        """Gives the base model back as it was, and keeps the adapter for `attach`. No tensor is copied or moved.
+
+        Raises:
+            RuntimeError: the adapter is merged.
+        """
+        if any(chunk.originals for chunk in self.chunks):
+            raise RuntimeError("detach: the adapter is merged; call unmerge() first")
+        if self.attached:
+            for chunk in reversed(self.chunks):  # chunks may share a config: the first one knows how it was
+                chunk.detach()
+
+    def attach(self) -> None:
+        """Puts a detached adapter back, and freezes the base.
+
+        Raises:
+            RuntimeError: the adapter was removed, or the model has another adapter.
+        """
+        if not self.chunks:
+            raise RuntimeError("attach: the adapter was removed; inject or load it again")
+        if self.attached:
+            return
+        if any(hasattr(chunk.body.decoder, "tied_lora") for chunk in self.chunks):
+            raise RuntimeError("attach: the model has another Tied-LoRA adapter; call its detach() or remove() first")
+        for chunk in self.chunks:
+            chunk.attach()
+
     def remove(self) -> None:
         """Gives the base model back as it was. A merged adapter stays in the weights."""
         for chunk in reversed(self.chunks):  # chunks may share a config: the first one knows how it was
             chunk.originals.clear()
-            chunk.restore_base()
+            if chunk.detached_links is None:
+                chunk.restore_base()
         self.chunks = []
 
 

@@ -31,7 +31,7 @@ from nemo_tied_lora.counting import TargetShape, factor_numel, parameter_counts,
 from nemo_tied_lora.experts import is_routed, linear_of, own_names
 from nemo_tied_lora.layout import Architecture, Layout, selected_groups, stage_layers, target_shapes
 
-__all__ = ["Precision", "RankShare", "file_bytes", "network_bytes", "plan", "rank_share"]
+__all__ = ["Precision", "RankShare", "file_bytes", "local_numel", "network_bytes", "plan", "rank_share"]
 
 _COLUMN = ("linear_qkv", "linear_fc1")
 # Which factors tensor parallelism splits; the others are replicated, and partial under sequence parallelism.
@@ -103,7 +103,7 @@ def rank_share(arch: Architecture, layout: Layout, config: TiedLoraConfig) -> Ra
             is_trained, is_tied = factor in config.trained, factor in config.tied
             if not is_trained and factor in ("u", "v"):
                 continue
-            one = _local_numel(factor, kind, shape, config.rank, layout.tp_size)
+            one = local_numel(factor, target, shape, config.rank, layout.tp_size)
             copies = one * (layout.num_chunks * ties if is_tied else num_layers[target] * shape.num_experts)
             held += copies
             trained += copies * is_trained
@@ -221,8 +221,9 @@ def _fullest_stage(arch: Architecture, layout: Layout, config: TiedLoraConfig) -
     return max(stages, key=lambda stage: sum(n * groups[name].num_experts for name, n in stage.items()))
 
 
-def _local_numel(factor: str, kind: str, shape: TargetShape, rank: int, tp_size: int) -> int:
+def local_numel(factor: str, target: str, shape: TargetShape, rank: int, tp_size: int) -> int:
     """Elements of one tensor on one rank."""
+    kind = "column" if linear_of(target) in _COLUMN else "row"
     whole = {"A": rank * shape.in_features, "B": shape.out_features * rank, "u": rank, "v": shape.out_features}[factor]
     return whole // tp_size if factor in _SPLIT[kind] else whole
 

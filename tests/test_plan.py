@@ -608,3 +608,54 @@ def test_bad_values_of_all_parts_are_reported_together(capsys: pytest.CaptureFix
     assert [problem.split("=")[0] for problem in problems] == [
         *("format", "r", "rank", "trainer.precision", "trainer.num_nodes", "model.pipeline_model_parallel_size"),
     ]
+
+
+# Several adapters on one model
+
+
+def test_adapters_of_llama2_7b_counted_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
+    several = planned(capsys, "model=llama2_7b", "preset=vera", "model.peft.tied_lora.rank=8")["several"]
+    # 32 layers; out: qkv 12288, proj 4096, fc1 22016, fc2 4096; in: 4096, 4096, 4096, 11008; 2 bytes.
+    u_and_v, A_and_B = 32 * (4 * 8 + 42_496) * 2, 8 * (42_496 + 23_296) * 2
+    assert several["numbers"] == [1, 10, 1000]
+    wanted = {
+        "this adapter": (u_and_v, A_and_B),
+        "lora": (32 * A_and_B, 0),
+        "vera": (u_and_v, A_and_B),
+        "tl5": (A_and_B, 0),
+        "tl6": (u_and_v + A_and_B, 0),
+    }
+    assert list(several["adapters"]) == list(wanted)
+    for name, (own, shared) in wanted.items():
+        entry = several["adapters"][name]
+        assert (entry["own_bytes"], entry["shared_bytes"]) == (own, shared), name
+        assert entry["bytes"] == entry["bytes_per_rank"] == [shared + number * own for number in (1, 10, 1000)]
+
+
+def test_adapters_over_stages_and_tensor_parallel_ranks_counted_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["model=llama2_7b", "layout=tp2pp2", "preset=vera", "model.peft.tied_lora.rank=8", "adapters=[3]"]
+    targets = ["model.peft.tied_lora.targets=[linear_qkv,linear_proj]", "model.peft.tied_lora.layers=[0,1,20]"]
+    entry = planned(capsys, *words, *targets)["several"]["adapters"]["this adapter"]
+    # qkv: A whole, B and v halved; proj: A halved, B and v whole. Two of the three layers are in the first stage.
+    shared = 2 * 8 * (4096 + 12_288 // 2 + 4096 // 2 + 4096)
+    a_layer = 2 * (8 + 12_288 // 2 + 8 + 4096)
+    assert (entry["own_bytes"], entry["shared_bytes"]) == (2 * a_layer, shared)
+    assert entry["bytes_per_rank"] == [shared + 3 * 2 * a_layer]
+    assert entry["bytes"] == [2 * (2 * shared + 3 * 3 * a_layer)]
+
+
+def test_the_table_shows_several_adapters(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["model=llama2_7b", "preset=vera", "model.peft.tied_lora.rank=8"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    head = next(line for line in lines if line.startswith("adapters on one model"))
+    assert head.split()[-3:] == ["1", "10", "1,000"]
+    (row,) = [line for line in lines if line.startswith("per rank: this adapter")]
+    assert row.split()[-6:] == ["3.60", "MiB", "26.96", "MiB", "2.54", "GiB"]
+    assert sum(line.startswith("all ranks: ") for line in lines) == 5
+
+
+@pytest.mark.parametrize("numbers", ["null", "[]", "[0]", "[1.5]", "12", "[true]", "some"])
+def test_bad_numbers_of_adapters_are_refused(capsys: pytest.CaptureFixture[str], numbers: str) -> None:
+    (problem,) = refusals(capsys, f"adapters={numbers}")
+    assert problem.startswith("adapters=")
+    assert "whole numbers of at least 1" in problem

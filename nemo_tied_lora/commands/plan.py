@@ -13,6 +13,7 @@ from nemo_tied_lora.commands.composing import run_composed
 from nemo_tied_lora.config import ConfigError, TiedLoraConfig
 from nemo_tied_lora.layout import Architecture, Layout, check
 from nemo_tied_lora.planning import Precision, plan
+from nemo_tied_lora.several_planned import check_numbers, several_adapters
 
 __all__ = ["SUMMARY", "main"]
 
@@ -35,6 +36,7 @@ _LABELS = {
 _EXAMPLES = """  tied-lora plan model=llama2_7b model.peft.tied_lora.rank=8 "model.peft.tied_lora.targets=[linear_qkv]"
   tied-lora plan model=llama2_70b layout=tp8pp4 model.sequence_parallel=true
   tied-lora plan model=llama2_13b layout=tp8pp4 trainer.num_nodes=8 model.peft.tied_lora.preset=tl5 format=json
+  tied-lora plan model=llama2_7b preset=vera "adapters=[1, 100, 10000]"
   tied-lora plan --config-dir my_configs model=my_model      (my_configs/model/my_model.yaml, NeMo's keys)
 """
 
@@ -77,11 +79,13 @@ def _plan(cfg: Mapping[str, Any]) -> dict[str, Any]:
     arch = attempt(Architecture.from_model_config, model)
     layout = attempt(Layout.from_config, {"model": model, "trainer": trainer})
     precision = attempt(_precision, {"model": model, "trainer": trainer})
+    numbers = attempt(check_numbers, cfg.get("adapters"))
     if arch is not None and layout is not None:
         problems += check(arch, layout, config)
-    if problems or arch is None or layout is None or config is None or precision is None:
+    if problems or arch is None or layout is None or config is None or precision is None or numbers is None:
         raise ConfigError(problems)
-    return plan(arch, layout, config, precision)
+    several = several_adapters(arch, layout, config, precision, numbers)
+    return {**plan(arch, layout, config, precision), "several": several}
 
 
 def _section(path: str) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
@@ -131,7 +135,19 @@ def _tables(result: Mapping[str, Any]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = ["  ".join(_aligned(row, widths)).rstrip() for row in rows]
     lines.insert(1, "-" * len(lines[0]))
-    return "\n".join([model, ranks, trained, "", *lines, "", *(f"- {line}" for line in result["assumptions"])])
+    notes = [f"- {line}" for line in result["assumptions"]]
+    return "\n".join([model, ranks, trained, "", *lines, "", *_several_table(result["several"]), "", *notes])
+
+
+def _several_table(several: Mapping[str, Any]) -> Iterator[str]:
+    """The weights of several adapters on one model: on the rank that holds most, and in all."""
+    rows = [["adapters on one model, weights alone", *(f"{number:,}" for number in several["numbers"])]]
+    for place, key in (("per rank", "bytes_per_rank"), ("all ranks", "bytes")):
+        for name, planned in several["adapters"].items():
+            rows.append([f"{place}: {name}", *map(_readable, planned[key])])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(_aligned(row, widths)).rstrip() for row in rows]
+    yield from (lines[0], "-" * len(lines[0]), *lines[1:])
 
 
 def _aligned(row: Sequence[str], widths: Sequence[int]) -> list[str]:
