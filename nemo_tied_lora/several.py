@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -49,8 +50,8 @@ class Adapters:
         """The name of the adapter that acts, None where the model is the base."""
         return self._chosen if self._enabled else None
 
-    def load(self, name: str, path: str | os.PathLike) -> Adapter:
-        """Loads a `.nemo` adapter under a name. What is active stays active.
+    def load(self, name: str, path: str | os.PathLike, **options: Any) -> Adapter:
+        """Loads a `.nemo` adapter under a name; options: as `load_adapter`'s. What is active stays active.
 
         Raises:
             ConfigError: the name is taken or empty, the file is no whole adapter or was trained on another base; model
@@ -59,7 +60,7 @@ class Adapters:
         """
         self._check_new(name)
         with self._bare():
-            return self._keep(name, load_adapter(self._model, path))
+            return self._keep(name, load_adapter(self._model, path, **options))
 
     def add(self, name: str, config: TiedLoraConfig) -> Adapter:
         """A new adapter, to be trained. What is active stays active.
