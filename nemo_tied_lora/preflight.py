@@ -26,6 +26,7 @@ from nemo_tied_lora.loops import loop_problems
 __all__ = ["adapter_section", "base_model_config", "check_finetuning", "check_generation", "check_pretraining"]
 
 _Part = TypeVar("_Part")
+_OPTIMIZERS = ("fused_adam", "adamw", "adam", "sgd", "mcore_distributed_optim")
 _PRECISIONS = ("bf16", "bf16-mixed", "16", "16-mixed", "32")
 
 
@@ -49,6 +50,7 @@ def check_finetuning(cfg: Mapping[str, Any]) -> None:
         problems.append(
             "model.fsdp=true: not possible; FSDP would shard what all layers share; use tensor or pipeline parallel"
         )
+    problems += _optimizer_problems(model["optim"].get("name"))
     config = _attempt(problems, adapter_section, model["peft"])
     base = _attempt(problems, base_model_config, model.get("restore_from_path"))
     start = model["peft"].get("restore_from_path")
@@ -240,6 +242,15 @@ def _allocation_problems(
     if config is not None or not tuned:
         yield from fitting.room_problems(cfg, arch, layout, config)
         yield from fitting.time_problems(cfg, arch, layout, config)
+
+
+def _optimizer_problems(name: object) -> Iterator[str]:
+    """A checkpoint loads on any layout because an optimizer's tensors lie as the parameters do."""
+    if name not in (*_OPTIMIZERS, "distributed_fused_adam"):  # the last is refused elsewhere
+        yield (
+            f"model.optim.name={name!r}: a checkpoint could not hold its state for another layout; "
+            f"choose one of {', '.join(_OPTIMIZERS)}"
+        )
 
 
 def _unread_lora_keys(peft: Mapping[str, Any]) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator
+from pathlib import Path
 from typing import TypeVar
 
 import pytest
@@ -41,3 +42,13 @@ def _fail_unexpected_skip(report: _Report) -> _Report:
             report.outcome = "failed"
             report.longrepr = f"skipped, for a reason that tests/conftest.py does not allow: {reason}"
     return report
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data, a tokenizer, and a tiny base; each test names its runs apart."""
+    from tests.command_runs import make_workshop
+
+    folder = tmp_path_factory.mktemp("workshop")
+    make_workshop(folder)
+    return folder

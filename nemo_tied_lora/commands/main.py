@@ -24,6 +24,7 @@ COMMANDS = (
     "export",
     "launch",
     "report",
+    "convert-checkpoint",
 )
 
 
@@ -50,14 +51,15 @@ def main(argv: list[str]) -> int:
 
 def _module(command: str) -> Any:
     """The command's module; its name ends in _ where the command's is a keyword of Python."""
-    return importlib.import_module(f"nemo_tied_lora.commands.{command}{'_' if keyword.iskeyword(command) else ''}")
+    name = command.replace("-", "_")
+    return importlib.import_module(f"nemo_tied_lora.commands.{name}{'_' if keyword.iskeyword(name) else ''}")
 
 
 def _help() -> str:
     lines = ["usage: tied-lora <command> [key=value ...]", "", "commands:"]
     for name in COMMANDS:
         summary = _module(name).SUMMARY
-        lines.append(f"  {name:<12}{summary}")
+        lines.append(f"  {name:<20}{summary}")
     return "\n".join([*lines, "", "tied-lora <command> --help says more."])
 
 

@@ -23,6 +23,7 @@ from nemo_tied_lora.injection import inject
 from nemo_tied_lora.loops import check_loop
 from nemo_tied_lora.nemo.guarded_training import GuardedTrainingMixin
 from nemo_tied_lora.nemo.peft_config import TiedLoraPEFTConfig, register
+from nemo_tied_lora.training_state.folder import is_checkpoint, read_description
 
 __all__ = ["MegatronGPTTiedLoraModel", "TiedLoraModelMixin"]
 
@@ -121,6 +122,12 @@ class TiedLoraModelMixin:
         if consumed_samples and type(loader.batch_sampler) is MegatronPretrainingBatchSampler:
             loader.batch_sampler.__class__ = _WholeRunSampler
         return loader
+
+    def _extract_consumed_samples_from_ckpt(self, ckpt_path: str) -> int:
+        """From the checkpoint itself; NeMo reads the file's name, which a run may be told to format otherwise."""
+        if is_checkpoint(ckpt_path):
+            return int(read_description(ckpt_path)["consumed_samples"])
+        return super()._extract_consumed_samples_from_ckpt(ckpt_path)  # type: ignore[misc]
 
     def save_to(self, save_path: str) -> None:
         """With an adapter: the adapter's `.nemo`, layout-free. Without: NeMo's, the whole model."""

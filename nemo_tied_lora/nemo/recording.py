@@ -37,6 +37,8 @@ class RunRecorder(Callback):
         return {"steps": self.steps, "validations": self.validations, "wall_seconds": self._elapsed()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if len(state_dict["steps"]) < len(self.steps):
+            return  # NeMo goes back to the best checkpoint at the end; what was done stays done
         self.steps, self.validations = list(state_dict["steps"]), list(state_dict["validations"])
         self.wall_seconds = state_dict["wall_seconds"]
 

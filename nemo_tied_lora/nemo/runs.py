@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import torch
 import torch.multiprocessing
 from lightning.pytorch import Trainer
 from megatron.core import parallel_state
-from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronLMPPTrainerBuilder
 from nemo.utils import logging
 from nemo.utils.exp_manager import exp_manager
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -23,10 +21,13 @@ from nemo_tied_lora.config import ConfigError, TiedLoraConfig
 from nemo_tied_lora.counting import TargetShape, parameter_counts
 from nemo_tied_lora.files import write_json
 from nemo_tied_lora.guards import GuardSettings
+from nemo_tied_lora.nemo.checkpoints import TiedLoraTrainerBuilder
 from nemo_tied_lora.nemo.model import MegatronGPTTiedLoraModel
 from nemo_tied_lora.nemo.peft_config import TiedLoraPEFTConfig
 from nemo_tied_lora.nemo.process_groups import ensure_process_groups
 from nemo_tied_lora.nemo.recording import RunRecorder, draw_losses, peak_memory_bytes
+from nemo_tied_lora.nemo.resuming import settle_checkpoints, skip_one_validation
+from nemo_tied_lora.nemo.settings import check_settings
 
 __all__ = ["base_parameter_count", "finetune", "parameter_table", "pretrain"]
 
@@ -53,6 +54,7 @@ def finetune(cfg: DictConfig) -> dict[str, Any]:
         print(parameter_table(model.tied_lora, base), flush=True)
     trainer.fit(model)
     if cfg.model.data.test_ds.file_names is not None:
+        trainer.ckpt_path = None  # a resumed run would be tested, and then saved, as it was when it resumed
         trainer.test(model)
     facts = {
         "adapter": model.tied_lora.config.as_dict(),
@@ -123,27 +125,13 @@ def base_parameter_count(model: Any) -> int:
 def _prepare(cfg: DictConfig) -> tuple[Trainer, RunRecorder, Path]:
     torch.multiprocessing.set_start_method("spawn", force=True)
     recorder = RunRecorder()
-    trainer = MegatronLMPPTrainerBuilder(cfg).create_trainer(callbacks=[recorder])
+    trainer = TiedLoraTrainerBuilder(cfg).create_trainer(callbacks=[recorder])
+    settle_checkpoints(cfg)
     folder = exp_manager(trainer, cfg.exp_manager)
+    skip_one_validation(trainer)
     logging.info(f"run folder: {folder}")
-    _check_settings(cfg, Path(folder), first=trainer.global_rank == 0)
+    check_settings(cfg.model, trainer)
     return trainer, recorder, Path(folder)
-
-
-def _check_settings(cfg: DictConfig, folder: Path, *, first: bool) -> None:
-    """A folder's checkpoints belong to the settings that wrote them: others would be resumed as if they were the same.
-
-    Raises:
-        ConfigError: the folder holds checkpoints of a run with another `model` section.
-    """
-    record = folder / "settings.json"
-    settings = {"model": OmegaConf.to_container(cfg.model, resolve=True)}
-    if any((folder / "checkpoints").glob("**/*last*")) and record.exists():
-        if json.loads(record.read_text()) != settings:
-            fix = "set name= or exp_manager.explicit_log_dir= to another folder, or remove its checkpoints"
-            raise ConfigError([f"exp_manager: {folder} holds the checkpoints of a run with other settings; {fix}"])
-    elif first:
-        write_json(record, settings)
 
 
 def _check_vocabulary(model: Any) -> None:
@@ -172,6 +160,7 @@ def _finish(
         "output": str(output),
         "metrics": {name: float(value) for name, value in sorted(trainer.callback_metrics.items())},
         "peak_memory_bytes": peak_memory_bytes(),
+        "checkpoints": list(getattr(trainer.strategy, "saves", [])),
         **recorder.summary(),
     }
     if trainer.global_rank == 0:

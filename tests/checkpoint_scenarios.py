@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Short fine-tuning runs in one process, for what NeMo's checkpoint options mean: `python -m ... FOLDER NAME...`.
+
+Prints a JSON object on its last line. One process, because starting NeMo costs more than all the runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+__all__ = ["SCENARIOS"]
+
+PARAMS = "exp_manager.checkpoint_callback_params"
+COMMON = ["trainer.max_steps=4", "model.data.validation_ds.metric.name=loss", f"{PARAMS}.save_top_k=-1"]
+
+
+class At(Callback):
+    """Does something before the training step of that number."""
+
+    def __init__(self, step: int, do: Callable[[Any], Any]) -> None:
+        self.step, self.do, self.result = step, do, None
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step + 1 == self.step:
+            self.result = self.do(trainer)
+
+
+class Preempted(Callback):
+    """NeMo's callback as exp_manager arms it where there is a GPU."""
+
+    def on_fit_start(self, trainer: Any, *_: Any) -> None:
+        from nemo.utils.callbacks.preemption import PreemptionCallback
+
+        trainer.callbacks.append(PreemptionCallback(trainer.checkpoint_callback))
+
+
+def run(name: str, *arguments: str, callbacks: tuple[Callback, ...] = ()) -> dict[str, Any]:
+    """`tied-lora finetune` on this very rank, with callbacks of the test's own."""
+    from nemo_tied_lora.commands.composing import compose_config
+    from nemo_tied_lora.nemo import runs
+    from nemo_tied_lora.nemo.checkpoints import TiedLoraTrainerBuilder
+    from tests.command_runs import finetune_arguments
+
+    class Builder(TiedLoraTrainerBuilder):
+        def _callbacks(self, ours: Any) -> Any:
+            return [*super()._callbacks(ours), *callbacks]
+
+    runs.TiedLoraTrainerBuilder = Builder  # type: ignore[misc]
+    return runs.finetune(compose_config("finetune", [*finetune_arguments(name), *COMMON, *arguments]))
+
+
+def stopped(name: str, *arguments: str, step: int = 3) -> None:
+    """A run that ends as by a power cut, before that step."""
+
+    class PowerCut(BaseException):
+        pass
+
+    def cut(_: Any) -> None:
+        raise PowerCut
+
+    with contextlib.suppress(PowerCut):
+        run(name, *arguments, callbacks=(At(step, cut),))
+
+
+def state(path: Path) -> dict[str, torch.Tensor]:
+    from nemo_tied_lora.export.nemo_adapter import read_adapter
+
+    return read_adapter(path).state
+
+
+def checkpoint(name: str, step: int) -> Path:
+    found = [p for p in Path(name, "checkpoints").glob(f"*-step={step}-*") if not p.name.endswith("-last")]
+    assert len(found) == 1, found
+    return found[0]
+
+
+def adapter_in(folder: Path) -> dict[str, torch.Tensor]:
+    from nemo_tied_lora.training_state.folder import read_tensors
+
+    return read_tensors(folder, "adapter")
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def nemo(name: str) -> Path:
+    return Path(name, "checkpoints", "tied_lora.nemo")
+
+
+def at_the_end() -> dict[str, bool]:
+    """save_nemo_on_train_end: the last adapter's .nemo among the checkpoints."""
+    run("at_the_end", f"{PARAMS}.save_nemo_on_train_end=true")
+    return {"the last": same(state(nemo("at_the_end")), state(Path("at_the_end/adapter.nemo")))}
+
+
+def never() -> dict[str, bool]:
+    """None of them: no .nemo among the checkpoints; a second run without resume_if_exists starts anew."""
+    first = run("never")
+    second = run("never", "exp_manager.resume_if_exists=false")
+    again = run("never", "trainer.max_steps=6")
+    losses = [step["loss"] for step in first["steps"]]
+    return {
+        "none": not list(Path("never/checkpoints").glob("*.nemo")),
+        "anew": [step["loss"] for step in second["steps"]] == losses and second["steps"][0]["step"] == 1,
+        "resumed": [step["step"] for step in again["steps"]] == [1, 2, 3, 4, 5, 6],
+        "the longer run learns": again["steps"][4]["lr"] == pytest.approx(3.4549e-3, rel=1e-3),
+    }
+
+
+def always() -> dict[str, bool]:
+    """always_save_nemo: with every checkpoint."""
+    early = At(3, lambda _: state(nemo("always")))
+    run("always", f"{PARAMS}.always_save_nemo=true", callbacks=(early,))
+    return {
+        "with the first": same(early.result, adapter_in(checkpoint("always", 2))),
+        "with the last": same(state(nemo("always")), adapter_in(checkpoint("always", 4))),
+        "they differ": not same(early.result, state(nemo("always"))),
+    }
+
+
+def best() -> dict[str, bool]:
+    """save_best_model with save_nemo_on_train_end: the best checkpoint's adapter; here the first, for the mode."""
+    result = run(
+        "best", f"{PARAMS}.save_nemo_on_train_end=true", f"{PARAMS}.save_best_model=true", f"{PARAMS}.mode=max"
+    )
+    first = adapter_in(checkpoint("best", 2))
+    return {
+        "the best": same(state(nemo("best")), first),
+        "output": same(state(Path("best/adapter.nemo")), first),
+        "not the last": not same(first, adapter_in(checkpoint("best", 4))),
+        "whole record": [step["step"] for step in result["steps"]] == [1, 2, 3, 4],
+    }
+
+
+def always_best() -> dict[str, bool]:
+    """always_save_nemo with save_best_model: the best so far, while the run goes on from where it is."""
+    early = At(6, lambda _: state(nemo("always_best")))
+    best_so_far = [f"{PARAMS}.always_save_nemo=true", f"{PARAMS}.save_best_model=true", f"{PARAMS}.mode=max"]
+    run("always_best", "trainer.max_steps=6", *best_so_far, callbacks=(early,))
+    run("always_best_straight", "trainer.max_steps=6")
+    first = adapter_in(checkpoint("always_best", 2))
+    return {
+        "the best so far": same(early.result, first),
+        "the best": same(state(nemo("always_best")), first),
+        "not the last": not same(first, adapter_in(checkpoint("always_best", 6))),
+        "the run": same(*(adapter_in(checkpoint(name, 6)) for name in ("always_best", "always_best_straight"))),
+    }
+
+
+def preempted() -> dict[str, bool]:
+    """The preemption callback: SIGTERM ends the run after the step with a "-last" checkpoint; it goes on from there."""
+    want = run("uninterrupted", "trainer.max_steps=6")
+    signalled = At(3, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    code = None
+    try:
+        run("preempted", "trainer.max_steps=6", callbacks=(Preempted(), signalled))
+    except SystemExit as exit_:
+        code = exit_.code
+    left = [p.name for p in Path("preempted/checkpoints").glob("*-last")]
+    got = run("preempted", "trainer.max_steps=6")
+    return {
+        "code": code == 0,
+        "after the step": len(left) == 1 and "-step=3-" in left[0],
+        "goes on": [s["loss"] for s in got["steps"]] == [s["loss"] for s in want["steps"]],
+        "validates as ever": got["validations"] == want["validations"],
+        "same adapter": same(state(Path("preempted/adapter.nemo")), state(Path("uninterrupted/adapter.nemo"))),
+    }
+
+
+def resumed_and_tested() -> dict[str, bool]:
+    """A resumed run with a test set saves what it trained, not what it resumed from."""
+    tested = ["model.data.test_ds.file_names=[validation.jsonl]", "model.data.test_ds.metric.name=loss"]
+    run("tested_straight")
+    stopped("tested")
+    run("tested", *tested)
+    return {"trained": same(state(Path("tested/adapter.nemo")), state(Path("tested_straight/adapter.nemo")))}
+
+
+def _goes_on(name: str, *arguments: str) -> dict[str, bool]:
+    want = run(f"{name}_straight", *arguments)
+    stopped(name, *arguments)
+    got = run(name, *arguments)
+    folders = [checkpoint(n, 4) for n in (name, f"{name}_straight")]
+    from nemo_tied_lora.training_state.folder import read_tensors, slots
+
+    held = slots(folders[0])
+    return {
+        "losses": [s["loss"] for s in got["steps"]] == [s["loss"] for s in want["steps"]],
+        "adapter": same(state(Path(name, "adapter.nemo")), state(Path(f"{name}_straight", "adapter.nemo"))),
+        **{slot: same(*(read_tensors(folder, slot) for folder in folders)) for slot in held},
+        "moments": {"exp_avg", "exp_avg_sq"} <= set(held),
+    }
+
+
+def plain_torch() -> dict[str, bool]:
+    """torch's own Adam, which counts steps per parameter, as NeMo's where apex is there."""
+    from nemo.core.optim import optimizers
+
+    ours = optimizers.AVAILABLE_OPTIMIZERS["adamw"]
+    optimizers.AVAILABLE_OPTIMIZERS["adamw"] = torch.optim.AdamW
+    try:
+        return _goes_on("plain_torch", "model.optim.name=adamw")
+    finally:
+        optimizers.AVAILABLE_OPTIMIZERS["adamw"] = ours
+
+
+def o2() -> dict[str, bool]:
+    """bfloat16 with float32 masters."""
+    result = _goes_on("o2", "trainer.precision=bf16", "model.megatron_amp_O2=true")
+    return {**result, "masters": "master" in result}
+
+
+def distributed_optimizer() -> dict[str, bool]:
+    """megatron-core's distributed optimizer."""
+    return _goes_on("distributed", "model.optim.name=mcore_distributed_optim")
+
+
+def refused() -> dict[str, bool]:
+    """Another learning rate, other data, another adapter; but more steps, or other workers, are fine."""
+    from nemo_tied_lora.config import ConfigError
+
+    stopped("refused")
+    told = []
+    for change in ("model.optim.lr=1e-3", "model.data.train_ds.max_seq_length=24", "model.peft.tied_lora.rank=2"):
+        try:
+            run("refused", change)
+        except ConfigError as error:
+            told.append(str(error))
+    Path("refused/checkpoints/settings.json").unlink()
+    try:
+        run("refused", "model.peft.tied_lora.rank=2")
+    except ConfigError as error:
+        told.append(str(error))
+    result = run("refused", "model.data.train_ds.memmap_workers=1", "trainer.max_steps=5")
+    return {
+        "learning rate": "model.optim.lr=0.001" in told[0],
+        "data": "max_seq_length=24" in told[1],
+        "adapter": "model.peft.tied_lora.rank=2" in told[2],
+        "adapter, by the checkpoint itself": "model.peft.tied_lora.rank: 4 in the checkpoint, 2 in this run"
+        in told[3],
+        "allowed": [step["step"] for step in result["steps"]] == [1, 2, 3, 4, 5],
+    }
+
+
+SCENARIOS: dict[str, Callable[[], dict[str, bool]]] = {
+    function.__name__: function
+    for function in (
+        at_the_end,
+        never,
+        always,
+        best,
+        always_best,
+        preempted,
+        resumed_and_tested,
+        plain_torch,
+        o2,
+        distributed_optimizer,
+        refused,
+    )
+}
+
+
+def main(folder: str, names: list[str]) -> None:
+    """Runs the scenarios in the folder; a failing one is reported by its error."""
+    import traceback
+
+    from nemo_tied_lora.platform import prepare
+
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29473")
+    prepare(nemo=True)
+    os.chdir(folder)
+    results: dict[str, Any] = {}
+    for name in names or SCENARIOS:
+        try:
+            results[name] = SCENARIOS[name]()
+        except Exception:
+            results[name] = {"error": traceback.format_exc()}
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])
