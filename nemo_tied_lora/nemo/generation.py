@@ -25,6 +25,9 @@ def load_base(cfg: DictConfig) -> MegatronGPTTiedLoraModel:
     with open_dict(model_cfg):
         for key, value in cfg.model.items():
             model_cfg[key] = value
+        # NeMo asks a model that has a `peft` section for its scheme; a base need not have either.
+        if OmegaConf.select(model_cfg, "peft.peft_scheme") is None:
+            OmegaConf.update(model_cfg, "peft.peft_scheme", None, force_add=True)
         OmegaConf.update(model_cfg, "peft.allow_other_base", bool(cfg.get("allow_other_base")), force_add=True)
         model_cfg.precision = cfg.trainer.precision
         model_cfg.activations_checkpoint_granularity = None
