@@ -12,41 +12,46 @@ import numpy as np
 from nemo_tied_lora.inspection import LayerFacts
 from nemo_tied_lora.pictures import panels
 
-__all__ = ["draw_adapter"]
+__all__ = ["draw_adapter", "panels_of"]
 
-_PANELS = (
-    ("u", "root mean square of u"),
-    ("v", "root mean square of v"),
-    ("rank", "effective rank of the update"),
-)
+_PANELS = {
+    "u": "root mean square of u",
+    "v": "root mean square of v",
+    "rank": "effective rank of the update",
+}
 
 
 def draw_adapter(path: Path, facts: Sequence[LayerFacts], title: str) -> None:
-    """Three heat maps, a row a linear and a column a layer; a frozen u or v is 1 everywhere, and says so."""
+    """Up to three heat maps, a row a linear and a column a layer; see `panels_of`."""
     targets = list(dict.fromkeys(fact.target for fact in facts))
     layers = sorted({fact.layer for fact in facts})
+    shown = panels_of(facts)
     width = min(16.0, max(7.0, 2.5 + 0.32 * len(layers)))
-    height = 1.2 + len(_PANELS) * max(1.3, 0.75 + 0.26 * len(targets))
-    with panels(path, len(_PANELS), width=width, height=height, title=title) as all_axes:
-        for axes, (what, label) in zip(all_axes, _PANELS, strict=True):
+    height = 1.2 + len(shown) * max(1.3, 0.75 + 0.26 * len(targets))
+    with panels(path, len(shown), width=width, height=height, title=title) as all_axes:
+        for axes, what in zip(all_axes, shown, strict=True):
             cells = np.full((len(targets), len(layers)), np.nan)
             for fact in facts:
                 value = fact.effective_rank if what == "rank" else fact.rms.get(what, np.nan)
                 cells[targets.index(fact.target), layers.index(fact.layer)] = value
-            _draw(axes, cells, targets, layers, label)
+            _draw(axes, cells, targets, layers, _PANELS[what])
         all_axes[-1].set_xlabel("layer")
 
 
+def panels_of(facts: Sequence[LayerFacts]) -> tuple[str, ...]:
+    """Which heat maps there are: `rank` always, `u` and `v` where the file holds them. A frozen one is 1 everywhere."""
+    return tuple(what for what in _PANELS if what == "rank" or any(what in fact.rms for fact in facts))
+
+
 def _draw(axes: Any, cells: np.ndarray, targets: Sequence[str], layers: Sequence[int], label: str) -> None:
-    known = np.isfinite(cells)
-    axes.set_title(label if known.any() else f"{label}: frozen at 1", fontsize="medium", loc="left")
-    image = axes.imshow(np.where(known, cells, 1.0), aspect="auto", cmap="viridis", interpolation="nearest")
+    axes.set_title(label, fontsize="medium", loc="left")
+    image = axes.imshow(np.ma.masked_invalid(cells), aspect="auto", cmap="viridis", interpolation="nearest")
     step = -(-len(layers) // 32)
     axes.set_xticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
     axes.set_yticks(range(len(targets)), targets)
     axes.tick_params(labelsize="small", length=0)
     axes.figure.colorbar(image, ax=axes, pad=0.01)
-    if cells.size <= 160 and known.any():
+    if cells.size <= 160:
         _write_values(axes, cells, image)
 
 

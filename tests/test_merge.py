@@ -25,7 +25,14 @@ from nemo_tied_lora.sharding import TargetSpec, shard
 from tests.adapters import specs_of, tiny_adapter
 
 LAYERS, HIDDEN = 4, 24
-MODEL = {"num_layers": LAYERS, "hidden_size": HIDDEN, "activation": "fast-swiglu"}
+MODEL = {
+    "num_layers": LAYERS,
+    "hidden_size": HIDDEN,
+    "ffn_hidden_size": 2 * HIDDEN,
+    "num_attention_heads": 4,
+    "encoder_seq_length": 32,
+    "activation": "fast-swiglu",
+}
 PLACES = {
     "linear_qkv": "self_attention.linear_qkv",
     "linear_proj": "self_attention.linear_proj",
