@@ -6,9 +6,9 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.metadata
-import keyword
 import sys
-from typing import Any
+
+from nemo_tied_lora.commands.ranks import command_module
 
 __all__ = ["COMMANDS", "entry", "main"]
 
@@ -22,6 +22,7 @@ COMMANDS = (
     "show",
     "merge",
     "export",
+    "import",
     "launch",
     "report",
     "convert-checkpoint",
@@ -46,19 +47,13 @@ def main(argv: list[str]) -> int:
         hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(COMMANDS)}"
         print(f"tied-lora: {argv[0]!r} is not a command; {hint}", file=sys.stderr)
         return 2
-    return _module(argv[0]).main(argv[1:])
-
-
-def _module(command: str) -> Any:
-    """The command's module; its name ends in _ where the command's is a keyword of Python."""
-    name = command.replace("-", "_")
-    return importlib.import_module(f"nemo_tied_lora.commands.{name}{'_' if keyword.iskeyword(name) else ''}")
+    return importlib.import_module(command_module(argv[0])).main(argv[1:])
 
 
 def _help() -> str:
     lines = ["usage: tied-lora <command> [key=value ...]", "", "commands:"]
     for name in COMMANDS:
-        summary = _module(name).SUMMARY
+        summary = importlib.import_module(command_module(name)).SUMMARY
         lines.append(f"  {name:<20}{summary}")
     return "\n".join([*lines, "", "tied-lora <command> --help says more."])
 

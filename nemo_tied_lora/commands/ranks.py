@@ -3,12 +3,19 @@
 
 from __future__ import annotations
 
+import keyword
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
 
-__all__ = ["is_rank", "start_ranks"]
+__all__ = ["command_module", "is_rank", "start_ranks"]
+
+
+def command_module(command: str) -> str:
+    """The module of a command; its name ends in _ where the command's is a keyword of Python."""
+    name = command.replace("-", "_")
+    return f"nemo_tied_lora.commands.{name}{'_' if keyword.iskeyword(name) else ''}"
 
 
 def is_rank() -> bool:

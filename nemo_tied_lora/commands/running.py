@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_tied_lora.commands.composing import compose_config, parse_overrides, parser, plain, report
 from nemo_tied_lora.commands.config_folder import config_folder
-from nemo_tied_lora.commands.ranks import is_rank, start_ranks
+from nemo_tied_lora.commands.ranks import command_module, is_rank, start_ranks
 from nemo_tied_lora.config import ConfigError
 from nemo_tied_lora.guards import TrainingStopped
 from nemo_tied_lora.layout import Layout
@@ -63,7 +63,7 @@ def run_command(
     if layout.num_nodes > 1:
         problem = "trainer.num_nodes: several nodes need a launcher; start one process a rank with torchrun"
         return report(command, ConfigError([problem]))
-    return start_ranks(f"nemo_tied_lora.commands.{command}", argv, layout.devices)
+    return start_ranks(command_module(command), argv, layout.devices)
 
 
 def _check_launcher(layout: Layout) -> None:

@@ -23,6 +23,7 @@ from nemo_tied_lora.injection import inject
 from nemo_tied_lora.loops import check_loop
 from nemo_tied_lora.nemo.guarded_training import GuardedTrainingMixin
 from nemo_tied_lora.nemo.peft_config import TiedLoraPEFTConfig, register
+from nemo_tied_lora.nemo.stored_tokenizer import StoredTokenizerMixin
 from nemo_tied_lora.training_state.folder import is_checkpoint, read_description
 
 __all__ = ["MegatronGPTTiedLoraModel", "TiedLoraModelMixin"]
@@ -179,7 +180,7 @@ class TiedLoraModelMixin:
         }
 
 
-class MegatronGPTTiedLoraModel(TiedLoraModelMixin, GuardedTrainingMixin, MegatronGPTSFTModel):
+class MegatronGPTTiedLoraModel(StoredTokenizerMixin, TiedLoraModelMixin, GuardedTrainingMixin, MegatronGPTSFTModel):
     """`MegatronGPTSFTModel` that knows `peft_scheme: tied_lora`.
 
     Its config is NeMo's, with `model.peft.tied_lora` beside NeMo's own sections.

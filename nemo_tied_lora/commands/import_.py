@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`tied-lora import`: a Hugging Face base -> a base `.nemo`; a LoRA adapter -> the closest tied adapter. No GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from nemo_tied_lora.commands.composing import run_composed
+from nemo_tied_lora.commands.running import run_command
+from nemo_tied_lora.config import ConfigError, TiedLoraConfig
+from nemo_tied_lora.preflight import base_model_config
+
+__all__ = ["SOURCES", "SUMMARY", "main"]
+
+SUMMARY = "make a base .nemo of a Hugging Face model, or fit a tied adapter to a LoRA"
+SOURCES = ("hf-base", "lora")
+
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+_EXAMPLES = """  tied-lora import from=hf-base path=my-hf-folder output=base.nemo
+  tied-lora import from=hf-base path=my-hf-folder output=base.nemo dtype=bfloat16 verify=false
+  tied-lora import from=lora path=my-peft-folder base=base.nemo output=adapter.nemo rank=16
+  tied-lora import from=lora path=nemo_lora.nemo output=adapter.nemo rank=16 preset=tl5
+"""
+
+
+def main(argv: list[str]) -> int:
+    """The command; see `run_command` and `run_composed` for what it returns."""
+    if _is_lora(argv):
+        return run_composed("import", argv, _fit, summary=SUMMARY, examples=_EXAMPLES, groups=("preset",))
+    return run_command("import", argv, summary=SUMMARY, examples=_EXAMPLES, groups=("preset",), check=_check, run=_run)
+
+
+def _is_lora(argv: list[str]) -> bool:
+    """Whether a LoRA is to be fitted: in this very process, without NeMo."""
+    return [value for value in argv if value.startswith("from=")][-1:] == ["from=lora"]
+
+
+def _fit(cfg: Mapping[str, Any]) -> int:
+    config = _check_lora(cfg)
+    from tqdm import tqdm
+
+    from nemo_tied_lora.export.adapter_file import write_adapter
+    from nemo_tied_lora.importing.lora import fit_adapter, read_lora
+
+    base = None if cfg["base"] is None else base_model_config(cfg["base"], key="base")
+    lora = read_lora(Path(cfg["path"]), base)
+    config = dataclasses.replace(
+        config, targets=tuple(lora.deltas), layers=_layers(lora.deltas, lora.shape.num_layers)
+    )
+    with tqdm(desc="fitting", unit="iteration") as bar:
+
+        def progress(target: str, error: float) -> None:
+            bar.update()
+            bar.set_postfix_str(f"{target}: relative error {error:.3e}")
+
+        limits = {"max_iterations": cfg["max_iterations"], "tolerance": cfg["fit_tolerance"]}
+        fitted = fit_adapter(lora, config, _preset(cfg), **limits, progress=progress)
+    errors = {t: dict(zip(fitted.specs[t].layers, fit.errors, strict=True)) for t, fit in fitted.fits.items()}
+    source = {"from": Path(cfg["path"]).name, "relative_errors": errors}
+    facts = {"base": {key: lora.base.get(key) for key in _BASE_KEYS}, "fitted": source}
+    try:
+        write_adapter(Path(cfg["output"]), fitted.config, fitted.specs, fitted.state, facts)
+    except OSError as error:
+        raise ConfigError([f"output={cfg['output']}: {error}"]) from error
+    print(_table(fitted.fits, errors, fitted.bounds))
+    print(f"written: {cfg['output']} ({Path(cfg['output']).stat().st_size:,} bytes)")
+    return 0
+
+
+_BASE_KEYS = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "activation",
+    "normalization",
+    "position_embedding_type",
+    "share_embeddings_and_output_weights",
+)
+
+
+def _layers(deltas: Mapping[str, Mapping[int, Any]], num_layers: int) -> tuple[int, ...] | None:
+    """The layers that the LoRA adapts; None for all."""
+    layers = tuple(sorted({layer for by_layer in deltas.values() for layer in by_layer}))
+    return None if len(layers) == num_layers else layers
+
+
+def _table(fits: Mapping[str, Any], errors: Mapping[str, Mapping[int, float]], bounds: Mapping[str, float]) -> str:
+    """||delta - fit|| / ||delta|| of every layer and target, of each target as a whole, and what no A could go below."""
+    layers = sorted({layer for by_layer in errors.values() for layer in by_layer})
+    rows = [["relative error", *errors]]
+    rows += [[f"layer {layer}", *(f"{by_layer[layer]:.2e}" for by_layer in errors.values())] for layer in layers]
+    rows += [["all layers", *(f"{fit.history[-1]:.2e}" for fit in fits.values())]]
+    rows += [["bound", *(f"{bounds[target]:.2e}" for target in errors)]]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join([r[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(r[1:], widths[1:], strict=True))]) for r in rows
+    ]
+    rounds = ", ".join(f"{target} {len(fit.history) - 1}" for target, fit in fits.items())
+    note = "bound: the least that any A of this rank, shared by all layers, could reach"
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], f"{note}; iterations: {rounds}"])
+
+
+def _check_lora(cfg: Mapping[str, Any]) -> TiedLoraConfig:
+    """What can be said before anything is read.
+
+    Raises:
+        ConfigError: all problems together.
+    """
+    problems = list(_output_problems(cfg))
+    if cfg["path"] is None or not Path(cfg["path"]).exists():
+        problems.append(f"path={cfg['path']}: no such file or folder; name peft's folder or NeMo's LoRA .nemo")
+    if cfg["base"] is not None and not Path(cfg["base"]).exists():
+        problems.append(f"base={cfg['base']}: no such file")
+    if not isinstance(cfg["max_iterations"], int) or cfg["max_iterations"] < 1:
+        problems.append(f"max_iterations={cfg['max_iterations']}: must be a whole number of at least 1")
+    if not isinstance(cfg["fit_tolerance"], (int, float)) or cfg["fit_tolerance"] < 0:
+        problems.append(f"fit_tolerance={cfg['fit_tolerance']}: must be at least 0")
+    try:
+        fields = {"preset": _preset(cfg), "rank": cfg["rank"], "seed": cfg["seed"]}
+        config = TiedLoraConfig.from_mapping(fields)
+    except ConfigError as error:
+        problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def _preset(cfg: Mapping[str, Any]) -> str:
+    return str(((cfg["model"].get("peft") or {}).get("tied_lora") or {}).get("preset"))
+
+
+def _run(cfg: DictConfig) -> None:
+    from nemo_tied_lora.importing.hf_base import import_hf_base
+
+    try:
+        keys, comparison = import_hf_base(cfg)
+    except OSError as error:
+        raise ConfigError([f"output={cfg.output}: cannot be written: {error}; an older file is as it was"]) from error
+    for note in keys.notes:
+        print(f"note: {note}")
+    print(f"written: {cfg.output} ({Path(cfg.output).stat().st_size:,} bytes)")
+    if comparison is None:
+        print("check: none (verify=false)")
+        return
+    print(
+        f"check: restored from the file, its logits differ from transformers' by at most "
+        f"{comparison.largest_difference:.2e} ({comparison.relative:.1e} of the largest)"
+    )
+    for text in comparison.differing_texts:
+        print(f"check: the tokenizer gives other ids than Hugging Face's for {text!r}")
+    if comparison.not_compared is not None:
+        print(f"check: the tokenizers could not be compared: {comparison.not_compared}", flush=True)
+    elif not comparison.differing_texts:
+        print("check: the tokenizer gives Hugging Face's ids for every sample text", flush=True)
+
+
+def _check(cfg: Mapping[str, Any]) -> None:
+    """What can be said before anything is read.
+
+    Raises:
+        ConfigError: all problems together.
+    """
+    problems = []
+    if cfg["from"] not in SOURCES:
+        problems.append(f"from={cfg['from']}: unknown; choose one of {', '.join(SOURCES)}")
+    if cfg["path"] is None or not Path(cfg["path"]).is_dir():
+        problems.append(f"path={cfg['path']}: no such folder; name a Hugging Face model's")
+    elif not (Path(cfg["path"]) / "config.json").is_file():
+        problems.append(f"path={cfg['path']}: holds no config.json; this is no Hugging Face model")
+    problems += _output_problems(cfg)
+    if cfg["dtype"] not in _DTYPES:
+        problems.append(f"dtype={cfg['dtype']}: choose one of {', '.join(_DTYPES)}")
+    if not isinstance(cfg["vocab_multiple"], int) or cfg["vocab_multiple"] < 1:
+        problems.append(f"vocab_multiple={cfg['vocab_multiple']}: must be a whole number of at least 1")
+    if not isinstance(cfg["tolerance"], (int, float)) or cfg["tolerance"] <= 0:
+        problems.append(f"tolerance={cfg['tolerance']}: must be greater than 0")
+    if cfg["trainer"]["devices"] != 1 or cfg["trainer"]["num_nodes"] != 1:
+        problems.append(
+            "trainer.devices, trainer.num_nodes: importing runs on one rank; the .nemo restores on any layout"
+        )
+    if problems:
+        raise ConfigError(problems)
+
+
+def _output_problems(cfg: Mapping[str, Any]) -> Iterator[str]:
+    output = cfg["output"]
+    if output is None or not str(output).endswith(".nemo"):
+        yield f"output={output}: must name the .nemo file to write"
+    elif Path(output).is_dir():
+        yield f"output={output}: is a folder"
+    elif any(cfg[key] is not None and Path(output).resolve() == Path(cfg[key]).resolve() for key in ("path", "base")):
+        yield f"output={output}: is an input; name another"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

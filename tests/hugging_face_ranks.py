@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What test_hugging_face.py runs under torchrun on real NeMo: importing on one rank, training on four.
+
+python -m tests.hugging_face_ranks import|train FOLDER
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.hugging_face_models import FAMILIES, SEQUENCE, save_model, tokens
+
+__all__ = ["ADAPTERS", "main"]
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "llama": {"preset": "tl6", "rank": 3, "alpha": 5.0},
+    "mistral": {"preset": "tl5", "rank": 4, "layers": [0, 3], "targets": ["linear_qkv", "linear_fc1"]},
+    "qwen2": {"preset": "vera", "rank": 5, "alpha": 2.5},
+    "gpt2": {"preset": "tl6", "rank": 3},
+}
+_STEPS = 3
+
+
+def main(argv: list[str]) -> int:
+    """One rank's part of a stage; rank 0 writes its results to FOLDER/<stage>.pt."""
+    from nemo_tied_lora.platform import prepare
+
+    prepare(nemo=True)
+    stage, folder = argv[0], Path(argv[1])
+    results = {"import": _import_all, "train": _train_all}[stage](folder)
+    if torch.distributed.get_rank() == 0:
+        torch.save(results, folder / f"{stage}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    return 0
+
+
+def _import_all(folder: Path) -> dict[str, Any]:
+    from nemo_tied_lora.commands.composing import compose_config
+    from nemo_tied_lora.importing.hf_base import import_hf_base
+
+    results: dict[str, Any] = {}
+    for family in FAMILIES:
+        model = save_model(family, folder / family)
+        with torch.no_grad():
+            logits = model(tokens(family)).logits
+        paths = [f"path={folder / family}", f"output={folder / family}.nemo"]
+        keys, comparison = import_hf_base(compose_config("import", ["from=hf-base", *paths]))
+        results[family] = {"logits": logits, "keys": keys, "comparison": comparison}
+    half = [f"path={folder / 'llama'}", f"output={folder / 'half.nemo'}", "dtype=bfloat16", "tolerance=0.1"]
+    results["half"] = import_hf_base(compose_config("import", ["from=hf-base", *half]))[1]
+    results["refusal"] = _refusal(folder)
+    results["stock"] = _stock_lora(folder)
+    return results
+
+
+def _refusal(folder: Path) -> str:
+    """What importing says when the rows of a linear are mixed up on the way."""
+    from nemo_tied_lora.commands.composing import compose_config
+    from nemo_tied_lora.config import ConfigError
+    from nemo_tied_lora.huggingface.layouts import BaseShape
+    from nemo_tied_lora.importing.hf_base import import_hf_base
+
+    right = BaseShape.rows
+    BaseShape.rows = lambda self, target, share: right(self, target, share).flip(0)  # type: ignore[method-assign]
+    try:
+        paths = [f"path={folder / 'llama'}", f"output={folder / 'wrong.nemo'}"]
+        import_hf_base(compose_config("import", ["from=hf-base", *paths]))
+    except ConfigError as error:
+        return str(error)
+    finally:
+        BaseShape.rows = right  # type: ignore[method-assign]
+    return "no error"
+
+
+def _stock_lora(folder: Path) -> dict[str, Any]:
+    """An adapter's nemo-lora export in stock NeMo's loader: what its layers add, beside the tied formula."""
+    from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import MegatronGPTSFTModel
+    from nemo.collections.nlp.modules.common.megatron.adapters.parallel_adapters import ParallelLinearAdapter
+
+    from nemo_tied_lora.export.nemo_adapter import AdapterFile
+    from nemo_tied_lora.export.nemo_lora import ADAPTER_MODULES, write_nemo_lora
+    from nemo_tied_lora.preflight import base_model_config
+    from tests.random_adapters import delta, random_adapter
+
+    base = base_model_config(folder / "llama.nemo")
+    file: AdapterFile = random_adapter(base, preset="tl6", rank=3, alpha=5.0, layers=[1, 2])
+    path = write_nemo_lora(file, base, folder / "stock_lora.nemo")
+    model = _restore(folder / "llama.nemo", tp=1, pp=1)
+    MegatronGPTSFTModel.load_adapters(model, str(path))
+    adapters = {n: m for n, m in model.named_modules() if isinstance(m, ParallelLinearAdapter)}
+    errors = {}
+    for target, spec in file.specs.items():
+        for layer in spec.layers:
+            x = torch.randn(2, 3, spec.in_features)
+            added = adapters.pop(f"model.decoder.layers.{layer}.{ADAPTER_MODULES[target]}")(x)
+            expected = x.double() @ delta(file, layer, target).T
+            errors[f"{layer} {target}"] = float((added - expected).abs().max() / expected.abs().max())
+    return {"errors": errors, "others": list(adapters), **_fitted(folder, file, path)}
+
+
+def _fitted(folder: Path, file: Any, lora: Path) -> dict[str, Any]:
+    """Logits of the base, of the adapter that was exported, and of the one fitted to the export."""
+    from nemo_tied_lora.commands.main import main as command
+    from nemo_tied_lora.export.adapter_file import write_adapter
+    from nemo_tied_lora.export.nemo_adapter import load_adapter
+    from nemo_tied_lora.importing.hf_base import single_rank_logits
+
+    base, fitted = folder / "llama.nemo", folder / "fitted.nemo"
+    assert command(["import", "from=lora", f"path={lora}", f"base={base}", f"output={fitted}", "rank=3"]) == 0
+    write_adapter(folder / "exported.nemo", file.config, file.specs, file.state, {})
+    model = _restore(base, tp=1, pp=1)
+    logits = {"plain": single_rank_logits(model, tokens("llama"))}
+    for name in ("exported", "fitted"):
+        adapter = load_adapter(model.model, folder / f"{name}.nemo")
+        logits[name] = single_rank_logits(model, tokens("llama"))
+        adapter.remove()
+    return {"logits": logits}
+
+
+def _train_all(folder: Path) -> dict[str, Any]:
+    return {family: _train(folder, family) for family in FAMILIES}
+
+
+def _train(folder: Path, family: str) -> dict[str, Any]:
+    """Base logits, a few steps of Adam with Tied-LoRA, logits with the adapter and merged; the adapter is saved."""
+    from nemo_tied_lora import TiedLoraConfig, inject, save_adapter
+    from nemo_tied_lora.base_record import recorded_model_keys
+    from nemo_tied_lora.export.nemo_adapter import read_adapter
+
+    model = _restore(folder / f"{family}.nemo", tp=2, pp=2)
+    if family == "llama":
+        model.save_to(str(folder / "llama_tp2_pp2.nemo"))
+    body = model.model
+    results: dict[str, Any] = {"base": _logits(body, tokens(family))}
+    model.tied_lora = adapter = inject(body, TiedLoraConfig.from_mapping(ADAPTERS[family]))
+    optimizer = torch.optim.Adam(list(adapter.parameters()), lr=5e-2)
+    for _ in range(_STEPS):
+        optimizer.zero_grad()
+        _run(body, tokens(family), forward_only=False)
+        adapter.reduce_gradients()
+        optimizer.step()
+    results["adapted"] = _logits(body, tokens(family))
+    save_adapter(adapter, folder / f"{family}_adapter.nemo", model._facts())
+    results["recorded"] = recorded_model_keys(read_adapter(folder / f"{family}_adapter.nemo").yaml)
+    adapter.merge()
+    results["merged"] = _logits(body, tokens(family))
+    return results
+
+
+def _restore(path: Path, *, tp: int, pp: int) -> Any:
+    from nemo_tied_lora.commands.composing import compose_config
+    from nemo_tied_lora.nemo.generation import load_base
+
+    layout = [f"model.tensor_model_parallel_size={tp}", f"model.pipeline_model_parallel_size={pp}"]
+    options = [f"base={path}", "trainer.precision=32", f"trainer.devices={tp * pp}", "trainer.accelerator=cpu"]
+    model = load_base(compose_config("generate", [*options, *layout]))
+    model.model.eval()
+    return model
+
+
+def _logits(body: Any, batch: torch.Tensor) -> torch.Tensor | None:
+    """Whole logits on every rank of the last stage, and on rank 0."""
+    with torch.no_grad():
+        outputs = _run(body, batch, forward_only=True)
+    shared = [outputs[0]["logits"] if outputs else None]
+    last = torch.distributed.get_world_size() - 1
+    torch.distributed.broadcast_object_list(shared, src=last)
+    return shared[0]
+
+
+def _run(body: Any, batch: torch.Tensor, *, forward_only: bool) -> Any:
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    def batches() -> Iterator[torch.Tensor]:
+        yield batch
+
+    return get_forward_backward_func()(
+        forward_step_func=_forward_step,
+        data_iterator=batches(),
+        model=body,
+        num_microbatches=1,
+        seq_length=SEQUENCE,
+        micro_batch_size=len(batch),
+        forward_only=forward_only,
+    )
+
+
+def _forward_step(batches: Iterator[torch.Tensor], model: Any) -> tuple[torch.Tensor, Any]:
+    batch = next(batches)
+    positions = torch.arange(SEQUENCE).expand(len(batch), SEQUENCE)
+    mask = torch.ones(SEQUENCE, SEQUENCE, dtype=torch.bool).triu(1)[None, None]
+    return model(batch, positions, mask), partial(_loss, batch)
+
+
+def _loss(batch: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+    logits = gather_from_tensor_model_parallel_region(logits)
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+    return loss, {"logits": logits.detach()}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
