@@ -50,6 +50,7 @@ def check_finetuning(cfg: Mapping[str, Any]) -> None:
         problems.append(
             "model.fsdp=true: not possible; FSDP would shard what all layers share; use tensor or pipeline parallel"
         )
+    problems += _checkpoint_problems(cfg.get("exp_manager") or {})
     problems += _optimizer_problems(model["optim"].get("name"))
     config = _attempt(problems, adapter_section, model["peft"])
     base = _attempt(problems, base_model_config, model.get("restore_from_path"))
@@ -242,6 +243,23 @@ def _allocation_problems(
     if config is not None or not tuned:
         yield from fitting.room_problems(cfg, arch, layout, config)
         yield from fitting.time_problems(cfg, arch, layout, config)
+
+
+def _checkpoint_problems(exp_manager: Mapping[str, Any]) -> Iterator[str]:
+    """Options of NeMo's that write checkpoints in ways of their own."""
+    if (exp_manager.get("ema") or {}).get("enable"):
+        yield "exp_manager.ema.enable=true: not possible; NeMo's EMA writes whole models; leave it out"
+    params = exp_manager.get("checkpoint_callback_params") or {}
+    if params.get("async_save"):
+        yield (
+            "exp_manager.checkpoint_callback_params.async_save=true: not possible; a checkpoint holds the adapter alone "
+            "and is written at once; leave it out"
+        )
+    if params.get("save_last_n_optim_states", -1) != -1:
+        yield (
+            "exp_manager.checkpoint_callback_params.save_last_n_optim_states: not possible; checkpoints keep the "
+            "optimizer's state, which is the adapter's size; leave it out, or set save_top_k"
+        )
 
 
 def _optimizer_problems(name: object) -> Iterator[str]:

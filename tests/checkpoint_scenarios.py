@@ -7,8 +7,10 @@ Prints a JSON object on its last line. One process, because starting NeMo costs 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -18,10 +20,13 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
+from safetensors.torch import load_file
 
-__all__ = ["SCENARIOS"]
+__all__ = ["SCENARIOS", "SHARDED", "At", "checkpoint", "main", "run", "state", "tensors_in"]
 
 PARAMS = "exp_manager.checkpoint_callback_params"
+# Microbatches of one sample: at another data parallel size the same samples weigh the same.
+SHARDED = ["model.optim.name=mcore_distributed_optim", "model.micro_batch_size=1"]
 COMMON = ["trainer.max_steps=4", "model.data.validation_ds.metric.name=loss", f"{PARAMS}.save_top_k=-1"]
 
 
@@ -86,9 +91,14 @@ def checkpoint(name: str, step: int) -> Path:
 
 
 def adapter_in(folder: Path) -> dict[str, torch.Tensor]:
-    from nemo_tied_lora.training_state.folder import read_tensors
+    return tensors_in(folder, "adapter/")
 
-    return read_tensors(folder, "adapter")
+
+def tensors_in(folder: Path, prefix: str = "") -> dict[str, torch.Tensor]:
+    """By safetensors' own reader."""
+    files = [load_file(file) for file in sorted(folder.glob("*.safetensors"))]
+    found = {key: tensor for tensors in files for key, tensor in tensors.items()}
+    return {key.removeprefix(prefix): tensor for key, tensor in found.items() if key.startswith(prefix)}
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -188,20 +198,33 @@ def resumed_and_tested() -> dict[str, bool]:
     return {"trained": same(state(Path("tested/adapter.nemo")), state(Path("tested_straight/adapter.nemo")))}
 
 
-def _goes_on(name: str, *arguments: str) -> dict[str, bool]:
+def goes_on(name: str, *arguments: str, copy: str | None = None) -> dict[str, bool]:
+    """A run that was stopped, against one that was not: all that the last checkpoint holds, and what was measured.
+
+    Args:
+        copy: a folder that gets what the stopped run had left.
+    """
     want = run(f"{name}_straight", *arguments)
     stopped(name, *arguments)
+    if copy is not None:
+        shutil.copytree(name, copy)
     got = run(name, *arguments)
-    folders = [checkpoint(n, 4) for n in (name, f"{name}_straight")]
-    from nemo_tied_lora.training_state.folder import read_tensors, slots
-
-    held = slots(folders[0])
+    ours, theirs = (checkpoint(n, 4) for n in (name, f"{name}_straight"))
+    held = sorted({key.split("/")[0] for key in tensors_in(theirs)})
     return {
         "losses": [s["loss"] for s in got["steps"]] == [s["loss"] for s in want["steps"]],
-        "adapter": same(state(Path(name, "adapter.nemo")), state(Path(f"{name}_straight", "adapter.nemo"))),
-        **{slot: same(*(read_tensors(folder, slot) for folder in folders)) for slot in held},
+        "rates": [s["lr"] for s in got["steps"]] == [s["lr"] for s in want["steps"]],
+        "steps": [s["step"] for s in got["steps"]] == [1, 2, 3, 4],
+        "output": same(state(Path(name, "adapter.nemo")), state(Path(f"{name}_straight", "adapter.nemo"))),
+        **{kind: same(tensors_in(ours, f"{kind}/"), tensors_in(theirs, f"{kind}/")) for kind in held},
         "moments": {"exp_avg", "exp_avg_sq"} <= set(held),
     }
+
+
+def dropout() -> dict[str, bool]:
+    """Masks of the steps after the resume are those of the uninterrupted run."""
+    masks = ["model.peft.tied_lora.dropout=0.1", "model.hidden_dropout=0.1", "model.attention_dropout=0.1"]
+    return goes_on("dropout", *masks)
 
 
 def plain_torch() -> dict[str, bool]:
@@ -211,47 +234,106 @@ def plain_torch() -> dict[str, bool]:
     ours = optimizers.AVAILABLE_OPTIMIZERS["adamw"]
     optimizers.AVAILABLE_OPTIMIZERS["adamw"] = torch.optim.AdamW
     try:
-        return _goes_on("plain_torch", "model.optim.name=adamw")
+        return goes_on("plain_torch", "model.optim.name=adamw")
     finally:
         optimizers.AVAILABLE_OPTIMIZERS["adamw"] = ours
 
 
 def o2() -> dict[str, bool]:
     """bfloat16 with float32 masters."""
-    result = _goes_on("o2", "trainer.precision=bf16", "model.megatron_amp_O2=true")
+    result = goes_on("o2", "trainer.precision=bf16", "model.megatron_amp_O2=true")
     return {**result, "masters": "master" in result}
 
 
 def distributed_optimizer() -> dict[str, bool]:
-    """megatron-core's distributed optimizer."""
-    return _goes_on("distributed", "model.optim.name=mcore_distributed_optim")
+    """megatron-core's distributed optimizer; `spread_scenarios` goes on with the copy."""
+    return goes_on("distributed", *SHARDED, copy="spread")
+
+
+def pruned() -> dict[str, bool]:
+    """save_top_k: as many as in a run that was never killed; here between a checkpoint and its "-last"."""
+    two = ["trainer.max_steps=8", f"{PARAMS}.save_top_k=2"]
+    run("pruned_straight", *two)
+    aside = Path("aside")
+    stopped("pruned", *two, step=5)
+    [last] = Path("pruned/checkpoints").glob("*-last")
+    shutil.copytree(last, aside)
+    stopped("pruned", *two, step=7)
+    [later] = Path("pruned/checkpoints").glob("*-last")
+    shutil.rmtree(later)
+    aside.rename(last)
+    run("pruned", *two)
+    left, wanted = (sorted(p.name for p in Path(n, "checkpoints").iterdir()) for n in ("pruned", "pruned_straight"))
+    return {"the same": left == wanted, "two and the last": len([name for name in left if "-step=" in name]) == 3}
+
+
+def full_disk() -> dict[str, bool]:
+    """A save that fails ends the run with the reason; what was saved before is as it was, and the run goes on."""
+    from nemo_tied_lora.training_state.folder import CheckpointWriter
+
+    add, told = CheckpointWriter.add, None
+
+    def no_space(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    run("full_disk_straight")
+    try:
+        run("full_disk", callbacks=(At(3, lambda _: setattr(CheckpointWriter, "add", no_space)),))
+    except OSError as error:
+        told = str(error)
+    finally:
+        CheckpointWriter.add = add  # type: ignore[method-assign]
+    left = sorted(p.name.split("-step=")[1][0] for p in Path("full_disk/checkpoints").iterdir() if p.is_dir())
+    run("full_disk")
+    return {
+        "reason": "No space left" in (told or ""),
+        "older ones": left == ["2", "2"],
+        "goes on": same(state(Path("full_disk/adapter.nemo")), state(Path("full_disk_straight/adapter.nemo"))),
+    }
 
 
 def refused() -> dict[str, bool]:
-    """Another learning rate, other data, another adapter; but more steps, or other workers, are fine."""
-    from nemo_tied_lora.config import ConfigError
-
+    """Another learning rate, other data, another adapter, another base; but more steps, or other workers, are fine."""
     stopped("refused")
-    told = []
-    for change in ("model.optim.lr=1e-3", "model.data.train_ds.max_seq_length=24", "model.peft.tied_lora.rank=2"):
-        try:
-            run("refused", change)
-        except ConfigError as error:
-            told.append(str(error))
-    Path("refused/checkpoints/settings.json").unlink()
-    try:
-        run("refused", "model.peft.tied_lora.rank=2")
-    except ConfigError as error:
-        told.append(str(error))
-    result = run("refused", "model.data.train_ds.memmap_workers=1", "trainer.max_steps=5")
+    settings, saved = Path("refused/checkpoints/settings.json"), "in the checkpoint"
+    rate = refusal("refused", "model.optim.lr=1e-3")
+    data = refusal("refused", "model.data.train_ds.max_seq_length=24")
+    precision = refusal("refused", "trainer.precision=bf16-mixed", "trainer.gradient_clip_val=0.5")
+    rank = refusal("refused", "model.peft.tied_lora.rank=2")
+    settings.rename("settings.json")
+    rank_by_itself = refusal("refused", "model.peft.tied_lora.rank=2")
+    Path("settings.json").rename(settings)
+    [last] = Path("refused/checkpoints").glob("*-last")
+    description = (last / "checkpoint.json").read_text()
+    other = json.loads(description)
+    other["facts"]["base"]["architecture"]["num_layers"] = 5
+    other["facts"]["base"]["fingerprint"]["sha256"] = "0123"
+    (last / "checkpoint.json").write_text(json.dumps(other))
+    base = refusal("refused")
+    (last / "checkpoint.json").write_text(description)
+    shutil.copy("base.nemo", "moved.nemo")
+    fine = ["model.restore_from_path=moved.nemo", "model.data.train_ds.memmap_workers=1", "trainer.max_steps=5"]
+    result = run("refused", *fine)
     return {
-        "learning rate": "model.optim.lr=0.001" in told[0],
-        "data": "max_seq_length=24" in told[1],
-        "adapter": "model.peft.tied_lora.rank=2" in told[2],
-        "adapter, by the checkpoint itself": "model.peft.tied_lora.rank: 4 in the checkpoint, 2 in this run"
-        in told[3],
+        "learning rate": "model.optim.lr=0.001: the checkpoints in" in rate and "were made with 0.01" in rate,
+        "data": "model.data.train_ds.max_seq_length=24" in data,
+        "precision": "trainer.precision='bf16-mixed'" in precision and "gradient_clip_val=0.5" in precision,
+        "adapter": "model.peft.tied_lora.rank=2" in rank,
+        "adapter, by the checkpoint": f"model.peft.tied_lora.rank: 4 {saved}, 2 in this run" in rank_by_itself,
+        "base": f"num_layers: 5 {saved}, 4 in this run" in base and f": '0123' {saved}" in base,
         "allowed": [step["step"] for step in result["steps"]] == [1, 2, 3, 4, 5],
     }
+
+
+def refusal(name: str, *changes: str) -> str:
+    """What the user is told."""
+    from nemo_tied_lora.config import ConfigError
+
+    try:
+        run(name, *changes)
+    except ConfigError as error:
+        return str(error)
+    return "nothing"
 
 
 SCENARIOS: dict[str, Callable[[], dict[str, bool]]] = {
@@ -268,27 +350,31 @@ SCENARIOS: dict[str, Callable[[], dict[str, bool]]] = {
         o2,
         distributed_optimizer,
         refused,
+        dropout,
+        pruned,
+        full_disk,
     )
 }
 
 
-def main(folder: str, names: list[str]) -> None:
+def main(folder: str, names: list[str], scenarios: dict[str, Callable[[], dict[str, bool]]] = SCENARIOS) -> None:
     """Runs the scenarios in the folder; a failing one is reported by its error."""
     import traceback
 
     from nemo_tied_lora.platform import prepare
 
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29473")
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29473"}
+    os.environ.update({key: value for key, value in alone.items() if key not in os.environ})
     prepare(nemo=True)
     os.chdir(folder)
     results: dict[str, Any] = {}
-    for name in names or SCENARIOS:
+    for name in names or scenarios:
         try:
-            results[name] = SCENARIOS[name]()
+            results[name] = scenarios[name]()
         except Exception:
             results[name] = {"error": traceback.format_exc()}
-    print(json.dumps(results))
+    if os.environ["RANK"] == "0":
+        print(json.dumps(results), flush=True)
 
 
 if __name__ == "__main__":

@@ -112,7 +112,9 @@ def test_every_mistake_is_reported_at_once_before_torch_is_imported(workshop: Pa
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("command", ["", "plan", "finetune", "pretrain", "generate", "quickstart", "compare"])
+@pytest.mark.parametrize(
+    "command", ["", "plan", "finetune", "pretrain", "generate", "quickstart", "compare", "convert-checkpoint"]
+)
 def test_help_says_what_to_type(command: str, tmp_path: Path) -> None:
     done = tied_lora(*command.split(), "--help", folder=tmp_path)
     assert "tied-lora" in done.stdout

@@ -176,15 +176,32 @@ def test_a_run_goes_on_at_other_layouts_to_the_rounding_of_sums(workshop: Path, 
     assert "random states cannot be continued on another layout" in log
 
 
-def test_nemos_options_keep_their_meaning_and_every_optimizer_goes_on(workshop: Path) -> None:
-    folder = str(workshop)
-    command = [sys.executable, "-W", "ignore", "-m", "tests.checkpoint_scenarios", folder]
+def claims_that_do_not_hold(folder: Path, *command: str) -> list[str]:
+    """Runs a module of scenarios in the folder."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    python = [sys.executable, "-W", "ignore", "-m", *command, str(folder)]
+    done = subprocess.run(python, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-8000:]
     results = json.loads(done.stdout.splitlines()[-1])
-    wrong = [
-        f"{name}: {claim}" for name, claims in results.items() for claim, held in claims.items() if held is not True
+    return [
+        f"{name}: {claim}: {held}"
+        for name, claims in results.items()
+        for claim, held in claims.items()
+        if held is not True
     ]
-    errors = [held for claims in results.values() for held in claims.values() if isinstance(held, str)]
-    assert wrong == [], "\n".join([*wrong, *errors])
+
+
+@pytest.fixture(scope="module")
+def wrong_on_one_rank(workshop: Path) -> list[str]:
+    return claims_that_do_not_hold(workshop, "tests.checkpoint_scenarios")
+
+
+def test_nemos_options_keep_their_meaning_and_every_optimizer_goes_on(wrong_on_one_rank: list[str]) -> None:
+    assert wrong_on_one_rank == [], "\n".join(wrong_on_one_rank)
+
+
+def test_an_optimizers_state_goes_on_spread_over_data_parallel_ranks(
+    workshop: Path, wrong_on_one_rank: list[str]
+) -> None:
+    two = ["torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2"]
+    assert claims_that_do_not_hold(workshop, *two, "-m", "tests.spread_scenarios") == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 from nemo_tied_lora import TiedLoraConfig, inject
 from nemo_tied_lora.adapter_state import expected_shapes
+from nemo_tied_lora.commands.convert_checkpoint import _chosen
 from nemo_tied_lora.training_state import folder, random_states
 from nemo_tied_lora.training_state.folder import CheckpointError, CheckpointWriter
 from nemo_tied_lora.training_state.moments import gather_options, gather_tensors, scatter_options, scatter_slot
@@ -195,6 +197,24 @@ def test_a_checkpoint_that_was_being_replaced_comes_back(tmp_path: Path) -> None
     folder.settle(tmp_path, first=True)
     assert [p.name for p in tmp_path.iterdir()] == ["step=6-last"]
     assert folder.read_description(path)["step"] == 1
+
+
+def test_what_is_half_written_or_half_removed_is_no_checkpoint(tmp_path: Path) -> None:
+    write(tmp_path / "step=6")
+    for hidden in (".step=8.partial", ".step=4.removed"):
+        shutil.copytree(tmp_path / "step=6", tmp_path / hidden)
+        assert not folder.is_checkpoint(tmp_path / hidden)
+        with pytest.raises(CheckpointError, match="is no training checkpoint"):
+            folder.read_description(tmp_path / hidden)
+    (tmp_path / ".step=4.removed" / "linear_qkv.safetensors").unlink()
+    assert _chosen(tmp_path, folder).name == "step=6"
+
+
+def test_a_damaged_last_checkpoint_is_named_before_a_run_goes_on_from_it(tmp_path: Path) -> None:
+    write(tmp_path / "step=6-last")
+    (tmp_path / "step=6-last" / "linear_qkv.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"step=6-last/linear_qkv.safetensors: has 0 bytes, not \d+"):
+        folder.settle(tmp_path, first=True)
 
 
 @pytest.mark.parametrize("damage", ["cut", "missing", "json", "version"])

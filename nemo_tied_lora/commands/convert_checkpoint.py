@@ -33,10 +33,12 @@ def _run(cfg: Mapping[str, Any]) -> int:
     from nemo_tied_lora.training_state import folder
 
     checkpoint = _chosen(Path(str(cfg["checkpoint"])), folder)
+    from tqdm import tqdm
+
     from nemo_tied_lora.training_state.adapter_of_checkpoint import write_adapter_of
 
     try:
-        description = write_adapter_of(checkpoint, output)
+        description = write_adapter_of(checkpoint, output, lambda names: tqdm(names, desc="converting", unit="tensor"))
     except OSError as error:
         raise ConfigError([f"output={output}: {error}"]) from error
     print(_checked_report(checkpoint, output, description["step"]))

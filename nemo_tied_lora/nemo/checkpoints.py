@@ -93,6 +93,9 @@ class AdapterCheckpointStrategy(NLPDDPStrategy):
             for callback in trainer.checkpoint_callbacks:
                 if type(callback) is NeMoModelCheckpoint:
                     callback.__class__ = AdapterModelCheckpoint
+                    # A killed run may have left later checkpoints than the one that it goes on from. They are made
+                    # again: under their own names, in their own places, not beside themselves as "-v1".
+                    callback._enable_version_counter &= trainer.ckpt_path is None
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         """Nothing: `save_checkpoint` gathers it, and asking a distributed optimizer twice costs a collective."""

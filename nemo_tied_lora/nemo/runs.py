@@ -130,7 +130,7 @@ def _prepare(cfg: DictConfig) -> tuple[Trainer, RunRecorder, Path]:
     folder = exp_manager(trainer, cfg.exp_manager)
     skip_one_validation(trainer)
     logging.info(f"run folder: {folder}")
-    check_settings(cfg.model, trainer)
+    check_settings(cfg, trainer)
     return trainer, recorder, Path(folder)
 
 

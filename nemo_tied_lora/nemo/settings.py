@@ -36,13 +36,17 @@ _FREE = (
     "write_predictions_to_file",
     "output_file_path_prefix",
 )
-_FREE_SECTIONS = ("data.test_ds",)
+_FREE_NAMES = (
+    "model.data.test_ds",
+    "model.restore_from_path",  # where the base lies; which it is, a checkpoint knows by its fingerprint
+)
+_OF_THE_TRAINER = ("precision", "gradient_clip_val")
 
 
-def check_settings(model: DictConfig, trainer: Trainer) -> None:
-    """Records the `model` section beside the checkpoints; a run that resumes must have the same.
+def check_settings(cfg: DictConfig, trainer: Trainer) -> None:
+    """Records what is learned, and how, beside the checkpoints; a run that resumes must have the same.
 
-    Layout, micro-batch and recomputation may change, and so may the number of steps, which is the trainer's.
+    Layout, micro-batch and recomputation may change, and so may the number of steps.
 
     Raises:
         ConfigError: the run would resume from a checkpoint of other settings; a line for each that differs.
@@ -51,16 +55,15 @@ def check_settings(model: DictConfig, trainer: Trainer) -> None:
     if callback is None:
         return
     # Inside the folder of checkpoints: exp_manager moves the files beside it away when a run resumes.
-    record, settings = Path(callback.dirpath) / "settings.json", settings_of(model)
+    record, settings = Path(callback.dirpath) / "settings.json", settings_of(cfg)
     resumed = trainer.ckpt_path is not None and Path(trainer.ckpt_path).resolve().is_relative_to(
         Path(callback.dirpath).resolve()
     )
     if resumed and record.exists():
         saved = json.loads(record.read_text())
-        fix = "set name= or exp_manager.explicit_log_dir= to another folder, or remove its checkpoints"
+        fix = "undo the change, or set name= or exp_manager.explicit_log_dir= to another folder"
         problems = [
-            f"model.{key}={settings.get(key)!r}: the checkpoints in {record.parent} were made with "
-            f"{saved.get(key)!r}; {fix}"
+            f"{key}={settings.get(key)!r}: the checkpoints in {record.parent} were made with {saved.get(key)!r}; {fix}"
             for key in sorted({*saved, *settings})
             if saved.get(key) != settings.get(key)
         ]
@@ -70,18 +73,17 @@ def check_settings(model: DictConfig, trainer: Trainer) -> None:
         write_json(record, settings)
 
 
-def settings_of(model: DictConfig) -> dict[str, Any]:
-    """The settings that a resumed run must share, by their dotted keys."""
-    section: Any = OmegaConf.to_container(model, resolve=True)
-    settings = dict(_flat(json.loads(json.dumps(section))))
-    base = settings.get("restore_from_path")
-    return settings if base is None else {**settings, "restore_from_path": str(Path(base).resolve())}
+def settings_of(cfg: DictConfig) -> dict[str, Any]:
+    """The settings that a resumed run must share, by their dotted keys: the section `model`, and the trainer's few."""
+    model: Any = OmegaConf.to_container(cfg.model, resolve=True)
+    trainer = {key: cfg.trainer.get(key) for key in _OF_THE_TRAINER}
+    return dict(_flat(json.loads(json.dumps({"model": model, "trainer": trainer}))))
 
 
 def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in section.items():
         name = f"{prefix}{key}"
-        if key in _FREE or name in _FREE_SECTIONS:
+        if key in _FREE or name in _FREE_NAMES:
             continue
         if isinstance(value, Mapping) and value:
             yield from _flat(value, f"{name}.")

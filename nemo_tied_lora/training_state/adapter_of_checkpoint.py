@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from nemo_tied_lora.config import TiedLoraConfig
-from nemo_tied_lora.export.adapter_file import write_adapter
+from nemo_tied_lora.export.adapter_file import order_of_writing, write_adapter
 from nemo_tied_lora.sharding import TargetSpec
 from nemo_tied_lora.training_state.folder import CheckpointError, read_description, read_tensors
 
@@ -44,10 +44,15 @@ def differences(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) ->
     return [f"{path}: {what}: {old!r} in the checkpoint, {new!r} in this run; {fix}" for what, old, new in pairs]
 
 
-def write_adapter_of(checkpoint: Path, output: Path) -> dict[str, Any]:
+def write_adapter_of(
+    checkpoint: Path, output: Path, progress: Callable[[list[str]], Iterable[str]] = iter
+) -> dict[str, Any]:
     """Writes the checkpoint's adapter as a `.nemo`, with the bits that the run would have saved; one process.
 
     Needs neither the base nor a GPU.
+
+    Args:
+        progress: goes through the tensors' names as they are written, and may show it.
 
     Returns:
         The checkpoint's description.
@@ -59,7 +64,9 @@ def write_adapter_of(checkpoint: Path, output: Path) -> dict[str, Any]:
     try:
         config = TiedLoraConfig.from_mapping(description["adapter"])
         specs = {t: TargetSpec(**{**s, "layers": tuple(s["layers"])}) for t, s in description["targets"].items()}
-        write_adapter(output, config, specs, read_tensors(checkpoint, "adapter"), description["facts"])
+        tensors = read_tensors(checkpoint, "adapter")
+        arriving = ((name, tensors[name]) for name in progress(order_of_writing(config, specs)))
+        write_adapter(output, config, specs, arriving, description["facts"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError([f"{checkpoint}: damaged: {type(error).__name__}: {error}"]) from error
     return description

@@ -87,8 +87,12 @@ class CheckpointWriter:
 
 
 def is_checkpoint(path: str | os.PathLike) -> bool:
-    """Whether the folder is a checkpoint of this kind; NeMo's own are files, or folders with other contents."""
-    return (Path(path) / _DESCRIPTION).is_file()
+    """Whether the folder is a checkpoint of this kind; NeMo's own are files, or folders with other contents.
+
+    What is being written or removed has a hidden name, and is none.
+    """
+    hidden = os.path.basename(os.path.abspath(path)).startswith(".")
+    return not hidden and (Path(path) / _DESCRIPTION).is_file()
 
 
 def read_description(path: str | os.PathLike) -> dict[str, Any]:
@@ -171,7 +175,7 @@ def settle(folder: Path, *, first: bool, timeout: float = 120.0) -> None:
             remove(older)
         return
     started = time.monotonic()
-    while _remains(folder) or _idle_markers(folder) or len(_last_checkpoints(folder)) > 1:
+    while _remains(folder) or _idle_markers(folder) or len(_named_last(folder)) > 1:
         if time.monotonic() - started > timeout:
             raise CheckpointError([f"{folder}: holds what a killed run left, and rank 0 does not clear it; is it up?"])
         time.sleep(0.1)
@@ -209,10 +213,13 @@ def _idle_markers(folder: Path) -> list[Path]:
     return markers
 
 
+def _named_last(folder: Path) -> list[Path]:
+    return [path for path in folder.glob(f"*{_LAST}") if is_checkpoint(path)]
+
+
 def _last_checkpoints(folder: Path) -> list[Path]:
     """Those named "-last", the newest last."""
-    steps = [(read_description(path).get("step", 0), path) for path in folder.glob(f"*{_LAST}") if is_checkpoint(path)]
-    return [path for _, path in sorted(steps)]
+    return sorted(_named_last(folder), key=lambda path: (read_description(path).get("step", 0), path))
 
 
 def _make_durable(path: Path) -> None:
