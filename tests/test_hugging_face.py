@@ -7,6 +7,7 @@ pipeline parallel 2 -> exported -> loaded by peft onto the Hugging Face model.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -31,6 +32,7 @@ from nemo_tied_lora.huggingface.layouts import BaseShape, family_of_model_type
 from nemo_tied_lora.importing.hf_config import nemo_keys
 from nemo_tied_lora.importing.hf_weights import HfWeights, megatron_tensors
 from nemo_tied_lora.preflight import base_model_config
+from tests.command_runs import tied_lora
 from tests.hugging_face_models import FAMILIES, tokens
 
 # float32: both sides sum in their own order.
@@ -182,6 +184,21 @@ def distributed_tensors(path: Path, folder: Path) -> dict[str, torch.Tensor]:
     return state
 
 
+def test_merge_compares_the_result_with_base_and_adapter_before_it_gets_its_name(
+    folder: Path, trained: dict[str, Any]
+) -> None:
+    """As a user types it: the check on two tensor-parallel ranks, of a base that four ranks saved."""
+    words = ["base=llama_tp2_pp2.nemo", "adapter=llama_adapter.nemo", "output=checked.nemo", "layout=tp2"]
+    printed = tied_lora("merge", *words, "trainer.accelerator=cpu", folder=folder).stdout
+    assert re.search(r"check: \d+ positions of 4 prompts: logits differ from base \+ adapter by at most", printed)
+    assert "written: checked.nemo" in printed
+    facts = json.loads((folder / "checked.check.json").read_text())
+    assert facts["tensor_model_parallel_size"] == 2
+    assert facts["relative"] < CLOSE
+    assert facts["adapters_effect"] > 0.01 * facts["largest_logit"]
+    assert facts["same_token"] == 1.0
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_adapters_own_record_of_its_base_is_enough_to_export_it(
     folder: Path, trained: dict[str, Any], family: str
@@ -199,6 +216,12 @@ def test_stock_nemos_loader_takes_the_nemo_lora_export_and_its_layers_add_the_sa
     assert len(stock["errors"]) == 8
     assert max(stock["errors"].values()) < CLOSE
     assert stock["others"] == []
+
+
+def test_a_tied_adapter_fitted_to_a_lora_loads_onto_its_base_and_says_the_same(imported: dict[str, Any]) -> None:
+    logits = imported["stock"]["logits"]
+    assert (logits["exported"] - logits["plain"]).abs().max() > 0.01 * logits["plain"].abs().max()
+    assert_close(logits["fitted"], logits["exported"])
 
 
 def test_weights_stored_in_half_precision_restore_in_float32(folder: Path, imported: dict[str, Any]) -> None:
