@@ -22,6 +22,7 @@ from nemo_tied_lora.config import ConfigError, TiedLoraConfig
 from nemo_tied_lora.guards import GuardSettings
 from nemo_tied_lora.layout import Architecture, Layout, check
 from nemo_tied_lora.loops import loop_problems
+from nemo_tied_lora.run_status import survival_problems
 
 __all__ = ["adapter_section", "base_model_config", "check_finetuning", "check_generation", "check_pretraining"]
 
@@ -37,7 +38,7 @@ def check_finetuning(cfg: Mapping[str, Any]) -> None:
         ConfigError: all problems together.
     """
     _require_sections(cfg, "peft", "data", "optim")
-    problems: list[str] = []
+    problems = survival_problems(cfg)
     model = cfg["model"]
     scheme = model["peft"].get("peft_scheme")
     if scheme != "tied_lora":
@@ -79,7 +80,7 @@ def check_pretraining(cfg: Mapping[str, Any]) -> None:
         ConfigError: all problems together.
     """
     _require_sections(cfg, "peft", "data", "optim", "tokenizer")
-    problems: list[str] = []
+    problems = survival_problems(cfg)
     if cfg["model"]["peft"].get("tied_lora"):
         problems.append(
             "model.peft.tied_lora: pretrain trains every parameter, without an adapter; remove preset=, peft="

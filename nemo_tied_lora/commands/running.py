@@ -8,21 +8,19 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_tied_lora.commands.composing import compose_config, parse_overrides, parser, plain, report
 from nemo_tied_lora.commands.config_folder import config_folder
+from nemo_tied_lora.commands.rank_run import STOPPED, finished_already, preempted_code, run_as_rank
 from nemo_tied_lora.commands.ranks import command_module, is_rank, start_ranks
 from nemo_tied_lora.config import ConfigError
-from nemo_tied_lora.guards import TrainingStopped
 from nemo_tied_lora.layout import Layout
 
 __all__ = ["STOPPED", "run_command"]
-
-STOPPED = 3
-"""The exit code of a run that one of its guards has stopped."""
 
 
 def run_command(
@@ -44,26 +42,47 @@ def run_command(
         run: one rank's work; it is given the config by NeMo's `hydra_runner`.
 
     Returns:
-        0, 2 where the configuration is refused, 3 where a guard stopped the run, else the failed rank's exit code.
+        0, 2 where the configuration is refused, 3 where a guard stopped the run, `preemption.exit_code` where it was
+        asked to stop, else the failed rank's exit code.
     """
     options = parser(command, summary, examples, groups).parse_intermixed_args(argv)
+    values: dict[str, Any] = {}
+    problems: list[str] = []
     try:
         cfg = compose_config(command, options.overrides, options.config_dir)
         if options.cfg:
             print(OmegaConf.to_yaml(cfg, resolve=options.resolve), end="")
             return 0
         values = plain(cfg)
-        check(values)
-        layout = Layout.from_config(values)
-        _check_launcher(layout)
     except ConfigError as error:
-        return report(command, error) if not is_rank() or _is_first_rank() else 2
+        problems = list(error.problems)
+    problems = problems or _problems(check, values)
     if is_rank():
-        return _run_rank(command, options.overrides, options.config_dir, run, verbose=bool(values["verbose"]))
+        work = partial(
+            _run_rank, command, options.overrides, options.config_dir, run, verbose=values.get("verbose", True)
+        )
+        return run_as_rank(command, values, problems, work)
+    if problems:
+        return report(command, ConfigError(problems))
+    said = finished_already(values)
+    if said is not None:
+        print(f"tied-lora {command}: {said}")
+        return 0
+    layout = Layout.from_config(values)
     if layout.num_nodes > 1:
         problem = "trainer.num_nodes: several nodes need a launcher; start one process a rank with torchrun"
         return report(command, ConfigError([problem]))
-    return start_ranks(command_module(command), argv, layout.devices)
+    code = start_ranks(command_module(command), argv, layout.devices)
+    return code and preempted_code(values, code)
+
+
+def _problems(check: Callable[[Mapping[str, Any]], None], values: Mapping[str, Any]) -> list[str]:
+    try:
+        check(values)
+        _check_launcher(Layout.from_config(values))
+    except ConfigError as error:
+        return list(error.problems)
+    return []
 
 
 def _check_launcher(layout: Layout) -> None:
@@ -78,7 +97,8 @@ def _check_launcher(layout: Layout) -> None:
 
 def _run_rank(
     command: str, overrides: list[str], config_dir: str | None, run: Callable[[DictConfig], Any], *, verbose: bool
-) -> int:
+) -> Any:
+    """What `run` returns, or raises."""
     if not verbose:
         _quiet()
     from nemo_tied_lora.platform import prepare
@@ -90,39 +110,21 @@ def _run_rank(
     if not verbose:
         nemo_logging.remove_stream_handlers()  # its log files in the run's folder still hold everything
 
-    failure: list[ConfigError | TrainingStopped] = []
+    results: list[Any] = []
+    failures: list[Exception] = []
 
     def guarded(cfg: DictConfig) -> None:
         try:
-            run(cfg)
-        except (ConfigError, TrainingStopped) as error:
-            failure.append(error)
+            results.append(run(cfg))
+        except Exception as error:  # Hydra would print it and exit
+            failures.append(error)
 
     more = [] if config_dir is None else ["--config-dir", config_dir]
     sys.argv = [f"tied-lora {command}", *parse_overrides(command, overrides)[0], *more]
     hydra_runner(config_path=str(config_folder()), config_name=command)(guarded)()
-    # Said before the others are met again: a launcher may end this rank as soon as another has gone.
-    code = _report_failure(command, failure[0]) if failure else 0
-    _leave_process_groups()
-    return code
-
-
-def _report_failure(command: str, failure: ConfigError | TrainingStopped) -> int:
-    """Rank 0 says it once, for every rank has the same; returns the exit code."""
-    if isinstance(failure, ConfigError):
-        return report(command, failure) if _is_first_rank() else 2
-    if _is_first_rank():
-        print(f"tied-lora {command}: {failure}", file=sys.stderr, flush=True)
-    return STOPPED
-
-
-def _leave_process_groups() -> None:
-    """A rank that exits with its groups' threads running may be aborted, after its work is done."""
-    import torch
-
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    if failures:
+        raise failures[0]
+    return results[0]
 
 
 def _quiet() -> None:
@@ -130,7 +132,3 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore")
     for name in ("lightning.pytorch", "datasets", "megatron", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def _is_first_rank() -> bool:
-    return os.environ.get("RANK") == "0"

@@ -28,6 +28,7 @@ from nemo_tied_lora.nemo.process_groups import ensure_process_groups
 from nemo_tied_lora.nemo.recording import RunRecorder, draw_losses, peak_memory_bytes
 from nemo_tied_lora.nemo.resuming import settle_checkpoints, skip_one_validation
 from nemo_tied_lora.nemo.settings import check_settings
+from nemo_tied_lora.nemo.signals import settle, survival_callbacks
 
 __all__ = ["base_parameter_count", "finetune", "parameter_table", "pretrain"]
 
@@ -125,9 +126,10 @@ def base_parameter_count(model: Any) -> int:
 def _prepare(cfg: DictConfig) -> tuple[Trainer, RunRecorder, Path]:
     torch.multiprocessing.set_start_method("spawn", force=True)
     recorder = RunRecorder()
-    trainer = TiedLoraTrainerBuilder(cfg).create_trainer(callbacks=[recorder])
+    trainer = TiedLoraTrainerBuilder(cfg).create_trainer(callbacks=[recorder, *survival_callbacks()])
     settle_checkpoints(cfg)
     folder = exp_manager(trainer, cfg.exp_manager)
+    settle(trainer)
     skip_one_validation(trainer)
     logging.info(f"run folder: {folder}")
     check_settings(cfg, trainer)

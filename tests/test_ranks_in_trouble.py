@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ranks that die, stand still, disagree or never come: all end, in time, with an error that names the one. Real processes
+over gloo, without NeMo; all scenarios of tests/rank_scenarios.py run at once."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_tied_lora.watchdog import EXIT_CODE
+from tests.rank_scenarios import SCENARIOS, TIMEOUT_S
+
+# A loaded machine: the watchdog's own limit, two beats, and what the scheduler takes.
+IN_TIME_S = TIMEOUT_S + 20
+
+
+@pytest.fixture(scope="module")
+def ends() -> dict[str, Any]:
+    script = Path(__file__).with_name("rank_scenarios.py")
+    command = [sys.executable, "-W", "ignore", "-m", f"tests.{script.stem}"]
+    done = subprocess.run(command, cwd=script.parents[1], capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    assert found.keys() == SCENARIOS.keys()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "gone"), [("killed", 2), ("killed_rank_0", 0), ("stopped", 1), ("stopped_rank_0", 0)]
+)
+def test_the_others_end_in_time_and_name_the_rank_that_is_gone(ends: dict[str, Any], name: str, gone: int) -> None:
+    end = ends[name]
+    others = [rank for rank in range(len(end["codes"])) if rank != gone]
+    assert [end["codes"][rank] for rank in others] == [EXIT_CODE] * len(others), end["logs"]
+    assert max(end["seconds"][rank] for rank in others) < IN_TIME_S
+    for rank in others:
+        assert f"rank {rank}: the run ends: rank {gone}" in end["logs"][rank]
+    assert end["status"]["state"] == "failed"
+    assert f"rank {gone}" in end["status"]["reason"]
+
+
+def test_a_rank_that_lives_but_does_not_get_on_is_named_with_the_line_it_is_in(ends: dict[str, Any]) -> None:
+    end = ends["standing_still"]
+    assert end["codes"] == [EXIT_CODE, EXIT_CODE]
+    assert "not waiting for others: rank 1 (node n1" in end["logs"][0]
+    assert "read_the_next_batch" in end["logs"][0]
+    assert "rank 0 (node" not in end["logs"][0]
+
+
+def test_a_ranks_error_ends_the_others_at_once(ends: dict[str, Any]) -> None:
+    end = ends["error"]
+    assert all(code != 0 for code in end["codes"])
+    assert "rank 1 failed: ValueError" in end["logs"][0]
+    assert "the data has a hole" in end["status"]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("another_version", "torch: 0.0.1 on node n2 (rank 2), 1 on the others"),
+        ("other_code", "nemo_tied_lora's code: edited on node n2 (rank 2)"),
+        ("wrong_sum", "all-reduce, tensor parallel: wrong sum: element 77 is "),
+        ("silent_all_reduce", "all-reduce, tensor parallel: "),
+        ("problem_on_one", "train.jsonl: no such file (on node n1 (rank 1))"),
+    ],
+)
+def test_preflight_refuses_on_every_rank_with_one_message_on_rank_0(
+    ends: dict[str, Any], name: str, said: str
+) -> None:
+    end = ends[name]
+    living = [rank for rank in range(len(end["codes"])) if not (name == "silent_all_reduce" and rank == 1)]
+    assert [end["codes"][rank] for rank in living] == [2] * len(living), end["logs"]
+    assert said in end["logs"][0], end["logs"]
+    assert end["logs"][0].count("not possible") == 1
+    assert all("not possible" not in end["logs"][rank] for rank in living[1:])
+    assert not any("Traceback" in end["logs"][rank] for rank in living)
+
+
+def test_a_rank_that_never_comes_is_named(ends: dict[str, Any]) -> None:
+    end = ends["rank_missing"]
+    assert end["codes"] == [2, 0]
+    assert "rank 1 of 2: not started, or not here within 3 s" in end["logs"][0]
+
+
+def test_a_sound_allocation_passes_and_prints_each_groups_bandwidth(ends: dict[str, Any]) -> None:
+    end = ends["clean_preflight"]
+    assert end["codes"] == [0, 0, 0, 0], end["logs"]
+    printed = end["logs"][0]
+    assert "the same software and configuration on all 4 ranks" in printed
+    assert "all-reduce, tensor parallel: 2 groups of 2," in printed
+    assert "all-reduce, data parallel: 2 groups of 2," in printed
+    assert "GB/s at least (ranks [" in printed
+    assert "pre-flight: all is well" in printed
+    assert end["status"] is None  # no run has begun
+
+
+def test_a_finished_run_is_not_done_again(ends: dict[str, Any]) -> None:
+    end = ends["finished"]
+    assert end["codes"] == [0, 0], end["logs"]
+    assert "finished already" in end["logs"][0]
+    assert end["status"]["state"] == "finished"
