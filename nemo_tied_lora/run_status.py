@@ -77,6 +77,8 @@ class RunStatus:
         with self._lock:
             if not self._active and self._path is not None:
                 self._fields = read_status(self._path.parent) or self._fields
+                if self._fields["state"] in ENDED:  # by rank 0, which knew more
+                    return
             self._active = True
             self.update(now=True, state="failed", reason=reason)
 

@@ -195,7 +195,7 @@ SCENARIOS: dict[str, tuple[int, Callable[[], int], Callable[[list[int], Path], N
     "problem_on_one": (2, problem_on_one, nothing),
     "rank_missing": (
         2,
-        lambda: 0 if only_on(1) else train(watchdog={"start_s": 3, "timeout_s": 5, "stuck_s": 0}),
+        lambda: 0 if only_on(1) else train(watchdog={"start_s": 10, "timeout_s": 5, "stuck_s": 0}),
         nothing,
     ),
     "finished": (2, finished, nothing),

@@ -26,6 +26,7 @@ COMMANDS = (
     "launch",
     "report",
     "convert-checkpoint",
+    "status",
 )
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import keyword
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 __all__ = ["command_module", "is_rank", "start_ranks"]
 
@@ -33,8 +35,23 @@ def start_ranks(module: str, arguments: Sequence[str], num_ranks: int) -> int:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
     command += ["--nproc-per-node", str(num_ranks), "-m", module, *arguments]
     process = subprocess.Popen(command)
+    handlers = {number: signal.signal(number, lambda n, _: _pass_on(process, n)) for number in _PASSED_ON}
     try:
         return process.wait()
     except KeyboardInterrupt:
         process.wait()
         return 130
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+_PASSED_ON = (signal.SIGTERM, signal.SIGUSR1)
+
+
+def _pass_on(process: subprocess.Popen[bytes], number: int) -> None:
+    """To the ranks, past torchrun, which would kill them 30 s later; to torchrun where they are not known."""
+    lists = Path(f"/proc/{process.pid}/task").glob("*/children")
+    ranks = [int(pid) for children in lists for pid in children.read_text().split()]
+    for pid in ranks or [process.pid]:
+        os.kill(pid, number if ranks else signal.SIGTERM)
