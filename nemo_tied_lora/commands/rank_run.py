@@ -322,10 +322,13 @@ def _record_end(status: RunStatus, reason: str, code: int, run: RankRun) -> None
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
-    """Notes the signal for the step's end; before the first step there is nothing to save."""
+    """Notes the signal for the step's end; before the first step there is nothing to save.
+
+    A process that a library forked from this one has the handler too, and the socket of the ranks' store: it just ends.
+    """
     run = current_run()
     name = signal.Signals(number).name
-    if run is None:
+    if run is None or run.status["pid"] != os.getpid():
         os._exit(128 + number)
     run.asked_to_stop = name
     if run.can_save or run.status["state"] not in ("starting", "preflight"):

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from nemo_tied_lora.platform import detect
 from nemo_tied_lora.platform.patching import Patch, apply
 
@@ -52,7 +50,10 @@ def _local_specs(_get_specs: Any) -> Callable[..., Any]:
 
 def _with_process_groups(provide: Callable[..., Any]) -> Callable[..., Any]:
     def model_provider_func(model: Any, *args: Any, **kwargs: Any) -> Any:
-        if not torch.distributed.is_initialized():
+        from megatron.core import parallel_state
+
+        # torch's own group may be there already, made by a launcher's checks
+        if not parallel_state.is_initialized():
             strategy = model.trainer.strategy
             if strategy.launcher is not None:
                 strategy.launcher.launch(lambda: None, trainer=model.trainer)
