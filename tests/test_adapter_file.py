@@ -184,9 +184,8 @@ def test_no_rank_holds_more_than_one_target_while_all_are_gathered(
     one_target, whole = 20 << 20, 64 << 20
     for rank in two_ranks:
         assert rank[f"memory of stream at {layout}"] < one_target
-        assert (
-            rank[f"memory of full_state at {layout}"] > 0.4 * whole
-        )  # all is held: pages freed earlier are used again
+        # Where all is held; pages that were freed earlier are used again.
+        assert rank[f"memory of full_state at {layout}"] > 0.4 * whole
 
 
 def test_a_failure_of_the_rank_that_writes_is_an_error_on_every_rank(two_ranks: list[dict[str, Any]]) -> None:

@@ -11,12 +11,14 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from nemo_tied_lora.allocation.fitting import run_folder
 from nemo_tied_lora.commands.composing import report
+from nemo_tied_lora.commands.stop_signals import answered_by
 from nemo_tied_lora.config import ConfigError
 from nemo_tied_lora.current_run import RankRun, current_run, set_current_run
 from nemo_tied_lora.guards import TrainingStopped
@@ -32,7 +34,6 @@ STOPPED = 3
 """The exit code of a run that one of its guards has stopped."""
 
 _START_S = 300.0
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 def run_as_rank(command: str, values: Mapping[str, Any], problems: list[str], work: Callable[[], Any]) -> int:
@@ -50,12 +51,8 @@ def run_as_rank(command: str, values: Mapping[str, Any], problems: list[str], wo
     if isinstance(started, int):
         return started
     meeting, run = started
-    previous = {number: signal.signal(number, _on_signal) for number in _SIGNALS if "preemption" in values}
-    try:
+    with answered_by(_on_signal) if "preemption" in values else nullcontext():
         code = _work(command, run, work)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
     del meeting  # rank 0 holds the store until here
     return code
 
@@ -322,13 +319,10 @@ def _record_end(status: RunStatus, reason: str, code: int, run: RankRun) -> None
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
-    """Notes the signal for the step's end; before the first step there is nothing to save.
-
-    A process that a library forked from this one has the handler too, and the socket of the ranks' store: it just ends.
-    """
+    """Notes the signal for the step's end; before the first step there is nothing to save."""
     run = current_run()
     name = signal.Signals(number).name
-    if run is None or run.status["pid"] != os.getpid():
+    if run is None:
         os._exit(128 + number)
     run.asked_to_stop = name
     if run.can_save or run.status["state"] not in ("starting", "preflight"):
