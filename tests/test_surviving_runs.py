@@ -20,9 +20,7 @@ import torch
 from nemo_tied_lora.export.nemo_adapter import read_adapter
 from nemo_tied_lora.run_status import read_status
 from nemo_tied_lora.watchdog import EXIT_CODE
-from tests.test_commands import SHORT, TIMEOUT, tied_lora, workshop
-
-__all__ = ["workshop"]
+from tests.command_runs import SHORT, TIMEOUT, tied_lora
 
 STEPS = 30
 TIMEOUT_S = 15
