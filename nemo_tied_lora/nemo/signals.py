@@ -13,7 +13,7 @@ from nemo_tied_lora.current_run import RankRun, current_run
 from nemo_tied_lora.nemo.status import StatusCallback, saved_checkpoint
 from nemo_tied_lora.run_status import Preempted
 
-__all__ = ["StopCallback", "settle", "survival_callbacks"]
+__all__ = ["StopCallback", "answer_alone", "settle", "survival_callbacks"]
 
 
 def survival_callbacks() -> list[Callback]:
@@ -30,8 +30,18 @@ def settle(trainer: Trainer) -> None:
     run = current_run()
     if run is not None:
         run.status.update(now=True)
+        answer_alone(trainer)
         if run.stuck_s:
             trainer.strategy._timeout = timedelta(seconds=run.stuck_s)
+
+
+def answer_alone(trainer: Trainer) -> None:
+    """Leaves SIGTERM to `StopCallback`.
+
+    Lightning would end the rank that got it after its step: alone, without a checkpoint, with exit code 0.
+    """
+    connector: Any = trainer._signal_connector
+    connector._sigterm_notifier_fn = lambda number, frame: None
 
 
 class StopCallback(Callback):
