@@ -104,7 +104,8 @@ class Watchdog:
 
     def fail_after_peers(self, reason: str) -> None:
         """As `fail`, for an error that another rank's death may have caused: that rank is to be named, if there is one."""
-        deadline = time.monotonic() + self._timeout_s + 2 * self._every
+        # Silence is found within timeout_s and three rounds; as much again for a machine that is busy.
+        deadline = time.monotonic() + self._timeout_s + 6 * self._every
         while time.monotonic() < deadline:
             time.sleep(self._every / 4)
         self.fail(reason)

@@ -361,6 +361,8 @@ def main(folder: str, names: list[str], scenarios: dict[str, Callable[[], dict[s
     """Runs the scenarios in the folder; a failing one is reported by its error."""
     import traceback
 
+    from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
+
     from nemo_tied_lora.platform import prepare
 
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29473"}
@@ -369,6 +371,7 @@ def main(folder: str, names: list[str], scenarios: dict[str, Callable[[], dict[s
     os.chdir(folder)
     results: dict[str, Any] = {}
     for name in names or scenarios:
+        destroy_num_microbatches_calculator()  # NeMo lets one process have one size of microbatch
         try:
             results[name] = scenarios[name]()
         except Exception:

@@ -197,7 +197,11 @@ def test_merge_reports_every_problem(tmp_path: Path, adapter: Path, capsys: pyte
 
 
 def test_merge_needs_a_few_of_the_bases_tensors_in_memory_not_the_model(tmp_path: Path) -> None:
-    """The base is some 400 MB on two ranks; its largest tensor 6 MB; parts of at most 16 MB are read."""
+    """The base is some 260 MB on two ranks; its largest tensor 6 MB; parts of at most 16 MB are read.
+
+    Measured: 65 to 75 MB, what the allocator and the page cache's mappings keep included; the whole model would be
+    260 and more.
+    """
     base, specs, total = tmp_path / "base", specs_of(WIDE, WIDE_LAYERS), 0
     for rank in range(2):
         state = {}
@@ -217,7 +221,7 @@ def test_merge_needs_a_few_of_the_bases_tensors_in_memory_not_the_model(tmp_path
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
     peak = int(done.stdout.splitlines()[-1])
     assert output.stat().st_size > total > 250e6
-    assert peak < 0.25 * total
+    assert peak < 0.5 * total
     output.unlink()
 
 

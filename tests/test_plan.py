@@ -589,6 +589,12 @@ def test_what_cannot_work_is_refused(
         assert word in text
 
 
+def test_a_section_is_no_value_where_nemo_has_made_a_group_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    import nemo.core.config.pytorch_lightning  # noqa: F401
+
+    assert "trainer=8: trainer is a section" in "\n".join(refusals(capsys, "trainer=8"))
+
+
 def test_all_bad_overrides_are_reported_together(capsys: pytest.CaptureFixture[str]) -> None:
     problems = refusals(capsys, "model=llama3", "trainer.device=2", "format", "layout=tp3", "trainer.num_nodes=1")
     assert len(problems) == 4

@@ -25,6 +25,8 @@ __all__ = ["compose_config", "parse_overrides", "parser", "plain", "report", "ru
 # Commands whose `preflight` or plan reads these keys, and says what to write instead of an unknown one.
 _READ_ADAPTER_KEYS = ("plan", "finetune")
 _ADAPTER_KEYS = ("model.peft.tied_lora.", "model.peft.lora_tuning.")
+# ValueError is Hydra's for a number where it knows a group, and NeMo, once imported, makes `trainer` one.
+_NOT_COMPOSED = (HydraException, OmegaConfBaseException, ValueError)
 
 
 def parser(command: str, summary: str, examples: str, groups: Iterable[str]) -> argparse.ArgumentParser:
@@ -96,7 +98,7 @@ def compose_config(name: str, arguments: Sequence[str], config_dir: str | None =
     with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):
         try:
             cfg = compose(name, [*search, *overrides])
-        except (HydraException, OmegaConfBaseException) as error:
+        except _NOT_COMPOSED as error:
             alone = [problem for o in overrides for problem in _problem_alone(name, o, search)]
             raise ConfigError([*problems, *(alone or [_first_line(error)])]) from None
     if problems:
@@ -140,7 +142,7 @@ def _problem_alone(name: str, override: str, search: Sequence[str]) -> Iterator[
     """What is wrong with one override, where it is wrong by itself."""
     try:
         compose(name, [*search, override])
-    except (HydraException, OmegaConfBaseException) as error:
+    except _NOT_COMPOSED as error:
         key = override.split("=")[0].lstrip("+~")
         if "not in struct" in str(error.__cause__):
             close = difflib.get_close_matches(key, _known_keys(compose(name, list(search))), n=1)
@@ -148,6 +150,8 @@ def _problem_alone(name: str, override: str, search: Sequence[str]) -> Iterator[
             yield f"{override}: the configuration has no key {key}; {hint}"
         elif isinstance(error, MissingConfigException) and error.options:
             yield f"{override}: unknown; choose one of {', '.join(error.options)}"
+        elif isinstance(error, ValueError) and "Config group override" in str(error):
+            yield f"{override}: {key} is a section; set a key in it, {key}.KEY=value"
         else:
             yield f"{override}: {_first_line(error)}"
 
