@@ -63,7 +63,8 @@ def start(folder: Path, name: str) -> list[subprocess.Popen[bytes]]:
 
 
 def disturb(folder: Path, name: str, action: Callable[[list[subprocess.Popen[bytes]]], None]) -> list[int]:
-    """Starts the run, waits for its first steps, does something to it; returns the exit codes."""
+    """Starts a new run, waits for its first steps, does something to it; returns the exit codes."""
+    assert read_status(folder / name) is None, f"another test's run is in {folder / name}"
     ranks = start(folder, name)
     try:
         deadline = time.monotonic() + TIMEOUT
@@ -162,10 +163,10 @@ def test_when_a_rank_is_killed_the_other_ends_in_time_and_names_it(workshop: Pat
         ranks[1].kill()
         killed.append(time.monotonic())
 
-    codes = disturb(workshop, "killed", kill)
-    assert codes == [EXIT_CODE, -signal.SIGKILL], logs(workshop, "killed")
+    codes = disturb(workshop, "rank-killed", kill)
+    assert codes == [EXIT_CODE, -signal.SIGKILL], logs(workshop, "rank-killed")
     assert time.monotonic() - killed[0] < 4 * TIMEOUT_S
-    assert "the run ends: rank 1 (node" in logs(workshop, "killed")[0]
-    status = read_status(workshop / "killed") or {}
+    assert "the run ends: rank 1 (node" in logs(workshop, "rank-killed")[0]
+    status = read_status(workshop / "rank-killed") or {}
     assert status["state"] == "failed"
     assert "no sign of life for 15 s" in status["reason"]
