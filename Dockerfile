@@ -74,7 +74,8 @@ ARG UID=10001
 RUN useradd --uid "${UID}" --no-log-init --create-home --home-dir /home/tied-lora tied-lora \
     && install --directory --owner tied-lora --mode 1777 /workspace/tied-lora \
     && chmod 1777 /home/tied-lora
-ENV HOME=/home/tied-lora
+# Nothing is asked of the network at run time: a name of the Hugging Face hub where a file belongs fails at once.
+ENV HOME=/home/tied-lora HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 USER ${UID}
 WORKDIR /workspace/tied-lora
 ENTRYPOINT ["tied-lora"]
