@@ -12,12 +12,13 @@ from typing import Any, TypeVar
 from nemo_tied_lora.commands.composing import run_composed
 from nemo_tied_lora.config import ConfigError, TiedLoraConfig
 from nemo_tied_lora.layout import Architecture, Layout, check
+from nemo_tied_lora.memory import Activations, stage_memory
 from nemo_tied_lora.planning import Precision, plan
 from nemo_tied_lora.several_planned import check_numbers, several_adapters
 
 __all__ = ["SUMMARY", "main"]
 
-SUMMARY = "print parameters, memory, file size and network traffic of an adapter; refuse layouts that cannot work"
+SUMMARY = "print parameters, memory of a GPU, file size and network traffic; refuse layouts that cannot work"
 
 _FORMATS = ("table", "json")
 _LABELS = {
@@ -79,13 +80,18 @@ def _plan(cfg: Mapping[str, Any]) -> dict[str, Any]:
     arch = attempt(Architecture.from_model_config, model)
     layout = attempt(Layout.from_config, {"model": model, "trainer": trainer})
     precision = attempt(_precision, {"model": model, "trainer": trainer})
+    activations = attempt(Activations.from_model_config, model)
     numbers = attempt(check_numbers, cfg.get("adapters"))
     if arch is not None and layout is not None:
         problems += check(arch, layout, config)
     if problems or arch is None or layout is None or config is None or precision is None or numbers is None:
         raise ConfigError(problems)
+    assert activations is not None
+    result = plan(arch, layout, config, precision)
+    adapter_bytes = result["numbers"]["bytes_per_rank"]
+    memory = stage_memory(arch, layout, config, precision, activations, adapter_bytes)
     several = several_adapters(arch, layout, config, precision, numbers)
-    return {**plan(arch, layout, config, precision), "several": several}
+    return {**result, "several": several, "memory": memory and memory.as_dict()}
 
 
 def _section(path: str) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
@@ -135,8 +141,31 @@ def _tables(result: Mapping[str, Any]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = ["  ".join(_aligned(row, widths)).rstrip() for row in rows]
     lines.insert(1, "-" * len(lines[0]))
-    notes = [f"- {line}" for line in result["assumptions"]]
-    return "\n".join([model, ranks, trained, "", *lines, "", *_several_table(result["several"]), "", *notes])
+    memory = list(_memory_table(result["memory"], layout["pp_size"]))
+    notes = [f"- {line}" for line in [*result["assumptions"], *_MEMORY_NOTES]]
+    return "\n".join(
+        [model, ranks, trained, "", *lines, "", *memory, "", *_several_table(result["several"]), "", *notes]
+    )
+
+
+_MEMORY_NOTES = (
+    "one GPU: activations by Korthikanti et al. 2022 (arXiv 2205.05198), attention fused",
+    "one GPU: the CUDA context, NCCL's buffers and fragmentation come on top",
+)
+
+
+def _memory_table(memory: Mapping[str, Any] | None, num_stages: int) -> Iterator[str]:
+    """What the fullest GPU holds."""
+    if memory is None:
+        yield "one GPU's memory: not estimated for a mixture of experts, nor without model.override_vocab_size"
+        return
+    where = f"one GPU of stage {memory['stage']}, the fullest of {num_stages}" if num_stages > 1 else "one GPU"
+    labels = {"base": "base weights", "adapter": "adapter, gradients, optimizer", "activations": "activations"}
+    rows = [[f"{where}, an estimate", ""]]
+    rows += [[label, _readable(memory[key])] for key, label in {**labels, "sum": "sum"}.items()]
+    widths = [max(len(row[column]) for row in rows) for column in range(2)]
+    lines = ["  ".join(_aligned(row, widths)).rstrip() for row in rows]
+    yield from (lines[0], "-" * (sum(widths) + 2), *lines[1:])
 
 
 def _several_table(several: Mapping[str, Any]) -> Iterator[str]:
