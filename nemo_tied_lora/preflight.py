@@ -67,6 +67,7 @@ def check_finetuning(cfg: Mapping[str, Any]) -> None:
     _attempt(problems, GuardSettings.from_mapping, cfg.get("guards"))
     _attempt(problems, _precision, cfg["trainer"])
     problems += _data_problems(cfg)
+    problems += fitting.folder_problems(cfg)
     problems += _allocation_problems(cfg, base, config)
     problems += _output_problems(cfg, [model.get("restore_from_path"), start])
     if problems:
@@ -92,6 +93,7 @@ def check_pretraining(cfg: Mapping[str, Any]) -> None:
     _attempt(problems, GuardSettings.from_mapping, cfg.get("guards"))
     _attempt(problems, _precision, cfg["trainer"])
     problems += _data_problems(cfg)
+    problems += fitting.folder_problems(cfg)
     problems += _allocation_problems(cfg, cfg["model"], None)
     problems += _output_problems(cfg, [tokenizer])
     if problems:
@@ -338,6 +340,9 @@ def _first_line_problems(key: str, path: Path, fields: list[str]) -> Iterator[st
             example = json.loads(next(lines, ""))
     except (json.JSONDecodeError, UnicodeDecodeError):
         yield f"{key}: {path}: the first line is not JSON; one object a line is needed"
+        return
+    except OSError as error:
+        yield f"{key}: {path}: cannot be read: {error.strerror}"
         return
     missing = [field for field in fields if not isinstance(example, Mapping) or field not in example]
     if missing:

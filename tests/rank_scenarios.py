@@ -140,7 +140,7 @@ def wrong_sum() -> int:
             return result
 
         replace(collectives, "contribution", corrupted)
-    return train(preflight=True)
+    return train(preflight=True, model={"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2})
 
 
 def silent_all_reduce() -> int:

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
+import tarfile
 import time
 from collections import namedtuple
 from pathlib import Path
@@ -15,7 +17,7 @@ import pytest
 import yaml
 
 from nemo_tied_lora.allocation import fitting
-from nemo_tied_lora.commands.composing import compose_config, plain
+from nemo_tied_lora.commands.composing import compose_config, plain, report
 from nemo_tied_lora.config import ConfigError, TiedLoraConfig
 from nemo_tied_lora.layout import Architecture, Layout
 from nemo_tied_lora.planning import Precision
@@ -95,6 +97,125 @@ def test_data_that_does_not_fit_the_layout_or_the_base_is_refused(
     sound: dict[str, Any], changes: dict[str, Any], said: str
 ) -> None:
     assert any(said in problem for problem in refusals(sound, changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        # The world, layers, heads and groups, rank and batches against each other, and against the base's sizes.
+        ({"trainer.devices": 3, "model.tensor_model_parallel_size": 2}, "world size 3 is not a multiple of tensor 2"),
+        ({"trainer.devices": 3, "model.pipeline_model_parallel_size": 3}, "model.num_layers=4 is not divisible by it"),
+        ({"trainer.devices": 8, "model.tensor_model_parallel_size": 8}, "num_attention_heads=4"),
+        ({"trainer.devices": 4, "model.tensor_model_parallel_size": 4}, "num_query_groups=2"),
+        ({"model.peft.tied_lora.rank": 33}, "rank=33: more than the 32"),
+        ({"trainer.devices": 3}, "global_batch_size=8: not divisible by micro_batch_size=2 x data-parallel size 3"),
+    ],
+)
+def test_what_does_not_fit_the_layout_is_refused(sound: dict[str, Any], changes: dict[str, Any], said: str) -> None:
+    problems = refusals(sound, changes)
+    assert any(said in problem for problem in problems), problems
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "no such file"),
+        (b"", "not JSON"),
+        (b"one, two\n", "not JSON"),
+        (b"\xff\xfe{}\n", "not JSON"),
+        (b'["input", "output"]\n', "has no input, output"),
+        (
+            b'{"input": "a"}\n{"input": "a", "output": "b"}\n',
+            "the first line has no output, which prompt_template names",
+        ),
+    ],
+)
+def test_data_that_is_not_there_or_not_json_with_the_keys_is_refused(
+    sound: dict[str, Any], tmp_path: Path, content: bytes | None, said: str
+) -> None:
+    data = tmp_path / "other.jsonl"
+    if content is not None:
+        data.write_bytes(content)
+    (problem,) = refusals(sound, {"model.data.validation_ds.file_names": [str(data)]})
+    assert problem.startswith(f"model.data.validation_ds.file_names: {data}: ")
+    assert said in problem
+
+
+def test_data_that_cannot_be_read_is_refused(sound: dict[str, Any]) -> None:
+    (problem,) = refusals(sound, {"model.data.train_ds.file_names": ["/proc/self/mem"]})
+    assert "/proc/self/mem: cannot be read: " in problem
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (None, "no such file"),
+        ("", "holds no model_config.yaml with keys"),
+        ("a: [", "not a .nemo file"),
+        ("num_layers: 4", "model.hidden_size: missing"),
+        (yaml.safe_dump({**BASE, "num_attention_heads": 5}), "not divisible by model.num_attention_heads=5"),
+    ],
+)
+def test_a_base_that_is_not_there_or_has_no_architecture_is_refused(
+    sound: dict[str, Any], tmp_path: Path, config: str | None, said: str
+) -> None:
+    base = tmp_path / "other.nemo"
+    if config is not None:
+        (tmp_path / "model_config.yaml").write_text(config)
+        with tarfile.open(base, "w") as tar:
+            tar.add(tmp_path / "model_config.yaml", "./model_config.yaml")
+    assert any(said in problem for problem in refusals(sound, {"model.restore_from_path": str(base)}))
+
+
+def test_a_base_that_is_cut_short_is_refused(sound: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "cut.nemo").write_bytes(b"\x1f\x8b\x08 and no more")
+    (problem,) = refusals(sound, {"model.restore_from_path": str(tmp_path / "cut.nemo")})
+    assert "cut.nemo: not a .nemo file" in problem
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused(sound: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (problem,) = refusals(sound, {"exp_manager.exp_dir": str(tmp_path / "file" / "runs")})
+    assert f"{tmp_path / 'file'} is no folder that can be written to" in problem
+    (tmp_path / "shut").mkdir()
+    (tmp_path / "shut").chmod(0o555)
+    root = os.getuid() == 0
+    if root:  # who may write everywhere; access(2) asks for the real user
+        os.setreuid(65534, 0)
+    try:
+        (problem,) = refusals(sound, {"exp_manager.exp_dir": str(tmp_path / "shut" / "runs")})
+    finally:
+        if root:
+            os.setreuid(0, 0)
+    assert f"{tmp_path / 'shut'} is no folder that can be written to" in problem
+
+
+def test_one_message_has_all_problems(
+    sound: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    problems = refusals(
+        sound,
+        {
+            "model.restore_from_path": str(tmp_path / "none.nemo"),
+            "model.data.train_ds.file_names": [str(tmp_path / "none.jsonl")],
+            "model.peft.tied_lora.alpha": 0,
+            "trainer.precision": 8,
+            "output": "adapter.zip",
+            "exp_manager.exp_dir": "/proc/self/mem/runs",
+        },
+    )
+    assert report("finetune", ConfigError(problems)) == 2
+    said = capsys.readouterr().err
+    assert said.count("not possible") == 1
+    for part in (
+        "none.nemo: no such file",
+        "none.jsonl: no such file",
+        "alpha=0",
+        "precision=8",
+        "must end in .nemo",
+        "mem is no folder",
+    ):
+        assert said.count(part) == 1, said
 
 
 def test_a_base_with_rotary_positions_takes_longer_sequences(sound: dict[str, Any], tmp_path: Path) -> None:

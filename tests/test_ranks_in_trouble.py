@@ -81,6 +81,13 @@ def test_preflight_refuses_on_every_rank_with_one_message_on_rank_0(
     assert not any("Traceback" in end["logs"][rank] for rank in living)
 
 
+def test_a_wrong_sum_is_found_in_every_group_that_the_rank_is_in(ends: dict[str, Any]) -> None:
+    said = ends["wrong_sum"]["logs"][0]
+    for kind, ranks in (("tensor", [0, 1]), ("pipeline", [1, 3])):
+        assert f"all-reduce, {kind} parallel: wrong sum: element 77 is " in said
+        assert f"of ranks {ranks}" in said
+
+
 def test_a_rank_that_never_comes_is_named(ends: dict[str, Any]) -> None:
     end = ends["rank_missing"]
     assert end["codes"] == [2, 0]

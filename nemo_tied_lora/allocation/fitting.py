@@ -19,7 +19,15 @@ from nemo_tied_lora.config import ConfigError, TiedLoraConfig
 from nemo_tied_lora.layout import Architecture, Layout, target_shapes
 from nemo_tied_lora.planning import Precision, file_bytes, rank_share
 
-__all__ = ["checkpoint_bytes", "data_problems", "room_problems", "run_folder", "slurm_problems", "time_problems"]
+__all__ = [
+    "checkpoint_bytes",
+    "data_problems",
+    "folder_problems",
+    "room_problems",
+    "run_folder",
+    "slurm_problems",
+    "time_problems",
+]
 
 # What a shared file system takes from one job without effort, and what a save costs beside writing.
 _SAVED_BYTES_PER_SECOND = 200 * 2**20
@@ -87,6 +95,14 @@ def checkpoint_bytes(arch: Architecture, layout: Layout, config: TiedLoraConfig 
     return held * layout.tp_size * layout.pp_size
 
 
+def folder_problems(cfg: Mapping[str, Any]) -> Iterator[str]:
+    """Whether the run's folder is there or can be made, and be written to."""
+    folder = run_folder(cfg)
+    place = None if folder is None else _nearest_there(folder)
+    if place is not None and not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+        yield f"exp_manager: {folder}: {place} is no folder that can be written to; write elsewhere (exp_manager.exp_dir=)"
+
+
 def room_problems(
     cfg: Mapping[str, Any], arch: Architecture, layout: Layout, config: TiedLoraConfig | None
 ) -> Iterator[str]:
@@ -99,17 +115,12 @@ def room_problems(
     kept = _checkpoints_kept(cfg) + 1
     result = one if config is None else file_bytes(target_shapes(arch, config), config, precision.weights)
     needed = kept * one + result + _LOGS_BYTES
-    place = folder.resolve()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(_nearest_there(folder)).free
     if free < needed:
         yield (
             f"exp_manager: {folder}: {_size(free)} free, but {kept} checkpoints of {_size(one)} and the .nemo need "
             f"{_size(needed)}; free room, write elsewhere (exp_manager.exp_dir=), or keep fewer (save_top_k)"
         )
-    if not os.access(place, os.W_OK):
-        yield f"exp_manager: {folder}: {place} cannot be written to"
 
 
 def time_problems(
@@ -125,6 +136,14 @@ def time_problems(
             f"SLURM's time limit: {left:.0f} s are left, but one save takes about {needed:.0f} s, so that nothing could "
             "be kept; ask for more with --time"
         )
+
+
+def _nearest_there(path: Path) -> Path:
+    """The path, or the nearest above it that exists."""
+    place = path.resolve()
+    while not place.exists():
+        place = place.parent
+    return place
 
 
 def _batch_problems(key: str, section: Mapping[str, Any], dp_size: int) -> Iterator[str]:
