@@ -109,12 +109,14 @@ def test_nothing_names_a_host(folder: Path, capsys: pytest.CaptureFixture[str]) 
 
 def test_every_problem_is_reported_at_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wrong = ["trainer.devices=4", "rank=2,8192", "output=a.nemo", "model=llama2_13b", "cluster.at_once=2"]
+    wrong.append("model.data.train_ds.file_names=[none.jsonl]")
     said = refused(capsys, *SLURM, *wrong)
     for part in (
         "trainer.devices: follows from the allocation; set cluster.gpus_per_node",
         "output: all runs of a sweep would write it",
         "1_rank-8192: rank=8192: more than the 4096",
         "hidden_size is 4096, and model= says 5120",
+        "none.jsonl: no such file",
     ):
         assert part in said, said
 

@@ -187,7 +187,7 @@ def test_the_peft_yaml_lists_every_field_and_no_default() -> None:
 
 
 def test_the_shipped_layouts_are_all_there() -> None:
-    expected = {"single", "tp2", "pp2", "tp2pp2", "tp8", "tp8pp4", "tp8pp8"}
+    expected = {"single", "tp2", "pp2", "tp2pp2", "tp4", "tp8", "tp8pp4", "tp8pp8"}
     assert expected <= {path.stem for path in (FOLDER / "layout").glob("*.yaml")}
 
 

@@ -103,9 +103,10 @@ def test_prepare_twice_replaces_nothing_more_and_megatron_trains() -> None:
 
 
 def test_the_cheap_parts_import_neither_torch_nor_megatron() -> None:
-    """`tied-lora plan` and every refusal answer in about a second."""
+    """`tied-lora plan` and every refusal answer in about a second; jobs are launched where torch is not installed."""
     code = (
         "import sys, nemo_tied_lora.commands.plan, nemo_tied_lora.preflight, nemo_tied_lora.commands.running;"
+        "import nemo_tied_lora.commands.launch, nemo_tied_lora.commands.report, nemo_tied_lora.commands.status;"
         "sys.exit(any(name in sys.modules for name in ('torch', 'megatron', 'nemo')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

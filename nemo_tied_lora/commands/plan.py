@@ -16,7 +16,7 @@ from nemo_tied_lora.memory import Activations, stage_memory
 from nemo_tied_lora.planning import Precision, plan
 from nemo_tied_lora.several_planned import check_numbers, several_adapters
 
-__all__ = ["SUMMARY", "main"]
+__all__ = ["SUMMARY", "main", "plan_of"]
 
 SUMMARY = "print parameters, memory of a GPU, file size and network traffic; refuse layouts that cannot work"
 
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
 
 
 def _print_plan(values: dict[str, Any]) -> int:
-    result = _plan(values)
+    result = plan_of(values)
     print(json.dumps(result, indent=2) if values["format"] == "json" else _tables(result))
     return 0
 
@@ -58,7 +58,7 @@ def _print_plan(values: dict[str, Any]) -> int:
 _Part = TypeVar("_Part")
 
 
-def _plan(cfg: Mapping[str, Any]) -> dict[str, Any]:
+def plan_of(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """The plan's numbers.
 
     Raises:

@@ -1,0 +1,106 @@
+#!/usr/bin/env python
+# SPDX-License-Identifier: Apache-2.0
+"""The table of recipes in docs/cluster.md: each line composed as `tied-lora launch` composes it, and planned.
+
+python benchmarks/cluster_recipes.py          prints the table
+python benchmarks/cluster_recipes.py --write  puts it into the page
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+from nemo_tied_lora.commands.composing import compose_config, plain
+from nemo_tied_lora.commands.plan import plan_of
+
+__all__ = ["PAGE", "RECIPES", "finetune_overrides", "in_page", "table"]
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "cluster.md"
+
+_FULL = "model.activations_checkpoint_granularity=full model.activations_checkpoint_method=uniform"
+RECIPES = (
+    "model=llama2_7b recipe=llama2 cluster.nodes=1 layout=tp2",
+    "model=llama2_7b recipe=llama2 cluster.nodes=2 layout=tp2",
+    "model=llama2_7b recipe=llama2 cluster.nodes=2 layout=tp8",
+    "model=llama2_13b recipe=llama2 cluster.nodes=2 layout=tp4",
+    "model=llama2_13b recipe=llama2 cluster.nodes=2 layout=tp8",
+    "model=llama2_70b recipe=llama2 cluster.nodes=2 layout=tp8",
+    f"model=llama2_70b recipe=llama2 cluster.nodes=2 layout=tp8 {_FULL} model.activations_checkpoint_num_layers=1",
+    "model=llama2_70b recipe=llama2 cluster.nodes=4 layout=tp8pp4",
+    "model=llama2_70b recipe=llama2 cluster.nodes=8 layout=tp8pp4",
+)
+"""What to add to `tied-lora launch cluster=slurm cluster.gpus_per_node=8`."""
+
+_GPUS = 8
+_BETWEEN = re.compile(r"(<!-- recipes: [^\n]*-->\n).*?(<!-- end of the recipes -->)", flags=re.S)
+# What decides about memory: the same keys in finetune's configuration and in plan's.
+_PLANNED = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "context_parallel_size",
+    "sequence_parallel",
+    "micro_batch_size",
+    "global_batch_size",
+    "megatron_amp_O2",
+    "hidden_dropout",
+    "activations_checkpoint_granularity",
+    "activations_checkpoint_method",
+    "activations_checkpoint_num_layers",
+)
+
+
+def finetune_overrides(line: str) -> list[str]:
+    """A recipe without what is launch's alone."""
+    return [word for word in shlex.split(line) if not word.startswith(("model=", "cluster."))]
+
+
+def planned(line: str) -> dict[str, Any]:
+    """`tied-lora plan`'s numbers for a recipe: the model's sizes, and the run's settings as finetune composes them."""
+    words = dict(word.split("=", 1) for word in shlex.split(line))
+    run = plain(compose_config("finetune", finetune_overrides(line)))
+    settings = plain(compose_config("plan", [f"model={words['model']}"]))
+    settings["model"] |= {key: run["model"][key] for key in _PLANNED}
+    settings["model"]["encoder_seq_length"] = run["model"]["data"]["train_ds"]["max_seq_length"]
+    settings["trainer"] |= {"num_nodes": int(words["cluster.nodes"]), "devices": _GPUS}
+    settings["trainer"]["precision"] = run["trainer"]["precision"]
+    return plan_of(settings)
+
+
+def table() -> str:
+    """Markdown: a row a recipe, then the recipes themselves."""
+    rows = [["", "base", "nodes x GPUs", "TP x PP x DP", "base weights", "adapter", "activations", "sum"]]
+    for number, line in enumerate(RECIPES, 1):
+        result = planned(line)
+        layout, memory = result["layout"], result["memory"]
+        sizes = " x ".join(str(layout[f"{name}_size"]) for name in ("tp", "pp", "dp"))
+        parts = [f"{memory[key] / 2**30:.2f}" for key in ("base", "adapter", "activations", "sum")]
+        name = re.sub(r"llama2_(\d+)b", r"LLaMA2-\1B", line.split()[0].partition("=")[2])
+        rows.append([str(number), name, f"{layout['num_nodes']} x {_GPUS}", sizes, *parts])
+    cells = [f"| {' | '.join(row)} |" for row in rows]
+    cells.insert(1, "|---" * len(rows[0]) + "|")
+    lines = [f"{number}  {line}" for number, line in enumerate(RECIPES, 1)]
+    return "\n".join([*cells, "", *(f"    {line}" for line in lines)]) + "\n"
+
+
+def in_page(page: str) -> str:
+    """The page with the table of today."""
+    assert _BETWEEN.search(page), "the page has no place for the table"
+    return _BETWEEN.sub(lambda match: f"{match[1]}\n{table()}\n{match[2]}", page)
+
+
+def main() -> None:
+    """Prints the table, or writes it into the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="put it into docs/cluster.md")
+    if parser.parse_args().write:
+        PAGE.write_text(in_page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    else:
+        print(table(), end="")
+
+
+if __name__ == "__main__":
+    main()
