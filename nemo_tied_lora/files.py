@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -18,8 +19,11 @@ def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> Path:
     """Replaces `path` by what `write` puts into the file it is given, made durable first; folders are made.
 
     Raises:
-        OSError: it cannot be written; whatever goes wrong, the old file is intact, and nothing is left beside it.
+        OSError: it cannot be written, or is a device or the like, which a rename would put an end to; whatever goes
+            wrong, the old file is intact, and nothing is left beside it.
     """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OSError(errno.EINVAL, "is no plain file, and would be replaced by one", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:

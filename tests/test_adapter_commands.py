@@ -229,7 +229,7 @@ def print_memory_of_merge(words: list[str]) -> None:
     """Bytes at the peak of the command beyond what its imports take."""
     from nemo_tied_lora.commands import merge  # noqa: F401
     from nemo_tied_lora.merging import merge as merging  # noqa: F401
-    from tests.test_adapter_file import memory_of
+    from tests.resident_memory import memory_of
 
     torch.set_num_threads(1)
     codes: list[int] = []

@@ -199,6 +199,23 @@ def test_merge_compares_the_result_with_base_and_adapter_before_it_gets_its_name
     assert facts["same_token"] == 1.0
 
 
+def test_the_check_of_a_merge_sees_swapped_weights_and_a_base_without_its_adapters(imported: dict[str, Any]) -> None:
+    right, *wrong = imported["merge"]
+    assert right == "no error"
+    assert len(wrong) == 2
+    for said in wrong:
+        assert "merged model: its logits differ from base + adapter by" in said
+
+
+def test_a_legacy_checkpoint_restores_and_code_in_its_pickle_is_not_run(imported: dict[str, Any]) -> None:
+    legacy = imported["legacy"]
+    assert_close(legacy["logits"], imported["llama"]["logits"])
+    assert len(legacy["refusals"]) == 2
+    for said in legacy["refusals"]:
+        assert "cannot be read as tensors alone, and is not run" in said
+    assert legacy["run"] is False
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_adapters_own_record_of_its_base_is_enough_to_export_it(
     folder: Path, trained: dict[str, Any], family: str
