@@ -3,24 +3,15 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 __all__ = ["memory_of"]
 
-_M_MMAP_THRESHOLD = -3  # malloc.h's
-
 
 def memory_of(call: Callable[[], Any]) -> int:
     """Bytes of resident memory that the call needs at its peak, beyond what there was before."""
-    gc.collect()
-    # Pages that the allocator keeps would be used again and not be seen, or pile up: what is large is mapped alone.
-    libc = ctypes.CDLL(None)
-    libc.mallopt(_M_MMAP_THRESHOLD, 1 << 16)
-    libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = _memory("VmRSS")
     result = call()

@@ -8,6 +8,7 @@ import random
 import resource
 import shutil
 import signal
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -85,6 +86,16 @@ def test_a_full_disk_is_a_clear_error_and_the_old_file_is_intact(folder: Path) -
     assert str(path) in said
     assert path.read_bytes() == before
     assert os.listdir(folder) == [path.name]
+
+
+def test_a_device_is_not_replaced_by_a_file(folder: Path) -> None:
+    """Such as /dev/null, for someone who wants to see the check alone and may write anywhere."""
+    device = folder / "adapter.nemo"
+    os.mkfifo(device)
+    with pytest.raises(OSError, match="is no plain file, and would be replaced by one"):
+        tiny_adapter(device)
+    assert stat.S_ISFIFO(device.lstat().st_mode)
+    assert os.listdir(folder) == [device.name]
 
 
 def test_a_folder_that_may_not_be_written_to_is_a_clear_error_and_the_old_file_is_intact(folder: Path) -> None:
