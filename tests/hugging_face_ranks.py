@@ -6,6 +6,7 @@ python -m tests.hugging_face_ranks import|train FOLDER
 
 from __future__ import annotations
 
+import contextlib
 import io
 import sys
 import tarfile
@@ -45,6 +46,7 @@ def main(argv: list[str]) -> int:
 
 def _import_all(folder: Path) -> dict[str, Any]:
     from nemo_tied_lora.commands.composing import compose_config
+    from nemo_tied_lora.commands.import_ import _run as run_import
     from nemo_tied_lora.importing.hf_base import import_hf_base
 
     results: dict[str, Any] = {}
@@ -56,7 +58,9 @@ def _import_all(folder: Path) -> dict[str, Any]:
         keys, comparison = import_hf_base(compose_config("import", ["from=hf-base", *paths]))
         results[family] = {"logits": logits, "keys": keys, "comparison": comparison}
     half = [f"path={folder / 'llama'}", f"output={folder / 'half.nemo'}", "dtype=bfloat16", "tolerance=0.1"]
-    results["half"] = import_hf_base(compose_config("import", ["from=hf-base", *half]))[1]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        run_import(compose_config("import", ["from=hf-base", *half]))
+    results["half"] = printed.getvalue()
     results["refusal"] = _refusal(folder)
     results["stock"] = _stock_lora(folder)
     results["legacy"] = _legacy(folder)

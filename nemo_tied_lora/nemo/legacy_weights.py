@@ -35,9 +35,9 @@ def _load(model_weights: str, map_location: Any = None) -> Any:
         ConfigError: it holds more than tensors and plain values, or is damaged.
     """
     try:
-        # Transformer Engine's extra states are bytes.
-        with torch.serialization.safe_globals([io.BytesIO]):
+        # Transformer Engine's extra states are bytes, also none.
+        with torch.serialization.safe_globals([io.BytesIO, bytes]):
             return torch.load(model_weights, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).rpartition("WeightsUnpickler error: ")[2].split())[:300]
         raise ConfigError([f"{model_weights}: cannot be read as tensors alone, and is not run: {reason}"]) from error
