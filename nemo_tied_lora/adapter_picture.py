@@ -12,7 +12,7 @@ import numpy as np
 from nemo_tied_lora.inspection import LayerFacts
 from nemo_tied_lora.pictures import panels
 
-__all__ = ["draw_adapter", "panels_of"]
+__all__ = ["digits_that_differ", "draw_adapter", "panels_of"]
 
 _PANELS = {
     "u": "root mean square of u",
@@ -56,8 +56,17 @@ def _draw(axes: Any, cells: np.ndarray, targets: Sequence[str], layers: Sequence
 
 
 def _write_values(axes: Any, cells: np.ndarray, image: Any) -> None:
-    """Dark on light and light on dark."""
+    """Dark on light and light on dark, with as many digits as tell them apart."""
+    digits = digits_that_differ(cells[np.isfinite(cells)])
     for (row, column), value in np.ndenumerate(cells):
         if np.isfinite(value):
             color = "black" if image.norm(value) > 0.6 else "white"
-            axes.text(column, row, f"{value:.2g}", ha="center", va="center", color=color, fontsize="x-small")
+            axes.text(column, row, f"{value:#.{digits}g}", ha="center", va="center", color=color, fontsize="x-small")
+
+
+def digits_that_differ(values: np.ndarray) -> int:
+    """Significant digits, 2 to 4, so that the range of the values spans some ten steps of the last one."""
+    largest, spread = float(np.abs(values).max(initial=0.0)), float(np.ptp(values)) if values.size else 0.0
+    if not largest or not spread:
+        return 2
+    return int(np.clip(np.floor(np.log10(largest / spread) + 0.7) + 2, 2, 4))

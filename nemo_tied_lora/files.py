@@ -3,36 +3,58 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
+import glob
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["replace_file", "replace_folder", "write_atomically", "write_json"]
+__all__ = ["file_beside", "replace_file", "replace_folder", "write_atomically", "write_json"]
 
 
 def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> Path:
     """Replaces `path` by what `write` puts into the file it is given, made durable first; folders are made.
 
     Raises:
-        OSError: it cannot be written; whatever goes wrong, the old file is intact, and nothing is left beside it.
+        OSError: it cannot be written, or is a device or the like, which a rename would put an end to; whatever goes
+            wrong, the old file is intact, and nothing is left beside it (but by a kill, until the next call).
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OSError(errno.EINVAL, "is no plain file, and would be replaced by one", str(path))
+    with file_beside(path) as (file, temporary):
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        os.replace(temporary, path)
+    return path
+
+
+@contextmanager
+def file_beside(path: Path, suffix: str = "") -> Iterator[tuple[IO[bytes], Path]]:
+    """An open file beside `path` and its name, removed at the end unless it was renamed; folders are made.
+
+    It is locked as long as its writer lives. What a killed writer left is known by the lock's absence, and removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    _remove_left_behind(path, suffix)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=suffix, dir=path.parent)
+    temporary = Path(name)
     try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return path
+        with os.fdopen(handle, "r+b") as file:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield file, temporary
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def replace_folder(path: Path, write: Callable[[Path], object]) -> Path:
@@ -72,6 +94,19 @@ def write_atomically(path: Path, content: bytes) -> Path:
 def write_json(path: Path, values: Mapping[str, Any]) -> Path:
     """`values` as indented JSON."""
     return write_atomically(path, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _remove_left_behind(path: Path, suffix: str) -> None:
+    """Unfinished files for `path` that no process holds."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.????????{suffix}"):
+        with contextlib.suppress(OSError), left.open("rb") as file:
+            if time.time() - left.stat().st_mtime > _TIME_TO_LOCK:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                left.unlink()
+
+
+# Seconds: another process may just have made its file.
+_TIME_TO_LOCK = 10.0
 
 
 def _umask() -> int:

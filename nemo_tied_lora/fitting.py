@@ -36,6 +36,8 @@ _ROWS_AT_A_TIME = 1 << 22
 """Numbers of r x r systems that are solved together."""
 _LARGEST_TURNING_RANK = 48
 """`turning_start` needs the eigenvectors of a matrix r^2 wide."""
+_EXACT = 1e-7
+"""A relative error that storing the factors in float32 makes as well."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +196,7 @@ class _Alternation:
             history.append(error)
             if progress is not None:
                 progress(error)
-            if history[-2] ** 2 - error**2 <= tolerance * history[-2] ** 2 or error < 1e-14:
+            if history[-2] ** 2 - error**2 <= tolerance * history[-2] ** 2 or error < _EXACT:
                 break
         return history
 

@@ -167,6 +167,8 @@ def base_model_config(path: str | os.PathLike | None, key: str = "model.restore_
         raise ConfigError([f"{key}={path}: not a .nemo file: {reason}"]) from None
     if not isinstance(config, dict) or not config:
         raise ConfigError([f"{key}={path}: holds no model_config.yaml with keys; this is no .nemo model"])
+    if (config.get("peft") or {}).get("peft_scheme") == "tied_lora" and "targets" in config:
+        raise ConfigError([f"{key}={path}: is a Tied-LoRA adapter, not a base model"])
     return config
 
 

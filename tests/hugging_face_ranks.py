@@ -6,8 +6,11 @@ python -m tests.hugging_face_ranks import|train FOLDER
 
 from __future__ import annotations
 
+import contextlib
+import io
 import sys
-from collections.abc import Iterator
+import tarfile
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +46,7 @@ def main(argv: list[str]) -> int:
 
 def _import_all(folder: Path) -> dict[str, Any]:
     from nemo_tied_lora.commands.composing import compose_config
+    from nemo_tied_lora.commands.import_ import _run as run_import
     from nemo_tied_lora.importing.hf_base import import_hf_base
 
     results: dict[str, Any] = {}
@@ -54,9 +58,13 @@ def _import_all(folder: Path) -> dict[str, Any]:
         keys, comparison = import_hf_base(compose_config("import", ["from=hf-base", *paths]))
         results[family] = {"logits": logits, "keys": keys, "comparison": comparison}
     half = [f"path={folder / 'llama'}", f"output={folder / 'half.nemo'}", "dtype=bfloat16", "tolerance=0.1"]
-    results["half"] = import_hf_base(compose_config("import", ["from=hf-base", *half]))[1]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        run_import(compose_config("import", ["from=hf-base", *half]))
+    results["half"] = printed.getvalue()
     results["refusal"] = _refusal(folder)
     results["stock"] = _stock_lora(folder)
+    results["legacy"] = _legacy(folder)
+    results["merge"] = _check_of_a_merge(folder)
     return results
 
 
@@ -77,6 +85,86 @@ def _refusal(folder: Path) -> str:
     finally:
         BaseShape.rows = right  # type: ignore[method-assign]
     return "no error"
+
+
+class _Evil:
+    def __reduce__(self) -> Any:
+        return exec, ("open('evidence', 'w')",)
+
+
+def _legacy(folder: Path) -> dict[str, Any]:
+    """The Llama as one rank's legacy checkpoint; then with code in its pickle, and a stock adapter with code in its."""
+    model = _restore(folder / "llama.nemo", tp=1, pp=1)
+    # Transformer Engine adds such states.
+    state = {**model.state_dict(), "model.decoder.layers.0.self_attention._extra_state": io.BytesIO(b"")}
+    _with_weights(folder / "llama.nemo", folder / "legacy.nemo", state)
+    restored = _restore(folder / "legacy.nemo", tp=1, pp=1)
+    logits = single_rank_logits_of(restored)
+    _with_weights(folder / "llama.nemo", folder / "evil.nemo", {**state, "x": _Evil()})
+    _with_weights(folder / "stock_lora.nemo", folder / "evil_lora.nemo", {"x": _Evil()})
+    calls = (
+        lambda: _restore(folder / "evil.nemo", tp=1, pp=1),
+        lambda: model.load_adapters(str(folder / "evil_lora.nemo")),
+    )
+    refusals = [_error_of(call) for call in calls]
+    return {"logits": logits, "refusals": refusals, "run": Path("evidence").exists()}
+
+
+def _with_weights(source: Path, path: Path, state: dict[str, Any]) -> None:
+    """A `.nemo` with the source's members, but for its weights."""
+    content = io.BytesIO()
+    torch.save(state, content)
+    with tarfile.open(source) as old, tarfile.open(path, "w") as new:
+        for info in old:
+            if "model_weights" not in info.name and info.isreg():
+                new.addfile(info, old.extractfile(info))
+        info = tarfile.TarInfo("./model_weights.ckpt")
+        info.size = content.tell()
+        content.seek(0)
+        new.addfile(info, content)
+
+
+def single_rank_logits_of(model: Any) -> torch.Tensor:
+    """Of the test's tokens."""
+    from nemo_tied_lora.importing.hf_base import single_rank_logits
+
+    return single_rank_logits(model, tokens("llama"))
+
+
+def _error_of(call: Callable[[], Any]) -> str:
+    from nemo_tied_lora.config import ConfigError
+
+    try:
+        call()
+    except ConfigError as error:
+        return str(error)
+    return "no error"
+
+
+def _check_of_a_merge(folder: Path) -> list[str]:
+    """What the check says of two adapters' right merge, of one whose weights were swapped, and of the base unmerged."""
+    from nemo_tied_lora.commands.composing import compose_config
+    from nemo_tied_lora.commands.main import main as command
+    from nemo_tied_lora.export.adapter_file import write_adapter
+    from nemo_tied_lora.nemo.verification import compare_with_merged
+    from nemo_tied_lora.preflight import base_model_config
+    from tests.random_adapters import random_adapter
+
+    base = folder / "llama.nemo"
+    paths = [str(folder / f"{name}.nemo") for name in ("exported", "other")]
+    other = random_adapter(base_model_config(base), preset="tl5", rank=2)
+    write_adapter(Path(paths[1]), other.config, other.specs, other.state, {})
+    words = [f"base={base}", f"output={folder / 'two_merged.nemo'}", f"adapters=[{','.join(paths)}]"]
+    assert command(["merge", *words, "weights=[0.7,-0.3]", "verify=false"]) == 0
+    cfg = compose_config("merge", [*words, "trainer.accelerator=cpu", "prompts=['one two','three']"])
+
+    def compared(weights: tuple[float, float], candidate: str) -> str:
+        shares, record = list(zip(paths, weights, strict=True)), str(folder / "two.check.json")
+        path = str(folder / f"{candidate}.nemo")
+        return _error_of(lambda: compare_with_merged(cfg, shares, path, record, "torch.float32"))
+
+    cases = (((0.7, -0.3), "two_merged"), ((-0.3, 0.7), "two_merged"), ((0.7, -0.3), "llama"))
+    return [compared(weights, candidate) for weights, candidate in cases]
 
 
 def _stock_lora(folder: Path) -> dict[str, Any]:

@@ -12,11 +12,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
-from nemo_tied_lora.adapter_picture import panels_of
+from nemo_tied_lora.adapter_picture import digits_that_differ, panels_of
 from nemo_tied_lora.commands.main import main
 from nemo_tied_lora.export.adapter_file import read_adapter
 from nemo_tied_lora.inspection import inspect_layers
@@ -106,6 +107,14 @@ def test_the_picture_has_no_panel_of_a_frozen_u_or_v(
     assert (tmp_path / "new.png").read_bytes().startswith(PNG)
 
 
+def test_the_pictures_numbers_have_the_digits_that_tell_them_apart() -> None:
+    assert digits_that_differ(np.array([0.2, 3.9])) == 2
+    assert digits_that_differ(np.array([1.001, 1.012, 1.015])) == 4
+    assert digits_that_differ(np.array([3.76, 3.94])) == 4
+    assert digits_that_differ(np.ones(5)) == 2
+    assert digits_that_differ(np.array([])) == 2
+
+
 def test_show_reports_every_problem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     problems = said(capsys, ["show", "adapter=nowhere.nemo", "output=x.pdf", "format=xml"], 2)
     for part in ("adapter=nowhere.nemo", "output=x.pdf", "format='xml'"):
@@ -189,6 +198,8 @@ def test_merge_reports_every_problem(tmp_path: Path, adapter: Path, capsys: pyte
     for part in ("base=nowhere.nemo", "none.nemo", "weights=[1, 2]", "output=x.pt", "verify='maybe'", "prompts=[]"):
         assert part in problems
     assert "give one of them" in said(capsys, ["merge", "output=x.nemo"], 2)
+    problems = said(capsys, words_of(adapter, tmp_path / "m.nemo", f"adapter={adapter}"), 2)
+    assert f"base={adapter}: is a Tied-LoRA adapter, not a base" in problems
     base = distributed_base(tmp_path / "base.nemo", tmp_path / "base")
     wide = tiny_adapter(tmp_path / "wide.nemo", hidden=2 * HIDDEN, layers=LAYERS + 1)
     problems = said(capsys, words_of(base, tmp_path / "m.nemo", f"adapter={wide}"), 2)
@@ -229,7 +240,7 @@ def print_memory_of_merge(words: list[str]) -> None:
     """Bytes at the peak of the command beyond what its imports take."""
     from nemo_tied_lora.commands import merge  # noqa: F401
     from nemo_tied_lora.merging import merge as merging  # noqa: F401
-    from tests.test_adapter_file import memory_of
+    from tests.resident_memory import memory_of
 
     torch.set_num_threads(1)
     codes: list[int] = []

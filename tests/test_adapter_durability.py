@@ -8,6 +8,7 @@ import random
 import resource
 import shutil
 import signal
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_tied_lora.export.adapter_file import read_adapter
+from nemo_tied_lora.export.adapter_file import AdapterFile, read_adapter, write_adapter
+from nemo_tied_lora.files import replace_file
 from tests.adapters import tiny_adapter
 
 KILLS = 60
@@ -52,22 +54,49 @@ def in_a_fork(work: Callable[[], object]) -> tuple[int, str]:
 def test_a_kill_at_any_moment_leaves_the_old_file_or_the_new_one(folder: Path) -> None:
     """SIGKILL at moments drawn at random, while a child replaces one adapter by another without pause."""
     path, draw = folder / "adapter.nemo", random.Random(3)
-    tiny_adapter(path, hidden=256, rank=32)
+    adapters = [read_adapter(tiny_adapter(path, hidden=256, rank=32, seed=seed)) for seed in (1, 2)]
+    start = time.perf_counter()
+    for adapter in adapters:
+        write_again(path, adapter)
+    pair = time.perf_counter() - start
     seen = set()
-    for _ in range(KILLS):
+    for kill in range(KILLS):
         child = os.fork()
         if child == 0:
             while True:
-                for seed in (1, 2):
-                    tiny_adapter(path, hidden=256, rank=32, seed=seed)
-        time.sleep(draw.uniform(0.0, 0.08))
+                for adapter in adapters if kill % 2 else reversed(adapters):
+                    write_again(path, adapter)
+        time.sleep(draw.uniform(0.0, 2 * pair))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         seen.add(read_adapter(path).config.seed)
-    assert seen >= {1, 2}
+    assert seen == {1, 2}
     unfinished = [name for name in os.listdir(folder) if name != path.name]
     assert unfinished, "no kill met a write: the test would pass without the renaming"
     assert all(name.startswith(".adapter.nemo.") for name in unfinished)
+
+
+def write_again(path: Path, adapter: AdapterFile) -> None:
+    write_adapter(path, adapter.config, adapter.specs, adapter.state, {})
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next_and_what_a_living_one_writes_is_not(folder: Path) -> None:
+    path = folder / "adapter.nemo"
+    child = os.fork()
+    if child == 0:
+        replace_file(path, lambda file: signal.pause() if file.write(b"half") else None)
+    long_ago = time.time() - 3600
+    while not (found := list(folder.iterdir())):
+        time.sleep(0.01)
+    time.sleep(0.1)  # it is locked by now
+    os.utime(found[0], (long_ago, long_ago))
+    tiny_adapter(path)
+    assert found[0].exists()
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    os.utime(found[0], (long_ago, long_ago))
+    tiny_adapter(path)
+    assert os.listdir(folder) == [path.name]
 
 
 def test_a_full_disk_is_a_clear_error_and_the_old_file_is_intact(folder: Path) -> None:
@@ -85,6 +114,16 @@ def test_a_full_disk_is_a_clear_error_and_the_old_file_is_intact(folder: Path) -
     assert str(path) in said
     assert path.read_bytes() == before
     assert os.listdir(folder) == [path.name]
+
+
+def test_a_device_is_not_replaced_by_a_file(folder: Path) -> None:
+    """Such as /dev/null, for someone who wants to see the check alone and may write anywhere."""
+    device = folder / "adapter.nemo"
+    os.mkfifo(device)
+    with pytest.raises(OSError, match="is no plain file, and would be replaced by one"):
+        tiny_adapter(device)
+    assert stat.S_ISFIFO(device.lstat().st_mode)
+    assert os.listdir(folder) == [device.name]
 
 
 def test_a_folder_that_may_not_be_written_to_is_a_clear_error_and_the_old_file_is_intact(folder: Path) -> None:

@@ -225,11 +225,16 @@ def test_a_folder_that_is_no_export_is_not_replaced_and_an_old_export_is(tmp_pat
     file, folder = random_adapter(LLAMA, preset="tl6"), tmp_path / "peft"
     folder.mkdir()
     (folder / "thesis.tex").write_text("years of work")
-    with pytest.raises(ConfigError, match="is no adapter's folder"):
+    with pytest.raises(ConfigError, match=r"is no export's folder, it holds thesis\.tex"):
         write_hf_peft(file, LLAMA, folder, None)
     assert [path.name for path in folder.iterdir()] == ["thesis.tex"]
     (folder / "thesis.tex").unlink()
     write_hf_peft(file, LLAMA, folder, "one")
+    (folder / "notes.txt").write_text("beside an export")
+    with pytest.raises(ConfigError, match=r"it holds notes\.txt"):
+        write_hf_peft(file, LLAMA, folder, "two")
+    assert (folder / "notes.txt").read_text() == "beside an export"
+    (folder / "notes.txt").unlink()
     write_hf_peft(file, LLAMA, folder, "two")
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "two"
     assert [path.name for path in tmp_path.iterdir()] == ["peft"]

@@ -199,6 +199,23 @@ def test_merge_compares_the_result_with_base_and_adapter_before_it_gets_its_name
     assert facts["same_token"] == 1.0
 
 
+def test_the_check_of_a_merge_sees_swapped_weights_and_a_base_without_its_adapters(imported: dict[str, Any]) -> None:
+    right, *wrong = imported["merge"]
+    assert right == "no error"
+    assert len(wrong) == 2
+    for said in wrong:
+        assert "merged model: its logits differ from base + adapter by" in said
+
+
+def test_a_legacy_checkpoint_restores_and_code_in_its_pickle_is_not_run(imported: dict[str, Any]) -> None:
+    legacy = imported["legacy"]
+    assert_close(legacy["logits"], imported["llama"]["logits"])
+    assert len(legacy["refusals"]) == 2
+    for said in legacy["refusals"]:
+        assert "cannot be read as tensors alone, and is not run" in said
+    assert legacy["run"] is False
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_adapters_own_record_of_its_base_is_enough_to_export_it(
     folder: Path, trained: dict[str, Any], family: str
@@ -225,7 +242,13 @@ def test_a_tied_adapter_fitted_to_a_lora_loads_onto_its_base_and_says_the_same(i
 
 
 def test_weights_stored_in_half_precision_restore_in_float32(folder: Path, imported: dict[str, Any]) -> None:
-    assert 1e-5 < imported["half"].relative < 0.1
+    """And what the command says of it."""
+    printed = imported["half"]
+    differ = re.search(r"logits differ from transformers' by at most \S+ \((\S+) of the largest\)", printed)
+    assert differ is not None, printed
+    assert 1e-5 < float(differ[1]) < 0.1
+    assert f"written: {folder / 'half.nemo'}" in printed
+    assert "check: the tokenizer gives Hugging Face's ids for every sample text" in printed
     assert (folder / "half.nemo").stat().st_size < (folder / "llama.nemo").stat().st_size
 
 

@@ -56,8 +56,8 @@ def _fit(cfg: Mapping[str, Any]) -> int:
     with tqdm(desc="fitting", unit="iteration") as bar:
 
         def progress(target: str, error: float) -> None:
+            bar.set_postfix_str(f"{target}: relative error {error:.3e}", refresh=False)
             bar.update()
-            bar.set_postfix_str(f"{target}: relative error {error:.3e}")
 
         limits = {"max_iterations": cfg["max_iterations"], "tolerance": cfg["fit_tolerance"]}
         fitted = fit_adapter(lora, config, _preset(cfg), **limits, progress=progress)
@@ -70,7 +70,27 @@ def _fit(cfg: Mapping[str, Any]) -> int:
         raise ConfigError([f"output={cfg['output']}: {error}"]) from error
     print(_table(fitted.fits, errors, fitted.bounds))
     print(f"written: {cfg['output']} ({Path(cfg['output']).stat().st_size:,} bytes)")
-    return 0
+    return _check_written(Path(cfg["output"]), lora, fitted.fits)
+
+
+def _check_written(path: Path, lora: Any, fits: Mapping[str, Any]) -> int:
+    """Reads the file back: it must be as close to the LoRA as the fit was, to float32's rounding."""
+    from nemo_tied_lora.export.adapter_file import read_adapter
+    from nemo_tied_lora.importing.lora import errors_of_file
+
+    found = errors_of_file(lora, read_adapter(path))
+    said = ", ".join(f"{target} {error:.2e}" for target, error in found.items())
+    print(f"check: read back, its relative error over all layers is {said}")
+    wrong = [target for target, error in found.items() if not error <= fits[target].history[-1] + _ROUNDING]
+    if wrong:
+        print(
+            f"tied-lora import: {path} is wrong: it is further away than the fit: {', '.join(wrong)}", file=sys.stderr
+        )
+    return 1 if wrong else 0
+
+
+# Factors are stored in float32: a few of its steps, relative to the delta.
+_ROUNDING = 1e-5
 
 
 _BASE_KEYS = (

@@ -42,8 +42,12 @@ def write_hf_peft(file: AdapterFile, base: Mapping[str, Any], folder: Path, base
         ConfigError: the base is not built as a known Hugging Face family is, or has other shapes than the adapter.
     """
     family, shape = _fitting(file, base)
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / _CONFIG).exists())):
-        raise ConfigError([f"output={folder}: is there and is no adapter's folder; name another"])
+    if folder.exists():
+        found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        strangers = sorted(found - {_CONFIG, _STATE, _CARD})
+        if not folder.is_dir() or strangers or (found and _CONFIG not in found):
+            held = f", it holds {', '.join(strangers[:3])}" if strangers else ""
+            raise ConfigError([f"output={folder}: is there and is no export's folder{held}; name another"])
 
     def write(new: Path) -> None:
         save_file(dict(_tensors(file, family, shape)), new / _STATE, metadata={"format": "pt"})

@@ -18,14 +18,16 @@ import yaml
 from safetensors.torch import load_file
 
 from nemo_tied_lora.config import TARGETS, ConfigError, TiedLoraConfig
+from nemo_tied_lora.expansion import expand, plain_alpha
+from nemo_tied_lora.export.adapter_file import AdapterFile
 from nemo_tied_lora.export.nemo_lora import ADAPTER_MODULES
 from nemo_tied_lora.export.tar import read_tar
 from nemo_tied_lora.factors import initial_tensor
-from nemo_tied_lora.fitting import Fit, LowRank, fit_target, row_space_bound
+from nemo_tied_lora.fitting import Fit, LowRank, fit_target, relative_errors, row_space_bound
 from nemo_tied_lora.huggingface.layouts import BaseShape, Family, family_of_base
 from nemo_tied_lora.sharding import TargetSpec, factor_shape
 
-__all__ = ["FittedAdapter", "LoraDeltas", "fit_adapter", "read_lora"]
+__all__ = ["FittedAdapter", "LoraDeltas", "errors_of_file", "fit_adapter", "read_lora"]
 
 
 @dataclass
@@ -110,6 +112,19 @@ def fit_adapter(
         specs[target], fits[target], bounds[target] = spec, fit, row_space_bound(deltas, config.rank)
         state.update(_named(fit, target, layers))
     return FittedAdapter(config, specs, state, fits, bounds)
+
+
+def errors_of_file(lora: LoraDeltas, file: AdapterFile) -> dict[str, float]:
+    """Target to the relative error of all its layers together, of the adapter as a file holds it (float32)."""
+    errors = {}
+    for target, spec in file.specs.items():
+        deltas = [lora.deltas[target].get(layer, _zero(spec)) for layer in spec.layers]
+        deltas = [LowRank(delta.P.double(), delta.Q.double()) for delta in deltas]
+        plain = list(expand(file.config, {target: spec}, file.state))
+        scale = plain_alpha(file.config) / file.config.rank
+        A, B = [one.lora_A.double() for one in plain], [one.lora_B.double() * scale for one in plain]
+        errors[target] = relative_errors(deltas, A, B, None, None)[1]
+    return errors
 
 
 def _named(fit: Fit, target: str, layers: tuple[int, ...]) -> dict[str, torch.Tensor]:

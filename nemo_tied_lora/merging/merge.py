@@ -10,7 +10,6 @@ from __future__ import annotations
 import gzip
 import os
 import tarfile
-import tempfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from tqdm import tqdm
 from nemo_tied_lora.base_identity import WeightChecksums, check_weights
 from nemo_tied_lora.config import ConfigError
 from nemo_tied_lora.export.adapter_file import AdapterFile
+from nemo_tied_lora.files import file_beside
 from nemo_tied_lora.merging.layouts import find_pieces
 from nemo_tied_lora.merging.pieces import CrcField, Piece, members_of
 from nemo_tied_lora.merging.updates import Updates
@@ -68,26 +68,20 @@ def merge_into(
             weight would not be finite. OSError: it cannot be written. An older `output` is as it was in any case.
     """
     updates = Updates(adapters)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{output.stem}.unfinished.", suffix=".nemo", dir=output.parent)
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "r+b") as file:
-            _copy(base, file)
-            pieces = find_pieces(file, members_of(file), model)
-            report = _rewrite(file, pieces, updates, _vocab_rows(adapters))
-            updates.check_all_were_met()
-            for name, adapter, _ in adapters:
-                _check_base(name, adapter, report.fingerprint, allow_other_base)
-            file.flush()
-            os.fsync(file.fileno())
+    with file_beside(output, ".nemo") as (file, temporary):
+        _copy(base, file)
+        pieces = find_pieces(file, members_of(file), model)
+        report = _rewrite(file, pieces, updates, _vocab_rows(adapters))
+        updates.check_all_were_met()
+        for name, adapter, _ in adapters:
+            _check_base(name, adapter, report.fingerprint, allow_other_base)
+        file.flush()
+        os.fsync(file.fileno())
         yield temporary, report
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
         os.replace(temporary, output)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _copy(base: Path, file: IO[bytes]) -> None:

@@ -22,6 +22,7 @@ from nemo_tied_lora.export.nemo_adapter import is_adapter_file, load_adapter, sa
 from nemo_tied_lora.injection import inject
 from nemo_tied_lora.loops import check_loop
 from nemo_tied_lora.nemo.guarded_training import GuardedTrainingMixin
+from nemo_tied_lora.nemo.legacy_weights import tensors_only
 from nemo_tied_lora.nemo.peft_config import TiedLoraPEFTConfig, register
 from nemo_tied_lora.nemo.stored_tokenizer import StoredTokenizerMixin
 from nemo_tied_lora.training_state.folder import is_checkpoint, read_description
@@ -42,6 +43,12 @@ class TiedLoraModelMixin:
     tied_lora: Adapter | None = None
     tokens_seen: int = 0
     """Tokens that this rank's microbatches have held so far, padding included."""
+
+    @classmethod
+    def restore_from(cls, *args: Any, **kwargs: Any) -> Any:
+        """NeMo's, but a legacy base is read with `weights_only=True`."""
+        with tensors_only():
+            return super().restore_from(*args, **kwargs)  # type: ignore[misc]
 
     def add_adapter(self, peft_cfgs: PEFTConfig | list[PEFTConfig]) -> None:
         """NeMo's entry. A `TiedLoraPEFTConfig` is injected into every chunk and stage; the base is frozen.
@@ -70,7 +77,8 @@ class TiedLoraModelMixin:
         asked = peft_cfgs if isinstance(peft_cfgs, list) else [peft_cfgs]
         tied = any(isinstance(config, TiedLoraPEFTConfig) for config in asked)
         if not tied and (peft_cfgs or not is_adapter_file(filepath)):
-            super().load_adapters(filepath, peft_cfgs, map_location)  # type: ignore[misc]
+            with tensors_only():
+                super().load_adapters(filepath, peft_cfgs, map_location)  # type: ignore[misc]
             return
         with self._adapter_keys_of_tied_lora():
             self.tied_lora = load_adapter(

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bytes of the tensors that a call holds at one time, counted at each operator: no allocator's habits are in it."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["peak_of"]
+
+
+def peak_of(call: Callable[[], Any]) -> int:
+    """Bytes at the peak, of storages that the call made."""
+    with _Live() as live:
+        call()
+    return live.peak
+
+
+class _Live(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self._holders: Counter[int] = Counter()
+        self._now = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        given = {self._place(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor)}
+        for tensor in tree_leaves(results):
+            if isinstance(tensor, torch.Tensor):
+                self._hold(tensor, given)
+        return results
+
+    def _hold(self, tensor: torch.Tensor, given: set[int]) -> None:
+        place, size = self._place(tensor), tensor.untyped_storage().nbytes()
+        if place in given and place not in self._holders:  # was there before the call
+            return
+        if not self._holders[place]:
+            self._now += size
+            self.peak = max(self.peak, self._now)
+        self._holders[place] += 1
+        weakref.finalize(tensor, self._drop, place, size)
+
+    def _drop(self, place: int, size: int) -> None:
+        self._holders[place] -= 1
+        if not self._holders[place]:
+            del self._holders[place]
+            self._now -= size
+
+    def _place(self, tensor: torch.Tensor) -> int:
+        return tensor.untyped_storage().data_ptr()
