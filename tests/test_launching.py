@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 
 from nemo_tied_lora.commands import launch, report
 from nemo_tied_lora.config import ConfigError
+from nemo_tied_lora.launching import record
 from nemo_tied_lora.launching.cluster import Cluster, Container, looks_secret, seconds
 from nemo_tied_lora.launching.record import resolved_yaml, write_record
 from nemo_tied_lora.launching.sweeps import index_file, points, read_index, split_sweep
@@ -231,6 +232,16 @@ def test_the_record_resolves_everything_but_secrets(tmp_path: Path, monkeypatch:
     }
     write_record(tmp_path, cfg, ["a=1"])
     assert json.loads((tmp_path / "versions.json").read_text())["packages"]["torch"]
+
+
+def test_a_jobs_first_step_writes_the_record_and_refuses_what_finetune_would(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert record.main(["logs", BASE, *DATA, "layout=tp8"]) == 0
+    assert OmegaConf.load("logs/config.yaml").model.tensor_model_parallel_size == 8
+    assert json.loads(Path("logs/versions.json").read_text())["arguments"] == [BASE, *DATA, "layout=tp8"]
+    assert record.main(["refused", BASE, *DATA, "layout=tp8", "trainer.num_nodes=0"]) == 2
+    assert "num_nodes" in capsys.readouterr().err
 
 
 def test_the_deepest_mount_shows_a_path() -> None:

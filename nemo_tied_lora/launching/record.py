@@ -40,10 +40,13 @@ _PACKAGES = (
 )
 
 
+_SUMMARY = "check a run's configuration and write its record"
+
+
 def main(arguments: Sequence[str]) -> int:
     """Returns 0, or 2 where the configuration is refused."""
     folder, *rest = arguments
-    options = parser("finetune", "", "", ()).parse_intermixed_args(rest)
+    options = parser("finetune", _SUMMARY, "", ()).parse_intermixed_args(rest)
     try:
         cfg = compose_config("finetune", options.overrides, options.config_dir)
         write_record(Path(folder), cfg, rest)

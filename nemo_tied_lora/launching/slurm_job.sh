@@ -12,8 +12,11 @@ if [[ -n $index ]]; then
     arguments+=("${point[@]:1}")
 fi
 logs=$folder/logs/$job-$restart
-mkdir -p "$logs"
 say() { echo "$(date --utc +%FT%TZ) $job restart $restart: $*"; }
+if ! mkdir -p "$logs" || ! touch "$logs"; then
+    say "refused: $folder cannot be written to"
+    exit 2
+fi
 
 if ((restart == 0)); then
     rm -f "$folder/finished"

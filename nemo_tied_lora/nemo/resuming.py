@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ from nemo.utils.get_rank import is_global_rank_zero
 from omegaconf import DictConfig
 
 from nemo_tied_lora.allocation.fitting import run_folder
+from nemo_tied_lora.files import write_atomically
 from nemo_tied_lora.training_state import folder, random_states
 
-__all__ = ["KeepRandomStates", "settle_checkpoints", "skip_one_validation", "whole_steps"]
+__all__ = ["KeepRandomStates", "launch_kept", "settle_checkpoints", "skip_one_validation", "whole_steps"]
+
+_LAUNCH = ("job.sbatch", "config.yaml", "versions.json")
 
 
 class KeepRandomStates(Callback):
@@ -48,6 +52,20 @@ def settle_checkpoints(cfg: DictConfig) -> None:
     checkpoints = Path(params.get("dirpath") or run / "checkpoints")
     if cfg.exp_manager.get("resume_if_exists") and checkpoints.is_dir():
         folder.settle(checkpoints, first=is_global_rank_zero())
+
+
+@contextmanager
+def launch_kept(cfg: DictConfig) -> Iterator[None]:
+    """Around exp_manager, which moves every file of the run's folder into `run_N`: what `tied-lora launch` left stays.
+
+    Its script is what a person submits again after `scancel`.
+    """
+    run = run_folder(cfg)
+    paths = [run / name for name in _LAUNCH] if run is not None and is_global_rank_zero() else []
+    contents = {path: path.read_bytes() for path in paths if path.is_file()}
+    yield
+    for path, content in contents.items():
+        write_atomically(path, content)
 
 
 def skip_one_validation(trainer: Trainer) -> None:

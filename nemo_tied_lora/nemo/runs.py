@@ -26,7 +26,7 @@ from nemo_tied_lora.nemo.model import MegatronGPTTiedLoraModel
 from nemo_tied_lora.nemo.peft_config import TiedLoraPEFTConfig
 from nemo_tied_lora.nemo.process_groups import ensure_process_groups
 from nemo_tied_lora.nemo.recording import RunRecorder, draw_losses, peak_memory_bytes
-from nemo_tied_lora.nemo.resuming import settle_checkpoints, skip_one_validation
+from nemo_tied_lora.nemo.resuming import launch_kept, settle_checkpoints, skip_one_validation
 from nemo_tied_lora.nemo.settings import check_settings
 from nemo_tied_lora.nemo.signals import settle, survival_callbacks
 
@@ -128,7 +128,8 @@ def _prepare(cfg: DictConfig) -> tuple[Trainer, RunRecorder, Path]:
     recorder = RunRecorder()
     trainer = TiedLoraTrainerBuilder(cfg).create_trainer(callbacks=[recorder, *survival_callbacks()])
     settle_checkpoints(cfg)
-    folder = exp_manager(trainer, cfg.exp_manager)
+    with launch_kept(cfg):
+        folder = exp_manager(trainer, cfg.exp_manager)
     settle(trainer)
     skip_one_validation(trainer)
     logging.info(f"run folder: {folder}")

@@ -12,6 +12,7 @@ import pytest
 
 from tests.slurm import private_cluster
 from tests.slurm.private_cluster import PrivateCluster
+from tests.slurm.real_runs import PP2, Run, launch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -35,3 +36,19 @@ def slurm() -> Iterator[PrivateCluster]:
             yield cluster
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def submitted(slurm: PrivateCluster, workshop: Path) -> dict[str, Run]:
+    """The undisturbed runs, under way, both with a start's costs at once: "two_nodes", and the array "sweep"."""
+    two_nodes = launch(slurm, workshop, "two_nodes", *PP2, "rank=4", "preset=tl6")
+    sweep = launch(slurm, workshop, "sweep", "cluster.nodes=1", "rank=2,4", "preset=tl5,tl6", "cluster.at_once=1")
+    numbers = {"two_nodes": two_nodes, "sweep": sweep}
+    return {name: Run(slurm, workshop / "runs" / name, job) for name, job in numbers.items()}
+
+
+@pytest.fixture(scope="session")
+def undisturbed(submitted: dict[str, Run]) -> Run:
+    """The run on two nodes that nothing happened to, at its end."""
+    submitted["two_nodes"].finish()
+    return submitted["two_nodes"]

@@ -6,15 +6,20 @@ Nothing outside the folder is written, and nothing in /etc is read; another SLUR
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from tests.slurm.remains import processes
 
 __all__ = ["PrivateCluster", "install", "why_not"]
 
@@ -61,6 +66,7 @@ class PrivateCluster:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._daemons: list[subprocess.Popen[bytes]] = []
+        self._remains: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> PrivateCluster:
         try:
@@ -83,6 +89,8 @@ class PrivateCluster:
                 daemon.kill()
                 daemon.wait()
         self._daemons.clear()
+        if self._remains is not None:
+            self._remains.communicate()
 
     @property
     def environment(self) -> dict[str, str]:
@@ -118,7 +126,28 @@ class PrivateCluster:
         """Polls, and fails with what was waited for."""
         self._wait(condition, seconds, what)
 
+    def start_node(self, name: str) -> None:
+        """The node comes up: its slurmd, which tells the controller."""
+        self._daemon("slurmd", "-D", "-N", name, "-f", str(self.folder / "slurm.conf"))
+
+    def kill_node(self, name: str) -> None:
+        """The node is gone at once, as after a power cut: its slurmd, its job steps and their processes; no goodbye."""
+        [slurmd] = [one for one in self._daemons if isinstance(one.args, list) and name in one.args]
+        slurmd.kill()
+        slurmd.wait()
+        self._daemons.remove(slurmd)
+        for process in processes(self.folder, name):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+
     def _start(self) -> None:
+        # In a session of its own: what ends this one, Ctrl-C or worse, is not to end it.
+        self._remains = subprocess.Popen(
+            [sys.executable, "-m", "tests.slurm.remains", str(self.folder)],
+            stdin=subprocess.PIPE,
+            cwd=Path(__file__).parents[2],
+            start_new_session=True,
+        )
         for name in ("munge", "state", "spool-n1", "spool-n2", "logs"):
             (self.folder / name).mkdir(mode=0o755, parents=True)
         key = self.folder / "munge" / "key"
@@ -131,7 +160,7 @@ class PrivateCluster:
         (self.folder / "slurm.conf").write_text(self._configuration())
         self._daemon("slurmctld", "-D", "-f", str(self.folder / "slurm.conf"))
         for node in ("n1", "n2"):
-            self._daemon("slurmd", "-D", "-N", node, "-f", str(self.folder / "slurm.conf"))
+            self.start_node(node)
         idle = ["sinfo", "--noheader", "--Node", "--states=idle", "--format=%N"]
         self._wait(
             lambda: self.run(*idle, check=False).split() == ["n1", "n2"], 60, "two idle nodes", self._last_words

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real runs that nothing happens to, from `tied-lora launch` to the report, on the private SLURM."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from nemo_tied_lora.launching.submission import SCRIPT
+from tests.command_runs import tied_lora
+from tests.slurm.private_cluster import PrivateCluster
+from tests.slurm.real_runs import STEPS, Run
+
+POINTS = ["0_rank-2_preset-tl5", "1_rank-2_preset-tl6", "2_rank-4_preset-tl5", "3_rank-4_preset-tl6"]
+
+
+@pytest.fixture(scope="module")
+def sweep(submitted: dict[str, Run]) -> Run:
+    """The array, at its end."""
+    run = submitted["sweep"]
+    for number in range(len(POINTS)):
+        end = run.slurm.wait_for_state(f"{run.job}_{number}", seconds=600)
+        assert end["JobState"] == "COMPLETED", run.said(f"{run.job}_{number}")
+    return run
+
+
+def test_a_run_on_two_nodes_is_the_run_of_one_process(undisturbed: Run, sweep: Run) -> None:
+    """Pipeline stages on two nodes: each loss, gradient norm and tensor, to the rounding of float32's sums."""
+    single = Run(sweep.slurm, sweep.folder / POINTS[3], sweep.job)
+    assert [step["step"] for step in undisturbed.curves] == list(range(1, STEPS + 1))
+    for got, want in zip(undisturbed.curves, single.curves, strict=True):
+        assert (got["lr"], got["tokens"]) == (want["lr"], want["tokens"])
+        assert math.isclose(got["loss"], want["loss"], rel_tol=1e-4)
+        assert math.isclose(got["grad_norm"], want["grad_norm"], rel_tol=2e-3)
+    assert undisturbed.adapter.keys() == single.adapter.keys()
+    for name, tensor in single.adapter.items():
+        # Adam divides by small second moments: a reordered sum shows in the last digits of float32.
+        assert torch.allclose(undisturbed.adapter[name], tensor, rtol=5e-3, atol=5e-5), name
+    assert any(not torch.equal(undisturbed.adapter[name], tensor) for name, tensor in single.adapter.items())
+
+
+def test_the_ranks_checked_the_allocation_before_the_model_was_loaded(undisturbed: Run) -> None:
+    log = undisturbed.log()
+    assert "0: pre-flight: the same software and configuration on all 2 ranks" in log
+    assert "0: pre-flight: all-reduce, pipeline parallel: 1 group of 2," in log
+    assert "pre-flight" not in undisturbed.log(node=1)
+
+
+def test_the_script_the_configuration_and_the_versions_stay_in_the_runs_folder(undisturbed: Run) -> None:
+    logs = undisturbed.folder / "logs" / f"{undisturbed.job}-0"
+    for name, copy in ((SCRIPT, "job.sbatch"), ("config.yaml", "config.yaml"), ("versions.json", "versions.json")):
+        assert (undisturbed.folder / name).is_file(), name
+        assert (logs / copy).is_file(), copy
+    assert (undisturbed.folder / SCRIPT).read_text() == (logs / "job.sbatch").read_text()
+    versions = json.loads((logs / "versions.json").read_text())
+    assert versions["packages"]["torch"] == torch.__version__
+    assert versions["git_commit"]
+
+
+def test_a_finished_run_is_not_done_again_when_its_job_is_requeued(undisturbed: Run) -> None:
+    before = undisturbed.metrics
+    undisturbed.slurm.run("scontrol", "requeue", undisturbed.job)
+    undisturbed.slurm.wait_until(lambda: "nothing is left to do" in undisturbed.said(), 120, "the second start")
+    assert undisturbed.finish()["Restarts"] == "1"
+    assert undisturbed.log(1) == ""
+    assert undisturbed.metrics == before
+
+
+def test_a_sweep_is_one_array_whose_runs_the_report_gathers_into_a_table_and_a_picture(
+    slurm: PrivateCluster, sweep: Run
+) -> None:
+    printed = tied_lora("report", f"folder={sweep.folder}", folder=sweep.folder).stdout
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("|")]
+    assert rows[0][:4] == ["run", "rank", "preset", "trained"]
+    assert [row[0] for row in rows[2:]] == POINTS
+    assert [row[-1] for row in rows[2:]] == ["finished"] * len(POINTS)
+    for name, row in zip(POINTS, rows[2:], strict=True):
+        metrics = Run(slurm, sweep.folder / name, sweep.job).metrics
+        assert row[3] == f"{metrics['trained_parameters']:,}"
+        assert row[rows[0].index("validation loss")] == f"{metrics['validations'][-1]['validation_loss']:.4f}"
+    assert len({row[3] for row in rows[2:]}) == len(POINTS)
+    assert (sweep.folder / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in Path(sweep.folder).glob("report.*")) == [
+        "report.json",
+        "report.md",
+        "report.png",
+    ]
+
+
+def test_no_more_runs_of_a_sweep_go_at_once_than_it_says(slurm: PrivateCluster, sweep: Run) -> None:
+    times = [slurm.fields(f"{sweep.job}_{number}") for number in range(len(POINTS))]
+    starts, ends = ([one[key] for one in times] for key in ("StartTime", "EndTime"))
+    assert all(end <= start for end, start in zip(ends[:-1], starts[1:], strict=True)), times

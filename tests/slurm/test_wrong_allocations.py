@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Jobs that cannot work, on the private SLURM: refused before a model is loaded, in one message, and not tried again.
+
+What one task can find is found by the job's first step, without torch and before any rank starts: a sweep of mistakes, each
+a task of one array. What only the ranks can find, they find where they meet.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import sys
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+import nemo_tied_lora
+from nemo_tied_lora.launching.cluster import Cluster
+from nemo_tied_lora.launching.rendering import Job, render
+from nemo_tied_lora.launching.sweeps import Point, index_file
+from tests.slurm.private_cluster import PrivateCluster
+from tests.slurm.real_runs import PP2, Run, launch, rank_arguments
+
+ROOT = str(Path(__file__).parents[2])
+# On 2 nodes x 4 ranks with 5 minutes; each with what its one message must say.
+MISTAKES = {
+    "sizes-and-files": (
+        [
+            "model.tensor_model_parallel_size=3",
+            "model.restore_from_path=missing.nemo",
+            "model.data.train_ds.file_names=[missing.jsonl]",
+            "model.data.validation_ds.file_names=[damaged.jsonl]",
+        ],
+        [
+            "8 ranks are not a multiple of tensor 3",
+            "missing.nemo: no such file",
+            "missing.jsonl: no such file",
+            "damaged.jsonl: the first line is not JSON",
+        ],
+    ),
+    "heads-and-rank": (
+        ["layout=tp8", "model.peft.tied_lora.rank=8192"],
+        ["num_attention_heads=4", "num_query_groups=2", "rank=8192"],
+    ),
+    "layers": (["model.pipeline_model_parallel_size=8"], ["num_layers=4"]),
+    "batch": (["model.global_batch_size=4"], ["global_batch_size=4"]),
+    "room-and-time": (
+        [
+            "model.restore_from_path=huge.nemo",
+            "preset=lora",
+            "model.peft.tied_lora.rank=2048",
+            "model.global_batch_size=16",
+            "exp_manager.checkpoint_callback_params.save_top_k=1000",
+        ],
+        ["free, but 1002 checkpoints of", "SLURM's time limit: ", "one save takes about"],
+    ),
+    "unwritable": ([], ["cannot be written"]),
+}
+
+
+def submit(slurm: PrivateCluster, workshop: Path, runs: Sequence[Point], arguments: list[str]) -> str:
+    """An array as `tied-lora launch` would submit it, had it not looked at the files first."""
+    settings = {"kind": "slurm", "time": "5", "save_seconds": 60, "max_requeues": 3, "at_once": 8}
+    cluster = Cluster.from_mapping({**settings, "python": sys.executable})
+    job = Job(
+        name="mistakes",
+        folder="runs/mistakes",
+        arguments=arguments,
+        cluster=cluster,
+        nodes=2,
+        ranks_per_node=4,
+        num_runs=len(runs),
+    )
+    (workshop / job.folder / "logs").mkdir(parents=True)
+    index = index_file(job.folder, runs).replace(f"{job.folder}/unwritable", "/proc/unwritable")
+    (workshop / str(job.index)).write_text(index)
+    script = workshop / job.folder / "job.sbatch"
+    script.write_text(render(job))
+    return slurm.run("sbatch", "--parsable", str(script), cwd=workshop, PYTHONPATH=ROOT)
+
+
+@pytest.fixture(scope="module")
+def mistakes(slurm: PrivateCluster, workshop: Path) -> Run:
+    (workshop / "damaged.jsonl").write_text('{"input": "1", \n')
+    sizes = {"num_layers": 80, "hidden_size": 8192, "ffn_hidden_size": 28672, "num_attention_heads": 64}
+    config = json.dumps({**sizes, "encoder_seq_length": 4096, "activation": "fast-swiglu"}).encode()
+    with tarfile.open(workshop / "huge.nemo", "w") as tar:
+        member = tarfile.TarInfo("model_config.yaml")
+        member.size = len(config)
+        tar.addfile(member, io.BytesIO(config))
+    runs = [Point(name, tuple(overrides)) for name, (overrides, _) in MISTAKES.items()]
+    batch = ["model.global_batch_size=16", "model.micro_batch_size=2"]
+    arguments = [*rank_arguments("mistakes"), "model.data.train_ds.global_batch_size=16", *batch, *VALIDATION]
+    return Run(slurm, workshop / "runs" / "mistakes", submit(slurm, workshop, runs, arguments))
+
+
+VALIDATION = ["model.data.validation_ds.global_batch_size=16"]
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_refused_in_one_message_starts_no_rank_and_is_not_tried_again(mistakes: Run, name: str) -> None:
+    task = f"{mistakes.job}_{list(MISTAKES).index(name)}"
+    fields = mistakes.slurm.wait_for_state(task, seconds=300)
+    said = mistakes.said(task)
+    assert (fields["JobState"], fields["Restarts"], fields["ExitCode"]) == ("FAILED", "0", "2:0"), said
+    for part in MISTAKES[name][1]:
+        assert part in said, said
+    assert said.count("not possible") == (name != "unwritable")
+    assert "Traceback" not in said
+    assert "starting" not in said
+    assert not list((mistakes.folder / name).rglob("node-*.log"))
+
+
+def test_nodes_with_other_software_are_named(slurm: PrivateCluster, workshop: Path, tmp_path: Path) -> None:
+    """n2 has a copy of the package in which one line differs, and another version of numpy by its record."""
+    shutil.copytree(Path(nemo_tied_lora.__file__).parent, tmp_path / "nemo_tied_lora")
+    with (tmp_path / "nemo_tied_lora" / "config.py").open("a") as source:
+        source.write("# edited\n")
+    (tmp_path / "numpy-0.1.dist-info").mkdir()
+    (tmp_path / "numpy-0.1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: numpy\nVersion: 0.1\n")
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/bash\n[[ $SLURMD_NODENAME == n1 ]] || export PYTHONPATH={tmp_path}\nexec {sys.executable} "$@"\n'
+    )
+    python.chmod(0o755)
+    job = launch(slurm, workshop, "software", *PP2, f"cluster.python={python}")
+    run = Run(slurm, workshop / "runs" / "software", job)
+    fields = slurm.wait_for_state(job, seconds=300)
+    assert (fields["JobState"], fields["Restarts"], fields["ExitCode"]) == ("FAILED", "0", "2:0"), run.said()
+    assert "refused by the ranks; not tried again" in run.said()
+    said = run.log() + run.log(node=1)
+    assert said.count("not possible") == 1
+    for name in ("numpy: ", "nemo_tied_lora's code: "):
+        [line] = [line for line in said.splitlines() if name in line]
+        assert "on node n" in line
+        assert "make them the same" in line
+
+
+def test_preflight_only_stops_before_the_model_is_loaded(slurm: PrivateCluster, workshop: Path) -> None:
+    job = launch(slurm, workshop, "only_checked", *PP2, "preflight=only")
+    run = Run(slurm, workshop / "runs" / "only_checked", job)
+    run.finish()
+    assert "0: pre-flight: all is well" in run.log()
+    assert "megatron" not in run.log().lower()
+    assert not list(run.folder.glob("*.nemo"))
+    assert run.status == {}
+
+
+def test_a_step_of_ones_own_that_does_not_match_the_configuration_is_refused(
+    slurm: PrivateCluster, workshop: Path
+) -> None:
+    finetune = ["env", "RANK=0", "WORLD_SIZE=1", sys.executable, "-m", "nemo_tied_lora.commands.finetune"]
+    words = [*rank_arguments("own_step"), "layout=pp2", "trainer.num_nodes=2", "trainer.devices=1"]
+    command = " ".join(f"'{word}'" for word in [*finetune, *words])
+    said = slurm.run("bash", "-c", f"srun -N1 -n1 {command} 2>&1; echo code $?", cwd=workshop, PYTHONPATH=ROOT)
+    assert "trainer.num_nodes=2: SLURM runs this on 1 nodes" in said, said
+    assert "the launcher started 1 ranks" in said
+    assert "code 2" in said
