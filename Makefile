@@ -72,8 +72,9 @@ test: lint typecheck test-mcore016 ## the linter, the type checker and all tests
 	$(BIN)/python -m pytest $(PYTEST_OPTIONS)
 	$(BIN)/python -m pytest -m slurm tests/slurm
 
+# Which tests these are, tests/conftest.py says, and tests/test_selection.py defends.
 test-mcore016: setup-mcore016 ## the tests that need megatron-core and no NeMo, on megatron-core 0.16.1
-	$(VENV_MCORE016)/bin/python -m pytest -m "not slurm and not nemo" $(PYTEST_OPTIONS)
+	$(VENV_MCORE016)/bin/python -m pytest $(PYTEST_OPTIONS)
 
 test-slurm: $(STAMP) ## the tests on a private SLURM (Linux, root; installs Debian's packages where they are missing)
 	$(BIN)/python -m pytest -m slurm tests/slurm $(PYTEST_OPTIONS)

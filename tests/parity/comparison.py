@@ -38,7 +38,10 @@ class Verdict:
 def compare(record: Record, expected: Record, tolerance: float) -> Verdict:
     """What a rank recorded, against the single process."""
     verdict = Verdict(bits=record.bits, shapes=record.shapes, starts_as_base=record.starts_as_base)
-    numbers = [("loss", record.losses, expected.losses if record.losses else []), ("norm", record.norms, expected.norms)]
+    numbers = [
+        ("loss", record.losses, expected.losses if record.losses else []),
+        ("norm", record.norms, expected.norms),
+    ]
     for kind, got, want in numbers:
         assert len(got) == len(want), f"{kind}: {len(got)} steps instead of {len(want)}"
         for step, (g, w) in enumerate(zip(got, want, strict=True)):

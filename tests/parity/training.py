@@ -102,7 +102,9 @@ def randomise(adapter: Adapter) -> None:
     adapter.load_full_state({name: full_tensor(f"start {name}", shape) for name, shape in shapes.items()})
 
 
-def _forward_backward(models: list[nn.Module], run: Run, step: int, *, forward_only: bool, collect: bool = False) -> list:
+def _forward_backward(
+    models: list[nn.Module], run: Run, step: int, *, forward_only: bool, collect: bool = False
+) -> list:
     interleaved = len(models) > 1
     iterators = [_batches(step) for _ in models]
     return get_forward_backward_func()(
