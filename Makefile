@@ -4,6 +4,10 @@
 # The interpreter that .venv is made with; empty: the first of CANDIDATES that is 3.10 to 3.12.
 PYTHON ?=
 VENV ?= .venv
+# A second environment: the other tested megatron-core, without NeMo.
+VENV_MCORE016 ?= .venv-mcore016
+# What of this project $(VENV) gets (see pyproject.toml).
+EXTRAS ?= laptop,dev
 # More words for the installation of torch, such as the --index-url of PyTorch's CPU builds.
 TORCH_OPTIONS ?=
 LAYOUT ?= tp2
@@ -22,7 +26,7 @@ STAMP := $(VENV)/.installed-$(KEY)
 UNFINISHED := $(VENV)/.unfinished
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-slurm lint typecheck format quickstart compare benchmark benchmark-communication clean clean-venv
+.PHONY: help setup setup-mcore016 test test-mcore016 test-slurm lint typecheck format quickstart compare benchmark benchmark-communication clean clean-venv
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-24s %s\n", $$1, $$2}' Makefile
@@ -56,14 +60,21 @@ $(STAMP):
 	@$(PIP) install --constraint constraints.txt --upgrade pip
 # torch first and alone: a range that another package asks for would bring the newest build instead.
 	@$(PIP) install $(TORCH) $(TORCH_OPTIONS)
-	@echo "make setup: installing NeMo, megatron-core and this project"
+	@echo "make setup: installing this project with $(EXTRAS)"
 # Without warnings: setuptools has a long one for every editable installation.
-	@PYTHONWARNINGS=ignore $(PIP) install --constraint constraints.txt --build-constraint constraints.txt --editable '.[laptop,dev]'
+	@PYTHONWARNINGS=ignore $(PIP) install --constraint constraints.txt --build-constraint constraints.txt --editable '.[$(EXTRAS)]'
 	@rm -f $(UNFINISHED); touch $@
 
-test: lint typecheck ## the linter, the type checker and all tests, those on a SLURM of their own too
+setup-mcore016: ## build .venv-mcore016: megatron-core 0.16.1 without NeMo (about 2 minutes, once)
+	@$(MAKE) --no-print-directory setup VENV=$(VENV_MCORE016) EXTRAS=megatron,test
+
+test: lint typecheck test-mcore016 ## the linter, the type checker and all tests, those on a SLURM of their own too
 	$(BIN)/python -m pytest $(PYTEST_OPTIONS)
 	$(BIN)/python -m pytest -m slurm tests/slurm
+
+# Which tests these are, tests/conftest.py says, and tests/test_selection.py defends.
+test-mcore016: setup-mcore016 ## the tests that need megatron-core and no NeMo, on megatron-core 0.16.1
+	$(VENV_MCORE016)/bin/python -m pytest $(PYTEST_OPTIONS)
 
 test-slurm: $(STAMP) ## the tests on a private SLURM (Linux, root; installs Debian's packages where they are missing)
 	$(BIN)/python -m pytest -m slurm tests/slurm $(PYTEST_OPTIONS)
@@ -93,9 +104,9 @@ benchmark-communication: $(STAMP) ## what an adapter sends, beside NeMo's own, b
 	@mkdir -p $(dir $(COMMUNICATION))
 	$(BIN)/python benchmarks/communication.py --output $(COMMUNICATION)
 
-clean: ## remove builds and caches; .venv and runs/ stay
+clean: ## remove builds and caches; .venv, .venv-mcore016 and runs/ stay
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
-	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+	find . -path './.venv*' -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
-clean-venv: ## remove .venv
-	rm -rf $(VENV)
+clean-venv: ## remove .venv and .venv-mcore016
+	rm -rf $(VENV) $(VENV_MCORE016)

@@ -15,7 +15,7 @@ from nemo_tied_lora import adapter_state
 from nemo_tied_lora.config import TiedLoraConfig
 from nemo_tied_lora.counting import TargetShape, parameter_counts
 from nemo_tied_lora.factors import ChunkFactors
-from nemo_tied_lora.gradients import reduce_over_pipeline, reduce_over_tensor_parallel
+from nemo_tied_lora.gradients import reduce_over_pipeline, reduce_over_tensor_parallel, take_part
 from nemo_tied_lora.linear import TiedLoraLink, swap_in, swap_out
 from nemo_tied_lora.sharding import TargetSpec
 from nemo_tied_lora.sharing import own_frozen
@@ -75,6 +75,14 @@ class Chunk:
         embedding = getattr(self.body, "embedding", None)
         if needed and embedding is not None:
             self.hooks.append(embedding.register_forward_hook(_require_grad))
+        # With overlap_grad_reduce, Megatron's DDP starts a sum when the backward pass has reached all its parameters.
+        if unused := self._tied_without_a_linear():
+            self.hooks.append(self.body.decoder.register_forward_hook(lambda *call: take_part(call[-1], unused)))
+
+    def _tied_without_a_linear(self) -> list[nn.Parameter]:
+        """The trained tied tensors that no linear of this chunk uses; it holds them for the sums over stages."""
+        used = {p for site in self.sites for p in self.factors.tied(site.target).parameters()}
+        return [p for _, _, p in self.factors.named_tied() if p.requires_grad and p not in used]
 
     def restore_base(self) -> None:
         """Swaps the classes back, drops the factors, and thaws what was trained before."""

@@ -18,6 +18,7 @@ Data-parallel sums are the training loop's own, as for any parameter.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -28,7 +29,7 @@ from nemo_tied_lora.experts import group_of
 from nemo_tied_lora.factors import ChunkFactors
 from nemo_tied_lora.sharding import TargetSpec, sharded_dim
 
-__all__ = ["mark_parameters", "reduce_over_pipeline", "reduce_over_tensor_parallel"]
+__all__ = ["mark_parameters", "reduce_over_pipeline", "reduce_over_tensor_parallel", "take_part"]
 
 
 def mark_parameters(
@@ -78,6 +79,24 @@ def reduce_over_tensor_parallel(parameters: Iterable[nn.Parameter], grad_attr: s
     gradients = [_gradient(p, grad_attr) for p in parameters if getattr(p, "sequence_parallel", False)]
     if gradients:
         _all_reduce_coalesced(gradients, parallel_state.get_tensor_model_parallel_group())
+
+
+def take_part(output: torch.Tensor, parameters: Sequence[nn.Parameter]) -> torch.Tensor:
+    """The same output; its backward gives each of the parameters, which it does not depend on, a gradient of zeros."""
+    return _TakePart.apply(output, *parameters) if torch.is_grad_enabled() else output
+
+
+class _TakePart(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        ctx.parameters = parameters
+        same = output.new_empty(0)  # no view: Megatron's pipeline frees the memory of what it has sent on
+        same.data = output.data
+        return same
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
+        return gradient, *(torch.zeros_like(parameter) for parameter in ctx.parameters)
 
 
 def _mark_tensor_parallel(parameter: nn.Parameter, factor: str, spec: TargetSpec, sequence_parallel: bool) -> None:

@@ -6,15 +6,13 @@ Everything here is refused by name, with what to change. Neither torch nor NeMo 
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from nemo_tied_lora.config import ConfigError
+from nemo_tied_lora.megatron_version import counts_repeated_gradients
 
 __all__ = ["check_ddp", "check_loop", "loop_problems"]
-
-_FIRST_WITH_REPEATED_GRADIENTS = (0, 16)
 
 
 def loop_problems(model: Mapping[str, Any]) -> Iterator[str]:
@@ -85,18 +83,9 @@ def check_ddp(transformer_config: Any, ddp_config: Any) -> None:
 
 def _repeats_gradients(granularity: Any, modules: Any) -> bool:
     """Whether a parameter that several layers use gets its gradient in several parts, which DDP counts as several."""
-    if _megatron_version() >= _FIRST_WITH_REPEATED_GRADIENTS:
+    if counts_repeated_gradients():
         return False
     return granularity == "full" or (granularity == "selective" and bool({"mlp", "moe"} & set(modules)))
-
-
-def _megatron_version() -> tuple[int, ...]:
-    """(0, 13) of 0.13.1; (0, 0), the most cautious answer, where it is not installed."""
-    try:
-        version = importlib.metadata.version("megatron-core")
-    except importlib.metadata.PackageNotFoundError:
-        return (0, 0)
-    return tuple(int(part) for part in version.split(".")[:2])
 
 
 def _more_than_one(size: Any) -> bool:

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What holds for every test: a thread a rank, and no test that is skipped without anyone having allowed it."""
+"""What holds for every test: a thread a rank, no test that is skipped without anyone having allowed it, and which tests
+run on megatron-core alone, without NeMo."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Generator
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import TypeVar
 
 import pytest
 
-__all__ = ["ALLOWED_SKIPS"]
+__all__ = ["ALLOWED_SKIPS", "WITH_NEMO_ONLY"]
 
 # Before torch is imported, here and in the ranks that the tests spawn: ranks share the cores, and more threads than
 # cores wait for each other.
@@ -18,6 +20,40 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ALLOWED_SKIPS = ("needs a CUDA device", *(() if os.environ.get("CI") else ("needs a SLURM",)))
 """The reasons for which a test may be skipped, as they begin; any other skip is a failure. CI must have a SLURM."""
+
+WITH_NEMO_ONLY = (
+    # What they test needs NeMo, or what comes with it.
+    "test_adapter_commands.py",
+    "test_benchmark.py",
+    "test_commands.py",
+    "test_communication.py",
+    "test_export.py",
+    "test_guard_controls.py",
+    "test_guarded_training.py",
+    "test_hugging_face.py",
+    "test_import_lora.py",
+    "test_launching.py",
+    "test_merge.py",
+    "test_nemo_loops.py",
+    "test_nemo_side.py",
+    "test_plan.py",
+    "test_quickstart_tasks.py",
+    "test_resume.py",
+    "test_surviving_runs.py",
+    # No Megatron is in them: they cannot differ.
+    "test_allocation.py",
+    "test_config.py",
+    "test_configs.py",
+    "test_packaging.py",
+    "test_run_status.py",
+    "test_selection.py",
+    "test_stop_signals.py",
+    "slurm/test_script.py",
+)
+"""What `make test-mcore016` leaves out; all else runs on both releases of megatron-core. tests/test_selection.py defends
+it: a file of which NeMo is no part is not left out."""
+
+collect_ignore = [] if importlib.util.find_spec("nemo") else list(WITH_NEMO_ONLY)
 
 _Report = TypeVar("_Report", pytest.TestReport, pytest.CollectReport)
 

@@ -3,13 +3,26 @@
 
 from __future__ import annotations
 
+import torch
 from megatron.core import parallel_state, tensor_parallel
 
 __all__ = ["relayout"]
 
 
-def relayout(*, tp: int = 1, pp: int = 1) -> None:
-    """Drops Megatron's groups and makes those of another layout; models of the old one are useless then."""
+def relayout(*, tp: int = 1, pp: int = 1, vp: int | None = None, cp: int = 1) -> None:
+    """Drops Megatron's groups and makes those of another layout; models of the old one are useless then.
+
+    Data parallelism takes what ranks are left. A seed of its own on each rank: nothing may depend on ranks drawing
+    the same numbers.
+    """
     parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
-    tensor_parallel.model_parallel_cuda_manual_seed(300 + 17 * parallel_state.get_pipeline_model_parallel_rank())
+    for name in vars(parallel_state):
+        if name.endswith("_GLOBAL_RANKS"):  # stays from the layout before: a rank would believe it has embeddings
+            setattr(parallel_state, name, None)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=vp,
+        context_parallel_size=cp,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(300 + 17 * torch.distributed.get_rank())

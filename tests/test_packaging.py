@@ -19,6 +19,8 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parent.parent
 # Installed into NVIDIA's container, none of these may be replaced by what the package asks for.
 THE_CONTAINERS_OWN = {"apex", "megatron-core", "nemo-toolkit", "torch", "transformer-engine"}
+# The package itself, and what its extras pin, two releases of it, so that constraints.txt cannot.
+OTHERWISE_PINNED = {"nemo-tied-lora", "megatron-core"}
 # What a build reads. Copied, so that a build leaves nothing in the checkout and sees nothing that an earlier one left.
 SOURCES = ("pyproject.toml", "README.md", "LICENSE", "nemo_tied_lora", "configs")
 
@@ -100,11 +102,32 @@ def test_every_pin_of_the_extras_satisfies_the_constraints(wheel: Path) -> None:
             one = Requirement(line)
             if one.marker is None or one.marker.evaluate():
                 pins[canonicalize_name(one.name)] = str(one.specifier).removeprefix("==")
-    asked = [one for one in _requirements(wheel) if canonicalize_name(one.name) != "nemo-tied-lora"]
+    asked = [one for one in _requirements(wheel) if canonicalize_name(one.name) not in OTHERWISE_PINNED]
     unpinned = [str(one) for one in asked if canonicalize_name(one.name) not in pins]
     broken = [str(one) for one in asked if not one.specifier.contains(pins[canonicalize_name(one.name)])]
     assert not unpinned
     assert not broken
+
+
+def test_each_release_of_megatron_is_pinned_by_the_extra_that_brings_it(wheel: Path) -> None:
+    found = {}
+    for extra in ("nemo", "megatron"):
+        asked = [one for one in _requirements(wheel) if one.marker and one.marker.evaluate({"extra": extra})]
+        found[extra] = [str(one.specifier) for one in asked if one.name == "megatron-core"]
+    assert found == {"nemo": ["==0.13.1"], "megatron": ["==0.16.1"]}
+
+
+def test_make_test_includes_the_other_release_of_megatron(tmp_path: Path) -> None:
+    """In its own environment, made by the recipe that makes the first, without NeMo."""
+    other = tmp_path / "other"
+    made = _run(
+        "make", "--dry-run", "--directory", str(ROOT), f"VENV={tmp_path / 'venv'}", f"VENV_MCORE016={other}", "test"
+    )
+    installs = [line for line in made.splitlines() if "-m pip" in line and str(other) in line]
+    assert any("install torch==" in line for line in installs)
+    assert any("'.[megatron,test]'" in line for line in installs)
+    assert not any("laptop" in line for line in installs)
+    assert any(line.startswith(f"{other}/bin/python -m pytest") for line in made.splitlines())
 
 
 def test_ci_runs_make_test() -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import re
 from typing import Any
@@ -12,6 +13,10 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from nemo_tied_lora.sharding import TargetSpec, shard
 
@@ -32,12 +37,14 @@ def build_gpt(
     dtype: torch.dtype = torch.float64,
     vp_stage: int | None = None,
     idle_expert: int | None = None,
+    without: dict[int, str] | None = None,
+    core_attention: type | None = None,
     **options: Any,
 ) -> GPTModel:
     """GPT-2 style, or Llama style (gated MLP, RMSNorm, RoPE, no biases). The base is filled with fixed numbers.
 
     With num_moe_experts among the options a mixture, with dense layers where moe_layer_freq says so; idle_expert gets
-    no token.
+    no token. without: layers, from 0, that have no "attention" or no "mlp". core_attention: in the place of Megatron's.
     """
     config = TransformerConfig(
         num_layers=num_layers,
@@ -70,6 +77,10 @@ def build_gpt(
     spec: Any = get_gpt_layer_local_spec(normalization=normalization)
     if config.num_moe_experts is not None:
         spec = get_gpt_decoder_block_spec(config, False, normalization, vp_stage=vp_stage)
+    if core_attention is not None:
+        spec.submodules.self_attention.submodules.core_attention = core_attention
+    if without is not None:
+        spec = _lacking(spec, config, without, vp_stage)
     model = GPTModel(
         config,
         spec,
@@ -95,6 +106,7 @@ def fill(model: GPTModel) -> None:
         for local, number in layers.items():
             if name.startswith(local):
                 name = f"decoder.layers.{number}." + name.removeprefix(local)
+                break
         blocks = 2 if gated and "linear_fc1" in name else 1
         parameter.data.copy_(_rank_part(name, parameter, blocks))
 
@@ -104,6 +116,22 @@ def full_tensor(name: str, shape: tuple[int, ...], scale: float = 0.3) -> torch.
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big")
     generator = torch.Generator().manual_seed(seed)
     return torch.empty(shape, dtype=torch.float64).normal_(0.0, scale, generator=generator)
+
+
+def _lacking(spec: Any, config: TransformerConfig, without: dict[int, str], vp_stage: int | None) -> Any:
+    """This chunk's layers, some without their attention or MLP."""
+    identity = {
+        "attention": {"input_layernorm": IdentityOp, "self_attention": IdentityOp, "self_attn_bda": IdentityFuncOp},
+        "mlp": {"pre_mlp_layernorm": IdentityOp, "mlp": IdentityOp, "mlp_bda": IdentityFuncOp},
+        "nothing": {},
+    }
+    first = get_transformer_layer_offset(config, vp_stage)
+    lacking = [without.get(first + i, "nothing") for i in range(get_num_layers_to_build(config, vp_stage))]
+    specs = [
+        dataclasses.replace(spec, submodules=dataclasses.replace(spec.submodules, **identity[what]))
+        for what in lacking
+    ]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=WrappedTorchNorm)
 
 
 def _starve(model: GPTModel, expert: int) -> None:

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run against the single-process run, and replicas against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from tests.parity.layouts import Layout
+from tests.parity.training import Record
+
+__all__ = ["TOLERANCES", "Verdict", "compare", "unequal_replicas"]
+
+TOLERANCES = {
+    # Sums are only reordered: 1e-13 or so, which Adam's division may magnify where a gradient is small.
+    "float64": 1e-9,
+    # Against the float64 run: rounding at each product, 6e-8, of which some hundreds add up on the way to a gradient.
+    "float32": 1e-4,
+    # 8 bits, 4e-3 at each product; two layouts round other sums.
+    "bfloat16": 1e-1,
+}
+"""Largest relative error, of a loss, a norm, or a whole tensor by its 2-norm, for each dtype."""
+
+
+@dataclass
+class Verdict:
+    """problems: where a run departs from the oracle, a line each. errors: the largest of each kind. record's others."""
+
+    problems: list[str] = field(default_factory=list)
+    errors: dict[str, float] = field(default_factory=dict)
+    bits: list[dict[tuple[int, str], str]] = field(default_factory=list)
+    shapes: dict[tuple[int, str], tuple[int, ...]] = field(default_factory=dict)
+    starts_as_base: bool | None = None
+
+
+def compare(record: Record, expected: Record, tolerance: float) -> Verdict:
+    """What a rank recorded, against the single process."""
+    verdict = Verdict(bits=record.bits, shapes=record.shapes, starts_as_base=record.starts_as_base)
+    numbers = [
+        ("loss", record.losses, expected.losses if record.losses else []),
+        ("norm", record.norms, expected.norms),
+    ]
+    for kind, got, want in numbers:
+        assert len(got) == len(want), f"{kind}: {len(got)} steps instead of {len(want)}"
+        for step, (g, w) in enumerate(zip(got, want, strict=True)):
+            _judge(verdict, kind, f"step {step}: {kind} {g} != {w}", abs(g / w - 1), tolerance)
+    steps = enumerate(zip(record.gradients, expected.gradients, strict=True))
+    tensors = [("gradient", f"step {step}: gradient", *pair) for step, pair in steps]
+    for kind, where, got_, want_ in [*tensors, ("adapter", "adapter", record.state, expected.state)]:
+        for name in sorted(got_.keys() ^ want_.keys()):
+            verdict.problems.append(f"{where} {name}: on one side only")
+        for name in got_.keys() & want_.keys():
+            error = _relative(got_[name], want_[name])
+            _judge(verdict, kind, f"{where} {name}: relative error {error:.1e}", error, tolerance)
+    return verdict
+
+
+def unequal_replicas(ranks: Sequence[Verdict], layout: Layout, whole: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Tensors of which ranks or chunks hold other bits than another that holds the same elements, at any step.
+
+    Who holds the same is told from shapes and rank numbers alone: a tensor as large as the whole one is a replica on
+    every rank that has it, a smaller one on the ranks of the same tensor-parallel rank.
+    """
+    found = []
+    for step in range(len(ranks[0].bits)):
+        holders: dict[tuple[str, int | None], set[str]] = {}
+        for rank, verdict in enumerate(ranks):
+            for (chunk, name), digest in verdict.bits[step].items():
+                is_whole = verdict.shapes[chunk, name] == whole[name]
+                holders.setdefault((name, None if is_whole else rank % layout.tp), set()).add(digest)
+        found += [f"step {step}: {name} (shard {s})" for (name, s), digests in holders.items() if len(digests) > 1]
+    return found
+
+
+def _judge(verdict: Verdict, kind: str, message: str, error: float, tolerance: float) -> None:
+    verdict.errors[kind] = max(error, verdict.errors.get(kind, 0.0))
+    if not error < tolerance:
+        verdict.problems.append(message)
+
+
+def _relative(got: torch.Tensor, want: torch.Tensor) -> float:
+    difference, size = (got.double() - want.double()).norm().item(), want.double().norm().item()
+    return difference / size if size else difference
+
+
+def worst(verdicts: Sequence[Verdict]) -> Iterator[tuple[str, float]]:
+    """(kind, largest error over the ranks)."""
+    for kind in sorted({kind for verdict in verdicts for kind in verdict.errors}):
+        yield kind, max(verdict.errors.get(kind, 0.0) for verdict in verdicts)

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training loops around one Adam: a loop of our own, and megatron-core's DDP with its optimizers.
+
+Each gives, for a step: `start`, (forward and backward over the microbatches), `finish` with every sum, `gradients`,
+and `clip_and_step`, which returns the norm that clipped.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import param_is_not_shared
+from torch import nn
+
+from nemo_tied_lora.adapter import Adapter
+from nemo_tied_lora.loops import check_ddp
+from tests.parity.runs import Run
+
+__all__ = ["Loop", "MegatronLoop", "PlainLoop", "make_loop"]
+
+# eps is of the size of the gradients: a smaller one would magnify the rounding of small gradients.
+LEARNING_RATE, EPS, BETAS = 1e-2, 1e-3, (0.9, 0.99)
+# Below every run's norm, so that each step is clipped, and a wrong norm makes wrong steps.
+MAX_NORM = 0.1
+
+
+class Loop(Protocol):
+    """What `train` does in a step."""
+
+    models: list[nn.Module]
+
+    def start(self) -> None: ...
+    def finish(self) -> None: ...
+    def gradients(self) -> dict[nn.Parameter, torch.Tensor]: ...
+    def clip_and_step(self) -> float: ...
+
+
+def make_loop(run: Run, chunks: list[nn.Module], adapter: Adapter) -> Loop:
+    """The run's loop around an adapted model."""
+    if run.loop == "plain":
+        return PlainLoop(chunks, adapter, run.fault)
+    return MegatronLoop(run, chunks, adapter)
+
+
+class PlainLoop:
+    """Gradients in `grad`, summed by `reduce_gradients`; the mean over data-parallel ranks is the loop's own work."""
+
+    def __init__(self, chunks: list[nn.Module], adapter: Adapter, fault: str | None = None):
+        self.models, self._adapter, self._fault = chunks, adapter, fault
+        self._parameters = list(adapter.parameters())
+        self._optimizer = torch.optim.Adam(self._parameters, lr=LEARNING_RATE, eps=EPS, betas=BETAS)
+
+    def start(self) -> None:
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def finish(self) -> None:
+        for _ in range({"no sum": 0, "summed twice": 2}.get(self._fault or "", 1)):
+            self._adapter.reduce_gradients()
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        for parameter in self._parameters:
+            torch.distributed.all_reduce(parameter.grad, group=group)
+            parameter.grad /= group.size()
+
+    def gradients(self) -> dict[nn.Parameter, torch.Tensor]:
+        return {parameter: parameter.grad for parameter in self._parameters}
+
+    def clip_and_step(self) -> float:
+        counted = [p for p in self._parameters if param_is_not_shared(p) and param_is_not_tensor_parallel_duplicate(p)]
+        norm = float64_norm([p.grad for p in counted], parallel_state.get_model_parallel_group())
+        clip([p.grad for p in self._parameters], norm)
+        for _ in range(2 if self._fault == "stepped twice" else 1):
+            self._optimizer.step()
+        return norm
+
+
+class MegatronLoop:
+    """megatron-core's DDP, `finalize_model_grads` and optimizer, set up as its own training script does.
+
+    Clips and steps with megatron-core's own `step`, but in float64, for which that has no kernels: there the norm is
+    taken, in float64, of the gradients that megatron-core's optimizer counts, over the group that it counts over.
+    """
+
+    def __init__(self, run: Run, chunks: list[nn.Module], adapter: Adapter):
+        distributed, overlap = "distributed" in run.loop, "overlap" in run.loop
+        self._fault, self._exact, bfloat16 = run.fault, run.dtype == "float64", run.dtype == "bfloat16"
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=bfloat16,
+            overlap_grad_reduce=overlap,
+            use_distributed_optimizer=distributed,
+            overlap_param_gather=distributed and overlap,
+        )
+        config = chunks[0].config
+        check_ddp(config, ddp)
+        self.models = [DistributedDataParallel(config, ddp, c, disable_bucketing=i > 0) for i, c in enumerate(chunks)]
+        if overlap:
+            _overlap(config, self.models, aligned="aligned" in run.loop)
+        self._parameters, self._distributed = list(adapter.parameters()), distributed
+        self._optimizer = get_megatron_optimizer(_optimizer_config(ddp, bfloat16=bfloat16), self.models)
+
+    def start(self) -> None:
+        for model in self.models:
+            model.zero_grad_buffer()
+        self._optimizer.zero_grad()
+
+    def finish(self) -> None:
+        finalize_model_grads(self.models)
+
+    def gradients(self) -> dict[nn.Parameter, torch.Tensor]:
+        if self._distributed:
+            for model in self.models:
+                _gather_gradients(model)
+        return {parameter: parameter.main_grad for parameter in self._parameters}
+
+    def clip_and_step(self) -> float:
+        if not self._exact:
+            _, norm, _ = self._optimizer.step()
+            return norm
+        assert not self._optimizer.prepare_grads()
+        norm = 0.0
+        for optimizer in getattr(self._optimizer, "chained_optimizers", [self._optimizer]):
+            counted, group = optimizer.get_main_grads_for_grad_norm(), optimizer.get_grad_stats_parallel_group()
+            norm = float64_norm(counted, group)
+            assert abs(optimizer.get_grad_norm() / norm - 1) < 1e-6  # megatron-core's kernel adds up in float32
+        clip([parameter.grad for parameter in self._parameters], norm)
+        self._optimizer.step_with_ready_grads()
+        return norm
+
+
+def float64_norm(gradients: list[torch.Tensor], group: Any) -> float:
+    """Of what all ranks of the group count."""
+    squares = [torch.zeros((), dtype=torch.float64), *(g.double().square().sum() for g in gradients)]
+    total = torch.stack(squares).sum()
+    torch.distributed.all_reduce(total, group=group)
+    return total.sqrt().item()
+
+
+def clip(gradients: list[torch.Tensor], norm: float) -> None:
+    """As megatron-core does."""
+    coefficient = MAX_NORM / (norm + 1e-6)
+    if coefficient < 1.0:
+        torch._foreach_mul_(gradients, coefficient)
+
+
+def _optimizer_config(ddp: DistributedDataParallelConfig, *, bfloat16: bool) -> OptimizerConfig:
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=LEARNING_RATE,
+        weight_decay=0.0,
+        adam_beta1=BETAS[0],
+        adam_beta2=BETAS[1],
+        adam_eps=EPS,
+        clip_grad=MAX_NORM,
+        bf16=bfloat16,
+        params_dtype=torch.bfloat16 if bfloat16 else torch.float32,
+        use_distributed_optimizer=ddp.use_distributed_optimizer,
+    )
+
+
+def _overlap(config: Any, models: list[Any], *, aligned: bool) -> None:
+    """aligned: stages start their sums together, when the schedule says so, and not when gradients are complete."""
+    several = len(models) > 1
+    config.no_sync_func = [model.no_sync for model in models] if several else models[0].no_sync
+    if aligned:
+        config.grad_sync_func = [m.start_grad_sync for m in models] if several else models[0].start_grad_sync
+
+
+def _gather_gradients(model: Any) -> None:
+    """The distributed optimizer leaves each data-parallel rank its part of the sums; fills in the others' parts."""
+    for buffer in model.buffers:
+        group = buffer.data_parallel_group
+        for bucket in buffer.buckets:
+            own = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+            torch.distributed.all_gather_into_tensor(bucket.grad_data, own, group=group)

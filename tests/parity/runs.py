@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is trained, and on which layout. The runs of a layout together have every feature of the support table."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from tests.parity.layouts import LAYOUTS, Layout
+
+__all__ = ["FAULTS", "RUNS", "Run", "oracle_of", "runs_of"]
+
+TL6 = {"preset": "tl6", "rank": 3, "alpha": 5.0}
+ONE_STAGE = {"preset": "tl6", "rank": 3, "layers": [3], "targets": ["linear_qkv", "linear_fc2"]}
+LLAMA = {"llama": True, "hidden": 32, "heads": 8}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run.
+
+    config: the adapter's. model: options of `build_gpt`. dtype: of all parameters, "float64", "float32" or
+    "bfloat16" (whose gradients are float32). loop: "plain", or of megatron-core's DDP: "ddp", "ddp overlap",
+    "distributed", "distributed overlap"; with "aligned" after overlap, stages start their sums together.
+    recompute: None, "selective" or "full". stages: options of `build_gpt` that lay layers out over stages.
+    fault: an error that is planted: "no sum", "summed twice" or "stepped twice". features: the support table's
+    columns that the run is a test of, beside those that the other fields say.
+    """
+
+    config: dict[str, Any]
+    model: dict[str, Any] = field(default_factory=dict)
+    dtype: str = "float64"
+    loop: str = "plain"
+    recompute: str | None = None
+    stages: dict[str, Any] = field(default_factory=dict)
+    steps: int = 5
+    fault: str | None = None
+    features: tuple[str, ...] = ()
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The support table's columns."""
+        model = () if {"llama", "kv_channels"} & self.model.keys() else ("gpt2",)
+        preset = (self.config["preset"],) if self.config.keys() <= TL6.keys() else ()
+        return (self.loop, f"{self.recompute or 'no'} recompute", self.dtype, *model, *preset, *self.features)
+
+
+RUNS: dict[str, Run] = {
+    "plain": Run(config=TL6),
+    "llama": Run(
+        config={"preset": "lora", "rank": 3}, model=LLAMA, loop="ddp", recompute="selective", features=("llama",)
+    ),
+    "one query group": Run(
+        config={"preset": "vera", "rank": 3}, model={**LLAMA, "groups": 1}, features=("one query group",)
+    ),
+    "head size": Run(
+        config={"preset": "tl5", "rank": 3}, model={"kv_channels": 8}, loop="ddp overlap", features=("head size",)
+    ),
+    "full recompute": Run(config={"preset": "vera", "rank": 3}, recompute="full"),
+    "one stage's layers": Run(config=ONE_STAGE, loop="ddp overlap", features=("some layers",)),
+    "targets in some layers": Run(
+        config=TL6, model={"without": {1: "mlp", 2: "attention"}}, loop="ddp overlap", features=("some targets",)
+    ),
+    "distributed": Run(config=TL6, model=LLAMA, dtype="float32", loop="distributed", recompute="full"),
+    "distributed overlap": Run(config=TL6, dtype="float32", loop="distributed overlap"),
+    "bfloat16": Run(config=TL6, dtype="bfloat16", loop="distributed overlap"),
+}
+# Six layers: first and last stage have one, those between them two.
+SHORT_ENDS = {"num_layers_in_first_pipeline_stage": 1, "num_layers_in_last_pipeline_stage": 1}
+UNEVEN: dict[str, Run] = {
+    "short ends": Run(config=TL6, model={"num_layers": 6}, loop="ddp", stages=SHORT_ENDS, features=("short ends",)),
+    "short ends, distributed": Run(
+        config=TL6,
+        model={"num_layers": 6},
+        dtype="float32",
+        loop="distributed overlap aligned",
+        stages=SHORT_ENDS,
+        features=("short ends",),
+    ),
+    "stages without layers": Run(
+        config=TL6,
+        model={"num_layers": 2},
+        loop="ddp overlap",
+        stages={"account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True},
+        features=("no layers",),
+    ),
+}
+
+
+def runs_of(name: str) -> dict[str, Run]:
+    """Every run of a layout."""
+    layout = LAYOUTS[name]
+    return {run: fitted for run, given in RUNS.items() if (fitted := _fitted(given, layout)) is not None} | (
+        {run: fitted for run, given in UNEVEN.items() if (fitted := _fitted(given, layout)) is not None}
+        if layout.pp == 4 and layout.vp is None
+        else {}
+    )
+
+
+def oracle_of(run: Run) -> Run:
+    """The single-process run that must come out the same: plain, in float64, but for bfloat16 parameters."""
+    plain = dataclasses.replace(run, recompute=None, stages={}, fault=None, features=())
+    if run.dtype == "bfloat16":
+        return dataclasses.replace(plain, loop="ddp")
+    return dataclasses.replace(plain, loop="plain", dtype="float64")
+
+
+def _fitted(run: Run, layout: Layout) -> Run | None:
+    """The run with as many layers and query groups as the layout needs; None where it is refused."""
+    model = dict(run.model)
+    if layout.vp is not None:
+        model.setdefault("num_layers", layout.pp * layout.vp)
+    if model.get("llama"):
+        model.setdefault("groups", max(2, layout.tp))
+        if model["groups"] < layout.tp:
+            return None
+    return dataclasses.replace(run, model=model)
+
+
+FAULTS: dict[str, dict[str, Run]] = {
+    "pp2": {fault: Run(config=TL6, fault=fault, steps=2) for fault in ("no sum", "summed twice", "stepped twice")},
+    "tp2 sp": {"no sum": Run(config=TL6, fault="no sum", steps=2)},
+}
+"""Errors that are planted, layout by layout: each must be noticed."""

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs every layout of a number of ranks in one start of them; each rank compares its records with the oracle's."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from pathlib import Path
+
+import torch
+
+from tests.parity.comparison import TOLERANCES, Verdict, compare
+from tests.parity.layouts import LAYOUTS
+from tests.parity.runs import FAULTS, Run, oracle_of, runs_of
+from tests.parity.training import Record, train
+from tests.ranks import run_ranks, single_process
+
+__all__ = ["oracle", "verdicts"]
+
+
+def verdicts(layout: str, run: str) -> list[Verdict]:
+    """Each rank's, of one run on one layout."""
+    outcome = _outcome(LAYOUTS[layout].world_size)
+    if isinstance(outcome, AssertionError):
+        raise outcome
+    return [rank[layout, run] for rank in outcome]
+
+
+@functools.cache
+def _oracle(key: str) -> Record:
+    single_process()
+    return train(_requests()[key])
+
+
+def oracle(run: Run) -> Record:
+    """The single-process run's record."""
+    return _oracle(repr(oracle_of(run)))
+
+
+@functools.cache
+def _requests() -> dict[str, Run]:
+    runs = [run for layout in LAYOUTS for run in all_runs(layout).values()]
+    return {repr(oracle_of(run)): oracle_of(run) for run in runs}
+
+
+def all_runs(layout: str) -> dict[str, Run]:
+    """With the faults that are planted there."""
+    return runs_of(layout) | FAULTS.get(layout, {})
+
+
+@functools.cache
+def _outcome(world_size: int) -> list[dict[tuple[str, str], Verdict]] | AssertionError:
+    """Each rank's verdicts; the ranks are spawned once, also when they fail."""
+    plan = {name: all_runs(name) for name, layout in LAYOUTS.items() if layout.world_size == world_size}
+    expected = {repr(oracle_of(run)): oracle(run) for runs in plan.values() for run in runs.values()}
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / "oracle.pt")
+        torch.save(expected, path)
+        if world_size == 1:
+            return [_on_a_rank(plan, path)]
+        try:
+            return run_ranks(_on_a_rank, plan, path, world_size=world_size, timeout=600)
+        except AssertionError as failure:
+            return failure
+
+
+def _on_a_rank(plan: dict[str, dict[str, Run]], path: str) -> dict[tuple[str, str], Verdict]:
+    expected = torch.load(path, weights_only=False)
+    results = {}
+    for name, runs in plan.items():
+        layout = LAYOUTS[name]
+        if layout.world_size > 1:
+            layout.enter()
+        for run_name, run in runs.items():
+            record = train(run, sequence_parallel=layout.sequence_parallel)
+            results[name, run_name] = compare(record, expected[repr(oracle_of(run))], TOLERANCES[run.dtype])
+    return results

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One, two, four and eight ranks (a start each): every layout reproduces the single-process run."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.parity.comparison import unequal_replicas, worst
+from tests.parity.layouts import LAYOUTS
+from tests.parity.runs import FAULTS, runs_of
+from tests.parity.suite import all_runs, oracle, verdicts
+
+CASES = [(layout, run) for layout in LAYOUTS for run in runs_of(layout)]
+PLANTED = [(layout, fault) for layout, faults in FAULTS.items() for fault in faults]
+
+
+@pytest.mark.parametrize(("layout", "run"), CASES)
+def test_the_layout_reproduces_the_single_process_run(layout: str, run: str) -> None:
+    """Every loss, every gradient, every norm, the adapter after five steps; the base's output before the first."""
+    ranks = verdicts(layout, run)
+    assert [problem for verdict in ranks for problem in verdict.problems] == [], dict(worst(ranks))
+    assert {verdict.starts_as_base for verdict in ranks} <= {True, None}
+    assert True in {verdict.starts_as_base for verdict in ranks}
+
+
+@pytest.mark.parametrize(("layout", "run"), CASES)
+def test_ranks_that_hold_the_same_element_hold_the_same_bits_after_every_step(layout: str, run: str) -> None:
+    ranks = verdicts(layout, run)
+    whole = {name: tuple(tensor.shape) for name, tensor in oracle(runs_of(layout)[run]).state.items()}
+    assert unequal_replicas(ranks, LAYOUTS[layout], whole) == []
+
+
+@pytest.mark.parametrize(("layout", "fault"), PLANTED)
+def test_a_planted_error_is_noticed(layout: str, fault: str) -> None:
+    assert all_runs(layout)[fault].fault == fault
+    assert [problem for verdict in verdicts(layout, fault) for problem in verdict.problems]

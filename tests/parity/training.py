@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One training run on whatever layout the rank finds itself in, and what it records.
+
+The global batch is MICROBATCHES microbatches; data-parallel ranks share them. The single-process run is the oracle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from torch import nn
+
+from nemo_tied_lora import TiedLoraConfig, inject
+from nemo_tied_lora.adapter import Adapter
+from nemo_tied_lora.adapter_state import expected_shapes
+from nemo_tied_lora.experts import group_of
+from nemo_tied_lora.sharding import sharded_dim, unshard
+from nemo_tied_lora.tie_guard import check_ties
+from tests.parity.context_parallel import GatheredAttention, own_positions
+from tests.parity.loops import make_loop
+from tests.parity.runs import Run
+from tests.tiny_gpt import SEQUENCE, VOCAB, build_gpt, full_tensor
+
+__all__ = ["MICROBATCHES", "Record", "build_chunks", "randomise", "train"]
+
+MICROBATCHES, MICRO_BATCH_SIZE = 4, 2
+
+
+@dataclass
+class Record:
+    """What a run did on this rank, a list's item a step.
+
+    losses: of the global batch; none where the rank's stage has none. gradients: whole tensors, after every sum, before
+    clipping. norms: what clipping used. state: the whole adapter after the last step. bits: a digest of every tensor
+    that this rank holds, by (chunk, name). shapes: of these tensors. starts_as_base: None on stages without an output.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    gradients: list[dict[str, torch.Tensor]] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    state: dict[str, torch.Tensor] = field(default_factory=dict)
+    bits: list[dict[tuple[int, str], str]] = field(default_factory=list)
+    shapes: dict[tuple[int, str], tuple[int, ...]] = field(default_factory=dict)
+    starts_as_base: bool | None = None
+
+
+def train(run: Run, *, sequence_parallel: bool = False) -> Record:
+    """Trains `run.steps` steps of Adam from factors that are random everywhere (a zero would hide errors)."""
+    chunks = build_chunks(run, sequence_parallel)
+    record = Record()
+    before = _outputs(chunks, run)
+    adapter = inject(chunks, TiedLoraConfig.from_mapping(run.config))
+    after = _outputs(chunks, run)
+    if before:
+        record.starts_as_base = all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    randomise(adapter)
+    loop = make_loop(run, chunks, adapter)
+    for step in range(run.steps):
+        loop.start()
+        losses = _forward_backward(loop.models, run, step, forward_only=False)
+        loop.finish()
+        if losses:
+            record.losses.append(_global_loss(losses))
+        record.gradients.append(_whole_gradients(adapter, loop.gradients()))
+        record.norms.append(loop.clip_and_step())
+        if run.fault is None:
+            check_ties(adapter, f"after step {step + 1}: ")
+        record.bits.append(_digests(adapter))
+    record.state = adapter.full_state()
+    record.shapes = {key: tuple(p.shape) for key, p in _local(adapter)}
+    return record
+
+
+def build_chunks(run: Run, sequence_parallel: bool = False) -> list[nn.Module]:
+    """This stage's chunks, each with the base's fixed numbers."""
+    options: dict[str, Any] = {"dtype": getattr(torch, run.dtype), **run.model}
+    if sequence_parallel:
+        options["sequence_parallel"] = True
+    if (cp_size := parallel_state.get_context_parallel_world_size()) > 1:
+        options |= {"context_parallel_size": cp_size, "core_attention": GatheredAttention}
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        options |= run.stages
+    if run.recompute:
+        options["recompute_granularity"] = run.recompute
+    if run.recompute == "full":
+        options |= {"recompute_method": "uniform", "recompute_num_layers": 1}
+    num_chunks = parallel_state.get_virtual_pipeline_model_parallel_world_size()
+    return [build_gpt(**options, vp_stage=stage) for stage in ([None] if num_chunks is None else range(num_chunks))]
+
+
+def randomise(adapter: Adapter) -> None:
+    """The same numbers in every layout, nowhere 0."""
+    shapes = expected_shapes(adapter.config, adapter.specs)
+    adapter.load_full_state({name: full_tensor(f"start {name}", shape) for name, shape in shapes.items()})
+
+
+def _forward_backward(
+    models: list[nn.Module], run: Run, step: int, *, forward_only: bool, collect: bool = False
+) -> list:
+    interleaved = len(models) > 1
+    iterators = [_batches(step) for _ in models]
+    return get_forward_backward_func()(
+        forward_step_func=_forward_step,
+        data_iterator=iterators if interleaved else iterators[0],
+        model=models if interleaved else models[0],
+        num_microbatches=MICROBATCHES // parallel_state.get_data_parallel_world_size(),
+        seq_length=SEQUENCE,
+        micro_batch_size=MICRO_BATCH_SIZE,
+        forward_only=forward_only,
+        collect_non_loss_data=collect,
+    )
+
+
+def _outputs(models: list[nn.Module], run: Run) -> list[torch.Tensor]:
+    """This rank's logits of the first batch; empty on stages that have none."""
+    for model in models:
+        model.eval()
+    with torch.no_grad():
+        outputs = _forward_backward(models, run, 0, forward_only=True, collect=True)
+    for model in models:
+        model.train()
+    return outputs
+
+
+def _batches(step: int) -> Iterator[torch.Tensor]:
+    """This data-parallel rank's microbatches of a step: every dp-th."""
+    generator = torch.Generator().manual_seed(7 + step)
+    tokens = torch.randint(0, VOCAB, (MICROBATCHES, MICRO_BATCH_SIZE, SEQUENCE + 1), generator=generator)
+    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    return iter(tokens[rank::size])
+
+
+def _forward_step(batches: Any, model: nn.Module) -> tuple[torch.Tensor, Any]:
+    tokens = next(batches)
+    everyone, own = own_positions(SEQUENCE)
+    mask = everyone[None, :] > own[:, None]
+    logits = model(tokens[:, own], own.expand(MICRO_BATCH_SIZE, -1), mask[None, None])
+    return logits, partial(_loss, tokens[:, own + 1])
+
+
+def _loss(labels: torch.Tensor, logits: torch.Tensor, non_loss_data: bool = False) -> Any:
+    """This rank's share of the microbatch's mean cross entropy, never in less than float32.
+
+    megatron-core's own is float32 always. Under context parallelism a rank has a part of the sequence, and its share
+    is a part of the mean, which megatron-core's schedule and DDP make up for.
+    """
+    if non_loss_data:
+        return logits.detach().clone()
+    if parallel_state.get_tensor_model_parallel_world_size() > 1:
+        logits = gather_from_tensor_model_parallel_region(logits)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    loss = nn.functional.cross_entropy(logits.reshape(-1, VOCAB), labels.reshape(-1))
+    loss = loss / parallel_state.get_context_parallel_world_size()
+    return loss, {"loss": loss.detach().clone()}  # the schedule divides the loss in place
+
+
+def _global_loss(losses: list[dict[str, torch.Tensor]]) -> float:
+    """The mean over the global batch."""
+    total = torch.stack([loss["loss"].double() for loss in losses]).sum()
+    torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    return total.item() / MICROBATCHES
+
+
+def _whole_gradients(adapter: Adapter, gradients: dict[nn.Parameter, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Every trained tensor's gradient, whole: shards from the tensor-parallel ranks, layers from the other stages.
+
+    What this rank holds whole is its own copy, and of what is tied it is its own stage's.
+    """
+    own: dict[str, torch.Tensor] = {}
+    for name, parameter in adapter.named_parameters():
+        gradient = gradients[parameter].detach().clone()
+        assert torch.equal(own.setdefault(name, gradient), gradient), f"{name}: this stage's chunks differ"
+    shards = _everyones(own, parallel_state.get_tensor_model_parallel_group())
+    whole = {}
+    for name in own:
+        target, _, factor = name.rpartition(".")
+        spec = adapter.specs[group_of(re.sub(r"^layers\.\d+\.", "", target))]
+        split = sharded_dim(factor, spec.kind) is not None
+        whole[name] = unshard([shard[name] for shard in shards], factor, spec) if split else own[name]
+    stages = _everyones(whole, parallel_state.get_pipeline_model_parallel_group())
+    return {name: whole.get(name, tensor) for stage in stages for name, tensor in stage.items()}
+
+
+def _everyones(value: Any, group: Any) -> list[Any]:
+    values = [value] * group.size()
+    if group.size() > 1:
+        torch.distributed.all_gather_object(values, value, group=group)
+    return values
+
+
+def _local(adapter: Adapter) -> Iterator[tuple[tuple[int, str], torch.Tensor]]:
+    for index, chunk in enumerate(adapter.chunks):
+        chunk.factors()
+        for name, parameter in chunk.factors.named_parameters():
+            yield (index, name), parameter.detach()
+
+
+def _digests(adapter: Adapter) -> dict[tuple[int, str], str]:
+    raw = {key: tensor.contiguous().view(torch.uint8).numpy().tobytes() for key, tensor in _local(adapter)}
+    return {key: hashlib.sha256(data).hexdigest() for key, data in raw.items()}
