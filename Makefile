@@ -11,12 +11,16 @@ EXTRAS ?= laptop,dev
 # More words for the installation of torch, such as the --index-url of PyTorch's CPU builds.
 TORCH_OPTIONS ?=
 LAYOUT ?= tp2
+# Files of tests that run at a time; one takes up to 3 GiB.
+WORKERS ?= 2
 PYTEST_OPTIONS ?=
 OVERHEAD ?= runs/step_overhead.json
 COMMUNICATION ?= runs/communication.json
 
 CANDIDATES := $(if $(PYTHON),$(PYTHON),python3.11 python3.12 python3.10 python3)
 BIN := $(VENV)/bin
+# A file stays together: its tests share what was expensive to make.
+AT_ONCE := --numprocesses $(WORKERS) --dist loadfile
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 # The folder is in the key because a virtual environment does not survive being moved.
@@ -69,12 +73,12 @@ setup-mcore016: ## build .venv-mcore016: megatron-core 0.16.1 without NeMo (abou
 	@$(MAKE) --no-print-directory setup VENV=$(VENV_MCORE016) EXTRAS=megatron,test
 
 test: lint typecheck test-mcore016 ## the linter, the type checker and all tests, those on a SLURM of their own too
-	$(BIN)/python -m pytest $(PYTEST_OPTIONS)
+	$(BIN)/python -m pytest $(AT_ONCE) $(PYTEST_OPTIONS)
 	$(BIN)/python -m pytest -m slurm tests/slurm
 
 # Which tests these are, tests/conftest.py says, and tests/test_selection.py defends.
 test-mcore016: setup-mcore016 ## the tests that need megatron-core and no NeMo, on megatron-core 0.16.1
-	$(VENV_MCORE016)/bin/python -m pytest $(PYTEST_OPTIONS)
+	$(VENV_MCORE016)/bin/python -m pytest $(AT_ONCE) $(PYTEST_OPTIONS)
 
 test-slurm: $(STAMP) ## the tests on a private SLURM (Linux, root; installs Debian's packages where they are missing)
 	$(BIN)/python -m pytest -m slurm tests/slurm $(PYTEST_OPTIONS)
