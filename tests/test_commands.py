@@ -97,16 +97,29 @@ def test_a_sweep_runs_on_this_machine_and_is_reported(workshop: Path) -> None:
     for name, rank in (("0_rank-2", 2), ("1_rank-4", 4)):
         run = workshop / "sweep" / name
         assert read_adapter(run / "adapter.nemo").config.rank == rank
-        config = OmegaConf.load(run / "config.yaml")
+        config = OmegaConf.load(next(run.rglob("config.yaml")))
         assert config.exp_manager.explicit_log_dir == f"sweep/{name}"
         assert config.model.peft.tied_lora.rank == rank
-        assert json.loads((run / "versions.json").read_text())["packages"]["nemo_toolkit"]
+        assert json.loads(next(run.rglob("versions.json")).read_text())["packages"]["nemo_toolkit"]
     shown = tied_lora("report", "folder=sweep", folder=workshop).stdout
     losses = [json.loads((workshop / "sweep" / n / "metrics.json").read_text()) for n in ("0_rank-2", "1_rank-4")]
     for metrics, line in zip(losses, shown.splitlines()[2:4], strict=True):
         assert f"{metrics['validations'][-1]['validation_loss']:.4f}" in line
         assert line.endswith("| finished |")
     assert (workshop / "sweep" / "report.png").exists()
+
+
+def test_the_recipe_for_large_bases_trains(workshop: Path) -> None:
+    """bfloat16 with O2 and sequence parallelism, as docs/cluster.md recommends them."""
+    own = ("trainer.precision=", "model.micro_batch_size=")
+    arguments = [one for one in finetune_arguments("recipe") if not one.startswith(own)]
+    arguments += ["recipe=llama2", "layout=tp2", "trainer.max_steps=2"]
+    tied_lora("finetune", *arguments, folder=workshop)
+    metrics = json.loads((workshop / "recipe" / "metrics.json").read_text())
+    assert [step["step"] for step in metrics["steps"]] == [1, 2]
+    assert all(0 < step["loss"] < 10 and step["grad_norm"] > 0 for step in metrics["steps"])
+    assert 0 < metrics["validations"][-1]["validation_loss"] < 10
+    assert read_adapter(workshop / "recipe" / "adapter.nemo").state["layers.3.linear_fc2.v"].abs().max() > 0
 
 
 def test_every_mistake_is_reported_at_once_before_torch_is_imported(workshop: Path) -> None:
