@@ -300,8 +300,27 @@ def _data_problems(cfg: Mapping[str, Any]) -> Iterator[str]:
         if name == "train_ds" and (not isinstance(weights, list) or len(weights) != len(files)):
             yield f"model.data.train_ds.concat_sampling_probabilities={weights!r}: must hold one number for each file"
         yield from _batch_problems(name, section)
+        if name != "train_ds":
+            yield from _generation_problems(name, section, cfg["model"])
         for file in files:
             yield from _first_line_problems(key, Path(str(file)), _fields(section.get("prompt_template")))
+
+
+def _generation_problems(name: str, section: Mapping[str, Any], model: Mapping[str, Any]) -> Iterator[str]:
+    """NeMo 2.4 leaves sequence parallelism on while it generates, token by token; the first odd length then fails."""
+    metric = (section.get("metric") or {}).get("name")
+    if not model.get("sequence_parallel") or model.get("tensor_model_parallel_size", 1) == 1:
+        return
+    if metric != "loss":
+        yield (
+            f"model.data.{name}.metric.name={metric}: needs to generate, which NeMo 2.4 cannot do with "
+            "model.sequence_parallel=true; set it to loss, and let tied-lora generate answer with the adapter"
+        )
+    if section.get("write_predictions_to_file"):
+        yield (
+            f"model.data.{name}.write_predictions_to_file=true: not possible with model.sequence_parallel=true, for the "
+            "same reason; set it to false"
+        )
 
 
 def _batch_problems(name: str, section: Mapping[str, Any]) -> Iterator[str]:

@@ -108,6 +108,10 @@ def test_data_that_does_not_fit_the_layout_or_the_base_is_refused(
         ({"trainer.devices": 8, "model.tensor_model_parallel_size": 8}, "num_attention_heads=4"),
         ({"trainer.devices": 4, "model.tensor_model_parallel_size": 4}, "num_query_groups=2"),
         ({"model.peft.tied_lora.rank": 33}, "rank=33: more than the 32"),
+        (
+            {"trainer.devices": 2, "model.tensor_model_parallel_size": 2, "model.sequence_parallel": True},
+            "validation_ds.metric.name=exact_string_match: needs to generate",
+        ),
         ({"trainer.devices": 3}, "global_batch_size=8: not divisible by micro_batch_size=2 x data-parallel size 3"),
     ],
 )

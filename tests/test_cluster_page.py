@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -13,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.cluster_recipes import PAGE, RECIPES, in_page
 from nemo_tied_lora.commands import launch
 from nemo_tied_lora.commands.config_folder import config_folder
 
+_PROGRAM = runpy.run_path(str(Path(__file__).resolve().parents[1] / "benchmarks" / "cluster_recipes.py"))
+PAGE: Path = _PROGRAM["PAGE"]
 _END = "----- the next command"
 
 
@@ -60,10 +62,10 @@ def test_the_commands_print_what_the_page_says(shared: Path) -> None:
 
 def test_the_table_of_recipes_is_the_plans() -> None:
     page = PAGE.read_text()
-    assert in_page(page) == page, "run benchmarks/cluster_recipes.py --write"
+    assert _PROGRAM["in_page"](page) == page, "run benchmarks/cluster_recipes.py --write"
 
 
-@pytest.mark.parametrize("line", RECIPES)
+@pytest.mark.parametrize("line", _PROGRAM["RECIPES"])
 def test_a_recipe_composes_and_passes_pre_flight(shared: Path, line: str, capsys: pytest.CaptureFixture[str]) -> None:
     name = line.split()[0].partition("=")[2]
     data = [

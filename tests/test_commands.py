@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
-from nemo_tied_lora.export.nemo_adapter import AdapterFile
-from tests.command_runs import SHORT, finetune, tied_lora
+from nemo_tied_lora.export.nemo_adapter import AdapterFile, read_adapter
+from tests.command_runs import SHORT, finetune, finetune_arguments, tied_lora
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +88,38 @@ def test_a_run_that_a_guard_stops_fails_with_the_reason_and_leaves_an_older_file
     assert "tied-lora finetune: step " in done.stderr
     assert "holds NaN or infinity on rank 0" in done.stderr
     assert (workshop / "single" / "adapter.nemo").read_bytes() == older
+
+
+def test_a_sweep_runs_on_this_machine_and_is_reported(workshop: Path) -> None:
+    arguments = [one for one in finetune_arguments("sweep") if "rank=" not in one and not one.startswith("output=")]
+    short = ["trainer.max_steps=2", "cluster=local", "layout=single"]
+    tied_lora("launch", *arguments, *short, "rank=2,4", folder=workshop)
+    for name, rank in (("0_rank-2", 2), ("1_rank-4", 4)):
+        run = workshop / "sweep" / name
+        assert read_adapter(run / "adapter.nemo").config.rank == rank
+        config = OmegaConf.load(next(run.rglob("config.yaml")))
+        assert config.exp_manager.explicit_log_dir == f"sweep/{name}"
+        assert config.model.peft.tied_lora.rank == rank
+        assert json.loads(next(run.rglob("versions.json")).read_text())["packages"]["nemo_toolkit"]
+    shown = tied_lora("report", "folder=sweep", folder=workshop).stdout
+    losses = [json.loads((workshop / "sweep" / n / "metrics.json").read_text()) for n in ("0_rank-2", "1_rank-4")]
+    for metrics, line in zip(losses, shown.splitlines()[2:4], strict=True):
+        assert f"{metrics['validations'][-1]['validation_loss']:.4f}" in line
+        assert line.endswith("| finished |")
+    assert (workshop / "sweep" / "report.png").exists()
+
+
+def test_the_recipe_for_large_bases_trains(workshop: Path) -> None:
+    """bfloat16 with O2 and sequence parallelism, as docs/cluster.md recommends them."""
+    own = ("trainer.precision=", "model.micro_batch_size=")
+    arguments = [one for one in finetune_arguments("recipe") if not one.startswith(own)]
+    arguments += ["recipe=llama2", "layout=tp2", "trainer.max_steps=2"]
+    tied_lora("finetune", *arguments, folder=workshop)
+    metrics = json.loads((workshop / "recipe" / "metrics.json").read_text())
+    assert [step["step"] for step in metrics["steps"]] == [1, 2]
+    assert all(0 < step["loss"] < 10 and step["grad_norm"] > 0 for step in metrics["steps"])
+    assert 0 < metrics["validations"][-1]["validation_loss"] < 10
+    assert read_adapter(workshop / "recipe" / "adapter.nemo").state["layers.3.linear_fc2.v"].abs().max() > 0
 
 
 def test_every_mistake_is_reported_at_once_before_torch_is_imported(workshop: Path) -> None:

@@ -92,6 +92,32 @@ def test_the_script_that_people_copy_is_what_launch_writes(folder: Path, capsys:
     compare(ROOT / "launch" / "slurm" / "finetune.sbatch", script)
 
 
+def test_what_a_dry_run_printed_is_what_goes_to_sbatch(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An sbatch that keeps what it is given; tests/slurm has the real one."""
+    (folder / "sbatch").write_text('#!/bin/sh\ncp "$2" given.sbatch && echo "$@" > asked && echo "4242;cluster"\n')
+    (folder / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=":")
+    monkeypatch.setenv("WANDB_API_KEY", "s3cret-value")
+    arguments = [BASE, *DATA, *SLURM, "rank=2,8", "name=ranks"]
+    assert launch.main([*arguments, "dry_run=true"]) == 0
+    head, script, index = capsys.readouterr().out.split("# ----- ")
+    assert launch.main(arguments) == 0
+    assert "submitted: job 4242, 2 nodes x 8 ranks, 2 run(s)" in capsys.readouterr().out
+    assert head == f"# sbatch {(folder / 'asked').read_text()}"
+    assert script == f"runs/ranks/job.sbatch\n{(folder / 'given.sbatch').read_text()}"
+    assert index == f"runs/ranks/sweep.tsv\n{(folder / 'runs' / 'ranks' / 'sweep.tsv').read_text()}"
+    for name, rank in (("0_rank-2", 2), ("1_rank-8", 8)):
+        record = folder / "runs" / "ranks" / name
+        assert OmegaConf.load(record / "config.yaml").model.peft.tied_lora.rank == rank
+        assert json.loads((record / "versions.json").read_text()).keys() >= {"packages", "git_commit", "arguments"}
+    assert not any(b"s3cret" in path.read_bytes() for path in folder.rglob("*") if path.is_file())
+    (folder / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition specified: gpu' >&2\nexit 1\n")
+    assert launch.main(arguments) == 2
+    assert "invalid partition specified" in capsys.readouterr().err
+
+
 def test_the_scripts_are_bash(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("one_run", "container", "sweep"):
         assert launch.main([BASE, *DATA, "dry_run=true", *LAUNCHES[name]]) == 0
