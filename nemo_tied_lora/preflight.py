@@ -172,12 +172,17 @@ def base_model_config(path: str | os.PathLike | None, key: str = "model.restore_
     return config
 
 
+_MAX_CONFIG_BYTES = 4 << 20
+
+
 def _read_model_config(path: Path) -> Any:
     if path.is_dir():
         return yaml.safe_load((path / "model_config.yaml").read_text())
     with tarfile.open(path) as tar:
         for member in tar:
             if member.name.removeprefix("./") == "model_config.yaml" and member.isreg():
+                if member.size > _MAX_CONFIG_BYTES:
+                    raise tarfile.ReadError(f"its model_config.yaml claims {member.size} bytes")
                 return yaml.safe_load(tar.extractfile(member).read())  # type: ignore[union-attr]
     return None
 

@@ -292,6 +292,20 @@ def full_disk() -> dict[str, bool]:
     }
 
 
+def unwritable() -> dict[str, bool]:
+    """An adapter that cannot be written at the end is told; typing the command again writes it, and trains no step."""
+    place = Path("unwritable_place")
+    place.write_text("a file where a folder should be")
+    said = refusal("unwritable", f"output={place}/adapter.nemo")
+    place.unlink()
+    result = run("unwritable", f"output={place}/adapter.nemo")
+    return {
+        "told": f"output={place}/adapter.nemo: cannot be written" in said and "type the command again" in said,
+        "written": same(state(place / "adapter.nemo"), adapter_in(checkpoint("unwritable", 4))),
+        "no step more": [step["step"] for step in result["steps"]] == [1, 2, 3, 4],
+    }
+
+
 def refused() -> dict[str, bool]:
     """Another learning rate, other data, another adapter, another base; but more steps, or other workers, are fine."""
     stopped("refused")
@@ -353,6 +367,7 @@ SCENARIOS: dict[str, Callable[[], dict[str, bool]]] = {
         dropout,
         pruned,
         full_disk,
+        unwritable,
     )
 }
 

@@ -6,9 +6,11 @@ The check at the end of a merge restores both models on real NeMo: test_hugging_
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
+import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -205,6 +207,19 @@ def test_merge_reports_every_problem(tmp_path: Path, adapter: Path, capsys: pyte
     problems = said(capsys, words_of(base, tmp_path / "m.nemo", f"adapter={wide}"), 2)
     assert "linear_qkv: the adapter was trained on 48 x 144 (in x out), this base has 24 x 72" in problems
     assert "it has an update for layer 4; this base has layers 0 to 3" in problems
+
+
+def test_a_base_whose_config_is_a_bomb_is_refused(
+    tmp_path: Path, adapter: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "base.nemo"
+    with tarfile.open(base, "w:gz") as tar:
+        info = tarfile.TarInfo("model_config.yaml")
+        info.size = 64 << 20
+        tar.addfile(info, io.BytesIO(b"#" * info.size))
+    assert base.stat().st_size < 1 << 20
+    problems = said(capsys, words_of(base, tmp_path / "m.nemo", f"adapter={adapter}"), 2)
+    assert f"base={base}: not a .nemo file: its model_config.yaml claims 67108864 bytes" in problems
 
 
 def test_merge_needs_a_few_of_the_bases_tensors_in_memory_not_the_model(tmp_path: Path) -> None:

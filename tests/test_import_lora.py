@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from nemo_tied_lora.commands.main import main
 from nemo_tied_lora.config import ConfigError
+from nemo_tied_lora.export.adapter_file import write_adapter
 from nemo_tied_lora.export.hf_peft import write_hf_peft
 from nemo_tied_lora.export.nemo_adapter import read_adapter
 from nemo_tied_lora.export.nemo_lora import write_nemo_lora
@@ -57,7 +59,23 @@ def test_an_exported_tied_adapter_comes_back_from_peft(
     printed = capsys.readouterr().out
     assert "relative error" in printed
     assert "layer 2" in printed
+    assert re.search(r"check: read back, its relative error over all layers is linear_qkv \S+e-0[6-9],", printed)
     assert max(back.yaml["fitted"]["relative_errors"]["linear_qkv"].values()) < 1e-6
+
+
+def test_a_file_that_is_further_from_the_lora_than_the_fit_is_told(
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def swapped(path: Path, config: Any, specs: Any, state: dict[str, torch.Tensor], facts: Any) -> Path:
+        names = ["layers.0.linear_proj.v", "layers.3.linear_proj.v"]
+        state |= {names[0]: state[names[1]], names[1]: state[names[0]]}
+        return write_adapter(path, config, specs, state, facts)
+
+    folder = write_hf_peft(random_adapter(LLAMA, preset="tl6"), LLAMA, tmp_path / "peft", None)
+    monkeypatch.setattr("nemo_tied_lora.export.adapter_file.write_adapter", swapped)
+    words = [f"path={folder}", f"base={base}", f"output={tmp_path / 'back.nemo'}", "rank=3"]
+    assert main(["import", "from=lora", *words]) == 1
+    assert "further away than the fit: linear_proj" in capsys.readouterr().err
 
 
 def test_an_exported_tied_adapter_comes_back_from_stock_nemos_form_without_its_base(tmp_path: Path) -> None:

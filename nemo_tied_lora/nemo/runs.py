@@ -156,8 +156,18 @@ def _lora_counts(adapter: Adapter) -> dict[str, int]:
 def _finish(
     model: Any, trainer: Trainer, recorder: RunRecorder, output: Path, facts: Mapping[str, Any], cfg: DictConfig
 ) -> dict[str, Any]:
-    """Writes the `.nemo`, then the record beside it."""
-    model.save_to(str(output))
+    """Writes the `.nemo`, then the record beside it.
+
+    Raises:
+        ConfigError: an adapter's `.nemo` cannot be written; its checkpoints are there.
+    """
+    try:
+        model.save_to(str(output))
+    except OSError as error:
+        if model.tied_lora is None:
+            raise
+        again = "the newest checkpoint holds it: make room and type the command again"
+        raise ConfigError([f"output={output}: cannot be written: {error}; {again}"]) from error
     summary = {
         **facts,
         "output": str(output),
