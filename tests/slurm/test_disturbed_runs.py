@@ -20,6 +20,7 @@ from tests.slurm.gates import PLANT, Gate
 from tests.slurm.private_cluster import PrivateCluster
 from tests.slurm.real_runs import PP2, STEPS, TIMEOUT_S, Run, launch
 
+pytestmark = pytest.mark.timeout(3600)  # nine starts, each a minute and more where the machine is busy
 NAME = "disturbed"
 WAIT_S = 300
 # Checkpoints are made after every second step: a run that is killed at a gate goes on from the step before.
