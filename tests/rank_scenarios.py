@@ -222,6 +222,7 @@ class Scenario:
         self.started = time.monotonic()
         self.disturbed: float | None = None
         self.codes: dict[int, int] = {}
+        self.told = False
         self.ended: dict[int, float] = {}
         self.pids = [self.fork(rank, port, entry) for rank in range(self.world_size)]
 
@@ -256,6 +257,10 @@ class Scenario:
                 if found:
                     self.codes[rank], self.ended[rank] = os.waitstatus_to_exitcode(status), time.monotonic()
         left = [pid for rank, pid in enumerate(self.pids) if rank not in self.codes]
+        if any(self.codes.values()) and not self.told:  # as srun does with --kill-on-bad-exit
+            self.told = True
+            for pid in left:
+                os.kill(pid, signal.SIGTERM)
         stopped = "stopped" in self.folder.name and len(left) == 1
         if left and (stopped or time.monotonic() - self.started > 90):
             for pid in left:

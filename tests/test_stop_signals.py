@@ -36,6 +36,22 @@ def test_the_handler_is_called_here_and_the_old_one_is_back_afterwards(number: i
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_once_the_exit_code_is_settled_no_signal_changes_it(number: int) -> None:
+    script = f"""
+import os, sys
+from nemo_tied_lora.commands.stop_signals import answered_by, ignore_from_now
+with answered_by(lambda number, frame: sys.exit(75)):
+    ignore_from_now()
+    os.kill(os.getpid(), {int(number)})
+os.kill(os.getpid(), {int(number)})
+sys.exit(2)
+"""
+    root = str(Path(__file__).parents[1])
+    ended = subprocess.run([sys.executable, "-c", script], check=False, env={**os.environ, "PYTHONPATH": root})
+    assert ended.returncode == 2
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_forked_process_dies_of_the_signal_and_blocks_nothing(number: int) -> None:
     got: list[int] = []
     with answered_by(lambda n, frame: got.append(n)):

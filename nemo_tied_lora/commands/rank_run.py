@@ -11,14 +11,14 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from nemo_tied_lora.allocation.fitting import run_folder
 from nemo_tied_lora.commands.composing import report
-from nemo_tied_lora.commands.stop_signals import answered_by
+from nemo_tied_lora.commands.stop_signals import answered_by, ignore_from_now
 from nemo_tied_lora.config import ConfigError
 from nemo_tied_lora.current_run import RankRun, current_run, set_current_run
 from nemo_tied_lora.guards import TrainingStopped
@@ -34,6 +34,7 @@ STOPPED = 3
 """The exit code of a run that one of its guards has stopped."""
 
 _START_S = 300.0
+_GONE_S = 10.0
 
 
 def run_as_rank(command: str, values: Mapping[str, Any], problems: list[str], work: Callable[[], Any]) -> int:
@@ -111,6 +112,7 @@ def _meet(command: str, values: Mapping[str, Any], problems: list[str]) -> int |
 
 def _refuse(error: ConfigError, meeting: Meeting | None, *, first: bool) -> None:
     """Ends what has begun. With a process group, this process too: a collective that hangs cannot be taken back."""
+    ignore_from_now()
     run = current_run()
     if run is not None and first:
         run.status.fail("; ".join(error.problems))
@@ -295,6 +297,7 @@ def _leave(run: RankRun) -> None:
     """All ranks, together: then rank 0, whose store the others use, and the rest may go."""
     import torch
 
+    ignore_from_now()
     if run.watchdog is not None:
         run.watchdog.stop()
     # A rank that exits with its groups' threads running may be aborted, after its work is done.
@@ -304,11 +307,15 @@ def _leave(run: RankRun) -> None:
 
 
 def _wait_for_all(meeting: Meeting) -> None:
-    """Rank 0 holds the store: it goes last, or the others would miss what it said."""
-    meeting.store.add("gone", 1)
-    deadline = time.monotonic() + 10
-    while meeting.rank == 0 and meeting.store.add("gone", 0) < meeting.world_size and time.monotonic() < deadline:
-        time.sleep(0.1)
+    """No rank goes before all have heard; rank 0, which holds the store, goes when all are about to.
+
+    Each is deaf to signals by now: a launcher that ends the others when the first has gone changes no exit code.
+    """
+    deadline = time.monotonic() + _GONE_S
+    with suppress(RuntimeError):  # rank 0 has gone, so that all have heard
+        meeting.store.add("gone", 1)
+        while meeting.store.add("gone", 0) < meeting.world_size and time.monotonic() < deadline:
+            time.sleep(0.1)
 
 
 def _record_end(status: RunStatus, reason: str, code: int, run: RankRun) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["STOP_SIGNALS", "answered_by"]
+__all__ = ["STOP_SIGNALS", "answered_by", "ignore_from_now"]
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """What SLURM and people send to a run that is to stop."""
@@ -23,7 +23,10 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 @contextmanager
 def answered_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Calls the handler for each of `STOP_SIGNALS` meanwhile; in the main thread only, as `signal.signal`."""
+    """Calls the handler for each of `STOP_SIGNALS` meanwhile; in the main thread only, as `signal.signal`.
+
+    Afterwards the old one is back, but where another was set in between.
+    """
     _register_once()
     previous = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
     _state["answered"] = True
@@ -32,7 +35,18 @@ def answered_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[No
     finally:
         _state["answered"] = False
         for number, before in previous.items():
-            signal.signal(number, before)
+            if signal.getsignal(number) is handler:
+                signal.signal(number, before)
+
+
+def ignore_from_now() -> None:
+    """To the end of this process, whose exit code is settled.
+
+    srun sends SIGTERM to all others as soon as one rank has ended with a code that is not 0, and reports what they died
+    of: a run that is refused would look like one that was stopped, and be started again.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 _state = {"registered": False, "answered": False}

@@ -63,7 +63,8 @@ if ((code == 2)); then
 fi
 
 # SLURM sends SIGTERM to this script too, when the job is cancelled, preempted or requeued: the ranks come first.
-trap 'say "SIGTERM: waiting for the ranks"' TERM
+told=''
+trap 'told=yes; say "SIGTERM: waiting for the ranks"' TERM
 if ((code == 0)); then
     say "starting $SLURM_NTASKS ranks on $SLURM_JOB_NUM_NODES nodes"
     # shellcheck disable=SC2016 # each task expands its own variables
@@ -79,6 +80,9 @@ if ((code == 0)); then
     done
 fi
 
+if [[ $code == 0 && -n $told ]]; then
+    code=143  # srun, which got the signal too, says 0 where it gave up waiting for its ranks
+fi
 if ((code == 0)); then
     touch "$folder/finished"
     say "finished"

@@ -205,6 +205,8 @@ class PrivateCluster:
 
 # cred_expire is also how long a requeued job waits before it starts again: 120 s where it is not set.
 # Two slurmd of one host share its name, so every path carries %n, the node's.
+# MessageTimeout: what slurmctld takes for lost on a busy machine it sends again, and a late order to end a step would meet
+# the same step of the job's next start.
 _CONFIGURATION = """\
 ClusterName=private
 SlurmctldHost={host}(127.0.0.1)
@@ -229,8 +231,9 @@ SelectTypeParameters=CR_CPU
 SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2,sched_min_interval=0
 ReturnToService=2
-SlurmdTimeout=60
-KillWait=20
+SlurmdTimeout=120
+MessageTimeout=60
+KillWait=60
 MinJobAge=600
 InactiveLimit=0
 Waittime=0

@@ -20,6 +20,7 @@ from tests.slurm.gates import PLANT, Gate
 from tests.slurm.private_cluster import PrivateCluster
 from tests.slurm.real_runs import PP2, STEPS, TIMEOUT_S, Run, launch
 
+pytestmark = pytest.mark.timeout(3600)  # nine starts, each a minute and more where the machine is busy
 NAME = "disturbed"
 WAIT_S = 300
 # Checkpoints are made after every second step: a run that is killed at a gate goes on from the step before.
@@ -29,7 +30,7 @@ NIGHT = {
     11: "a rank is killed",
     15: "a node is killed",
     19: "scancel",
-    "save-22": "the job is killed while it saves",
+    "save-22": "scancel, and SIGKILL while it saves",
     23: "the time limit comes near",
     27: "SIGUSR1 to one rank",
 }
@@ -111,9 +112,11 @@ class Night:
         self.submit_again()
 
         gate = self.at("save-22", 0)
-        self.slurm.run("scancel", "--full", "--signal=KILL", self.run.job)
-        self.ends()
+        self.slurm.run("scancel", self.run.job)
+        self.slurm.wait_until(lambda: gate.asked(0), WAIT_S, "the signal")
+        os.kill(gate.process(0), signal.SIGKILL)  # as SLURM does when KillWait is over
         gate.open()
+        self.ends("CANCELLED")
         self.submit_again()
 
         gate = self.at(23, 0, 1)
@@ -126,6 +129,11 @@ class Night:
         os.kill(gate.process(1), signal.SIGUSR1)
         self.tell(gate, 1)
         self.run.finish()
+
+    def logs(self, job: int) -> str:
+        """What the ranks said in one of the jobs, all its starts and nodes."""
+        found = sorted((self.run.folder / "logs").glob(f"{self.jobs[job]}-*/node-*.log"))
+        return "\n".join(path.read_text() for path in found)
 
     def _limit(self, minutes: Callable[[int], int]) -> None:
         """Changes the job's time limit, in minutes from its start."""
@@ -158,28 +166,30 @@ def test_after_every_disturbance_the_run_is_the_undisturbed_one_bit_for_bit(nigh
 
 
 def test_each_start_goes_on_from_the_last_checkpoint_and_a_signal_leaves_one_of_the_very_step(night: Night) -> None:
-    assert night.went_on_from == [0, 3, 6, 10, 14, 19, 20, 23]
+    at_least, below = [0, 3, 6, 10, 14, 19, 20, 23], [3, 7, 11, 15, 19, 22, 23, 27]
+    assert all(low <= step < high for low, step, high in zip(at_least, night.went_on_from, below, strict=True)), (
+        night.went_on_from
+    )
     status = night.run.status
-    assert (status["state"], status["saved_before"], status["restarts"]) == ("finished", 27, len(NIGHT))
-    for job, start, step in ((0, 0, 3), (0, 4, 19), (2, 0, 23), (2, 1, 27)):
-        log = night.run.log(start, job=night.jobs[job])
-        assert f"asked to stop: saved after step {step} of {STEPS}" in log, (job, start)
+    assert (status["state"], status["saved_before"]) == ("finished", 27)
+    assert status["restarts"] >= len(NIGHT)
+    for job, step in ((0, 3), (0, 19), (2, 23), (2, 27)):
+        assert f"asked to stop: saved after step {step} of {STEPS}" in night.logs(job), (job, step)
 
 
 def test_a_rank_that_stands_still_becomes_an_error_that_names_it(night: Night) -> None:
     named = f"rank 1 (node n2, process {night.processes[7]}): no sign of life for {TIMEOUT_S} s"
-    assert f"the run ends: {named}" in night.run.log(1, job=night.jobs[0])
-    assert "exit code 70: requeued" in night.run.said(night.jobs[0]) or "exit code 137: requeued" in night.run.said(
-        night.jobs[0]
-    )
+    assert f"0: tied-lora: rank 0: the run ends: {named}" in night.logs(0)
+    assert "exit code 70: requeued to go on" in night.run.said(night.jobs[0])
 
 
 def test_the_script_requeues_what_can_go_on_and_leaves_what_slurm_or_a_person_ended(night: Night) -> None:
-    said = [night.run.said(job) for job in night.jobs]
-    assert said[0].count("requeued to go on") == 2  # the standstill and the killed rank
-    assert said[0].count("ended from outside") >= 2  # scontrol's requeue and scancel
-    assert [job.count("exit code 75: requeued") for job in said] == [0, 0, 2]
-    assert "finished" in said[2].splitlines()[-1]
+    said = [night.run.said(job).splitlines() for job in night.jobs]
+    assert sum("requeued to go on" in line for line in said[0]) >= 2  # the standstill and the killed rank
+    assert sum("ended from outside" in line for line in said[0]) >= 2  # scontrol's requeue, and at the end scancel
+    assert [[line for line in lines if line.endswith(": finished")] for lines in said[:2]] == [[], []]
+    assert sum("exit code 75: requeued to go on" in line for line in said[2]) >= 2  # the time limit, and SIGUSR1
+    assert said[2][-1].endswith(": finished")
 
 
 def test_the_run_is_seen_from_outside_while_it_goes(night: Night) -> None:

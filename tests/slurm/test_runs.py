@@ -34,12 +34,12 @@ def test_a_run_on_two_nodes_is_the_run_of_one_process(undisturbed: Run, sweep: R
     assert [step["step"] for step in undisturbed.curves] == list(range(1, STEPS + 1))
     for got, want in zip(undisturbed.curves, single.curves, strict=True):
         assert (got["lr"], got["tokens"]) == (want["lr"], want["tokens"])
-        assert math.isclose(got["loss"], want["loss"], rel_tol=1e-4)
-        assert math.isclose(got["grad_norm"], want["grad_norm"], rel_tol=2e-3)
+        assert math.isclose(got["loss"], want["loss"], rel_tol=1e-5)
+        assert math.isclose(got["grad_norm"], want["grad_norm"], rel_tol=1e-4)
     assert undisturbed.adapter.keys() == single.adapter.keys()
     for name, tensor in single.adapter.items():
-        # Adam divides by small second moments: a reordered sum shows in the last digits of float32.
-        assert torch.allclose(undisturbed.adapter[name], tensor, rtol=5e-3, atol=5e-5), name
+        # Adam divides by small second moments: a reordered sum shows in the last digits of float32 (3e-7 here).
+        assert torch.allclose(undisturbed.adapter[name], tensor, rtol=1e-3, atol=1e-5), name
     assert any(not torch.equal(undisturbed.adapter[name], tensor) for name, tensor in single.adapter.items())
 
 

@@ -159,6 +159,18 @@ def test_a_finished_run_is_not_run_again_when_its_job_is_requeued(slurm: Private
     assert (script.parent / "rank-0").read_text().count("WORLD_SIZE") == 1
 
 
+def test_what_slurm_stops_is_not_taken_for_finished(slurm: PrivateCluster, write: Write) -> None:
+    """srun may say 0 where it was told to stop, whatever became of the ranks."""
+    script = write("[[ ! -e ready ]] || exit 0; trap 'exit 0' TERM; touch ready; sleep 300 & wait", nodes=1)
+    job = submit(slurm, script)
+    slurm.wait_until((script.parent / "ready").exists, 60, "the rank")
+    slurm.run("scontrol", "requeue", job)
+    slurm.wait_until(lambda: said(script, job).count("starting 1 ranks") == 2, 120, "the second start")
+    assert slurm.wait_for_state(job)["JobState"] == "COMPLETED", said(script, job)
+    assert "nothing is left to do" not in said(script, job)
+    assert (script.parent / "run" / "finished").exists()
+
+
 def test_each_task_of_an_array_does_its_own_line_of_the_index(slurm: PrivateCluster, write: Write) -> None:
     runs = points([["rank=2", "rank=8", "rank=32"]])
     script = write("exit 0", first="exit 0", nodes=1, runs=runs)
