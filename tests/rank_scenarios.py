@@ -23,10 +23,13 @@ import torch
 import torch.distributed as dist
 
 from nemo_tied_lora.allocation import collectives, software
+from nemo_tied_lora.allocation.meeting import Meeting
 from nemo_tied_lora.commands import rank_run
 from nemo_tied_lora.current_run import current_run
+from nemo_tied_lora.watchdog import Watchdog
 
 TIMEOUT_S = 6.0
+CONTROL_S = 40.0
 
 
 def values(folder: Path, world_size: int, **changes: Any) -> dict[str, Any]:
@@ -180,6 +183,23 @@ def problem_on_one() -> int:
     return train(["train.jsonl: no such file"] if only_on(1) else [], preflight=True)
 
 
+def without(owner: Any, name: str, instead: Callable[..., Any], entry: Callable[[], int]) -> Callable[[], int]:
+    """The scenario with one guard switched off."""
+
+    def run() -> int:
+        replace(owner, name, instead)
+        return entry()
+
+    return run
+
+
+def look_away(watchdog: Watchdog, *args: Any) -> None: ...
+
+
+def keep_to_oneself(meeting: Meeting, problems: list[str], topic: str = "problems") -> list[str]:
+    return list(problems)
+
+
 SCENARIOS: dict[str, tuple[int, Callable[[], int], Callable[[list[int], Path], None]]] = {
     "killed": (3, train, to(2, signal.SIGKILL)),
     "killed_rank_0": (2, train, to(0, signal.SIGKILL)),
@@ -199,6 +219,14 @@ SCENARIOS: dict[str, tuple[int, Callable[[], int], Callable[[list[int], Path], N
         nothing,
     ),
     "finished": (2, finished, nothing),
+    # Negative controls: the same with the guard switched off. They are given up after CONTROL_S.
+    "killed, unwatched": (3, without(Watchdog, "_look", look_away, train), to(2, signal.SIGKILL)),
+    "stopped, unwatched": (3, without(Watchdog, "_look", look_away, train), to(1, signal.SIGSTOP)),
+    "stopped_rank_0, unjudged": (2, without(Watchdog, "_judge", look_away, train), to(0, signal.SIGSTOP)),
+    "standing_still, unwatched": (2, without(Watchdog, "_look_for_standstill", look_away, stand_still), nothing),
+    "problem_on_one, untold": (2, without(Meeting, "agree", keep_to_oneself, problem_on_one), nothing),
+    "wrong_sum, unchecked": (4, without(collectives, "_wrong", lambda *args: None, wrong_sum), nothing),
+    "another_version, uncompared": (4, without(software, "differences", lambda said: [], another_version), nothing),
 }
 
 
@@ -257,7 +285,8 @@ class Scenario:
                     self.codes[rank], self.ended[rank] = os.waitstatus_to_exitcode(status), time.monotonic()
         left = [pid for rank, pid in enumerate(self.pids) if rank not in self.codes]
         stopped = "stopped" in self.folder.name and len(left) == 1
-        if left and (stopped or time.monotonic() - self.started > 90):
+        limit = CONTROL_S if ", " in self.folder.name else 90
+        if left and (stopped or time.monotonic() - self.started > limit):
             for pid in left:
                 os.kill(pid, signal.SIGKILL)
         return not left
