@@ -26,6 +26,7 @@ from nemo_tied_lora.allocation import collectives, software
 from nemo_tied_lora.allocation.meeting import Meeting
 from nemo_tied_lora.commands import rank_run
 from nemo_tied_lora.current_run import current_run
+from nemo_tied_lora.guards import TrainingStopped
 from nemo_tied_lora.watchdog import Watchdog
 
 TIMEOUT_S = 6.0
@@ -114,6 +115,16 @@ def raise_an_error() -> int:
         return steps()
 
     return rank_run.run_as_rank("finetune", cfg, [], work)
+
+
+def stopped_by_a_guard() -> int:
+    """What a tie guard or a gradient does to a run, the same on every rank."""
+
+    def work() -> Any:
+        dist.all_reduce(torch.ones(1))
+        raise TrainingStopped("tie guard: linear_qkv.A differs")
+
+    return rank_run.run_as_rank("finetune", values(Path(os.environ["FOLDER"]), 2), [], work)
 
 
 def another_version() -> int:
@@ -207,6 +218,7 @@ SCENARIOS: dict[str, tuple[int, Callable[[], int], Callable[[list[int], Path], N
     "stopped_rank_0": (2, train, to(0, signal.SIGSTOP)),
     "standing_still": (2, stand_still, nothing),
     "error": (2, raise_an_error, nothing),
+    "guard": (2, stopped_by_a_guard, nothing),
     "another_version": (4, another_version, nothing),
     "other_code": (4, other_code, nothing),
     "wrong_sum": (4, wrong_sum, nothing),

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from nemo_tied_lora.commands.rank_run import STOPPED
 from nemo_tied_lora.watchdog import EXIT_CODE
 from tests.rank_scenarios import SCENARIOS, TIMEOUT_S
 
@@ -67,6 +68,15 @@ def test_a_ranks_error_ends_the_others_at_once(ends: dict[str, Any]) -> None:
     assert all(code != 0 for code in end["codes"])
     assert "rank 1 failed: ValueError" in end["logs"][0]
     assert "the data has a hole" in end["status"]["reason"]
+
+
+def test_a_guard_that_stops_the_run_is_heard_once_and_every_rank_exits_with_its_code(ends: dict[str, Any]) -> None:
+    end = ends["guard"]
+    assert end["codes"] == [STOPPED, STOPPED] != [0, 0], end["logs"]
+    assert end["logs"][0].count("tied-lora finetune: tie guard: linear_qkv.A differs") == 1
+    assert "tie guard" not in end["logs"][1]
+    assert end["status"]["state"] == "failed"
+    assert end["status"]["reason"] == "tie guard: linear_qkv.A differs"
 
 
 def check_refusal(end: dict[str, Any], said: str, living: list[int] | None = None) -> None:
