@@ -22,7 +22,7 @@ STAMP := $(VENV)/.installed-$(KEY)
 UNFINISHED := $(VENV)/.unfinished
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-slurm lint typecheck format quickstart compare benchmark benchmark-communication clean clean-venv
+.PHONY: help setup test test-parity parallelism-page test-slurm lint typecheck format quickstart compare benchmark benchmark-communication clean clean-venv
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-24s %s\n", $$1, $$2}' Makefile
@@ -64,6 +64,13 @@ $(STAMP):
 test: lint typecheck ## the linter, the type checker and all tests, those on a SLURM of their own too
 	$(BIN)/python -m pytest $(PYTEST_OPTIONS)
 	$(BIN)/python -m pytest -m slurm tests/slurm
+
+test-parity: $(STAMP) ## only the tests of the parallel layouts, against the single-process run
+	$(BIN)/python -m pytest tests/parity $(PYTEST_OPTIONS)
+
+parallelism-page: $(STAMP) ## docs/parallelism.md, from the results of the tests that its cells name
+	$(BIN)/python -m pytest tests/parity/test_layouts.py tests/parity/test_refusals.py tests/test_moe.py tests/test_nemo_loops.py
+	$(BIN)/python -m tests.parity.table
 
 test-slurm: $(STAMP) ## the tests on a private SLURM (Linux, root; installs Debian's packages where they are missing)
 	$(BIN)/python -m pytest -m slurm tests/slurm $(PYTEST_OPTIONS)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Negative controls: each guard switched off in turn, and the test that goes red. None may stay green.
 
-Those of the parameters' flags and of the sums are in tests/oracle/faults.py.
+Those of the parameters' flags and of the sums are in tests/parity/runs.py (FAULTS).
 """
 
 from __future__ import annotations

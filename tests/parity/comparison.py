@@ -18,8 +18,8 @@ TOLERANCES = {
     "float64": 1e-9,
     # Against the float64 run: rounding at each product, 6e-8, of which some hundreds add up on the way to a gradient.
     "float32": 1e-4,
-    # 8 bits, 4e-3 at each product; two layouts round other sums.
-    "bfloat16": 1e-1,
+    # 8 bits, 4e-3 at each product, and two layouts round other sums; the gradient of a u is a small sum of large terms.
+    "bfloat16": 0.2,
 }
 """Largest relative error, of a loss, a norm, or a whole tensor by its 2-norm, for each dtype."""
 
@@ -38,7 +38,10 @@ class Verdict:
 def compare(record: Record, expected: Record, tolerance: float) -> Verdict:
     """What a rank recorded, against the single process."""
     verdict = Verdict(bits=record.bits, shapes=record.shapes, starts_as_base=record.starts_as_base)
-    numbers = [("loss", record.losses, expected.losses if record.losses else []), ("norm", record.norms, expected.norms)]
+    numbers = [
+        ("loss", record.losses, expected.losses if record.losses else []),
+        ("norm", record.norms, expected.norms),
+    ]
     for kind, got, want in numbers:
         assert len(got) == len(want), f"{kind}: {len(got)} steps instead of {len(want)}"
         for step, (g, w) in enumerate(zip(got, want, strict=True)):
