@@ -18,8 +18,8 @@ TOLERANCES = {
     "float64": 1e-9,
     # Against the float64 run: rounding at each product, 6e-8, of which some hundreds add up on the way to a gradient.
     "float32": 1e-4,
-    # 8 bits, 4e-3 at each product; two layouts round other sums.
-    "bfloat16": 1e-1,
+    # 8 bits, 4e-3 at each product, and two layouts round other sums; the gradient of a u is a small sum of large terms.
+    "bfloat16": 0.2,
 }
 """Largest relative error, of a loss, a norm, or a whole tensor by its 2-norm, for each dtype."""
 
