@@ -42,7 +42,7 @@ def test_fewer_query_groups_than_tensor_parallel_ranks_are_refused_by_name(tp_si
     assert check(Architecture.from_model_config({**MODEL, "num_query_groups": tp_size}), layout) == []
 
 
-def test_overlapping_sums_with_full_recomputation_are_refused_by_name_before_megatron_0_16() -> None:
+def test_overlapping_sums_with_full_recomputation_are_refused_by_name() -> None:
     """From then on they are right: tests/test_megatron_version.py."""
     if counts_repeated_gradients():
         train(OVERLAP_AND_FULL)
@@ -51,7 +51,7 @@ def test_overlapping_sums_with_full_recomputation_are_refused_by_name_before_meg
         train(OVERLAP_AND_FULL)
 
 
-def test_overlapping_sums_with_full_recomputation_would_fail_before_megatron_0_16(
+def test_overlapping_sums_with_full_recomputation_would_fail(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The refusal is not for nothing; when this no longer fails, it can go."""
