@@ -16,6 +16,7 @@ from torch import nn
 
 from nemo_tied_lora import TiedLoraConfig, inject
 from nemo_tied_lora.adapter import Adapter
+from nemo_tied_lora.config import TARGETS
 from nemo_tied_lora.gradients import reduce_over_pipeline, reduce_over_tensor_parallel
 from tests.parity.runs import Run
 from tests.parity.training import Record, randomise, train
@@ -161,14 +162,14 @@ def megatron() -> None:
     single_process()
 
 
-def two_chunks() -> Adapter:
+def two_chunks(**options: Any) -> Adapter:
     """One stage of two chunks with two layers each."""
     chunks = [build_gpt(num_layers=2), build_gpt(num_layers=2)]
     for layer in chunks[1].decoder.layers:
         layer.layer_number += 2
     for chunk in chunks:
         chunk.config.num_layers = 4
-    return inject(chunks, TiedLoraConfig(rank=3))
+    return inject(chunks, TiedLoraConfig(rank=3, **options))
 
 
 def tied(adapter: Adapter) -> list[dict[str, nn.Parameter]]:
@@ -188,6 +189,19 @@ def test_chunks_of_a_stage_get_the_sum_and_one_without_a_gradient_adds_nothing()
         assert torch.equal(first[name].grad, gradient), name
         assert torch.equal(second[name].grad, gradient), name
         assert first[name].grad is not second[name].grad
+
+
+def test_a_tied_tensor_that_no_linear_of_the_chunk_uses_gets_zeros_and_changes_nothing() -> None:
+    """Megatron's DDP with overlap_grad_reduce waits for every parameter's gradient."""
+    adapter = two_chunks(layers=[0])
+    without = adapter.chunks[1]
+    output, mean = forward_step(batches(), without.outer)
+    mean(output)[0].backward()
+    gradients = {name: parameter.grad for name, parameter in without.factors.named_parameters()}
+    assert gradients.keys() == {f"{target}.{factor}" for target in TARGETS for factor in "AB"}
+    assert [name for name, gradient in gradients.items() if gradient is None or gradient.any()] == []
+    adapter.remove()
+    assert torch.equal(forward_step(batches(), without.outer)[0], output)
 
 
 def test_per_layer_gradients_are_not_touched() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tests.parity.layouts import LAYOUTS
-from tests.parity.runs import runs_of
+from tests.parity.runs import TOLERANCES, runs_of
 
 __all__ = ["Cell", "Table", "tables"]
 
@@ -17,9 +17,6 @@ _BITS = f"{_HERE}/test_layouts.py::test_ranks_that_hold_the_same_element_hold_th
 _REFUSALS = f"{_HERE}/test_refusals.py::"
 _MOE, _NEMO = "tests/test_moe.py::", "tests/test_nemo_loops.py::"
 GPU = "untested (GPU only)"
-
-# Written out, for the comparison module needs Megatron and the page does not; a test compares the two.
-TOLERANCES = {"float64": "1e-9", "float32": "1e-4", "bfloat16": "0.2"}
 
 ROWS = {
     "single": "one process",
@@ -120,7 +117,7 @@ def _cell(layout: str, feature: str) -> Cell:
     if feature == "one query group" and (tp_size := LAYOUTS[layout].tp) > 1:
         return Cell(f"refused: one group cannot be split over {tp_size} ranks", (f"{_REFUSALS}{_GROUPS}[{tp_size}]",))
     runs = {name: run for name, run in runs_of(layout).items() if feature in run.columns}
-    best = min((TOLERANCES[run.dtype] for run in runs.values()), key=float)
+    best = f"{min(TOLERANCES[run.dtype] for run in runs.values()):.0e}".replace("e-0", "e-")
     evidence = [f"{test}[{layout}-{name}]" for name in runs for test in (_REPRODUCES, _BITS)]
     return Cell(f"tested, {best}", tuple(evidence))
 
@@ -153,15 +150,19 @@ def _experts() -> Table:
         pp: own("pp2", "allgather"),
         f"{pp}, megatron-core's DDP": tuple(Cell("tested, 1e-9", (f"{ddp}[{name}]",)) for name in names),
         "TP 2 without sequence parallelism": refused(
-            "the dispatcher needs it", "test_tensor_parallel_experts_need_sequence_parallelism_on_every_rank"
+            "every rank would send the same tokens",
+            "test_tensor_parallel_experts_need_sequence_parallelism_on_every_rank",
         ),
         "experts spread over ranks": refused(
-            "experts' sums are not right yet", "test_experts_on_different_ranks_are_refused_on_each_of_them"
+            "they cannot be adapted yet", "test_experts_on_different_ranks_are_refused_on_each_of_them"
         ),
         "experts' TP other than TP": refused(
-            "experts' shards are not right yet", f"{by_name}[expert_tensor_parallel_size=1: .* set it to 2]"
+            "experts must be split as the rest is", f"{by_name}[expert_tensor_parallel_size=1: .* set it to 2]"
         ),
-        "`flex` dispatcher": refused("it needs a GPU's kernels", f"{by_name}[moe_token_dispatcher_type='flex']"),
+        "`flex` dispatcher": refused("not tested with an adapter", f"{by_name}[moe_token_dispatcher_type='flex']"),
+        "overlap of shared experts": refused(
+            "shared experts cannot be adapted in it", f"{by_name}[moe_shared_expert_overlap=True]"
+        ),
         "grouped GEMM": refused(
             "all experts in one tensor", "test_grouped_experts_are_refused_by_name_and_attention_beside_them_is_not"
         ),
@@ -182,8 +183,8 @@ def _nemo() -> Table:
     rows = {
         label: tuple(
             Cell(
-                "tested, 0.02 (bfloat16)" if loop == "O2" else "tested, 2e-3",
-                (f"{gives}[{layout}-{loop}]", f"{bits}[{loop} {layout}]"),
+                "tested, 2e-2 (bfloat16)" if loop == "O2" else "tested, 2e-3",
+                (f"{gives}[{loop}-{layout}]", f"{bits}[{loop} {layout}]"),
             )
             for layout in columns
         )

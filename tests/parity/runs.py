@@ -9,7 +9,7 @@ from typing import Any
 
 from tests.parity.layouts import LAYOUTS, Layout
 
-__all__ = ["FAULTS", "RUNS", "Run", "oracle_of", "runs_of"]
+__all__ = ["FAULTS", "RUNS", "TOLERANCES", "Run", "oracle_of", "runs_of"]
 
 TL6 = {"preset": "tl6", "rank": 3, "alpha": 5.0}
 ONE_STAGE = {"preset": "tl6", "rank": 3, "layers": [3], "targets": ["linear_qkv", "linear_fc2"]}
@@ -93,6 +93,17 @@ UNEVEN: dict[str, Run] = {
         features=("no layers",),
     ),
 }
+TOLERANCES = {
+    # Sums are only reordered: 1e-13 or so, which Adam's division may magnify where a gradient is small.
+    "float64": 1e-9,
+    # Against the float64 run: 6e-8 at each product, some hundreds of which add up on the way to a gradient; the gradient
+    # of a u is a small sum of large terms.
+    "float32": 5e-4,
+    # 8 bits, 4e-3 at each product, and two layouts round other sums; u as in float32.
+    "bfloat16": 0.2,
+}
+"""Largest relative error, of a loss, a norm, or a whole tensor by its 2-norm, for each dtype."""
+
 # What no preset trains or ties.
 MIXED: dict[str, Run] = {
     "v alone, A tied": Run(config={"trained": ["v"], "tied": ["A"], "rank": 3}),
