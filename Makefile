@@ -30,7 +30,7 @@ STAMP := $(VENV)/.installed-$(KEY)
 UNFINISHED := $(VENV)/.unfinished
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-mcore016 test test-mcore016 test-slurm lint typecheck format quickstart compare benchmark benchmark-communication clean clean-venv
+.PHONY: help setup setup-mcore016 test test-mcore016 test-parity parallelism-page test-slurm lint typecheck format quickstart compare benchmark benchmark-communication clean clean-venv
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-24s %s\n", $$1, $$2}' Makefile
@@ -78,7 +78,14 @@ test: lint typecheck test-mcore016 ## the linter, the type checker and all tests
 
 # Which tests these are, tests/conftest.py says, and tests/test_selection.py defends.
 test-mcore016: setup-mcore016 ## the tests that need megatron-core and no NeMo, on megatron-core 0.16.1
-	$(VENV_MCORE016)/bin/python -m pytest $(AT_ONCE) $(PYTEST_OPTIONS)
+	PARITY_RESULTS=runs/parity-mcore016.json $(VENV_MCORE016)/bin/python -m pytest $(AT_ONCE) $(PYTEST_OPTIONS)
+
+test-parity: $(STAMP) ## only the tests of the parallel layouts, against the single-process run
+	$(BIN)/python -m pytest tests/parity $(PYTEST_OPTIONS)
+
+parallelism-page: $(STAMP) ## docs/parallelism.md, from the results of the tests that its cells name
+	$(BIN)/python -m pytest tests/parity/test_layouts.py tests/parity/test_refusals.py tests/test_moe.py tests/test_nemo_loops.py
+	$(BIN)/python -m tests.parity.table
 
 test-slurm: $(STAMP) ## the tests on a private SLURM (Linux, root; installs Debian's packages where they are missing)
 	$(BIN)/python -m pytest -m slurm tests/slurm $(PYTEST_OPTIONS)

@@ -179,6 +179,24 @@ in the order of the backward pass, the one nearest to the cause. Ten steps skipp
 machine, and a run that hides it goes on for days. float16's loss scaler is left alone: it overflows on purpose to find
 its scale, and skips those steps itself, on all ranks.
 
+## Seen to fail
+
+Each guard is switched off in a test, and the test of that guard must then fail; so is each flag that Megatron reads from the
+adapter's parameters, in a step of Megatron's own loop on four ranks:
+
+| switched off | goes wrong | table |
+|---|---|---|
+| `pipeline_parallel`, `has_cond_embedder` | the steps of tied tensors, the norm | `tests/test_flag_controls.py` |
+| `shared_embedding` | tied tensors, where stages differ in size and the optimizer is distributed | |
+| `shared`, `tensor_model_parallel` | the norm | |
+| `sequence_parallel` | what is replicated over tensor parallelism, the norm | |
+| `partition_dim`, `partition_stride` | the parts that Megatron's rule cuts: rows' A; a gated MLP's B and v | |
+| each place of `replica_id` | "Invalid access pattern" | |
+| `zero_out_wgrad` | a tied factor in a fused kernel; a stand-in has the kernel's place, the code around it is Megatron's | |
+| tie guard, look at the gradients, each check of layout, data, settings | no refusal | `tests/test_guard_controls.py` |
+| the same in NeMo's loop | a run that neither stops nor skips, a file over a good one | `tests/test_guarded_training.py` |
+| watchdog, the ranks' agreement, pre-flight | ranks hang, or end without a name | `tests/test_ranks_in_trouble.py` |
+
 ## What they cost
 
 {table}

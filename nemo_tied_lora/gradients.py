@@ -95,7 +95,7 @@ class _TakePart(torch.autograd.Function):
         return same
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return gradient, *(torch.zeros_like(parameter) for parameter in ctx.parameters)
 
 

@@ -9,8 +9,8 @@ import os
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ import sentencepiece
 import torch
 
 from tests.ranks import run_ranks
+from tests.switched_off import switched_off
 
-__all__ = ["LOOPS", "Fit", "FitRecord", "fit_records", "make_data", "run_fits"]
+__all__ = ["LOOPS", "UNGUARDED", "Fit", "FitRecord", "fit_records", "make_data", "run_fits"]
 
 LOOPS: dict[str, tuple[str, ...]] = {
     "O1": ("model.optim.name=fused_adam",),
@@ -65,6 +66,17 @@ _TINY = [
 ]
 
 
+_LOOK, _COMPARE = "nemo_tied_lora.finite_gradients:find_nonfinite", "nemo_tied_lora.tie_guard:check_ties"
+UNGUARDED = {
+    "stop": _LOOK,
+    "skip O1": _LOOK,
+    "drift tp2": _COMPARE,
+    "drift before a checkpoint": _COMPARE,
+    "drift before the file": _COMPARE,
+}
+"""Negative controls: the fit, and what is switched off when it is done again."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Fit:
     """One fit: Hydra overrides, and what is done to it.
@@ -73,6 +85,7 @@ class Fit:
     drift: (step from 1, rank, tensor): a bit of that rank's copy is flipped before the tie guard looks.
     checkpoint_at: the step after which a training checkpoint is asked for; 0: none.
     checked: False lets a loop run that `check_loop` refuses.
+    off: a guard that is switched off (see tests/switched_off.py).
     """
 
     overrides: tuple[str, ...] = ()
@@ -83,6 +96,7 @@ class Fit:
     save_at_end: bool = False
     checkpoint_at: int = 0
     checked: bool = True
+    off: str | None = None
 
 
 @dataclass
@@ -148,7 +162,7 @@ def fits_of(world_size: int) -> dict[str, Fit]:
     )
     off = "guards.tie_guard_every_n_steps=0"
     fits["drift, guard off"] = Fit(overrides=("layout=pp2", off), drift=(3, 1, "linear_qkv.A"), save_at_end=True)
-    return fits
+    return fits | {f"{name}, unguarded": replace(fits[name], off=place) for name, place in UNGUARDED.items()}
 
 
 @functools.cache
@@ -200,7 +214,7 @@ def run_fits(folder: str, fits: dict[str, Fit]) -> dict[str, FitRecord]:
     os.chdir(folder)
     records = {}
     for name, fit in fits.items():
-        with _fresh_layout():
+        with _fresh_layout(), switched_off(fit.off) if fit.off else nullcontext():
             records[name] = FitRecord()
             try:
                 _run(fit, name, records[name])

@@ -23,10 +23,14 @@ import torch
 import torch.distributed as dist
 
 from nemo_tied_lora.allocation import collectives, software
+from nemo_tied_lora.allocation.meeting import Meeting
 from nemo_tied_lora.commands import rank_run
 from nemo_tied_lora.current_run import current_run
+from nemo_tied_lora.guards import TrainingStopped
+from nemo_tied_lora.watchdog import Watchdog
 
 TIMEOUT_S = 6.0
+CONTROL_S = 40.0
 
 
 def values(folder: Path, world_size: int, **changes: Any) -> dict[str, Any]:
@@ -113,6 +117,16 @@ def raise_an_error() -> int:
     return rank_run.run_as_rank("finetune", cfg, [], work)
 
 
+def stopped_by_a_guard() -> int:
+    """What a tie guard or a gradient does to a run, the same on every rank."""
+
+    def work() -> Any:
+        dist.all_reduce(torch.ones(1))
+        raise TrainingStopped("tie guard: linear_qkv.A differs")
+
+    return rank_run.run_as_rank("finetune", values(Path(os.environ["FOLDER"]), 2), [], work)
+
+
 def another_version() -> int:
     if only_on(2):
         os.environ["SLURMD_NODENAME"] = "n2"
@@ -180,6 +194,23 @@ def problem_on_one() -> int:
     return train(["train.jsonl: no such file"] if only_on(1) else [], preflight=True)
 
 
+def without(owner: Any, name: str, instead: Callable[..., Any], entry: Callable[[], int]) -> Callable[[], int]:
+    """The scenario with one guard switched off."""
+
+    def run() -> int:
+        replace(owner, name, instead)
+        return entry()
+
+    return run
+
+
+def look_away(watchdog: Watchdog, *args: Any) -> None: ...
+
+
+def keep_to_oneself(meeting: Meeting, problems: list[str], topic: str = "problems") -> list[str]:
+    return list(problems)
+
+
 SCENARIOS: dict[str, tuple[int, Callable[[], int], Callable[[list[int], Path], None]]] = {
     "killed": (3, train, to(2, signal.SIGKILL)),
     "killed_rank_0": (2, train, to(0, signal.SIGKILL)),
@@ -187,6 +218,7 @@ SCENARIOS: dict[str, tuple[int, Callable[[], int], Callable[[list[int], Path], N
     "stopped_rank_0": (2, train, to(0, signal.SIGSTOP)),
     "standing_still": (2, stand_still, nothing),
     "error": (2, raise_an_error, nothing),
+    "guard": (2, stopped_by_a_guard, nothing),
     "another_version": (4, another_version, nothing),
     "other_code": (4, other_code, nothing),
     "wrong_sum": (4, wrong_sum, nothing),
@@ -199,6 +231,14 @@ SCENARIOS: dict[str, tuple[int, Callable[[], int], Callable[[list[int], Path], N
         nothing,
     ),
     "finished": (2, finished, nothing),
+    # Negative controls: the same with the guard switched off. They are given up after CONTROL_S.
+    "killed, unwatched": (3, without(Watchdog, "_look", look_away, train), to(2, signal.SIGKILL)),
+    "stopped, unwatched": (3, without(Watchdog, "_look", look_away, train), to(1, signal.SIGSTOP)),
+    "stopped_rank_0, unjudged": (2, without(Watchdog, "_judge", look_away, train), to(0, signal.SIGSTOP)),
+    "standing_still, unwatched": (2, without(Watchdog, "_look_for_standstill", look_away, stand_still), nothing),
+    "problem_on_one, untold": (2, without(Meeting, "agree", keep_to_oneself, problem_on_one), nothing),
+    "wrong_sum, unchecked": (4, without(collectives, "_wrong", lambda *args: None, wrong_sum), nothing),
+    "another_version, uncompared": (4, without(software, "differences", lambda said: [], another_version), nothing),
 }
 
 
@@ -262,7 +302,8 @@ class Scenario:
             for pid in left:
                 os.kill(pid, signal.SIGTERM)
         stopped = "stopped" in self.folder.name and len(left) == 1
-        if left and (stopped or time.monotonic() - self.started > 90):
+        limit = CONTROL_S if ", " in self.folder.name else 90
+        if left and (stopped or time.monotonic() - self.started > limit):
             for pid in left:
                 os.kill(pid, signal.SIGKILL)
         return not left

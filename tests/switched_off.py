@@ -1,40 +1,100 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Switches a guard off for a whole run of tests, in the ranks that they spawn too.
+"""Switches guards off, one at a time, and says what became of the tests that are to notice.
 
-    SWITCHED_OFF=nemo_tied_lora.tie_guard:check_ties python -m pytest tests/test_tie_guard.py
+    echo '[["nemo_tied_lora.tie_guard:check_ties", "test_tie_guard.py::test_a_..."]]' | python -m tests.switched_off
 
-The named function then does nothing. `tests` is imported before anything that could have taken the function by name.
+A place is `module:function` or `module:Class.method`; it then does nothing. One that ends in "()" yields nothing.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
+import io
+import json
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from pathlib import Path
 from typing import Any
 
-__all__ = ["VARIABLE", "switch_off"]
+__all__ = ["VARIABLE", "switched_off"]
 
 VARIABLE = "SWITCHED_OFF"
+"""What ranks that a test spawns read: the place that is switched off in them, too."""
+_OURS = ("nemo_tied_lora", "tests")
 
 
-def switch_off(place: str) -> None:
-    """Replaces `module:function` or `module:Class.method`; a generator's name ends in "()" and it yields nothing."""
-    from nemo_tied_lora.platform import prepare
-
-    prepare()
+@contextmanager
+def switched_off(place: str) -> Iterator[None]:
+    """Inside, the named function does nothing, under whatever name and in whatever module of ours it was imported."""
     module, _, name = place.removesuffix("()").partition(":")
-    owner = importlib.import_module(module)
+    owner: Any = importlib.import_module(module)
     *path, last = name.split(".")
-    for part in path:
-        owner = getattr(owner, part)
-    assert callable(getattr(owner, last)), place
+    owner = functools.reduce(getattr, path, owner)
+    original = owner.__dict__[last]
     nothing = () if place.endswith("()") else None
 
     def do_nothing(*args: Any, **kwargs: Any) -> Any:
         return nothing
 
-    setattr(owner, last, do_nothing)
+    modules = [m for name, m in list(sys.modules.items()) if name.split(".")[0] in _OURS]
+    places = [(owner, last)] + [(m, key) for m in modules for key, value in vars(m).items() if value is original]
+    for holder, key in places:
+        setattr(holder, key, do_nothing)
+    os.environ[VARIABLE] = place
+    try:
+        yield
+    finally:
+        del os.environ[VARIABLE]
+        for holder, key in places:
+            setattr(holder, key, original)
 
 
-if os.environ.get(VARIABLE):
-    switch_off(os.environ[VARIABLE])
+class _Reports:
+    """A plugin that keeps why tests failed."""
+
+    def __init__(self) -> None:
+        self.failures: list[str] = []
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed:
+            self.failures.append(report.longreprtext)
+
+
+def main() -> None:
+    """Runs each test of the list that it reads with its guard off; prints [exit code, why it failed] of each, as JSON."""
+    import pytest
+
+    from nemo_tied_lora.platform import prepare
+
+    prepare()
+    answers = []
+    for place, test in json.load(sys.stdin):
+        for name in [name for name in sys.modules if name.startswith("tests.test_")]:
+            del sys.modules[name]  # with what they have cached of runs before
+        reports = _Reports()
+        options = ["-q", "-x", "-p", "no:cacheprovider"]
+        said = io.StringIO()
+        with switched_off(place), redirect_stdout(said):
+            code = pytest.main([*options, str(Path(__file__).parent / test)], plugins=[reports])
+        answers.append([int(code), "\n".join(reports.failures or [said.getvalue()])])
+    json.dump(answers, sys.stdout)
+
+
+def _in_a_spawned_rank() -> None:
+    """For the rest of this process."""
+    from nemo_tied_lora.platform import prepare
+
+    prepare()
+    _for_good.enter_context(switched_off(os.environ[VARIABLE]))
+
+
+_for_good = ExitStack()  # kept: a context that nobody refers to is left
+
+
+if __name__ == "__main__":
+    main()
+elif os.environ.get(VARIABLE):
+    _in_a_spawned_rank()

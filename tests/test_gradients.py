@@ -16,12 +16,13 @@ from torch import nn
 
 from nemo_tied_lora import TiedLoraConfig, inject
 from nemo_tied_lora.adapter import Adapter
-from nemo_tied_lora.adapter_state import expected_shapes
+from nemo_tied_lora.config import TARGETS
 from nemo_tied_lora.gradients import reduce_over_pipeline, reduce_over_tensor_parallel
+from tests.parity.runs import Run
+from tests.parity.training import Record, randomise, train
 from tests.ranks import run_ranks, single_process
 from tests.relayout import relayout
 from tests.tiny_gpt import SEQUENCE, VOCAB, build_gpt, full_tensor
-from tests.training import Run, TrainingRecord, train
 
 # Sums are only reordered: float64 leaves about 1e-13.
 RELATIVE = 1e-9
@@ -32,15 +33,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "vera": {"preset": "vera", "rank": 3},
     "last stage's layers": {"preset": "tl6", "rank": 3, "layers": [3], "targets": ["linear_qkv"]},
 }
-# What is done to Megatron's own loop; the two last are errors that the comparison must notice.
-LOOPS = ("as it is", "reduced again", "flag off", "not finalized")
+# What is done to Megatron's own loop (as it is, tests/parity has it); the two last are errors that the comparison must notice.
+LOOPS = ("reduced again", "flag off", "not finalized")
 
 Gradients = dict[str, torch.Tensor]
-
-
-def randomise(adapter: Adapter) -> None:
-    shapes = expected_shapes(adapter.config, adapter.specs)
-    adapter.load_full_state({name: full_tensor(f"start {name}", shape) for name, shape in shapes.items()})
 
 
 def batches() -> Any:
@@ -140,7 +136,7 @@ def dropout_masks() -> dict[str, list[float]]:
     return masks
 
 
-SEQUENCE_PARALLEL = {"config": {"preset": "tl6", "rank": 3, "alpha": 5.0}, "steps": 2}
+SEQUENCE_PARALLEL = {"config": {"preset": "tl6", "rank": 3, "alpha": 5.0}, "steps": 1, "microbatches": 2}
 
 
 def on_a_rank() -> dict[str, Any]:
@@ -151,9 +147,7 @@ def on_a_rank() -> dict[str, Any]:
     relayout(tp=2)
     results["marked"] = sum_marked_over_tensor_parallel()
     results["dropout"] = dropout_masks()
-    sequence = {"sequence_parallel": True}
-    results["sequence"] = train(Run(**SEQUENCE_PARALLEL, model=sequence))
-    results["sequence, no sum"] = train(Run(**SEQUENCE_PARALLEL, model=sequence, fault="no_sum"))
+    results["sequence, no sum"] = train(Run(**SEQUENCE_PARALLEL, fault="no sum"), sequence_parallel=True)
     return results
 
 
@@ -168,14 +162,14 @@ def megatron() -> None:
     single_process()
 
 
-def two_chunks() -> Adapter:
+def two_chunks(**options: Any) -> Adapter:
     """One stage of two chunks with two layers each."""
     chunks = [build_gpt(num_layers=2), build_gpt(num_layers=2)]
     for layer in chunks[1].decoder.layers:
         layer.layer_number += 2
     for chunk in chunks:
         chunk.config.num_layers = 4
-    return inject(chunks, TiedLoraConfig(rank=3))
+    return inject(chunks, TiedLoraConfig(rank=3, **options))
 
 
 def tied(adapter: Adapter) -> list[dict[str, nn.Parameter]]:
@@ -195,6 +189,19 @@ def test_chunks_of_a_stage_get_the_sum_and_one_without_a_gradient_adds_nothing()
         assert torch.equal(first[name].grad, gradient), name
         assert torch.equal(second[name].grad, gradient), name
         assert first[name].grad is not second[name].grad
+
+
+def test_a_tied_tensor_that_no_linear_of_the_chunk_uses_gets_zeros_and_changes_nothing() -> None:
+    """Megatron's DDP with overlap_grad_reduce waits for every parameter's gradient."""
+    adapter = two_chunks(layers=[0])
+    without = adapter.chunks[1]
+    output, mean = forward_step(batches(), without.outer)
+    mean(output)[0].backward()
+    gradients = {name: parameter.grad for name, parameter in without.factors.named_parameters()}
+    assert gradients.keys() == {f"{target}.{factor}" for target in TARGETS for factor in "AB"}
+    assert [name for name, gradient in gradients.items() if gradient is None or gradient.any()] == []
+    adapter.remove()
+    assert torch.equal(forward_step(batches(), without.outer)[0], output)
 
 
 def test_per_layer_gradients_are_not_touched() -> None:
@@ -255,12 +262,11 @@ def wrong(got: Gradients, expected: Gradients) -> list[str]:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("loop", ["as it is", "reduced again"])
-def test_megatrons_own_loop_sums_the_tied_gradients_of_two_stages(
-    name: str, loop: str, two_ranks: list[dict[str, Any]], oracle: dict[str, Gradients]
+def test_a_sum_after_megatrons_own_changes_nothing(
+    name: str, two_ranks: list[dict[str, Any]], oracle: dict[str, Gradients]
 ) -> None:
     """The caller hands DDP the config with which the model was built: the flag must be on that very object."""
-    stages = [rank["ddp"][name, loop] for rank in two_ranks]
+    stages = [rank["ddp"][name, "reduced again"] for rank in two_ranks]
     assert stages[0].keys() | stages[1].keys() == oracle[name].keys()
     assert [wrong(gradients, oracle[name]) for gradients in stages] == [[], []]
 
@@ -288,23 +294,13 @@ def test_only_what_is_marked_is_summed_over_tensor_parallel_ranks(two_ranks: lis
 
 
 @pytest.fixture(scope="module")
-def whole_sequence() -> TrainingRecord:
+def whole_sequence() -> Record:
     single_process()
     return train(Run(**SEQUENCE_PARALLEL))
 
 
-def test_sequence_parallel_gradients_match_the_whole_sequence(
-    two_ranks: list[dict[str, Any]], whole_sequence: TrainingRecord
-) -> None:
-    for rank in two_ranks:
-        for got, expected in zip(rank["sequence"].gradients, whole_sequence.gradients, strict=True):
-            assert got.keys() == expected.keys()
-            assert wrong(got, expected) == []
-        assert rank["sequence"].norms == pytest.approx(whole_sequence.norms, rel=RELATIVE)
-
-
 def test_sequence_parallel_gradients_without_the_sum_are_noticed(
-    two_ranks: list[dict[str, Any]], whole_sequence: TrainingRecord
+    two_ranks: list[dict[str, Any]], whole_sequence: Record
 ) -> None:
     """Replicated factors are those whose gradient is partial: A and u of columns, B, u and v of rows."""
     partial_over_ranks = {("linear_qkv", f) for f in "Au"} | {("linear_fc1", f) for f in "Au"}

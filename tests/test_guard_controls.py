@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Negative controls: each guard switched off in turn, and the test that goes red. None may stay green.
 
-Those of the parameters' flags and of the sums are in tests/oracle/faults.py.
+Those of the parameters' flags are in tests/test_flag_controls.py, those of the guards that need ranks in trouble in
+tests/test_ranks_in_trouble.py, and those of NeMo's loop in tests/test_guarded_training.py: each where its ranks are.
 """
 
 from __future__ import annotations
 
-import os
+import functools
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-from tests.switched_off import VARIABLE
 
 # What is switched off: (where, the test, words of its failure: it is to fail for want of the guard and of nothing else).
 CONTROLS = {
@@ -31,6 +31,11 @@ CONTROLS = {
         "nemo_tied_lora.finite_gradients:find_nonfinite",
         "test_guarded_training.py::test_the_tensor_nearest_to_the_cause_is_named",
         "assert",
+    ),
+    "the order in which gradients are blamed": (
+        "nemo_tied_lora.finite_gradients:_layer",
+        "test_guarded_training.py::test_the_tensor_nearest_to_the_cause_is_named",
+        "layers.10.linear_qkv.u",
     ),
     "check of a loaded state": (
         "nemo_tied_lora.adapter_state:check_state",
@@ -57,23 +62,83 @@ CONTROLS = {
         "test_moe.py::test_layouts_that_are_not_right_yet_are_refused_by_name",
         "assert 0 == 1",
     ),
+    "several problems in one message": (
+        "nemo_tied_lora.layout:_pipeline_problems()",
+        "test_plan.py::test_every_problem_of_a_layout_is_reported",
+        "model.pipeline_model_parallel_size",
+    ),
+    "rank and layers": (
+        "nemo_tied_lora.layout:_adapter_problems()",
+        "test_plan.py::test_every_problem_of_a_layout_is_reported",
+        "layers",
+    ),
+    "lengths and batches of the data": (
+        "nemo_tied_lora.allocation.fitting:data_problems()",
+        "test_allocation.py::test_data_that_does_not_fit_the_layout_or_the_base_is_refused",
+        "DID NOT RAISE",
+    ),
+    "SLURM's tasks and nodes": (
+        "nemo_tied_lora.allocation.fitting:slurm_problems()",
+        "test_allocation.py::test_ranks_that_slurm_did_not_start_are_named",
+        "assert 0 == 1",
+    ),
+    "wrong settings": (
+        "nemo_tied_lora.guards:GuardSettings.__post_init__",
+        "test_guarded_training.py::test_wrong_settings_are_refused_together",
+        "DID NOT RAISE",
+    ),
 }
-TESTS = Path(__file__).parent
+# Of the checks of a layout: what is checked, and the function that does it.
+LAYOUT_CHECKS = {
+    "world size": "world",
+    "data parallel size": "world",
+    "layers over stages": "pipeline",
+    "layers over chunks": "pipeline",
+    "chunks without stages": "pipeline",
+    "heads": "tensor_parallel",
+    "mlp": "tensor_parallel",
+    "vocabulary": "tensor_parallel",
+    "sequence over tensor parallel": "sequence",
+    "sequence over tensor and context parallel": "sequence",
+    "sequence over context parallel": "sequence",
+    "batch": "batch",
+    "microbatches of an interleaved schedule": "batch",
+}
+CONTROLS |= {
+    f"layout: {what}": (
+        f"nemo_tied_lora.layout:_{check}_problems()",
+        f"test_plan.py::test_a_bad_layout_is_refused_with_value_and_fix[{what}]",
+        "assert []",
+    )
+    for what, check in LAYOUT_CHECKS.items()
+}
+
+
+@functools.cache
+def outcomes() -> dict[str, tuple[int, str]]:
+    """Each control's test: pytest's exit code and why it failed. One process for all of them."""
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.switched_off"],
+        input=json.dumps([control[:2] for control in CONTROLS.values()]),
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    return dict(zip(CONTROLS, json.loads(run.stdout), strict=True))
 
 
 @pytest.mark.parametrize("guard", CONTROLS)
 def test_without_the_guard_its_test_goes_red(guard: str) -> None:
-    place, test, words = CONTROLS[guard]
-    environment = {**os.environ, VARIABLE: place}
-    options = ["-q", "-x", "-p", "no:cacheprovider"]
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, str(TESTS / test)],
-        cwd=TESTS.parent,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert run.returncode == pytest.ExitCode.TESTS_FAILED, run.stdout[-2000:]
-    assert words in run.stdout, run.stdout[-2000:]
+    code, failure = outcomes()[guard]
+    assert code == pytest.ExitCode.TESTS_FAILED, failure
+    assert CONTROLS[guard][2] in failure, failure
+
+
+def test_every_check_of_a_layout_has_its_control() -> None:
+    from tests import test_plan
+
+    (cases,) = test_plan.test_a_bad_layout_is_refused_with_value_and_fix.pytestmark
+    assert cases.kwargs["ids"] == list(LAYOUT_CHECKS)

@@ -13,7 +13,7 @@ from nemo_tied_lora.commands.composing import compose_config
 from nemo_tied_lora.config import ConfigError
 from nemo_tied_lora.finite_gradients import find_nonfinite
 from nemo_tied_lora.guards import MOST_SKIPPED_IN_A_ROW, GuardSettings
-from tests.nemo_fits import LOOPS, FitRecord, fit_records
+from tests.nemo_fits import LOOPS, UNGUARDED, FitRecord, fit_records
 from tests.ranks import single_process
 
 
@@ -21,9 +21,7 @@ def both(name: str) -> list[FitRecord]:
     return [records[name] for records in fit_records(2)]
 
 
-@pytest.mark.parametrize("name", [f"skip {loop}" for loop in LOOPS] + ["skip dp2"])
-def test_a_nan_on_one_rank_skips_the_step_on_all_and_touches_nothing(name: str) -> None:
-    ranks = both(name)
+def check_skip(name: str, ranks: list[FitRecord]) -> None:
     tensor = "linear_qkv.A" if name == "skip dp2" else "layers.3.linear_fc1.u"
     assert [rank.failure for rank in ranks] == [None, None], ranks[0].traceback
     for rank in ranks:
@@ -38,8 +36,12 @@ def test_a_nan_on_one_rank_skips_the_step_on_all_and_touches_nothing(name: str) 
     assert said == f"the gradient of {tensor} ({where}) holds NaN or infinity on rank {rank_named}"
 
 
-def test_by_default_the_run_stops_on_every_rank_with_the_name_and_saves_nothing() -> None:
-    ranks = both("stop")
+@pytest.mark.parametrize("name", [f"skip {loop}" for loop in LOOPS] + ["skip dp2"])
+def test_a_nan_on_one_rank_skips_the_step_on_all_and_touches_nothing(name: str) -> None:
+    check_skip(name, both(name))
+
+
+def check_stop(name: str, ranks: list[FitRecord]) -> None:
     assert ranks[0].failure == ranks[1].failure
     assert str(ranks[0].failure).startswith(
         "TrainingStopped: step 2: the gradient of layers.1.linear_proj.v (layer 1)"
@@ -48,25 +50,26 @@ def test_by_default_the_run_stops_on_every_rank_with_the_name_and_saves_nothing(
     assert [(rank.global_step, rank.files) for rank in ranks] == [(1, []), (1, [])]
 
 
+def test_by_default_the_run_stops_on_every_rank_with_the_name_and_saves_nothing() -> None:
+    check_stop("stop", both("stop"))
+
+
 def test_skipping_ends_when_no_step_is_left_to_take() -> None:
     ranks = both("ten in a row")
     assert ranks[0].failure == ranks[1].failure
     assert f"{MOST_SKIPPED_IN_A_ROW} steps in a row left out" in str(ranks[0].failure)
 
 
-@pytest.mark.parametrize(
-    ("name", "tensor", "step"),
-    [
-        ("drift tp2", "linear_fc1.A", "after step 2"),
-        ("drift dp2", "layers.2.linear_qkv.v", "after step 2"),
-        ("drift before a checkpoint", "linear_qkv.A", "before the checkpoint of step 2"),
-        ("drift before the file", "linear_qkv.A", "before drift before the file.nemo was written"),
-    ],
-)
-def test_replicas_that_drift_apart_stop_every_rank_before_anything_is_written(
-    name: str, tensor: str, step: str
-) -> None:
-    ranks = both(name)
+DRIFTS = {
+    "drift tp2": ("linear_fc1.A", "after step 2"),
+    "drift dp2": ("layers.2.linear_qkv.v", "after step 2"),
+    "drift before a checkpoint": ("linear_qkv.A", "before the checkpoint of step 2"),
+    "drift before the file": ("linear_qkv.A", "before drift before the file.nemo was written"),
+}
+
+
+def check_drift(name: str, ranks: list[FitRecord]) -> None:
+    tensor, step = DRIFTS[name]
     assert ranks[0].failure == ranks[1].failure
     message = str(ranks[0].failure)
     assert message.startswith(f"TieError: tie guard: {step}: 1 tensor(s) differ")
@@ -74,6 +77,18 @@ def test_replicas_that_drift_apart_stop_every_rank_before_anything_is_written(
     assert "on rank 0; " in message
     assert "on rank 1" in message
     assert [rank.files for rank in ranks] == [[], []]
+
+
+@pytest.mark.parametrize("name", DRIFTS)
+def test_replicas_that_drift_apart_stop_every_rank_before_anything_is_written(name: str) -> None:
+    check_drift(name, both(name))
+
+
+@pytest.mark.parametrize("name", UNGUARDED)
+def test_without_the_guard_the_same_check_goes_red(name: str) -> None:
+    check = {"stop": check_stop, "skip": check_skip, "drift": check_drift}[name.split()[0]]
+    with pytest.raises(AssertionError):
+        check(name, both(f"{name}, unguarded"))
 
 
 def test_zero_turns_the_tie_guard_off() -> None:

@@ -28,10 +28,11 @@ from nemo_tied_lora.experts import group_of, name_at, own_names, refused_layouts
 from nemo_tied_lora.layout import Layout, check
 from nemo_tied_lora.linear import TiedLoraMixin
 from nemo_tied_lora.planning import file_bytes, rank_share
+from tests.parity.runs import Run
+from tests.parity.training import Record, randomise, train
 from tests.ranks import run_ranks, single_process
 from tests.relayout import relayout
-from tests.tiny_gpt import SEQUENCE, VOCAB, build_gpt, full_tensor
-from tests.training import Run, TrainingRecord, train
+from tests.tiny_gpt import SEQUENCE, VOCAB, build_gpt
 
 # Sums are only reordered: float64 leaves about 1e-13. The router's softmax is float32 in megatron-core: its logits
 # agree, so it rounds to the same bits.
@@ -66,6 +67,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "vera, tied": {"preset": "vera", "rank": 3, "experts": "tied"},
     "B tied": {"rank": 2, "tied": ["B"], "experts": "tied", "targets": ["mlp"], "layers": [0, 1, 3]},
 }
+SHORT = {"steps": 3, "microbatches": 2}
 # Where a rank has to sum what sequence parallelism and the dispatcher leave partial: the replicated factors.
 PARTIAL = {("linear_qkv", f) for f in "Au"} | {("linear_fc1", f) for f in "Au"}
 PARTIAL |= {(target, f) for target in ("linear_proj", "linear_fc2") for f in "Buv"}
@@ -74,8 +76,7 @@ PARTIAL |= {(target, f) for target in ("linear_proj", "linear_fc2") for f in "Bu
 def randomised(model: nn.Module, config: dict[str, Any]) -> Adapter:
     """Every stored factor random: one that starts at 0 hides what the others do."""
     adapter = inject(model, TiedLoraConfig.from_mapping(config))
-    shapes = expected_shapes(adapter.config, adapter.specs)
-    adapter.load_full_state({name: full_tensor(f"start {name}", shape) for name, shape in shapes.items()})
+    randomise(adapter)
     return adapter
 
 
@@ -404,15 +405,15 @@ def on_a_rank(folder: str) -> dict[str, Any]:
     for dispatcher in ("allgather", "alltoall"):
         model = {**sharded, "moe_token_dispatcher_type": dispatcher}
         for name, config in RUNS.items():
-            results["runs"]["tp2", dispatcher, name] = train(Run(config=config, model=model))
-    results["no sum"] = train(Run(config=RUNS["tl6, tied"], model=sharded, steps=1, fault="no_sum"))
+            results["runs"]["tp2", dispatcher, name] = train(Run(config=config, model=model, **SHORT))
+    results["no sum"] = train(Run(config=RUNS["tl6, tied"], model=sharded, steps=1, microbatches=2, fault="no sum"))
     results["refused"] = refusal()
     results["dropout"] = dropout_masks()
     results["held"] = {("tp2", experts): held(experts, sequence_parallel=True) for experts in ("per_expert", "tied")}
     results["saved"] = saved(folder)
     relayout(pp=2)
     for name, config in RUNS.items():
-        results["runs"]["pp2", "allgather", name] = train(Run(config=config, model=MIXTURE))
+        results["runs"]["pp2", "allgather", name] = train(Run(config=config, model=MIXTURE, **SHORT))
     results["ddp"] = {name: with_megatrons_ddp(RUNS[name]) for name in ("tl6, per expert", "tl6, tied")}
     results["held"] |= {("pp2", experts): held(experts) for experts in ("per_expert", "tied")}
     results["loaded"] = loaded(folder)
@@ -428,19 +429,19 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def oracle() -> dict[str, TrainingRecord]:
+def oracle() -> dict[str, Record]:
     single_process()
-    return {name: train(Run(config=config, model=MIXTURE)) for name, config in RUNS.items()}
+    return {name: train(Run(config=config, model=MIXTURE, **SHORT)) for name, config in RUNS.items()}
 
 
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("layout", [("tp2", "allgather"), ("tp2", "alltoall"), ("pp2", "allgather")], ids="-".join)
 def test_training_matches_the_single_process(
-    layout: tuple[str, str], run: str, ranks: list[dict[str, Any]], oracle: dict[str, TrainingRecord]
+    layout: tuple[str, str], run: str, ranks: list[dict[str, Any]], oracle: dict[str, Record]
 ) -> None:
     expected = oracle[run]
     for rank in ranks:
-        got: TrainingRecord = rank["runs"][layout[0], layout[1], run]
+        got: Record = rank["runs"][layout[0], layout[1], run]
         for gradients, single in zip(got.gradients, expected.gradients, strict=True):
             assert gradients.keys() == single.keys()
             assert wrong(gradients, single) == []
@@ -450,7 +451,7 @@ def test_training_matches_the_single_process(
     assert ranks[1]["runs"][layout[0], layout[1], run].losses == pytest.approx(expected.losses, rel=RELATIVE)
 
 
-def test_gradients_without_the_sum_are_noticed(ranks: list[dict[str, Any]], oracle: dict[str, TrainingRecord]) -> None:
+def test_gradients_without_the_sum_are_noticed(ranks: list[dict[str, Any]], oracle: dict[str, Record]) -> None:
     """All replicated factors, experts' too, and nothing else; the idle expert's are 0 with and without."""
     for rank in ranks:
         names = wrong(rank["no sum"].gradients[0], oracle["tl6, tied"].gradients[0])
@@ -460,10 +461,10 @@ def test_gradients_without_the_sum_are_noticed(ranks: list[dict[str, Any]], orac
 
 
 def test_replicas_hold_the_same_bits(ranks: list[dict[str, Any]]) -> None:
-    first, second = (rank["runs"]["tp2", "alltoall", "tl6, tied"].local_bits for rank in ranks)
-    replicated = [name for name in first if tuple(name.split(".")[-2:]) in PARTIAL]
+    first, second = (rank["runs"]["tp2", "alltoall", "tl6, tied"].bits[-1] for rank in ranks)
+    replicated = [(chunk, name) for chunk, name in first if tuple(name.split(".")[-2:]) in PARTIAL]
     assert len(replicated) > 50
-    assert [name for name in replicated if first[name] != second[name]] == []
+    assert [key for key in replicated if first[key] != second[key]] == []
 
 
 @pytest.mark.parametrize("run", ["tl6, per expert", "tl6, tied"])

@@ -338,6 +338,21 @@ def test_stages_and_chunks_hold_the_layers_in_megatrons_order() -> None:
             ["global_batch_size=3", "number of microbatches, 3", "use 4"],
         ),
     ],
+    ids=[
+        "world size",
+        "data parallel size",
+        "layers over stages",
+        "layers over chunks",
+        "chunks without stages",
+        "heads",
+        "mlp",
+        "vocabulary",
+        "sequence over tensor parallel",
+        "sequence over tensor and context parallel",
+        "sequence over context parallel",
+        "batch",
+        "microbatches of an interleaved schedule",
+    ],
 )
 def test_a_bad_layout_is_refused_with_value_and_fix(
     changes: dict[str, Any], layout: dict[str, Any], words: list[str]

@@ -7,11 +7,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from nemo_tied_lora.commands.rank_run import STOPPED
 from nemo_tied_lora.watchdog import EXIT_CODE
 from tests.rank_scenarios import SCENARIOS, TIMEOUT_S
 
@@ -30,11 +33,8 @@ def ends() -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize(
-    ("name", "gone"), [("killed", 2), ("killed_rank_0", 0), ("stopped", 1), ("stopped_rank_0", 0)]
-)
-def test_the_others_end_in_time_and_name_the_rank_that_is_gone(ends: dict[str, Any], name: str, gone: int) -> None:
-    end = ends[name]
+def check_gone(end: dict[str, Any], gone: int) -> None:
+    """The others end in time, with an error that names it."""
     others = [rank for rank in range(len(end["codes"])) if rank != gone]
     assert [end["codes"][rank] for rank in others] == [EXIT_CODE] * len(others), end["logs"]
     assert max(end["seconds"][rank] for rank in others) < IN_TIME_S
@@ -44,12 +44,23 @@ def test_the_others_end_in_time_and_name_the_rank_that_is_gone(ends: dict[str, A
     assert f"rank {gone}" in end["status"]["reason"]
 
 
-def test_a_rank_that_lives_but_does_not_get_on_is_named_with_the_line_it_is_in(ends: dict[str, Any]) -> None:
-    end = ends["standing_still"]
+@pytest.mark.parametrize(
+    ("name", "gone"), [("killed", 2), ("killed_rank_0", 0), ("stopped", 1), ("stopped_rank_0", 0)]
+)
+def test_the_others_end_in_time_and_name_the_rank_that_is_gone(ends: dict[str, Any], name: str, gone: int) -> None:
+    check_gone(ends[name], gone)
+
+
+def check_standing_still(end: dict[str, Any]) -> None:
+    """The rank that stands still is named, and the other is not."""
     assert end["codes"] == [EXIT_CODE, EXIT_CODE]
     assert "not waiting for others: rank 1 (node n1" in end["logs"][0]
     assert "read_the_next_batch" in end["logs"][0]
     assert "rank 0 (node" not in end["logs"][0]
+
+
+def test_a_rank_that_lives_but_does_not_get_on_is_named_with_the_line_it_is_in(ends: dict[str, Any]) -> None:
+    check_standing_still(ends["standing_still"])
 
 
 def test_a_ranks_error_ends_the_others_at_once(ends: dict[str, Any]) -> None:
@@ -59,21 +70,18 @@ def test_a_ranks_error_ends_the_others_at_once(ends: dict[str, Any]) -> None:
     assert "the data has a hole" in end["status"]["reason"]
 
 
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("another_version", "torch: 0.0.1 on node n2 (rank 2), 1 on the others"),
-        ("other_code", "nemo_tied_lora's code: edited on node n2 (rank 2)"),
-        ("wrong_sum", "all-reduce, tensor parallel: wrong sum: element 77 is "),
-        ("silent_all_reduce", "all-reduce, tensor parallel: "),
-        ("problem_on_one", "train.jsonl: no such file (on node n1 (rank 1))"),
-    ],
-)
-def test_preflight_refuses_on_every_rank_with_one_message_on_rank_0(
-    ends: dict[str, Any], name: str, said: str
-) -> None:
-    end = ends[name]
-    living = [rank for rank in range(len(end["codes"])) if not (name == "silent_all_reduce" and rank == 1)]
+def test_a_guard_that_stops_the_run_is_heard_once_and_every_rank_exits_with_its_code(ends: dict[str, Any]) -> None:
+    end = ends["guard"]
+    assert end["codes"] == [STOPPED, STOPPED] != [0, 0], end["logs"]
+    assert end["logs"][0].count("tied-lora finetune: tie guard: linear_qkv.A differs") == 1
+    assert "tie guard" not in end["logs"][1]
+    assert end["status"]["state"] == "failed"
+    assert end["status"]["reason"] == "tie guard: linear_qkv.A differs"
+
+
+def check_refusal(end: dict[str, Any], said: str, living: list[int] | None = None) -> None:
+    """Every rank exits with 2, rank 0 says why, once, and nobody shows a traceback."""
+    living = list(range(len(end["codes"]))) if living is None else living
     assert [end["codes"][rank] for rank in living] == [2] * len(living), end["logs"]
     assert said in end["logs"][0], end["logs"]
     assert end["logs"][0].count("not possible") == 1
@@ -86,6 +94,38 @@ def test_a_wrong_sum_is_found_in_every_group_that_the_rank_is_in(ends: dict[str,
     for kind, ranks in (("tensor", [0, 1]), ("pipeline", [1, 3])):
         assert f"all-reduce, {kind} parallel: wrong sum: element 77 is " in said
         assert f"of ranks {ranks}" in said
+
+
+REFUSALS = {
+    "another_version": "torch: 0.0.1 on node n2 (rank 2), 1 on the others",
+    "other_code": "nemo_tied_lora's code: edited on node n2 (rank 2)",
+    "wrong_sum": "all-reduce, tensor parallel: wrong sum: element 77 is ",
+    "silent_all_reduce": "all-reduce, tensor parallel: ",
+    "problem_on_one": "train.jsonl: no such file (on node n1 (rank 1))",
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_preflight_refuses_on_every_rank_with_one_message_on_rank_0(ends: dict[str, Any], name: str) -> None:
+    check_refusal(ends[name], REFUSALS[name], [0] if name == "silent_all_reduce" else None)
+
+
+CONTROLS: dict[str, Callable[[dict[str, Any]], None]] = {
+    "killed, unwatched": partial(check_gone, gone=2),
+    "stopped, unwatched": partial(check_gone, gone=1),
+    "stopped_rank_0, unjudged": partial(check_gone, gone=0),
+    "standing_still, unwatched": check_standing_still,
+    "problem_on_one, untold": partial(check_refusal, said=REFUSALS["problem_on_one"]),
+    "wrong_sum, unchecked": partial(check_refusal, said=REFUSALS["wrong_sum"]),
+    "another_version, uncompared": partial(check_refusal, said=REFUSALS["another_version"]),
+}
+"""The scenario, and what is switched off in it, to the check that passes where the guard is on."""
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_without_the_guard_the_same_check_goes_red(ends: dict[str, Any], name: str) -> None:
+    with pytest.raises(AssertionError):
+        CONTROLS[name](ends[name])
 
 
 def test_a_rank_that_never_comes_is_named(ends: dict[str, Any]) -> None:

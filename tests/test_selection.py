@@ -66,7 +66,7 @@ def test_what_runs_on_both_releases_is_not_nothing() -> None:
     """The walk over imports sees what it is to see: in files that are known, both ways."""
     on_both = set(FILES) - set(WITH_NEMO_ONLY)
     assert {"test_linear.py", "test_gradients.py", "test_dist_checkpoint.py", "parity/test_layouts.py"} <= on_both
-    for file in ("test_parity.py", "test_moe.py", "test_tie_guard.py"):
+    for file in ("parity/test_layouts.py", "test_moe.py", "test_tie_guard.py"):
         assert "megatron" in reached(module_of(file))
         assert not reached(module_of(file)) & OF_NEMO
     assert {"nemo", "megatron"} <= reached("tests.test_nemo_loops")

@@ -83,10 +83,12 @@ def on_each_layout(folder: str) -> dict[str, Any]:
                 outcome[case] = _planted(adapters[preset], name, rank)
         outcome[f"mended {layout}"] = refusal(adapters["tl6"])
     outcome["saved"] = refusal(adapters["tl6"], folder)
+    good = (Path(folder) / "adapter.nemo").read_bytes()
     planted_on = torch.distributed.get_rank() == 1
     if planted_on:
         flip_lowest_bit(adapters["tl6"], "linear_fc1.A")
     outcome["saved over it"] = refusal(adapters["tl6"], folder)
+    outcome["good file kept"] = (Path(folder) / "adapter.nemo").read_bytes() == good
     return outcome
 
 
@@ -143,6 +145,7 @@ def test_healthy_replicas_pass(layout: str) -> None:
 def test_nothing_is_saved_over_a_good_file() -> None:
     assert on_all_ranks("saved") == [None] * 4
     assert all(said[1][0][0] == "linear_fc1.A" for said in on_all_ranks("saved over it"))
+    assert on_all_ranks("good file kept") == [True] * 4
     result = outcomes()
     assert isinstance(result, list)
     assert result[0]["files"] == ["adapter.nemo"]

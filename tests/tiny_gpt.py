@@ -106,7 +106,7 @@ def fill(model: GPTModel) -> None:
         for local, number in layers.items():
             if name.startswith(local):
                 name = f"decoder.layers.{number}." + name.removeprefix(local)
-                break
+                break  # the new name may be another layer's local one
         blocks = 2 if gated and "linear_fc1" in name else 1
         parameter.data.copy_(_rank_part(name, parameter, blocks))
 

@@ -62,7 +62,7 @@ def stand_in(original: ModuleType, **replaced: Any) -> ModuleType:
 
 @functools.cache
 def cpu_torch() -> ModuleType:
-    """``torch`` whose tensor factories and ``autocast`` read ``"cuda"`` as ``"cpu"``."""
+    """``torch`` whose tensor factories and ``autocast`` read ``"cuda"`` as ``"cpu"``, and pin no memory."""
     replaced: dict[str, Any] = {name: _on_cpu(getattr(torch, name)) for name in _FACTORIES}
     return stand_in(torch, autocast=_cpu_autocast, **replaced)
 
@@ -73,6 +73,7 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
         device = kwargs.get("device")
         if device is not None and torch.device(device).type == "cuda":
             kwargs["device"] = "cpu"
+        kwargs.pop("pin_memory", None)  # only a GPU's driver can pin
         return factory(*args, **kwargs)
 
     return create

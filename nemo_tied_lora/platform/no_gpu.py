@@ -95,6 +95,7 @@ TORCH_PATCHES: tuple[Patch, ...] = (
 _CUDA_LITERALS = (
     "megatron.core.dist_checkpointing.exchange_utils",
     "megatron.core.dist_checkpointing.strategies.state_dict_saver",
+    "megatron.core.models.common.embeddings.rope_utils",
     "megatron.core.optimizer.clip_grads",
     "megatron.core.optimizer.grad_scaler",
     "megatron.core.optimizer.optimizer",
@@ -114,7 +115,10 @@ _CUDA_TYPE_NAMES = (
 _AUTOCAST_FUNCTIONS = ("LinearWithFrozenWeight", "LinearWithGradAccumulationAndAsyncCommunication")
 
 MEGATRON_PATCHES: tuple[Patch, ...] = (
-    *(Patch(owner=owner, name="torch", make=_cpu_torch, reason='says device="cuda"') for owner in _CUDA_LITERALS),
+    *(
+        Patch(owner=owner, name="torch", make=_cpu_torch, reason='says device="cuda", or pins memory')
+        for owner in _CUDA_LITERALS
+    ),
     *(
         Patch(
             owner=owner, name=name, make=with_cuda_type_names, reason="compares tensor.type() with a CUDA type's name"

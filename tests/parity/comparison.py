@@ -11,17 +11,7 @@ import torch
 from tests.parity.layouts import Layout
 from tests.parity.training import Record
 
-__all__ = ["TOLERANCES", "Verdict", "compare", "unequal_replicas"]
-
-TOLERANCES = {
-    # Sums are only reordered: 1e-13 or so, which Adam's division may magnify where a gradient is small.
-    "float64": 1e-9,
-    # Against the float64 run: rounding at each product, 6e-8, of which some hundreds add up on the way to a gradient.
-    "float32": 1e-4,
-    # 8 bits, 4e-3 at each product; two layouts round other sums.
-    "bfloat16": 1e-1,
-}
-"""Largest relative error, of a loss, a norm, or a whole tensor by its 2-norm, for each dtype."""
+__all__ = ["Verdict", "compare", "unequal_replicas"]
 
 
 @dataclass

@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 
 from tests.parity.comparison import unequal_replicas, worst
@@ -15,10 +19,13 @@ PLANTED = [(layout, fault) for layout, faults in FAULTS.items() for fault in fau
 
 
 @pytest.mark.parametrize(("layout", "run"), CASES)
-def test_the_layout_reproduces_the_single_process_run(layout: str, run: str) -> None:
+def test_the_layout_reproduces_the_single_process_run(
+    layout: str, run: str, record_property: Callable[[str, object], None]
+) -> None:
     """Every loss, every gradient, every norm, the adapter after five steps; the base's output before the first."""
     ranks = verdicts(layout, run)
-    assert [problem for verdict in ranks for problem in verdict.problems] == [], dict(worst(ranks))
+    record_property("errors", dict(worst(ranks)))
+    assert [problem for verdict in ranks for problem in verdict.problems] == []
     assert {verdict.starts_as_base for verdict in ranks} <= {True, None}
     assert True in {verdict.starts_as_base for verdict in ranks}
 
@@ -34,3 +41,16 @@ def test_ranks_that_hold_the_same_element_hold_the_same_bits_after_every_step(la
 def test_a_planted_error_is_noticed(layout: str, fault: str) -> None:
     assert all_runs(layout)[fault].fault == fault
     assert [problem for verdict in verdicts(layout, fault) for problem in verdict.problems]
+
+
+def test_a_replica_with_another_bit_is_noticed_whether_whole_or_a_shard() -> None:
+    ranks = copy.deepcopy(verdicts("tp2", "plain"))
+    whole = {name: tuple(tensor.shape) for name, tensor in oracle(runs_of("tp2")["plain"]).state.items()}
+    assert unequal_replicas(ranks, LAYOUTS["tp2"], whole) == []
+    ranks[1].bits[3][0, "linear_qkv.A"] = ranks[1].bits[2][0, "layers.2.linear_fc2.v"] = "other"
+    ranks[1].bits[4][0, "linear_qkv.B"] = "a shard of its own"
+    found = ["step 2: layers.2.linear_fc2.v (shard None)", "step 3: linear_qkv.A (shard None)"]
+    assert unequal_replicas(ranks, LAYOUTS["tp2"], whole) == found
+    pipeline = replace(LAYOUTS["tp2"], tp=1, pp=2)
+    assert "step 4: linear_qkv.A (shard None)" not in unequal_replicas(ranks, pipeline, whole)
+    assert "step 4: linear_qkv.B (shard 0)" in unequal_replicas(ranks, pipeline, whole)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One training run on whatever layout the rank finds itself in, and what it records.
 
-The global batch is MICROBATCHES microbatches; data-parallel ranks share them. The single-process run is the oracle.
+The single-process run is the oracle.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from tests.parity.loops import make_loop
 from tests.parity.runs import Run
 from tests.tiny_gpt import SEQUENCE, VOCAB, build_gpt, full_tensor
 
-__all__ = ["MICROBATCHES", "Record", "build_chunks", "randomise", "train"]
+__all__ = ["Record", "build_chunks", "randomise", "train"]
 
-MICROBATCHES, MICRO_BATCH_SIZE = 4, 2
+MICRO_BATCH_SIZE = 2
 
 
 @dataclass
@@ -63,13 +63,17 @@ def train(run: Run, *, sequence_parallel: bool = False) -> Record:
     if before:
         record.starts_as_base = all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
     randomise(adapter)
+    if run.fault is not None and "=" in run.fault:
+        flag, _, value = run.fault.partition("=")
+        for parameter in adapter.parameters():
+            setattr(parameter, flag, value == "True")
     loop = make_loop(run, chunks, adapter)
     for step in range(run.steps):
         loop.start()
         losses = _forward_backward(loop.models, run, step, forward_only=False)
         loop.finish()
         if losses:
-            record.losses.append(_global_loss(losses))
+            record.losses.append(_global_loss(losses) / run.microbatches)
         record.gradients.append(_whole_gradients(adapter, loop.gradients()))
         record.norms.append(loop.clip_and_step())
         if run.fault is None:
@@ -107,12 +111,12 @@ def _forward_backward(
     models: list[nn.Module], run: Run, step: int, *, forward_only: bool, collect: bool = False
 ) -> list:
     interleaved = len(models) > 1
-    iterators = [_batches(step) for _ in models]
+    iterators = [_batches(run, step) for _ in models]
     return get_forward_backward_func()(
         forward_step_func=_forward_step,
         data_iterator=iterators if interleaved else iterators[0],
         model=models if interleaved else models[0],
-        num_microbatches=MICROBATCHES // parallel_state.get_data_parallel_world_size(),
+        num_microbatches=run.microbatches // parallel_state.get_data_parallel_world_size(),
         seq_length=SEQUENCE,
         micro_batch_size=MICRO_BATCH_SIZE,
         forward_only=forward_only,
@@ -131,10 +135,10 @@ def _outputs(models: list[nn.Module], run: Run) -> list[torch.Tensor]:
     return outputs
 
 
-def _batches(step: int) -> Iterator[torch.Tensor]:
+def _batches(run: Run, step: int) -> Iterator[torch.Tensor]:
     """This data-parallel rank's microbatches of a step: every dp-th."""
     generator = torch.Generator().manual_seed(7 + step)
-    tokens = torch.randint(0, VOCAB, (MICROBATCHES, MICRO_BATCH_SIZE, SEQUENCE + 1), generator=generator)
+    tokens = torch.randint(0, VOCAB, (run.microbatches, MICRO_BATCH_SIZE, SEQUENCE + 1), generator=generator)
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     return iter(tokens[rank::size])
 
@@ -164,10 +168,10 @@ def _loss(labels: torch.Tensor, logits: torch.Tensor, non_loss_data: bool = Fals
 
 
 def _global_loss(losses: list[dict[str, torch.Tensor]]) -> float:
-    """The mean over the global batch."""
+    """The sum over the microbatches of all data-parallel ranks, of which context-parallel ones have parts."""
     total = torch.stack([loss["loss"].double() for loss in losses]).sum()
     torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-    return total.item() / MICROBATCHES
+    return total.item()
 
 
 def _whole_gradients(adapter: Adapter, gradients: dict[nn.Parameter, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The support table: what each cell says, and the tests that must have passed for it to say so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from tests.parity.layouts import LAYOUTS
+from tests.parity.runs import TOLERANCES, runs_of
+
+__all__ = ["Cell", "Table", "tables"]
+
+_HERE = "tests/parity"
+_REPRODUCES = f"{_HERE}/test_layouts.py::test_the_layout_reproduces_the_single_process_run"
+_BITS = f"{_HERE}/test_layouts.py::test_ranks_that_hold_the_same_element_hold_the_same_bits_after_every_step"
+_REFUSALS = f"{_HERE}/test_refusals.py::"
+_MOE, _NEMO = "tests/test_moe.py::", "tests/test_nemo_loops.py::"
+GPU = "untested (GPU only)"
+
+ROWS = {
+    "single": "one process",
+    "tp2": "TP 2",
+    "tp2 sp": "TP 2, sequence parallel",
+    "tp4": "TP 4",
+    "tp4 sp": "TP 4, sequence parallel",
+    "pp2": "PP 2",
+    "pp4": "PP 4",
+    "pp4 vp2": "PP 4, interleaved, two chunks a stage",
+    "tp2 pp2": "TP 2 x PP 2",
+    "dp2": "DP 2",
+    "tp2 dp2": "TP 2 x DP 2",
+    "pp2 dp2": "PP 2 x DP 2",
+    "tp2 sp pp2 dp2": "TP 2, sequence parallel, x PP 2 x DP 2",
+    "cp2": "CP 2, an attention of the suite's own",
+}
+ON_A_GPU = ("CP 2, Transformer Engine's attention", "one GPU, bfloat16, NCCL")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """text: what the page says. evidence: the tests, by pytest's names."""
+
+    text: str
+    evidence: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Table:
+    """rows: a label to a cell for each of the columns."""
+
+    title: str
+    intro: str
+    columns: tuple[str, ...]
+    rows: dict[str, tuple[Cell, ...]]
+
+
+def tables() -> Iterator[Table]:
+    """The page's, in its order."""
+    for title, intro, columns in _FEATURES:
+        rows = {label: tuple(_cell(layout, feature) for feature in columns) for layout, label in ROWS.items()}
+        rows |= {label: (Cell(GPU),) * len(columns) for label in ON_A_GPU}
+        yield Table(title, intro, tuple(columns.values()), rows)
+    yield _stages()
+    yield _experts()
+    yield _nemo()
+
+
+_FEATURES: list[tuple[str, str, dict[str, str]]] = [
+    (
+        "Loops",
+        "Ours is a plain loop with `adapter.reduce_gradients()`. The others are megatron-core's `DistributedDataParallel` "
+        "with `finalize_model_grads` and its own optimizer. Each run accumulates gradients over two microbatches or more.",
+        {
+            "plain": "ours",
+            "ddp": "DDP",
+            "ddp overlap": "DDP, `overlap_grad_reduce`",
+            "distributed": "distributed optimizer",
+            "distributed overlap": "distributed optimizer, overlap of sums and gathers",
+        },
+    ),
+    (
+        "Activation recomputation",
+        "",
+        {
+            "no recompute": "none",
+            "selective recompute": "selective",
+            "full recompute": "full",
+            "overlap and full": "full, with `overlap_grad_reduce`",
+        },
+    ),
+    (
+        "Models",
+        "GPT-2 style: biases, LayerNorm, GELU, learned positions. Llama style: no biases, RMSNorm, gated MLP, RoPE, as many "
+        "query groups as the layout splits over, two at least; in both the output layer is not tied to the embedding.",
+        {
+            "gpt2": "GPT-2 style",
+            "llama": "Llama style",
+            "one query group": "Llama style, one query group",
+            "head size": "head size other than hidden size / heads",
+            "some targets": "layers without attention, layers without MLP",
+            "some layers": "`layers` selects one layer",
+        },
+    ),
+    (
+        "Precision",
+        "bfloat16: parameters and activations; gradients and their sums in float32.",
+        {"float64": "float64", "float32": "float32", "bfloat16": "bfloat16"},
+    ),
+    ("Presets", "", {"tl6": "`tl6`", "lora": "`lora`", "tl5": "`tl5`", "vera": "`vera`"}),
+]
+
+
+def _cell(layout: str, feature: str) -> Cell:
+    if feature == "overlap and full":
+        return Cell("refused: a tied gradient would come in parts", (f"{_REFUSALS}{_OVERLAP}",))
+    if feature == "one query group" and (tp_size := LAYOUTS[layout].tp) > 1:
+        return Cell(f"refused: one group cannot be split over {tp_size} ranks", (f"{_REFUSALS}{_GROUPS}[{tp_size}]",))
+    runs = {name: run for name, run in runs_of(layout).items() if feature in run.columns}
+    best = f"{min(TOLERANCES[run.dtype] for run in runs.values()):.0e}".replace("e-0", "e-")
+    evidence = [f"{test}[{layout}-{name}]" for name in runs for test in (_REPRODUCES, _BITS)]
+    return Cell(f"tested, {best}", tuple(evidence))
+
+
+_OVERLAP = "test_overlapping_sums_with_full_recomputation_are_refused_by_name"
+_GROUPS = "test_fewer_query_groups_than_tensor_parallel_ranks_are_refused_by_name"
+
+
+def _stages() -> Table:
+    columns = {"short ends": "first and last stage shorter", "no layers": "first and last stage without a layer"}
+    rows = {ROWS["pp4"]: tuple(_cell("pp4", feature) for feature in columns)}
+    return Table("Stages that differ", "", tuple(columns.values()), rows)
+
+
+def _experts() -> Table:
+    sp, pp = ROWS["tp2 sp"], ROWS["pp2"]
+    trains, names = f"{_MOE}test_training_matches_the_single_process", ("tl6, per expert", "tl6, tied")
+
+    def own(layout: str, dispatcher: str) -> tuple[Cell, ...]:
+        return tuple(Cell("tested, 1e-9", (f"{trains}[{layout}-{dispatcher}-{name}]",)) for name in names)
+
+    def refused(reason: str, test: str) -> tuple[Cell, ...]:
+        return (Cell(f"refused: {reason}", (f"{_MOE}{test}",)),) * 2
+
+    by_name = "test_layouts_that_are_not_right_yet_are_refused_by_name"
+    ddp = f"{_MOE}test_megatrons_own_loop_sums_experts_over_two_stages"
+    rows = {
+        f"{sp}, `allgather` dispatcher": own("tp2", "allgather"),
+        f"{sp}, `alltoall` dispatcher": own("tp2", "alltoall"),
+        pp: own("pp2", "allgather"),
+        f"{pp}, megatron-core's DDP": tuple(Cell("tested, 1e-9", (f"{ddp}[{name}]",)) for name in names),
+        "TP 2 without sequence parallelism": refused(
+            "every rank would send the same tokens",
+            "test_tensor_parallel_experts_need_sequence_parallelism_on_every_rank",
+        ),
+        "experts spread over ranks": refused(
+            "they cannot be adapted yet", "test_experts_on_different_ranks_are_refused_on_each_of_them"
+        ),
+        "experts' TP other than TP": refused(
+            "experts must be split as the rest is", f"{by_name}[expert_tensor_parallel_size=1: .* set it to 2]"
+        ),
+        "`flex` dispatcher": refused("not tested with an adapter", f"{by_name}[moe_token_dispatcher_type='flex']"),
+        "overlap of shared experts": refused(
+            "shared experts cannot be adapted in it", f"{by_name}[moe_shared_expert_overlap=True]"
+        ),
+        "grouped GEMM": refused(
+            "all experts in one tensor", "test_grouped_experts_are_refused_by_name_and_attention_beside_them_is_not"
+        ),
+    }
+    return Table(
+        "Mixtures of experts",
+        "Experts' linears as targets, in a Llama style mixture with a dense layer and shared experts. A loop of our own where "
+        "no other is named.",
+        ("`experts: per_expert`", "`experts: tied`"),
+        rows,
+    )
+
+
+def _nemo() -> Table:
+    columns = ("tp2", "pp2", "dp2")
+    loops = {"O1": "plain (O1)", "O2": "`megatron_amp_O2`", "mcore": "`mcore_distributed_optim`"}
+    gives, bits = f"{_NEMO}test_the_loop_gives_the_single_process_adapter", f"{_NEMO}test_replicas_hold_the_same_bits"
+    rows = {
+        label: tuple(
+            Cell(
+                "tested, 2e-2 (bfloat16)" if loop == "O2" else "tested, 2e-3",
+                (f"{gives}[{loop}-{layout}]", f"{bits}[{loop} {layout}]"),
+            )
+            for layout in columns
+        )
+        for loop, label in loops.items()
+    }
+    refused = f"{_NEMO}test_what_nemo_cannot_do_is_refused_by_name"
+    for label, case, reason in (
+        ("`distributed_fused_adam`", "distributed_fused_adam", "it leaves tied gradients unsummed"),
+        ("`overlap_grad_sync` with full recomputation", "overlap with full recomputation", "gradients come in parts"),
+        ("`megatron_amp_O2` with context parallelism", "O2 with context parallelism", "gradients too large"),
+    ):
+        rows[label] = (Cell(f"refused: {reason}", (f"{refused}[{case}]",)),) * 3
+    return Table(
+        "NeMo 2.4's loops",
+        "Three steps of `tied-lora finetune`'s model, in float32 but for O2. Interleaved pipelines are refused in NeMo.",
+        tuple(ROWS[layout] for layout in columns),
+        rows,
+    )

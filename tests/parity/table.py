@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes docs/parallelism.md from the results of a whole run of the tests: make parallelism-page.
+
+python -m tests.parity.table [runs/parity.json]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from tests.parity.cells import Table, tables
+from tests.parity.recording import RESULTS
+
+__all__ = ["PAGE", "page", "unproven"]
+
+PAGE = Path(__file__).parents[2] / "docs" / "parallelism.md"
+
+_HEAD = """\
+# The same adapter on every parallel layout
+
+`make test-parity` trains the same adapter on the same base with the same data on each layout below, on real megatron-core over
+gloo, and compares it with the single-process run: the loss of each step, the gradient of every trained tensor, whole, the
+gradient norm that clips, and the adapter after five clipped steps of Adam. Before the first step the output is the base's,
+bit for bit; after each step, all ranks that hold the same element hold the same bits.
+
+Each cell is *tested*, with the largest relative error that is allowed (a whole tensor's by its 2-norm); or *refused*, by name,
+before training; or *untested*, for it needs a GPU. The bounds:
+
+- 1e-9 in float64: layouts only add up in another order, which leaves about 1e-14. The loss is taken in float64, for
+  megatron-core's own is always float32.
+- 5e-4 in float32, against the float64 run: 6e-8 at each product, some hundreds of which add up in a gradient; the gradient
+  of a u is a small sum of large terms.
+- 2e-1 in bfloat16, against the single-process bfloat16 run: 8 bits, 4e-3 at each product, and each layout rounds other sums;
+  u as in float32.
+
+This page is written by `make parallelism-page` from the results of the tests, and a test compares the two.
+TP, PP, DP, CP: tensor, pipeline, data and context parallel size.
+
+megatron-core's own attention for the CPU refuses context parallelism ("only supported by TEDotProductAttention"). The suite
+puts an attention in its place that gathers keys and values; all else is megatron-core's and this project's own code.
+"""
+
+
+def page() -> str:
+    """The page, as the cells declare it."""
+    return _HEAD + "".join(_section(table) for table in tables())
+
+
+def unproven(outcomes: Mapping[str, str]) -> list[str]:
+    """Cells that say more than the results: a line for each test that has not passed."""
+    cells = {cell for table in tables() for row in table.rows.values() for cell in row}
+    wanted = {test: cell.text for cell in cells for test in cell.evidence}
+    return [
+        f"{text}: {test}: {outcomes.get(test, 'not run')}"
+        for test, text in sorted(wanted.items())
+        if outcomes.get(test) != "passed"
+    ]
+
+
+def _section(table: Table) -> str:
+    lines = ["", f"## {table.title}", "", *([table.intro, ""] if table.intro else [])]
+    lines += [_line("", table.columns), _line("---", ["---"] * len(table.columns))]
+    lines += [_line(label, [cell.text for cell in row]) for label, row in table.rows.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _line(label: str, cells: tuple[str, ...] | list[str]) -> str:
+    return f"| {' | '.join([label, *cells])} |"
+
+
+def main() -> None:
+    """Refuses to write what the results do not prove."""
+    results = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
+    missing = unproven(json.loads(results.read_text())["tests"])
+    if missing:
+        sys.exit(f"{results} does not prove {len(missing)} cell(s):\n" + "\n".join(missing))
+    PAGE.write_text(page())
+    print(f"{PAGE}: written")
+
+
+if __name__ == "__main__":
+    main()

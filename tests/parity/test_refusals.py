@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One process: what a layout cannot do is refused by name, and would indeed fail."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+
+from nemo_tied_lora import ConfigError
+from nemo_tied_lora.architecture import Architecture
+from nemo_tied_lora.layout import Layout, check
+from nemo_tied_lora.megatron_version import counts_repeated_gradients
+from tests.parity import loops
+from tests.parity.runs import RUNS
+from tests.parity.training import train
+from tests.ranks import single_process
+from tests.tiny_gpt import build_gpt
+
+OVERLAP_AND_FULL = replace(RUNS["plain"], loop="ddp overlap", recompute="full", steps=1)
+MODEL = {
+    "num_layers": 4,
+    "hidden_size": 32,
+    "num_attention_heads": 8,
+    "ffn_hidden_size": 40,
+    "encoder_seq_length": 12,
+}
+
+
+@pytest.fixture(autouse=True)
+def megatron() -> None:
+    single_process()
+
+
+@pytest.mark.parametrize("tp_size", [2, 4])
+def test_fewer_query_groups_than_tensor_parallel_ranks_are_refused_by_name(tp_size: int) -> None:
+    layout = Layout(tp_size=tp_size, devices=tp_size)
+    assert check(Architecture.from_model_config({**MODEL, "num_query_groups": 1}), layout) == [
+        f"model.tensor_model_parallel_size={tp_size}: model.num_query_groups=1 is not divisible by it; use one of 1"
+    ]
+    assert check(Architecture.from_model_config({**MODEL, "num_query_groups": tp_size}), layout) == []
+
+
+def test_overlapping_sums_with_full_recomputation_are_refused_by_name() -> None:
+    """From then on they are right: tests/test_megatron_version.py."""
+    if counts_repeated_gradients():
+        train(OVERLAP_AND_FULL)
+        return
+    with pytest.raises(ConfigError, match="overlap_grad_reduce=True: not possible with recompute_granularity=full"):
+        train(OVERLAP_AND_FULL)
+
+
+def test_overlapping_sums_with_full_recomputation_would_fail(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The refusal is not for nothing; when this no longer fails, it can go."""
+    monkeypatch.setattr(loops, "check_ddp", lambda *_: None)
+    fails = pytest.raises(AssertionError, match="Cannot set grad twice")
+    with nullcontext() if counts_repeated_gradients() else fails:
+        train(OVERLAP_AND_FULL)
+
+
+def test_megatrons_attention_for_the_cpu_is_what_stops_context_parallelism() -> None:
+    """So the suite's own stands in its place; when this no longer fails, it can go."""
+    with pytest.raises(AssertionError, match="Context parallelism is only supported by TEDotProductAttention"):
+        build_gpt(context_parallel_size=2)
