@@ -154,6 +154,7 @@ def test_every_problem_is_reported_at_once(folder: Path, capsys: pytest.CaptureF
         (["cluster.nodes=0"], "cluster.nodes=0: must be a whole number of at least 1"),
         (["cluster.time=soon"], "cluster.time='soon': write minutes"),
         (["cluster.time=5", "cluster.save_seconds=300"], "not longer than cluster.save_seconds=300"),
+        (["cluster.save_seconds=20"], "told to save, which takes about 30 s; raise it"),
         (["+cluster.gpus=8"], "cluster.gpus: not a key of cluster"),
         (["cluster.gpu_request=gpus"], "choose gpus-per-node, gres or null"),
         (["+cluster.environment.HF_TOKEN=abc"], "HF_TOKEN: a secret"),

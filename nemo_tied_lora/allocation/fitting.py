@@ -25,6 +25,7 @@ __all__ = [
     "folder_problems",
     "room_problems",
     "run_folder",
+    "seconds_to_save",
     "slurm_problems",
     "time_problems",
 ]
@@ -127,11 +128,8 @@ def time_problems(
     cfg: Mapping[str, Any], arch: Architecture, layout: Layout, config: TiedLoraConfig | None
 ) -> Iterator[str]:
     """The job's remaining time against the time that one save takes, roughly."""
-    precision, left = _precision(cfg), _seconds_left(os.environ)
-    if precision is None or left is None:
-        return
-    needed = _SAVE_OVERHEAD_S + checkpoint_bytes(arch, layout, config, precision) / _SAVED_BYTES_PER_SECOND
-    if left < needed:
+    needed, left = seconds_to_save(cfg, arch, layout, config), _seconds_left(os.environ)
+    if needed is not None and left is not None and left < needed:
         yield (
             f"SLURM's time limit: {left:.0f} s are left, but one save takes about {needed:.0f} s, so that nothing could "
             "be kept; ask for more with --time"
@@ -144,6 +142,16 @@ def _nearest_there(path: Path) -> Path:
     while not place.exists():
         place = place.parent
     return place
+
+
+def seconds_to_save(
+    cfg: Mapping[str, Any], arch: Architecture, layout: Layout, config: TiedLoraConfig | None
+) -> float | None:
+    """Of one checkpoint, roughly; None where the precision is not one."""
+    precision = _precision(cfg)
+    if precision is None:
+        return None
+    return _SAVE_OVERHEAD_S + checkpoint_bytes(arch, layout, config, precision) / _SAVED_BYTES_PER_SECOND
 
 
 def _batch_problems(key: str, section: Mapping[str, Any], dp_size: int) -> Iterator[str]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from nemo_tied_lora.allocation.fitting import seconds_to_save
 from nemo_tied_lora.commands.composing import compose_config, plain
 from nemo_tied_lora.commands.ranks import start_ranks
 from nemo_tied_lora.config import ConfigError
@@ -24,8 +25,8 @@ from nemo_tied_lora.launching.cluster import Cluster, Container
 from nemo_tied_lora.launching.record import write_record
 from nemo_tied_lora.launching.rendering import Job, render
 from nemo_tied_lora.launching.sweeps import Point, index_file, points, split_sweep
-from nemo_tied_lora.layout import Architecture
-from nemo_tied_lora.preflight import base_model_config, check_finetuning
+from nemo_tied_lora.layout import Architecture, Layout, check
+from nemo_tied_lora.preflight import adapter_section, base_model_config, check_finetuning
 
 __all__ = ["SCRIPT", "Launch", "prepare", "print_launch", "run_here", "submit"]
 
@@ -84,7 +85,8 @@ def prepare(settings: Mapping[str, Any], arguments: Sequence[str], config_dir: s
             f"exp_manager.explicit_log_dir={folder}/{run.name}" if swept else f"exp_manager.explicit_log_dir={folder}"
         )
         configs.append(compose_config("finetune", [*fixed, *run.overrides, *sizes, place], config_dir))
-        found = _run_problems(plain(configs[-1]), cluster.container, settings.get("model"))
+        found = list(_run_problems(plain(configs[-1]), cluster.container, settings.get("model")))
+        found += _save_problems(plain(configs[-1]), cluster)
         problems += [f"{run.name}: {problem}" if swept else problem for problem in found]
     if problems:
         raise ConfigError(problems)
@@ -197,6 +199,22 @@ def _run_problems(values: dict[str, Any], container: Container, expected: Mappin
         ours, its = getattr(want, name), getattr(got, name)
         if ours != its:
             yield f"model.restore_from_path={base}: {name} is {its}, and model= says {ours}; change one of them"
+
+
+def _save_problems(values: dict[str, Any], cluster: Cluster) -> Iterator[str]:
+    """The warning before the time limit against the time of a save, where the run is sound by itself."""
+    _to_host(values["model"], cluster.container)
+    try:
+        arch = Architecture.from_model_config(base_model_config(values["model"].get("restore_from_path")))
+        layout, config = Layout.from_config(values), adapter_section(values["model"]["peft"])
+    except ConfigError:
+        return  # said elsewhere, or out of sight
+    needed = None if check(arch, layout, config) else seconds_to_save(values, arch, layout, config)
+    if cluster.kind == "slurm" and needed is not None and needed > cluster.save_seconds:
+        yield (
+            f"cluster.save_seconds={cluster.save_seconds}: so long before the time limit the ranks are told to save, which "
+            f"takes about {needed:.0f} s; raise it"
+        )
 
 
 def _to_host(model: dict[str, Any], container: Container) -> set[str]:
