@@ -57,7 +57,7 @@ def _draw(axes: Any, cells: np.ndarray, targets: Sequence[str], layers: Sequence
 
 def _write_values(axes: Any, cells: np.ndarray, image: Any) -> None:
     """Dark on light and light on dark, with as many digits as tell them apart."""
-    digits = digits_that_differ(cells[np.isfinite(cells)])
+    digits = min(digits_that_differ(cells[np.isfinite(cells)]), 4 if cells.shape[1] <= 16 else 3)  # as cells are wide
     for (row, column), value in np.ndenumerate(cells):
         if np.isfinite(value):
             color = "black" if image.norm(value) > 0.6 else "white"

@@ -99,7 +99,7 @@ def write_json(path: Path, values: Mapping[str, Any]) -> Path:
 def _remove_left_behind(path: Path, suffix: str) -> None:
     """Unfinished files for `path` that no process holds."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.????????{suffix}"):
-        with contextlib.suppress(OSError), left.open("rb") as file:
+        with contextlib.suppress(OSError), left.open("r+b") as file:  # NFS locks only what may be written
             if time.time() - left.stat().st_mtime > _TIME_TO_LOCK:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 left.unlink()
