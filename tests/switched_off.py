@@ -70,7 +70,8 @@ def main() -> None:
 
     prepare()
     with tempfile.TemporaryDirectory() as folder:  # not where other sessions tidy up
-        json.dump([_run(*row, f"{folder}/{number}") for number, row in enumerate(json.load(sys.stdin))], sys.stdout)
+        rows = enumerate(json.load(sys.stdin))
+        json.dump([_run(place, test, f"{folder}/{number}") for number, (place, test) in rows], sys.stdout)
 
 
 def _run(place: str, test: str, folder: str) -> list[Any]:
