@@ -33,7 +33,7 @@ UNFINISHED := $(VENV)/.unfinished
 .PHONY: help setup setup-mcore016 test test-mcore016 test-parity parallelism-page test-slurm lint typecheck format quickstart compare benchmark benchmark-communication clean clean-venv
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-24s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-24s %s\n", $$1, $$2}' Makefile
 
 setup: $(STAMP) ## build .venv with the pinned versions (about 3 minutes, once)
 	@echo "make setup: $(VENV) is ready"

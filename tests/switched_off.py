@@ -14,6 +14,7 @@ import io
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
@@ -65,22 +66,25 @@ class _Reports:
 
 def main() -> None:
     """Runs each test of the list that it reads with its guard off; prints [exit code, why it failed] of each, as JSON."""
-    import pytest
-
     from nemo_tied_lora.platform import prepare
 
     prepare()
-    answers = []
-    for place, test in json.load(sys.stdin):
-        for name in [name for name in sys.modules if name.startswith("tests.test_")]:
-            del sys.modules[name]  # with what they have cached of runs before
-        reports = _Reports()
-        options = ["-q", "-x", "-p", "no:cacheprovider"]
-        said = io.StringIO()
-        with switched_off(place), redirect_stdout(said):
-            code = pytest.main([*options, str(Path(__file__).parent / test)], plugins=[reports])
-        answers.append([int(code), "\n".join(reports.failures or [said.getvalue()])])
-    json.dump(answers, sys.stdout)
+    with tempfile.TemporaryDirectory() as folder:  # not where other sessions tidy up
+        rows = enumerate(json.load(sys.stdin))
+        json.dump([_run(place, test, f"{folder}/{number}") for number, (place, test) in rows], sys.stdout)
+
+
+def _run(place: str, test: str, folder: str) -> list[Any]:
+    import pytest
+
+    for name in [name for name in sys.modules if name.startswith("tests.test_")]:
+        del sys.modules[name]  # with what they have cached of runs before
+    reports = _Reports()
+    options = ["-q", "-x", "-p", "no:cacheprovider", f"--basetemp={folder}"]
+    said = io.StringIO()
+    with switched_off(place), redirect_stdout(said):
+        code = pytest.main([*options, str(Path(__file__).parent / test)], plugins=[reports])
+    return [int(code), "\n".join(reports.failures or [said.getvalue()])]
 
 
 def _in_a_spawned_rank() -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import configparser
 import email.message
 import email.parser
-import os
 import shutil
 import subprocess
 import sys
@@ -151,8 +150,7 @@ def test_a_skip_that_nobody_allowed_fails_the_session(tmp_path: Path, body: str,
     (tmp_path / "test_one.py").write_text(f"import pytest\n{body}\n")
     options = ["-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path)]
     command = [sys.executable, "-m", "pytest", *options, str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # for what conftest.py imports of tests/
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == code, done.stdout + done.stderr
 
 

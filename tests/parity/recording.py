@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keeps what each test of a run came to, for the page that is made of it; called from tests/conftest.py."""
+"""Keeps what each test of a run came to, for the page that is made of it; called from conftest.py."""
 
 from __future__ import annotations
 
