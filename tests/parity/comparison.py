@@ -11,7 +11,7 @@ import torch
 from tests.parity.layouts import Layout
 from tests.parity.training import Record
 
-__all__ = ["Verdict", "compare", "unequal_replicas"]
+__all__ = ["Verdict", "compare", "unequal_replicas", "worst"]
 
 
 @dataclass

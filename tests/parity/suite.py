@@ -15,7 +15,7 @@ from tests.parity.runs import FAULTS, TOLERANCES, Run, oracle_of, runs_of
 from tests.parity.training import Record, train
 from tests.ranks import run_ranks, single_process
 
-__all__ = ["oracle", "verdicts"]
+__all__ = ["all_runs", "oracle", "verdicts"]
 
 
 def verdicts(layout: str, run: str) -> list[Verdict]:
