@@ -24,7 +24,9 @@ ALLOWED_SKIPS = ("needs a CUDA device", *(() if os.environ.get("CI") else ("need
 WITH_NEMO_ONLY = (
     # What they test needs NeMo, or what comes with it.
     "test_adapter_commands.py",
+    "test_adapter_controls.py",
     "test_benchmark.py",
+    "test_cluster_page.py",
     "test_commands.py",
     "test_communication.py",
     "test_export.py",
@@ -40,14 +42,20 @@ WITH_NEMO_ONLY = (
     "test_quickstart_tasks.py",
     "test_resume.py",
     "test_surviving_runs.py",
+    "slurm/test_disturbed_runs.py",
+    "slurm/test_runs.py",
+    "slurm/test_wrong_allocations.py",
     # No Megatron is in them: they cannot differ.
     "test_allocation.py",
     "test_config.py",
     "test_configs.py",
+    "test_container.py",
+    "test_linters.py",
     "test_packaging.py",
     "test_run_status.py",
     "test_selection.py",
     "test_stop_signals.py",
+    "slurm/test_private_cluster.py",
     "slurm/test_script.py",
 )
 """What `make test-mcore016` leaves out; all else runs on both releases of megatron-core. tests/test_selection.py defends
