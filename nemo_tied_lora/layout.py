@@ -17,7 +17,7 @@ from nemo_tied_lora.architecture import Architecture, built, divisors, is_size, 
 from nemo_tied_lora.config import ConfigError, TiedLoraConfig
 from nemo_tied_lora.experts import refused_layouts
 
-__all__ = ["Architecture", "Layout", "check", "selected_groups", "stage_layers", "target_shapes"]
+__all__ = ["Architecture", "Layout", "check", "check_ranks", "selected_groups", "stage_layers", "target_shapes"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +119,11 @@ def check(arch: Architecture, layout: Layout, config: TiedLoraConfig | None = No
     parts += [_pipeline_problems(arch, layout), _batch_problems(layout)]
     parts += [] if config is None else [_adapter_problems(arch, config), _expert_problems(arch, layout, config)]
     return [problem for part in parts for problem in part]
+
+
+def check_ranks(layout: Layout) -> list[str]:
+    """What of `check` needs no model: the ranks against the parallel sizes, the batches against the ranks."""
+    return [*_world_problems(layout), *_batch_problems(layout)]
 
 
 _LAYOUT_KEYS = {

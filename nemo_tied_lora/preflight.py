@@ -20,7 +20,7 @@ import yaml
 from nemo_tied_lora.allocation import fitting
 from nemo_tied_lora.config import ConfigError, TiedLoraConfig
 from nemo_tied_lora.guards import GuardSettings
-from nemo_tied_lora.layout import Architecture, Layout, check
+from nemo_tied_lora.layout import Architecture, Layout, check, check_ranks
 from nemo_tied_lora.loops import loop_problems
 from nemo_tied_lora.run_status import survival_problems
 
@@ -231,9 +231,8 @@ def _layout_problems(
     layout = _attempt(problems, Layout.from_config, {"model": cfg["model"], "trainer": cfg["trainer"]})
     arch = None if model is None else _attempt(problems, Architecture.from_model_config, model)
     yield from problems
-    if arch is not None and layout is not None:
-        yield from check(arch, layout, config)
     if layout is not None:
+        yield from check_ranks(layout) if arch is None else check(arch, layout, config)
         yield from fitting.slurm_problems(layout)
 
 

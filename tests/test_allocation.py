@@ -201,6 +201,7 @@ def test_one_message_has_all_problems(
         sound,
         {
             "model.restore_from_path": str(tmp_path / "none.nemo"),
+            "model.tensor_model_parallel_size": 3,
             "model.data.train_ds.file_names": [str(tmp_path / "none.jsonl")],
             "model.peft.tied_lora.alpha": 0,
             "trainer.precision": 8,
@@ -213,6 +214,7 @@ def test_one_message_has_all_problems(
     assert said.count("not possible") == 1
     for part in (
         "none.nemo: no such file",
+        "is not a multiple of tensor 3",
         "none.jsonl: no such file",
         "alpha=0",
         "precision=8",
