@@ -113,7 +113,9 @@ _FEATURES: list[tuple[str, str, dict[str, str]]] = [
 
 def _cell(layout: str, feature: str) -> Cell:
     if feature == "overlap and full":
-        return Cell("refused: before megatron-core 0.16 a tied gradient would come in parts", (f"{_REFUSALS}{_OVERLAP}",))
+        return Cell(
+            "refused: before megatron-core 0.16 a tied gradient would come in parts", (f"{_REFUSALS}{_OVERLAP}",)
+        )
     if feature == "one query group" and (tp_size := LAYOUTS[layout].tp) > 1:
         return Cell(f"refused: one group cannot be split over {tp_size} ranks", (f"{_REFUSALS}{_GROUPS}[{tp_size}]",))
     runs = {name: run for name, run in runs_of(layout).items() if feature in run.columns}
