@@ -42,9 +42,6 @@ WITH_NEMO_ONLY = (
     "test_quickstart_tasks.py",
     "test_resume.py",
     "test_surviving_runs.py",
-    "slurm/test_disturbed_runs.py",
-    "slurm/test_runs.py",
-    "slurm/test_wrong_allocations.py",
     # No Megatron is in them: they cannot differ.
     "test_allocation.py",
     "test_config.py",
@@ -55,13 +52,11 @@ WITH_NEMO_ONLY = (
     "test_run_status.py",
     "test_selection.py",
     "test_stop_signals.py",
-    "slurm/test_private_cluster.py",
-    "slurm/test_script.py",
 )
-"""What `make test-mcore016` leaves out; all else runs on both releases of megatron-core. tests/test_selection.py defends
-it: a file of which NeMo is no part is not left out."""
+"""What `make test-mcore016` leaves out, and with it tests/slurm, whose runs are NeMo's; all else runs on both releases of
+megatron-core. tests/test_selection.py defends it: a file of which NeMo is no part is not left out."""
 
-collect_ignore = [] if importlib.util.find_spec("nemo") else list(WITH_NEMO_ONLY)
+collect_ignore = [] if importlib.util.find_spec("nemo") else ["slurm", *WITH_NEMO_ONLY]
 
 _Report = TypeVar("_Report", pytest.TestReport, pytest.CollectReport)
 
