@@ -194,6 +194,20 @@ def test_a_folder_that_cannot_be_written_to_is_refused(sound: dict[str, Any], tm
     assert f"{tmp_path / 'shut'} is no folder that can be written to" in problem
 
 
+def test_a_folder_that_cannot_be_entered_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o000)
+    root = os.getuid() == 0
+    if root:  # who may enter everywhere
+        os.setresuid(65534, 65534, 0)
+    try:
+        (problem,) = fitting.folder_problems({"exp_manager": {"explicit_log_dir": str(tmp_path / "theirs" / "run")}})
+    finally:
+        if root:
+            os.setresuid(0, 0, 0)
+        tmp_path.chmod(0o700)
+    assert "is no folder that can be written to" in problem
+
+
 def test_one_message_has_all_problems(
     sound: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 PROGRAM = """
+import os, pathlib
 from nemo_tied_lora.platform import prepare
 prepare(nemo=True)
 from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import MegatronGPTSFTModel
@@ -41,12 +44,22 @@ assert "MegatronGPTTiedLoraModel" in text, text
 model = MegatronGPTTiedLoraModel.__new__(MegatronGPTTiedLoraModel)
 text = said(ValueError, lambda: MegatronGPTTiedLoraModel.add_adapter(model, [scheme(cfg), scheme(cfg)]))
 assert "cannot be combined" in text, text
+
+# Of several ranks one may have a damaged file of its own: no refusal, which all would have to share.
+from nemo_tied_lora.nemo.legacy_weights import _load
+pathlib.Path("model_weights.ckpt").write_bytes(b"no pickle")
+assert "as tensors alone" in said(ConfigError, lambda: _load("model_weights.ckpt"))
+os.environ["WORLD_SIZE"] = "2"
+assert "as tensors alone" in said(RuntimeError, lambda: _load("model_weights.ckpt"))
 print("all said")
 """
 
 
-def test_the_scheme_is_in_nemos_map_and_its_errors_say_what_to_do() -> None:
+def test_the_scheme_is_in_nemos_map_and_its_errors_say_what_to_do(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "ignore", "-c", PROGRAM]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=600, check=False, cwd=tmp_path, env=environment
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.splitlines()[-1] == "all said"

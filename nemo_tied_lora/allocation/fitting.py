@@ -139,7 +139,7 @@ def time_problems(
 def _nearest_there(path: Path) -> Path:
     """The path, or the nearest above it that exists."""
     place = path.resolve()
-    while not place.exists():
+    while not os.path.exists(place):  # Path.exists() raises where a folder on the way cannot be entered
         place = place.parent
     return place
 

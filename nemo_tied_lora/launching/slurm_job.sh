@@ -18,9 +18,10 @@ if ! mkdir -p "$logs" || ! touch "$logs"; then
     exit 2
 fi
 
+finished=$folder/logs/$job.finished  # this job's own: another, a pre-flight say, may use the folder too
 if ((restart == 0)); then
-    rm -f "$folder/finished"
-elif [[ -e $folder/finished ]]; then
+    rm -f "$finished"
+elif [[ -e $finished ]]; then
     say "the run has finished; nothing is left to do"
     exit 0
 fi
@@ -84,7 +85,7 @@ if [[ $code == 0 && -n $told ]]; then
     code=143  # srun, which got the signal too, says 0 where it gave up waiting for its ranks
 fi
 if ((code == 0)); then
-    touch "$folder/finished"
+    touch "$finished"
     say "finished"
     exit 0
 fi

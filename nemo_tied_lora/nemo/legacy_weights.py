@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ def _load(model_weights: str, map_location: Any = None) -> Any:
 
     Raises:
         ConfigError: it holds more than tensors and plain values, or is damaged.
+        RuntimeError: so it does on one of several ranks, which read files of their own: the others are to be told.
     """
     try:
         # Transformer Engine's extra states are bytes, also none.
@@ -40,4 +42,7 @@ def _load(model_weights: str, map_location: Any = None) -> Any:
             return torch.load(model_weights, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         reason = " ".join(str(error).rpartition("WeightsUnpickler error: ")[2].split())[:300]
-        raise ConfigError([f"{model_weights}: cannot be read as tensors alone, and is not run: {reason}"]) from error
+        problem = f"{model_weights}: cannot be read as tensors alone, and is not run: {reason}"
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            raise RuntimeError(problem) from error
+        raise ConfigError([problem]) from error

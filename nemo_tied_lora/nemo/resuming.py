@@ -63,9 +63,11 @@ def launch_kept(cfg: DictConfig) -> Iterator[None]:
     run = run_folder(cfg)
     paths = [run / name for name in _LAUNCH] if run is not None and is_global_rank_zero() else []
     contents = {path: path.read_bytes() for path in paths if path.is_file()}
-    yield
-    for path, content in contents.items():
-        write_atomically(path, content)
+    try:
+        yield
+    finally:
+        for path, content in contents.items():
+            write_atomically(path, content)
 
 
 def skip_one_validation(trainer: Trainer) -> None:

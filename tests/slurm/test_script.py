@@ -160,15 +160,16 @@ def test_a_finished_run_is_not_run_again_when_its_job_is_requeued(slurm: Private
 
 
 def test_what_slurm_stops_is_not_taken_for_finished(slurm: PrivateCluster, write: Write) -> None:
-    """srun may say 0 where it was told to stop, whatever became of the ranks."""
+    """srun may say 0 where it was told to stop, whatever became of the ranks; another job in the folder may finish meanwhile."""
     script = write("[[ ! -e ready ]] || exit 0; trap 'exit 0' TERM; touch ready; sleep 300 & wait", nodes=1)
     job = submit(slurm, script)
     slurm.wait_until((script.parent / "ready").exists, 60, "the rank")
+    slurm.wait_for_state(submit(slurm, script), "COMPLETED")
     slurm.run("scontrol", "requeue", job)
     slurm.wait_until(lambda: said(script, job).count("starting 1 ranks") == 2, 120, "the second start")
     assert slurm.wait_for_state(job)["JobState"] == "COMPLETED", said(script, job)
     assert "nothing is left to do" not in said(script, job)
-    assert (script.parent / "run" / "finished").exists()
+    assert (script.parent / "run" / "logs" / f"{job}.finished").exists()
 
 
 def test_each_task_of_an_array_does_its_own_line_of_the_index(slurm: PrivateCluster, write: Write) -> None:
@@ -178,7 +179,7 @@ def test_each_task_of_an_array_does_its_own_line_of_the_index(slurm: PrivateClus
     for number, run in enumerate(runs):
         assert slurm.wait_for_state(f"{array}_{number}")["JobState"] == "COMPLETED"
         folder = script.parent / "run" / run.name
-        assert (folder / "finished").exists()
+        assert (folder / "logs" / f"{array}_{number}.finished").exists()
         assert (folder / "logs" / f"{array}_{number}-0" / "node-0.log").exists()
         assert (
             f"{run.overrides[0]} trainer.num_nodes=1 trainer.devices=1 exp_manager.explicit_log_dir={folder}\n"
