@@ -42,7 +42,8 @@ def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> Path:
 def file_beside(path: Path, suffix: str = "") -> Iterator[tuple[IO[bytes], Path]]:
     """An open file beside `path` and its name, removed at the end unless it was renamed; folders are made.
 
-    It is locked as long as its writer lives. What a killed writer left is known by the lock's absence, and removed.
+    It is locked as long as its writer lives. What a killed writer left is known by the lock's absence, and removed;
+    where the file system has no locks, it stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_left_behind(path, suffix)

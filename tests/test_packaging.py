@@ -6,6 +6,7 @@ from __future__ import annotations
 import configparser
 import email.message
 import email.parser
+import os
 import shutil
 import subprocess
 import sys
@@ -131,7 +132,9 @@ def test_make_test_includes_the_other_release_of_megatron(tmp_path: Path) -> Non
 
 
 def test_ci_runs_make_test() -> None:
-    assert (ROOT / ".ci" / "run").read_text().splitlines()[-1] == "make test"
+    lines = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert lines[-1] == "make test"
+    assert any(line.startswith("export CI=true") for line in lines), "without it a missing SLURM is a skip"
 
 
 @pytest.mark.parametrize(
@@ -146,12 +149,21 @@ def test_ci_runs_make_test() -> None:
     ],
 )
 def test_a_skip_that_nobody_allowed_fails_the_session(tmp_path: Path, body: str, code: int) -> None:
-    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
-    (tmp_path / "test_one.py").write_text(f"import pytest\n{body}\n")
-    options = ["-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path)]
-    command = [sys.executable, "-m", "pytest", *options, str(tmp_path)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == code, done.stdout + done.stderr
+    assert session(tmp_path, body) == code
+
+
+@pytest.mark.parametrize(("ci", "code"), [("true", 1), ("", 0)])
+def test_only_ci_must_have_a_slurm(tmp_path: Path, ci: str, code: int) -> None:
+    assert session(tmp_path, "def test_one(): pytest.skip('needs a SLURM: there is none')", CI=ci) == code
+
+
+def session(folder: Path, body: str, **variables: str) -> int:
+    """The exit code of pytest with the tests' conftest.py on a file of this body."""
+    shutil.copy(ROOT / "tests" / "conftest.py", folder)
+    (folder / "test_one.py").write_text(f"import pytest\n{body}\n")
+    options = ["-q", "-p", "no:cacheprovider", "--rootdir", str(folder)]
+    command = [sys.executable, "-m", "pytest", *options, str(folder)]
+    return subprocess.run(command, cwd=folder, capture_output=True, env={**os.environ, **variables}).returncode
 
 
 def _files(folder: str) -> list[Path]:

@@ -4,10 +4,9 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 
-__all__ = ["has_apex", "has_gpu", "has_nemo", "has_transformer_engine", "in_nvidia_container"]
+__all__ = ["has_apex", "has_gpu", "has_transformer_engine", "in_nvidia_container"]
 
 
 def has_gpu() -> bool:
@@ -25,11 +24,6 @@ def has_apex() -> bool:
 def has_transformer_engine() -> bool:
     """True where Transformer Engine imports; it does not without the CUDA libraries, even when it is installed."""
     return _imports("transformer_engine.pytorch")
-
-
-def has_nemo() -> bool:
-    """True where NeMo is installed; asked without importing it, which takes many seconds."""
-    return importlib.util.find_spec("nemo") is not None
 
 
 def in_nvidia_container() -> bool:
