@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,68 +71,79 @@ def with_adapter(test: Callable[..., None]) -> Callable[[Path, pytest.MonkeyPatc
     return run
 
 
-# What is taken out: (where, its name, what stands there instead, the test).
-Control = tuple[Any, str, Any, Callable[[Path, pytest.MonkeyPatch], Any]]
+# What is taken out: (where, its name, what stands there instead, the test, what it then says).
+Control = tuple[Any, str, Any, Callable[[Path, pytest.MonkeyPatch], Any], str]
+NOT_REFUSED = "DID NOT RAISE"
 CONTROLS: dict[str, Control] = {
     "a file beside the target, renamed": (
         adapter_file,
         "replace_file",
         written_in_place,
         lambda folder, _: durability.test_a_kill_at_any_moment_leaves_the_old_file_or_the_new_one(folder),
+        "not a whole .nemo file",
     ),
     "the tensors' checksum": (
         adapter_format,
         "content_facts",
         lambda _: _EqualToAll(),
         fuzzed(bad_input.test_a_flipped_bit_anywhere_is_refused_or_harmless),
+        "== []",
     ),
     "extended headers": (
         tar_members,
         "_check_pax",
         nothing,
         fuzzed(bad_input.test_what_a_tar_can_do_beyond_plain_files_is_refused, "a pax path"),
+        "assert not True",
     ),
     "what a seed stands for, when it is saved": (
         frozen_factors.FrozenFactors,
         "check",
         lambda self, name, tensor: self.draw(name, tensor.dtype),
         lambda folder, _: file_tests.test_a_factor_that_is_not_what_the_seed_draws_is_not_stored_as_the_seed(folder),
+        NOT_REFUSED,
     ),
     "what a seed stands for, when it is read": (
         frozen_factors.FrozenFactors,
         "compare",
         nothing,
         file_tests.test_a_generator_that_draws_other_numbers_is_an_error,
+        NOT_REFUSED,
     ),
     "names, shapes, dtypes and values of the state": (
         adapter_file,
         "check_state",
         nothing,
         with_saved(refusals.test_a_file_with_other_content_is_refused_and_the_model_left_alone, "integers"),
+        "is torch.int32, not a",
     ),
     "finite numbers, when they are saved": (
         adapter_format.torch,
         "isfinite",
         all_finite,
         with_saved(file_tests.test_a_tensor_that_would_not_load_again_is_not_saved),
+        NOT_REFUSED,
     ),
     "finite numbers in a merge": (
         updates.torch,
         "isfinite",
         all_finite,
         with_adapter(test_merge.test_what_would_not_be_finite_is_not_written),
+        NOT_REFUSED,
     ),
     "each element of a merge once": (
         updates.Updates,
         "check_all_were_met",
         nothing,
         lambda folder, _: test_merge.test_a_base_that_lacks_a_layer_is_refused(folder),
+        NOT_REFUSED,
     ),
     "the base of a merge": (
         merge,
         "_check_base",
         nothing,
         with_adapter(test_merge.test_another_base_is_refused_unless_allowed),
+        NOT_REFUSED,
     ),
 }
 
@@ -140,11 +152,12 @@ CONTROLS: dict[str, Control] = {
 def test_without_the_guard_its_test_goes_red(guard: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     single_process()
     tiny_adapter(tmp_path / "whole.nemo")
-    place, name, instead, test = CONTROLS[guard]
+    place, name, instead, test, said = CONTROLS[guard]
     assert callable(getattr(place, name))
     folder = tmp_path / "folder"
     folder.mkdir()
     with monkeypatch.context() as patch:
         patch.setattr(place, name, instead)
-        with pytest.raises((AssertionError, pytest.fail.Exception, adapter_file.AdapterFileError)):
+        reds = (AssertionError, pytest.fail.Exception, adapter_file.AdapterFileError)
+        with pytest.raises(reds, match=re.escape(said)):
             test(folder, patch)
