@@ -16,6 +16,7 @@ WORKERS ?= 2
 PYTEST_OPTIONS ?=
 OVERHEAD ?= runs/step_overhead.json
 COMMUNICATION ?= runs/communication.json
+GUARDS ?= runs/guard_cost.json
 
 CANDIDATES := $(if $(PYTHON),$(PYTHON),python3.11 python3.12 python3.10 python3)
 BIN := $(VENV)/bin
@@ -30,7 +31,7 @@ STAMP := $(VENV)/.installed-$(KEY)
 UNFINISHED := $(VENV)/.unfinished
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-mcore016 test test-mcore016 test-parity parallelism-page test-slurm lint typecheck format quickstart compare benchmark benchmark-communication clean clean-venv
+.PHONY: help setup setup-mcore016 test test-mcore016 test-parity parallelism-page test-slurm lint typecheck format quickstart compare benchmark benchmark-communication benchmark-guards clean clean-venv
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-24s %s\n", $$1, $$2}' Makefile
@@ -114,6 +115,10 @@ benchmark: $(STAMP) ## what an adapter adds to a training step, beside NeMo's ow
 benchmark-communication: $(STAMP) ## what an adapter sends, beside NeMo's own, by counting (COMMUNICATION=file.json)
 	@mkdir -p $(dir $(COMMUNICATION))
 	$(BIN)/python benchmarks/communication.py --output $(COMMUNICATION)
+
+benchmark-guards: $(STAMP) ## what the guards of a run cost (GUARDS=file.json)
+	@mkdir -p $(dir $(GUARDS))
+	$(BIN)/python benchmarks/guard_cost.py --output $(GUARDS)
 
 clean: ## remove builds and caches; .venv, .venv-mcore016 and runs/ stay
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -31,6 +31,7 @@ WITH_NEMO_ONLY = (
     "test_communication.py",
     "test_export.py",
     "test_guard_controls.py",
+    "test_guard_cost.py",
     "test_guarded_training.py",
     "test_hugging_face.py",
     "test_import_lora.py",
