@@ -70,7 +70,8 @@ _FEATURES: list[tuple[str, str, dict[str, str]]] = [
     (
         "Loops",
         "Ours is a plain loop with `adapter.reduce_gradients()`. The others are megatron-core's `DistributedDataParallel` "
-        "with `finalize_model_grads` and its own optimizer. Each run accumulates gradients over two microbatches or more.",
+        "with `finalize_model_grads` and its own optimizer. Each run accumulates gradients over two microbatches or more. "
+        "`nemo_tied_lora.check_ddp`, called before such a loop wraps the model, refuses the settings that cannot work.",
         {
             "plain": "ours",
             "ddp": "DDP",
