@@ -9,13 +9,24 @@ if TYPE_CHECKING:
     from nemo_tied_lora.adapter import Adapter
     from nemo_tied_lora.export.nemo_adapter import load_adapter, save_adapter
     from nemo_tied_lora.injection import inject
+    from nemo_tied_lora.loops import check_ddp
     from nemo_tied_lora.several import Adapters
 
-__all__ = ["Adapter", "Adapters", "ConfigError", "TiedLoraConfig", "inject", "load_adapter", "save_adapter"]
+__all__ = [
+    "Adapter",
+    "Adapters",
+    "ConfigError",
+    "TiedLoraConfig",
+    "check_ddp",
+    "inject",
+    "load_adapter",
+    "save_adapter",
+]
 
 _LAZY = {
     "Adapter": "nemo_tied_lora.adapter",
     "Adapters": "nemo_tied_lora.several",
+    "check_ddp": "nemo_tied_lora.loops",
     "inject": "nemo_tied_lora.injection",
     "load_adapter": "nemo_tied_lora.export.nemo_adapter",
     "save_adapter": "nemo_tied_lora.export.nemo_adapter",

@@ -20,7 +20,7 @@ import torch
 from tests.ranks import run_ranks
 from tests.switched_off import switched_off
 
-__all__ = ["LOOPS", "UNGUARDED", "Fit", "FitRecord", "fit_records", "make_data", "run_fits"]
+__all__ = ["LOOPS", "UNGUARDED", "UNSUMMED", "Fit", "FitRecord", "fit_records", "make_data", "run_fits"]
 
 LOOPS: dict[str, tuple[str, ...]] = {
     "O1": ("model.optim.name=fused_adam",),
@@ -75,6 +75,8 @@ UNGUARDED = {
     "drift before the file": _COMPARE,
 }
 """Negative controls: the fit, and what is switched off when it is done again."""
+UNSUMMED = ("O1 pp2", "O2 pp2")
+"""Done again without the sum over stages; in megatron-core's own loop it is `finalize_model_grads` that sums."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +86,6 @@ class Fit:
     poison: (step from 1, rank, tensor): that rank's summed gradient gets a NaN in its last element.
     drift: (step from 1, rank, tensor): a bit of that rank's copy is flipped before the tie guard looks.
     checkpoint_at: the step after which a training checkpoint is asked for; 0: none.
-    checked: False lets a loop run that `check_loop` refuses.
     off: a guard that is switched off (see tests/switched_off.py).
     """
 
@@ -95,17 +96,17 @@ class Fit:
     drift: tuple[int, int, str] | None = None
     save_at_end: bool = False
     checkpoint_at: int = 0
-    checked: bool = True
     off: str | None = None
 
 
 @dataclass
 class FitRecord:
-    """What a fit did on this rank."""
+    """What a fit did on this rank. start, state: the whole adapter before and after it, in float32."""
 
     failure: str | None = None
     traceback: str = ""
     steps: list[dict[str, Any]] = field(default_factory=list)
+    start: dict[str, torch.Tensor] = field(default_factory=dict)
     state: dict[str, torch.Tensor] = field(default_factory=dict)
     local_bits: dict[str, bytes] = field(default_factory=dict)
     untouched: list[bool] = field(default_factory=list)
@@ -119,12 +120,12 @@ class FitRecord:
 def fits_of(world_size: int) -> dict[str, Fit]:
     """Every fit of the suite on so many ranks."""
     if world_size == 1:
-        return {loop: Fit(overrides=overrides) for loop, overrides in LOOPS.items()} | {
-            "start": Fit(steps=1, overrides=("model.optim.lr=0.0",))
-        }
+        fits = {loop: Fit(overrides=overrides, steps=5) for loop, overrides in LOOPS.items()}
+        interleaved = (*LOOPS["O2"], "model.virtual_pipeline_model_parallel_size=2")
+        return fits | {"interleaved": Fit(overrides=interleaved)}
     layouts = {"tp2": ("layout=tp2",), "pp2": ("layout=pp2",), "dp2": ()}
     fits = {
-        f"{loop} {layout}": Fit(overrides=(*sizes, *overrides))
+        f"{loop} {layout}": Fit(overrides=(*sizes, *overrides), steps=5)
         for loop, overrides in LOOPS.items()
         for layout, sizes in layouts.items()
     }
@@ -136,8 +137,11 @@ def fits_of(world_size: int) -> dict[str, Fit]:
         "mcore dp2 overlap": (*LOOPS["mcore"], *_OVERLAP),
         "mcore dp2 overlap full recompute": (*LOOPS["mcore"], *_OVERLAP, *_FULL),
     } | {f"{loop} dp2 full recompute": (*overrides, *_FULL) for loop, overrides in LOOPS.items() if loop != "O1"}
-    fits |= {name: Fit(overrides=overrides) for name, overrides in more.items()}
-    fits["mcore dp2 overlap full recompute"] = Fit(overrides=more["mcore dp2 overlap full recompute"], checked=False)
+    fits |= {name: Fit(overrides=overrides, steps=5) for name, overrides in more.items()}
+    unsummed = "nemo_tied_lora.adapter:Adapter.reduce_gradients"
+    fits |= {f"{name}, unsummed": replace(fits[name], off=unsummed) for name in UNSUMMED}
+    loop = "mcore dp2 overlap full recompute"
+    fits[f"{loop}, unguarded"] = replace(fits[loop], off="nemo_tied_lora.loops:check_loop")
     # The guards.
     skip = ("guards.nonfinite_gradients=skip",)
     poison = (2, 1, "layers.3.linear_fc1.u")
@@ -268,14 +272,14 @@ def _run(fit: Fit, name: str, record: FitRecord) -> None:
         context_parallel_size=cfg.model.context_parallel_size,
     )
     model = _planted(MegatronGPTTiedLoraModel, fit)(model_cfg, trainer)
-    with _unchecked(model, fit):
-        model.add_adapter(TiedLoraPEFTConfig(model_cfg))
+    model.add_adapter(TiedLoraPEFTConfig(model_cfg))
     model.guards = GuardSettings.from_mapping(cfg.guards)
     adapter = model.tied_lora
     for chunk in adapter.chunks:
         fill(chunk.body)
     shapes = expected_shapes(adapter.config, adapter.specs)
     adapter.load_full_state({key: full_tensor(f"start {key}", shape) for key, shape in shapes.items()})
+    record.start = _whole(adapter)
     try:
         trainer.fit(model)
         if fit.save_at_end:
@@ -284,7 +288,7 @@ def _run(fit: Fit, name: str, record: FitRecord) -> None:
         record.global_step, record.summary = trainer.global_step, recorder.summary()
         written = [f"{name}.nemo", "checkpoint"]
         record.files = [file for file in written if Path(file).exists()]
-    record.state = {key: tensor.float() for key, tensor in adapter.full_state().items()}
+    record.state = _whole(adapter)
     record.local_bits = {
         f"{index} {key}": _bits(parameter)
         for index, chunk in enumerate(adapter.chunks)
@@ -292,14 +296,8 @@ def _run(fit: Fit, name: str, record: FitRecord) -> None:
     }
 
 
-@contextmanager
-def _unchecked(model: Any, fit: Fit) -> Iterator[None]:
-    """Hides from `check_loop` what it would refuse."""
-    if not fit.checked:
-        model.cfg.optim.overlap_grad_sync = False
-    yield
-    if not fit.checked:
-        model.cfg.optim.overlap_grad_sync = True
+def _whole(adapter: Any) -> dict[str, torch.Tensor]:
+    return {key: tensor.float().clone() for key, tensor in adapter.full_state().items()}
 
 
 def _watcher(fit: Fit, record: FitRecord) -> Any:

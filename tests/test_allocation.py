@@ -120,6 +120,36 @@ def test_what_does_not_fit_the_layout_is_refused(sound: dict[str, Any], changes:
     assert any(said in problem for problem in problems), problems
 
 
+IMPOSSIBLE: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "fsdp": ({"model.fsdp": True}, {}, "model.fsdp=true: not possible"),
+    "interleaved": (
+        {
+            "trainer.devices": 2,
+            "model.pipeline_model_parallel_size": 2,
+            "model.virtual_pipeline_model_parallel_size": 2,
+        },
+        {},
+        "model.virtual_pipeline_model_parallel_size: NeMo 2.4's model cannot be interleaved; set it to null",
+    ),
+    "mixture": ({}, {"num_moe_experts": 4}, "model.num_moe_experts=4: a mixture is not tested through NeMo yet"),
+    "distributed_fused_adam": (
+        {"model.optim.name": "distributed_fused_adam"},
+        {},
+        "model.optim.name=distributed_fused_adam: not possible; it would leave tied gradients unsummed",
+    ),
+}
+"""What is asked for (of the run, of the base) and what is said."""
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+def test_what_cannot_be_trained_through_nemo_is_refused(sound: dict[str, Any], case: str) -> None:
+    changes, of_the_base, said = IMPOSSIBLE[case]
+    base = Path(sound["model"]["restore_from_path"])
+    (base / "model_config.yaml").write_text(yaml.safe_dump({**BASE, **of_the_base}))
+    (problem,) = refusals(sound, changes)
+    assert problem.startswith(said)
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [

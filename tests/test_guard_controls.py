@@ -57,6 +57,21 @@ CONTROLS = {
         "test_nemo_loops.py::test_what_nemo_cannot_do_is_refused_by_name",
         "DID NOT RAISE",
     ),
+    "loops that NeMo gets wrong, before the start": (
+        "nemo_tied_lora.loops:loop_problems()",
+        "test_allocation.py::test_what_cannot_be_trained_through_nemo_is_refused[distributed_fused_adam]",
+        "DID NOT RAISE",
+    ),
+    "interleaved pipelines and mixtures in NeMo": (
+        "nemo_tied_lora.preflight:_layout_problems()",
+        "test_allocation.py::test_what_cannot_be_trained_through_nemo_is_refused",
+        "DID NOT RAISE",
+    ),
+    "a loop of one's own with Megatron's DDP": (
+        "nemo_tied_lora.loops:check_ddp",
+        "test_nemo_loops.py::test_a_loop_of_ones_own_is_told_before_it_wraps_the_model",
+        "DID NOT RAISE",
+    ),
     "layouts of experts": (
         "nemo_tied_lora.experts:refused_layouts()",
         "test_moe.py::test_layouts_that_are_not_right_yet_are_refused_by_name",

@@ -155,10 +155,6 @@ class TiedLoraModelMixin:
             yield batch
 
     def _adapter_keys_of_tied_lora(self) -> _AdapterKeys:
-        if self.cfg.get("virtual_pipeline_model_parallel_size") is not None:  # type: ignore[attr-defined]
-            raise ValueError(
-                "virtual_pipeline_model_parallel_size: NeMo 2.4's model cannot be interleaved; set it to null"
-            )
         check_loop(self.cfg)  # type: ignore[attr-defined]
         return _AdapterKeys(self)
 
