@@ -12,6 +12,8 @@ from typing import TypeVar
 
 import pytest
 
+from tests.parity import recording
+
 __all__ = ["ALLOWED_SKIPS", "WITH_NEMO_ONLY"]
 
 # Before torch is imported, here and in the ranks that the tests spawn: ranks share the cores, and more threads than
@@ -82,6 +84,15 @@ def _fail_unexpected_skip(report: _Report) -> _Report:
             report.outcome = "failed"
             report.longrepr = f"skipped, for a reason that tests/conftest.py does not allow: {reason}"
     return report
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    recording.keep(report)
+
+
+def pytest_sessionfinish() -> None:
+    if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker has seen a part of the tests
+        recording.write()
 
 
 @pytest.fixture(scope="session")

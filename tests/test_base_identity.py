@@ -21,11 +21,14 @@ from nemo_tied_lora.base_identity import (
     tokenizer_identity,
 )
 from nemo_tied_lora.export.adapter_file import read_adapter
+from nemo_tied_lora.megatron_version import splits_query_groups
 from tests.ranks import run_ranks, single_process
 from tests.relayout import relayout
 from tests.tiny_gpt import VOCAB, build_gpt, full_tensor
 
 MODELS: dict[str, dict[str, Any]] = {"gpt": {}, "llama": {"llama": True, "groups": 2}}
+if splits_query_groups():
+    MODELS["one query group"] = {"llama": True, "groups": 1}
 LAYOUTS: dict[str, dict[str, int]] = {"tp2": {"tp": 2}, "pp2": {"pp": 2}, "dp2": {}}
 
 

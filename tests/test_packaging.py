@@ -163,7 +163,8 @@ def session(folder: Path, body: str, **variables: str) -> int:
     (folder / "test_one.py").write_text(f"import pytest\n{body}\n")
     options = ["-q", "-p", "no:cacheprovider", "--rootdir", str(folder)]
     command = [sys.executable, "-m", "pytest", *options, str(folder)]
-    return subprocess.run(command, cwd=folder, capture_output=True, env={**os.environ, **variables}).returncode
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+    return subprocess.run(command, cwd=folder, capture_output=True, env=environment).returncode
 
 
 def _files(folder: str) -> list[Path]:

@@ -10,5 +10,5 @@
 - suite.py: all runs of all layouts, the ranks started once for each number of them
 - cells.py: the support table, what is tested and what is refused
 - recording.py: what each test came to
-- table.py: docs/parallelism.md from the suite's results
+- table.py: docs/parallelism.md, which both releases' results must prove
 """

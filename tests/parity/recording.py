@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keeps what each test of a run came to, for the page that is made of it; called from conftest.py."""
+"""Keeps what each test of a run came to, for the page that is made of it; called from tests/conftest.py. No Megatron."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-__all__ = ["RESULTS", "keep", "write"]
+__all__ = ["RESULTS", "RUNS", "keep", "write"]
 
-RESULTS = Path(os.environ.get("PARITY_RESULTS", Path(__file__).parents[2] / "runs" / "parity.json"))
+RUNS = Path(__file__).parents[2] / "runs"
+RESULTS = Path(os.environ.get("PARITY_RESULTS", RUNS / "parity.json"))
 """Where the results go: PARITY_RESULTS, or runs/parity.json."""
 
 _tests: dict[str, str] = {}

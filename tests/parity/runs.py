@@ -7,9 +7,10 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from nemo_tied_lora.megatron_version import counts_repeated_gradients, megatron_version, splits_query_groups
 from tests.parity.layouts import LAYOUTS, Layout
 
-__all__ = ["FAULTS", "RUNS", "TOLERANCES", "Run", "oracle_of", "runs_of"]
+__all__ = ["FAULTS", "OVERLAP_AND_FULL", "RUNS", "TOLERANCES", "Run", "oracle_of", "runs_of"]
 
 TL6 = {"preset": "tl6", "rank": 3, "alpha": 5.0}
 ONE_STAGE = {"preset": "tl6", "rank": 3, "layers": [3], "targets": ["linear_qkv", "linear_fc2"]}
@@ -73,6 +74,8 @@ RUNS: dict[str, Run] = {
     "distributed": Run(config=TL6, model=LLAMA, dtype="float32", loop="distributed overlap", features=("llama",)),
     "bfloat16": Run(config=TL6, dtype="bfloat16", loop="distributed", recompute="full"),
 }
+# Where DDP waits for all parts of a tied gradient, one a layer; in its first step it counts them.
+OVERLAP_AND_FULL = Run(config=TL6, loop="ddp overlap", recompute="full", features=("overlap and full",))
 # Six layers: first and last stage have one, those between them two.
 SHORT_ENDS = {"num_layers_in_first_pipeline_stage": 1, "num_layers_in_last_pipeline_stage": 1}
 UNEVEN: dict[str, Run] = {
@@ -113,11 +116,13 @@ MIXED: dict[str, Run] = {
 }
 
 
-def runs_of(name: str) -> dict[str, Run]:
-    """Every run of a layout."""
-    layout = LAYOUTS[name]
+def runs_of(name: str, release: tuple[int, ...] | None = None) -> dict[str, Run]:
+    """Every run of a layout, on a release of megatron-core; None: the installed one."""
+    layout, release = LAYOUTS[name], release or megatron_version()
     more = {"pp4": UNEVEN, "tp2 pp2": MIXED}.get(name, {})
-    return {run: _fitted(given, layout) for run, given in {**RUNS, **more}.items()}
+    if counts_repeated_gradients(release):
+        more = {**more, "overlap and full": OVERLAP_AND_FULL}
+    return {run: _fitted(given, layout, release) for run, given in {**RUNS, **more}.items()}
 
 
 def oracle_of(run: Run) -> Run:
@@ -128,7 +133,7 @@ def oracle_of(run: Run) -> Run:
     return dataclasses.replace(plain, loop="plain", dtype="float64")
 
 
-def _fitted(run: Run, layout: Layout) -> Run:
+def _fitted(run: Run, layout: Layout, release: tuple[int, ...]) -> Run:
     """The run with as many layers, query groups and microbatches as the layout needs."""
     model, features = dict(run.model), run.features
     if layout.vp is not None:
@@ -137,7 +142,7 @@ def _fitted(run: Run, layout: Layout) -> Run:
         model.setdefault("num_layers", 2)  # gloo's collectives on few cores are what takes time
     if model.get("llama"):
         model.setdefault("groups", 2)
-        if model["groups"] < layout.tp:  # refused; see cells.py
+        if model["groups"] < layout.tp and not splits_query_groups(release):
             model["groups"] = layout.tp
             features = tuple(feature for feature in features if feature != "one query group")
     microbatches = 4 if layout.vp is not None or layout.dp > 1 else 2

@@ -3,13 +3,21 @@
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
+from typing import Any
+
 import pytest
 
-from tests.parity.cells import GPU, tables
+from nemo_tied_lora.megatron_version import megatron_version
+from tests.conftest import WITH_NEMO_ONLY
+from tests.parity import table
+from tests.parity.cells import GPU, NEWER, OLDER, tables
 from tests.parity.table import PAGE, page, unproven
 
 EVERY_CELL = [cell for table in tables() for row in table.rows.values() for cell in row]
-EVIDENCE = {test for cell in EVERY_CELL for test in cell.evidence}
+PROOF = {release: {test for cell in EVERY_CELL for test in cell.proof(release)} for release in (OLDER, NEWER)}
 
 
 def test_the_page_is_the_cells() -> None:
@@ -18,22 +26,72 @@ def test_the_page_is_the_cells() -> None:
 
 def test_a_cell_is_tested_or_refused_or_needs_a_gpu_and_nothing_else() -> None:
     for cell in EVERY_CELL:
-        assert cell.text.startswith(("tested, ", "refused: ")) or cell.text == GPU
+        assert cell.text.startswith(("tested, ", "refused: ", "tested on 0.16.1, ")) or cell.text == GPU
         assert bool(cell.evidence) is (cell.text != GPU)
 
 
 def test_every_test_that_a_cell_names_exists(request: pytest.FixtureRequest) -> None:
-    """Of the files that this run has collected."""
+    """Of the files that this run has collected, on the release that it runs on."""
     collected = {item.nodeid for item in request.session.items}
     files = {test.partition("::")[0] for test in collected}
     parametrized = {test.partition("[")[0] for test in collected}
-    assert [t for t in EVIDENCE if t.partition("::")[0] in files and t not in collected | parametrized] == []
+    assert [
+        t for t in PROOF[megatron_version()] if t.partition("::")[0] in files and t not in collected | parametrized
+    ] == []
 
 
-def test_a_cell_without_a_passed_test_is_not_written() -> None:
-    passed = dict.fromkeys(EVIDENCE, "passed")
-    assert unproven(passed) == []
-    test = min(EVIDENCE)
+@pytest.mark.parametrize("release", [OLDER, NEWER])
+def test_a_cell_without_a_passed_test_is_not_proven(release: tuple[int, ...]) -> None:
+    passed = dict.fromkeys(PROOF[release], "passed")
+    assert unproven(passed, release) == []
+    test = min(PROOF[release])
     for outcome in ("failed", "skipped", None):
-        outcomes = {**passed, test: outcome} if outcome else {t: "passed" for t in EVIDENCE if t != test}
-        assert [line.split(": ")[-1] for line in unproven(outcomes)] == [outcome or "not run"]
+        outcomes = {**passed, test: outcome} if outcome else {t: "passed" for t in PROOF[release] if t != test}
+        assert [line.split(": ")[-1] for line in unproven(outcomes, release)] == [outcome or "not run"]
+
+
+def test_what_the_older_release_refuses_is_proven_by_the_newer_ones_runs() -> None:
+    refused = [cell for cell in EVERY_CELL if "refused on 0.13.1" in cell.text]
+    assert refused
+    for cell in refused:
+        assert all(test.startswith("tests/parity/test_refusals.py") for test in cell.proof(OLDER))
+        assert all(test.startswith("tests/parity/test_layouts.py") for test in cell.proof(NEWER))
+        assert cell.proof(OLDER)
+        assert cell.proof(NEWER)
+
+
+def test_only_what_needs_nemo_is_not_asked_of_the_newer_release() -> None:
+    left_out = {test for cell in EVERY_CELL if not cell.proof(NEWER) for test in cell.evidence}
+    assert {test.partition("::")[0] for test in left_out} == {"tests/test_nemo_loops.py"}
+    assert "test_nemo_loops.py" in WITH_NEMO_ONLY
+
+
+def test_the_check_wants_the_whole_results_of_both_releases(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(table, "RUNS", tmp_path)
+    monkeypatch.setattr("sys.argv", ["table", "--check"])
+    with pytest.raises(SystemExit, match=r"parity\.json: not there\n.*parity-mcore016\.json: not there"):
+        table.main()
+    files = {"parity.json": ("0.13.1", OLDER), "parity-mcore016.json": ("0.16.1", NEWER)}
+    results = {name: _results(version, PROOF[release]) for name, (version, release) in files.items()}
+    _write(tmp_path, results)
+    table.main()
+    assert "every cell proven" in capsys.readouterr().out
+    missing = min(PROOF[NEWER])
+    del results["parity-mcore016.json"]["tests"][missing]
+    _write(tmp_path, results)
+    with pytest.raises(SystemExit, match=re.escape(f"{missing}: not run")):
+        table.main()
+    _write(tmp_path, dict.fromkeys(files, results["parity.json"]))
+    with pytest.raises(SystemExit, match=r"parity-mcore016\.json: is of megatron-core 0\.13\.1"):
+        table.main()
+
+
+def _results(version: str, tests: set[str]) -> dict[str, Any]:
+    return {"versions": {"megatron-core": version}, "tests": dict.fromkeys(tests, "passed")}
+
+
+def _write(folder: Path, results: dict[str, Any]) -> None:
+    for name, content in results.items():
+        (folder / name).write_text(json.dumps(content))

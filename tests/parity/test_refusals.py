@@ -4,21 +4,20 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import replace
 
 import pytest
+from megatron.core.transformer import TransformerConfig
 
 from nemo_tied_lora import ConfigError
 from nemo_tied_lora.architecture import Architecture
 from nemo_tied_lora.layout import Layout, check
-from nemo_tied_lora.megatron_version import counts_repeated_gradients
+from nemo_tied_lora.megatron_version import counts_repeated_gradients, splits_query_groups
 from tests.parity import loops
-from tests.parity.runs import RUNS
+from tests.parity.runs import OVERLAP_AND_FULL
 from tests.parity.training import train
 from tests.ranks import single_process
 from tests.tiny_gpt import build_gpt
 
-OVERLAP_AND_FULL = replace(RUNS["plain"], loop="ddp overlap", recompute="full", steps=1)
 MODEL = {
     "num_layers": 4,
     "hidden_size": 32,
@@ -42,12 +41,25 @@ def test_fewer_query_groups_than_tensor_parallel_ranks_are_refused_by_name(tp_si
     assert check(Architecture.from_model_config({**MODEL, "num_query_groups": tp_size}), layout) == []
 
 
+@pytest.mark.parametrize("tp_size", [2, 4])
+def test_fewer_query_groups_than_tensor_parallel_ranks_would_fail(tp_size: int) -> None:
+    """In megatron-core's own configuration. The newer release takes it, and test_layouts.py trains it."""
+    fails = pytest.raises(ValueError, match=rf"num_query_groups \(1\) must be a multiple of .*\({tp_size}\)")
+    with nullcontext() if splits_query_groups() else fails:
+        TransformerConfig(
+            num_layers=1,
+            hidden_size=32,
+            num_attention_heads=8,
+            num_query_groups=1,
+            tensor_model_parallel_size=tp_size,
+        )
+
+
 def test_overlapping_sums_with_full_recomputation_are_refused_by_name() -> None:
-    """From then on they are right: tests/test_megatron_version.py."""
+    """Newer releases train it: test_layouts.py."""
     if counts_repeated_gradients():
-        train(OVERLAP_AND_FULL)
         return
-    with pytest.raises(ConfigError, match="overlap_grad_reduce=True: not possible with recompute_granularity=full"):
+    with pytest.raises(ConfigError, match=r"overlap_grad_reduce=True: not possible .* before megatron-core 0\.16"):
         train(OVERLAP_AND_FULL)
 
 
