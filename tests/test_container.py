@@ -101,7 +101,9 @@ class Imitation:
 
     def _run(self, *words: str) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(self.folder / "index")}
-        return subprocess.run([self.python, *words], env=environment, capture_output=True, text=True, check=False)
+        # Away from a source checkout, whose egg-info would count as an installed package.
+        words = (str(self.python), *words)
+        return subprocess.run(words, cwd=self.folder, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
