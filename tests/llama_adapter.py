@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import io
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from nemo_tied_lora.adapter import Adapter
 from nemo_tied_lora.adapter_state import expected_shapes
 from tests.tiny_gpt import build_gpt, full_tensor
 
-__all__ = ["LAYERS", "LLAMA", "RANK", "STATE", "YAML", "Members", "assert_same", "build", "members_of", "write"]
+__all__ = ["LAYERS", "LLAMA", "RANK", "STATE", "YAML", "Members", "assert_same", "build", "members_of"]
 
 LAYERS, RANK = 4, 3
 LLAMA: dict[str, Any] = {"num_layers": LAYERS, "llama": True, "groups": 2}
@@ -35,15 +34,6 @@ def build(model: Any = None, **fields: Any) -> Adapter:
 def members_of(path: Path) -> Members:
     with tarfile.open(path) as tar:
         return {info.name: tar.extractfile(info).read() for info in tar}  # type: ignore[union-attr]
-
-
-def write(path: Path, members: Members) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return path
 
 
 def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:

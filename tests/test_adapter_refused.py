@@ -18,7 +18,8 @@ from safetensors.torch import save as save_safetensors
 from nemo_tied_lora import load_adapter, save_adapter
 from nemo_tied_lora.export.adapter_file import AdapterFileError, read_adapter
 from nemo_tied_lora.export.adapter_format import content_facts, seal
-from tests.llama_adapter import LAYERS, LLAMA, RANK, STATE, YAML, Members, assert_same, build, members_of, write
+from tests.adapters import write_tar
+from tests.llama_adapter import LAYERS, LLAMA, RANK, STATE, YAML, Members, assert_same, build, members_of
 from tests.ranks import single_process
 from tests.tiny_gpt import build_gpt
 
@@ -43,9 +44,9 @@ def test_a_file_of_version_1_is_still_read(tmp_path: Path, saved: Path) -> None:
         "base": {"name": "base.nemo", "num_layers": LAYERS},
     }
     members = {YAML: yaml.safe_dump(description, sort_keys=False).encode(), STATE: save_safetensors(file.state)}
-    old = write(tmp_path / "old.nemo", members)
+    old = write_tar(tmp_path / "old.nemo", members)
     assert_same(load_adapter(build_gpt(**LLAMA), old).full_state(), file.state)
-    refused(write(old, with_state_of_version_1(members)), "linear_qkv.A is missing")
+    refused(write_tar(old, with_state_of_version_1(members)), "linear_qkv.A is missing")
 
 
 def with_state_of_version_1(members: Members) -> Members:
@@ -125,7 +126,7 @@ BAD_MEMBERS: dict[str, tuple[Callable[[Members], Members], str]] = {
 @pytest.mark.parametrize("kind", BAD_MEMBERS)
 def test_a_file_with_other_content_is_refused_and_the_model_left_alone(saved: Path, kind: str) -> None:
     change, message = BAD_MEMBERS[kind]
-    refused(write(saved, change(members_of(saved))), message)
+    refused(write_tar(saved, change(members_of(saved))), message)
 
 
 def test_all_that_is_missing_unexpected_and_misshapen_is_listed_at_once(saved: Path) -> None:
@@ -135,7 +136,7 @@ def test_all_that_is_missing_unexpected_and_misshapen_is_listed_at_once(saved: P
         state["linear_proj.B"] = torch.ones(24, RANK + 1)
         state["linear_fc1.u"][2, 1] = float("inf")
 
-    write(saved, with_state(spoil)(members_of(saved)))
+    write_tar(saved, with_state(spoil)(members_of(saved)))
     with pytest.raises(AdapterFileError) as error:
         read_adapter(saved)
     wanted = ("linear_qkv.A is missing", "linear_fc2.v is missing", "x is unexpected", "y is unexpected")
@@ -159,7 +160,7 @@ def refused(path: Path, message: str) -> None:
 def test_nothing_in_the_yaml_is_run(saved: Path, tmp_path: Path) -> None:
     evidence = tmp_path / "evidence"
     code = f"!!python/object/apply:os.mkdir [{evidence}]"
-    refused(write(saved, {**members_of(saved), YAML: code.encode()}), "damaged")
+    refused(write_tar(saved, {**members_of(saved), YAML: code.encode()}), "damaged")
     assert not evidence.exists()
 
 
@@ -191,7 +192,7 @@ def test_a_member_that_stands_there_twice_is_refused(saved: Path) -> None:
 
 def test_names_that_tar_writes_with_a_dot_are_read(saved: Path) -> None:
     expected = read_adapter(saved).state
-    write(saved, {f"./{name}": content for name, content in members_of(saved).items()})
+    write_tar(saved, {f"./{name}": content for name, content in members_of(saved).items()})
     assert_same(read_adapter(saved).state, expected)
 
 
