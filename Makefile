@@ -22,7 +22,7 @@ CANDIDATES := $(if $(PYTHON),$(PYTHON),python3.11 python3.12 python3.10 python3)
 BIN := $(VENV)/bin
 # A file stays together: its tests share what was expensive to make.
 AT_ONCE := --numprocesses $(WORKERS) --dist loadfile
-CELLS := tests/parity/test_layouts.py tests/parity/test_refusals.py tests/test_moe.py
+CELLS := tests/parity/test_layouts.py tests/parity/test_refusals.py tests/adapter/test_experts.py
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 # The folder is in the key because a virtual environment does not survive being moved.
@@ -80,7 +80,7 @@ test: lint typecheck test-mcore016 ## the linter, the type checker and all tests
 	$(BIN)/python -m tests.parity.table --check
 	$(BIN)/python -m pytest -m slurm tests/slurm
 
-# Which tests these are, tests/conftest.py says, and tests/test_selection.py defends.
+# Which folders these are, tests/conftest.py says.
 test-mcore016: setup-mcore016 ## the tests that need megatron-core and no NeMo, on megatron-core 0.16.1
 	rm -f runs/parity-mcore016.json
 	PARITY_RESULTS=runs/parity-mcore016.json $(VENV_MCORE016)/bin/python -m pytest $(AT_ONCE) $(PYTEST_OPTIONS)
@@ -90,7 +90,7 @@ test-parity: $(STAMP) ## only the tests of the parallel layouts, against the sin
 
 parallelism-page: $(STAMP) setup-mcore016 ## docs/parallelism.md, from the results of the tests that its cells name
 	PARITY_RESULTS=runs/parity-mcore016.json $(VENV_MCORE016)/bin/python -m pytest $(CELLS)
-	$(BIN)/python -m pytest $(CELLS) tests/test_nemo_loops.py
+	$(BIN)/python -m pytest $(CELLS) tests/nemo/test_nemo_loops.py
 	$(BIN)/python -m tests.parity.table
 
 test-slurm: $(STAMP) ## the tests on a private SLURM (Linux, root; installs Debian's packages where they are missing)

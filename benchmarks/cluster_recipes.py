@@ -14,8 +14,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from nemo_tied_lora.commands.composing import compose_config, plain
 from nemo_tied_lora.commands.plan import plan_of
+from nemo_tied_lora.planning.compose import compose_config, plain
 
 __all__ = ["PAGE", "RECIPES", "finetune_overrides", "in_page", "table"]
 

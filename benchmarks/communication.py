@@ -32,8 +32,9 @@ from nemo_in_parallel import NemoLoraAfterGather, transformer_engine
 from provenance import provenance
 
 from nemo_tied_lora import TiedLoraConfig
-from nemo_tied_lora.layout import Architecture, Layout
-from nemo_tied_lora.planning import Precision, network_bytes
+from nemo_tied_lora.planning.adapter_cost import Precision, network_bytes
+from nemo_tied_lora.planning.architecture import Architecture
+from nemo_tied_lora.planning.parallel_layout import Layout
 
 # Megatron and NeMo are imported where they are used: after `prepare`.
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from fractions import Fraction
 
 from adapted_models import Sizes
 
-from nemo_tied_lora.layout import Layout
+from nemo_tied_lora.planning.parallel_layout import Layout
 
 __all__ = ["least_beside_the_base", "least_of_any_method"]
 

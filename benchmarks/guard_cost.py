@@ -88,8 +88,8 @@ def _parts(sizes: Sizes, rank: int, seed: int) -> tuple[dict[str, Callable[[], o
     import torch
 
     from nemo_tied_lora import TiedLoraConfig, inject
-    from nemo_tied_lora.finite_gradients import find_nonfinite
-    from nemo_tied_lora.tie_guard import check_ties
+    from nemo_tied_lora.adapter.nonfinite_grads import find_nonfinite
+    from nemo_tied_lora.adapter.replica_check import check_ties
 
     model = build_model(sizes, seed)
     adapter = inject(model, TiedLoraConfig.preset("tl6", rank=rank))
@@ -136,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _default_interval() -> int:
-    from nemo_tied_lora.guards import GuardSettings
+    from nemo_tied_lora.planning.run_settings import GuardSettings
 
     return GuardSettings().tie_guard_every_n_steps
 
@@ -161,7 +161,7 @@ one all-reduce of 16 bytes for each tensor and shard of the model gives every ra
 the message names the tensor, its shard, the ranks and their checksums. In a loop of your own:
 
 ```python
-from nemo_tied_lora.tie_guard import check_ties
+from nemo_tied_lora.adapter.replica_check import check_ties
 
 check_ties(adapter)  # all ranks, between a step and the next forward pass; raises TieError on every rank
 ```
@@ -186,16 +186,16 @@ adapter's parameters, in a step of Megatron's own loop on four ranks:
 
 | switched off | goes wrong | table |
 |---|---|---|
-| `pipeline_parallel`, `has_cond_embedder` | the steps of tied tensors, the norm | `tests/test_flag_controls.py` |
+| `pipeline_parallel`, `has_cond_embedder` | the steps of tied tensors, the norm | `tests/adapter/test_flag_controls.py` |
 | `shared_embedding` | tied tensors, where stages differ in size and the optimizer is distributed | |
 | `shared`, `tensor_model_parallel` | the norm | |
 | `sequence_parallel` | what is replicated over tensor parallelism, the norm | |
 | `partition_dim`, `partition_stride` | the parts that Megatron's rule cuts: rows' A; a gated MLP's B and v | |
 | each place of `replica_id` | "Invalid access pattern" | |
 | `zero_out_wgrad` | a tied factor in a fused kernel; a stand-in has the kernel's place, the code around it is Megatron's | |
-| tie guard, look at the gradients, each check of layout, data, settings | no refusal | `tests/test_guard_controls.py` |
-| the same in NeMo's loop | a run that neither stops nor skips, a file over a good one | `tests/test_guarded_training.py` |
-| watchdog, the ranks' agreement, pre-flight | ranks hang, or end without a name | `tests/test_ranks_in_trouble.py` |
+| tie guard, look at the gradients, each check of layout, data, settings | no refusal | `tests/nemo/test_guard_controls.py` |
+| the same in NeMo's loop | a run that neither stops nor skips, a file over a good one | `tests/nemo/test_guarded_training.py` |
+| watchdog, the ranks' agreement, pre-flight | ranks hang, or end without a name | `tests/resilience/test_ranks_in_trouble.py` |
 
 ## What they cost
 

@@ -3,14 +3,15 @@
 
 from typing import TYPE_CHECKING, Any
 
-from nemo_tied_lora.config import ConfigError, TiedLoraConfig
+from nemo_tied_lora.config import TiedLoraConfig
+from nemo_tied_lora.errors import ConfigError
 
 if TYPE_CHECKING:
-    from nemo_tied_lora.adapter import Adapter
-    from nemo_tied_lora.export.nemo_adapter import load_adapter, save_adapter
-    from nemo_tied_lora.injection import inject
-    from nemo_tied_lora.loops import check_ddp
-    from nemo_tied_lora.several import Adapters
+    from nemo_tied_lora.adapter.inject import inject
+    from nemo_tied_lora.adapter.injected_adapter import Adapter
+    from nemo_tied_lora.checkpoint.save_load import load_adapter, save_adapter
+    from nemo_tied_lora.multi_adapter import Adapters
+    from nemo_tied_lora.planning.training_loop_checks import check_ddp
 
 __all__ = [
     "Adapter",
@@ -24,12 +25,12 @@ __all__ = [
 ]
 
 _LAZY = {
-    "Adapter": "nemo_tied_lora.adapter",
-    "Adapters": "nemo_tied_lora.several",
-    "check_ddp": "nemo_tied_lora.loops",
-    "inject": "nemo_tied_lora.injection",
-    "load_adapter": "nemo_tied_lora.export.nemo_adapter",
-    "save_adapter": "nemo_tied_lora.export.nemo_adapter",
+    "Adapter": "nemo_tied_lora.adapter.injected_adapter",
+    "Adapters": "nemo_tied_lora.multi_adapter",
+    "check_ddp": "nemo_tied_lora.planning.training_loop_checks",
+    "inject": "nemo_tied_lora.adapter.inject",
+    "load_adapter": "nemo_tied_lora.checkpoint.save_load",
+    "save_adapter": "nemo_tied_lora.checkpoint.save_load",
 }
 
 

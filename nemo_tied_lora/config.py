@@ -10,22 +10,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = [
-    "EXPERT_TIES",
-    "FACTORS",
-    "FROZEN_FACTORS",
-    "INIT_METHODS",
-    "PRESETS",
-    "TARGETS",
-    "ConfigError",
-    "TiedLoraConfig",
-]
+from nemo_tied_lora.errors import ConfigError
+
+__all__ = ["EXPERT_TIES", "FACTORS", "FROZEN_FACTORS", "INIT_METHODS", "PRESETS", "TARGETS", "TiedLoraConfig"]
+
 
 TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 FACTORS = ("v", "B", "u", "A")
 INIT_METHODS = ("normal", "xavier", "kaiming", "zero")
 EXPERT_TIES = ("per_expert", "tied")
 FROZEN_FACTORS = ("tensor", "seed")
+
 
 # NeMo's names for the same linears (its `model.peft.lora_tuning.target_modules`).
 _TARGET_ALIASES: dict[str, tuple[str, ...]] = {
@@ -38,6 +33,7 @@ _TARGET_ALIASES: dict[str, tuple[str, ...]] = {
     "all": TARGETS,
 }
 
+
 # Which of v, B, u, A is trained and which of A, B is tied (the paper's table of configurations).
 PRESETS: dict[str, dict[str, tuple[str, ...]]] = {
     "lora": {"trained": ("B", "A"), "tied": ()},
@@ -45,6 +41,7 @@ PRESETS: dict[str, dict[str, tuple[str, ...]]] = {
     "tl5": {"trained": ("B", "A"), "tied": ("A", "B")},
     "tl6": {"trained": ("v", "B", "u", "A"), "tied": ("A", "B")},
 }
+
 
 # Keys that other adapters use for the same thing: what to write instead.
 _FOREIGN_KEYS = {
@@ -63,14 +60,6 @@ _FOREIGN_KEYS = {
     "position_embedding_strategy": "remove it: u and v tell the layers apart",
     "weight_tying": "NeMo's option is dead (its config raises TypeError since 2.0); write tied: [A, B], the default",
 }
-
-
-class ConfigError(ValueError):
-    """Every problem found in a configuration, one line each, each naming the field, the value and the fix."""
-
-    def __init__(self, problems: Iterable[str]):
-        self.problems = tuple(problems)
-        super().__init__("\n".join(self.problems))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-from tests import switched_off as switched_off
+from tests.harness import switched_off as switched_off

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
-from nemo_tied_lora.config import FACTORS, INIT_METHODS, PRESETS, TARGETS, ConfigError, TiedLoraConfig
-from nemo_tied_lora.counting import TargetShape, factor_numel, parameter_counts, stored_counts
+from nemo_tied_lora.adapter.param_count import factor_numel, parameter_counts, stored_counts
+from nemo_tied_lora.adapter.shapes import TargetShape
+from nemo_tied_lora.config import FACTORS, INIT_METHODS, PRESETS, TARGETS, TiedLoraConfig
+from nemo_tied_lora.errors import ConfigError
 
 SUBSETS = [c for n in range(5) for c in itertools.combinations("vBuA", n)]
 TIES = [(), ("A",), ("B",), ("A", "B")]

@@ -13,10 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from nemo_tied_lora.commands.composing import run_composed
-from nemo_tied_lora.config import PRESETS, ConfigError
+from nemo_tied_lora.commands.local_command import run_composed
+from nemo_tied_lora.config import PRESETS
+from nemo_tied_lora.errors import ConfigError
 from nemo_tied_lora.files import write_atomically, write_json
-from nemo_tied_lora.pictures import picture
+from nemo_tied_lora.plots import picture
 
 __all__ = ["SUMMARY", "main"]
 
@@ -34,7 +35,7 @@ def main(argv: list[str]) -> int:
 
 def _checked(cfg: dict[str, Any]) -> int:
     _check(cfg)
-    from nemo_tied_lora.quickstart.stages import run_stages  # psutil and the like: not needed to say --help
+    from nemo_tied_lora.commands.demo.stages import run_stages  # psutil and the like: not needed to say --help
 
     return run_stages("compare", _run, cfg)
 
@@ -63,7 +64,7 @@ def _is_count(value: object) -> bool:
 def _run(cfg: Mapping[str, Any]) -> None:
     from tqdm import tqdm
 
-    from nemo_tied_lora.quickstart import stages
+    from nemo_tied_lora.commands.demo import stages
 
     folder = Path(cfg["folder"])
     threads = max(1, (os.cpu_count() or 1) // cfg["at_once"])

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_tied_lora.commands.composing import run_composed
-from nemo_tied_lora.config import ConfigError
+from nemo_tied_lora.commands.local_command import run_composed
+from nemo_tied_lora.errors import ConfigError
 
 __all__ = ["SUMMARY", "main"]
 
@@ -30,12 +30,12 @@ def _run(cfg: Mapping[str, Any]) -> int:
     output = _checked_output(cfg)
     if cfg["checkpoint"] is None:
         raise ConfigError(["checkpoint: missing; name a training checkpoint's folder, or a run's"])
-    from nemo_tied_lora.training_state import folder
+    from nemo_tied_lora.checkpoint import training_checkpoint
 
-    checkpoint = _chosen(Path(str(cfg["checkpoint"])), folder)
+    checkpoint = _chosen(Path(str(cfg["checkpoint"])), training_checkpoint)
     from tqdm import tqdm
 
-    from nemo_tied_lora.training_state.adapter_of_checkpoint import write_adapter_of
+    from nemo_tied_lora.checkpoint.checkpoint_to_adapter import write_adapter_of
 
     try:
         description = write_adapter_of(checkpoint, output, lambda names: tqdm(names, desc="converting", unit="tensor"))
@@ -51,14 +51,16 @@ def _checked_output(cfg: Mapping[str, Any]) -> Path:
     return Path(str(cfg["output"]))
 
 
-def _chosen(path: Path, folder: Any) -> Path:
+def _chosen(path: Path, training_checkpoint: Any) -> Path:
     """The checkpoint itself; of a run's folder, the newest."""
     if not path.exists():
         raise ConfigError([f"checkpoint={path}: no such folder"])
-    if folder.is_checkpoint(path):
+    if training_checkpoint.is_checkpoint(path):
         return path
     found = [p for place in (path, path / "checkpoints") if place.is_dir() for p in sorted(place.iterdir())]
-    steps = [(folder.read_description(p)["step"], p) for p in found if folder.is_checkpoint(p)]
+    steps = [
+        (training_checkpoint.read_description(p)["step"], p) for p in found if training_checkpoint.is_checkpoint(p)
+    ]
     if not steps:
         raise ConfigError(
             [
@@ -73,8 +75,8 @@ def _checked_report(checkpoint: Path, output: Path, step: int) -> str:
     """Reads the file back and compares it with the checkpoint, bit for bit."""
     import torch
 
-    from nemo_tied_lora.export.nemo_adapter import read_adapter
-    from nemo_tied_lora.training_state.folder import read_tensors
+    from nemo_tied_lora.checkpoint.nemo_file_reader import read_adapter
+    from nemo_tied_lora.checkpoint.training_checkpoint import read_tensors
 
     written, kept = read_adapter(output).state, read_tensors(checkpoint, "adapter")
     wrong = [name for name in kept if name not in written or not torch.equal(written[name], kept[name])]

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_tied_lora.base_record import recorded_model_keys
-from nemo_tied_lora.commands.composing import run_composed
-from nemo_tied_lora.config import ConfigError
-from nemo_tied_lora.preflight import base_model_config
+from nemo_tied_lora.checkpoint.base_identity import recorded_model_keys
+from nemo_tied_lora.commands.local_command import run_composed
+from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.planning.base_config import base_model_config
 
 __all__ = ["FORMATS", "SUMMARY", "main"]
 
@@ -33,10 +33,10 @@ def main(argv: list[str]) -> int:
 
 def _run(cfg: Mapping[str, Any]) -> int:
     _check(cfg)
-    from nemo_tied_lora.export.full_state import check_full_state, write_full_state
-    from nemo_tied_lora.export.hf_peft import check_hf_peft, write_hf_peft
-    from nemo_tied_lora.export.nemo_adapter import read_adapter
-    from nemo_tied_lora.export.nemo_lora import check_nemo_lora, write_nemo_lora
+    from nemo_tied_lora.checkpoint.nemo_file_reader import read_adapter
+    from nemo_tied_lora.conversion.to_nemo_lora import check_nemo_lora, write_nemo_lora
+    from nemo_tied_lora.conversion.to_peft_lora import check_hf_peft, write_hf_peft
+    from nemo_tied_lora.conversion.to_safetensors import check_full_state, write_full_state
 
     file, output = read_adapter(cfg["adapter"]), Path(cfg["output"])
     base = _base(cfg, file.yaml)

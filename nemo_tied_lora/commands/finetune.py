@@ -8,8 +8,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from nemo_tied_lora.commands.running import run_command
-from nemo_tied_lora.preflight import check_finetuning
+from nemo_tied_lora.commands.distributed_command import run_command
+from nemo_tied_lora.planning.preflight import check_finetuning
 
 __all__ = ["SUMMARY", "main"]
 
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
 
 
 def _run(cfg: DictConfig) -> Any:
-    from nemo_tied_lora.nemo.runs import finetune
+    from nemo_tied_lora.nemo.training_runs import finetune
 
     return finetune(cfg)
 

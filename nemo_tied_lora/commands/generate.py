@@ -11,9 +11,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_tied_lora.commands.running import run_command
+from nemo_tied_lora.commands.distributed_command import run_command
 from nemo_tied_lora.files import write_atomically
-from nemo_tied_lora.preflight import check_generation
+from nemo_tied_lora.planning.preflight import check_generation
 
 __all__ = ["SUMMARY", "main"]
 

@@ -11,10 +11,11 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from nemo_tied_lora.commands.composing import run_composed
-from nemo_tied_lora.commands.running import run_command
-from nemo_tied_lora.config import ConfigError, TiedLoraConfig
-from nemo_tied_lora.preflight import base_model_config
+from nemo_tied_lora.commands.distributed_command import run_command
+from nemo_tied_lora.commands.local_command import run_composed
+from nemo_tied_lora.config import TiedLoraConfig
+from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.planning.base_config import base_model_config
 
 __all__ = ["SOURCES", "SUMMARY", "main"]
 
@@ -45,8 +46,8 @@ def _fit(cfg: Mapping[str, Any]) -> int:
     config = _check_lora(cfg)
     from tqdm import tqdm
 
-    from nemo_tied_lora.export.adapter_file import write_adapter
-    from nemo_tied_lora.importing.lora import fit_adapter, read_lora
+    from nemo_tied_lora.checkpoint.nemo_file_writer import write_adapter
+    from nemo_tied_lora.conversion.lora_to_tied import fit_adapter, read_lora
 
     base = None if cfg["base"] is None else base_model_config(cfg["base"], key="base")
     lora = read_lora(Path(cfg["path"]), base)
@@ -75,8 +76,8 @@ def _fit(cfg: Mapping[str, Any]) -> int:
 
 def _check_written(path: Path, lora: Any, fits: Mapping[str, Any]) -> int:
     """Reads the file back: it must be as close to the LoRA as the fit was, to float32's rounding."""
-    from nemo_tied_lora.export.adapter_file import read_adapter
-    from nemo_tied_lora.importing.lora import errors_of_file
+    from nemo_tied_lora.checkpoint.nemo_file_reader import read_adapter
+    from nemo_tied_lora.conversion.lora_to_tied import errors_of_file
 
     found = errors_of_file(lora, read_adapter(path))
     said = ", ".join(f"{target} {error:.2e}" for target, error in found.items())
@@ -159,7 +160,7 @@ def _preset(cfg: Mapping[str, Any]) -> str:
 
 
 def _run(cfg: DictConfig) -> None:
-    from nemo_tied_lora.importing.hf_base import import_hf_base
+    from nemo_tied_lora.conversion.from_hf_base import import_hf_base
 
     try:
         keys, comparison = import_hf_base(cfg)

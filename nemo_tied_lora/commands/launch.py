@@ -8,10 +8,11 @@ from collections.abc import Sequence
 
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_tied_lora.commands.composing import compose_config, parser, plain, report
-from nemo_tied_lora.config import ConfigError
-from nemo_tied_lora.launching.submission import Launch, prepare, print_launch, run_here, submit
-from nemo_tied_lora.launching.sweeps import written_out
+from nemo_tied_lora.commands.local_command import parser
+from nemo_tied_lora.errors import ConfigError, report
+from nemo_tied_lora.launching.submit import Launch, prepare, print_launch, run_here, submit
+from nemo_tied_lora.launching.sweep import written_out
+from nemo_tied_lora.planning.compose import compose_config, plain
 
 __all__ = ["SUMMARY", "main"]
 

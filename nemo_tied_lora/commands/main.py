@@ -8,7 +8,7 @@ import importlib
 import importlib.metadata
 import sys
 
-from nemo_tied_lora.commands.ranks import command_module
+from nemo_tied_lora.commands.registry import command_module
 
 __all__ = ["COMMANDS", "entry", "main"]
 

@@ -12,12 +12,13 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from nemo_tied_lora.commands.composing import run_composed
-from nemo_tied_lora.commands.ranks import is_rank, start_ranks
-from nemo_tied_lora.commands.running import run_command
-from nemo_tied_lora.config import ConfigError
-from nemo_tied_lora.layout import Architecture, Layout, check
-from nemo_tied_lora.preflight import base_model_config
+from nemo_tied_lora.commands.distributed_command import run_command
+from nemo_tied_lora.commands.local_command import run_composed
+from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.launching.torchrun import is_rank, start_ranks
+from nemo_tied_lora.planning.architecture import Architecture
+from nemo_tied_lora.planning.base_config import base_model_config
+from nemo_tied_lora.planning.parallel_layout import Layout, check
 
 __all__ = ["SUMMARY", "main"]
 
@@ -49,8 +50,8 @@ def main(argv: list[str]) -> int:
 
 def _run(cfg: dict[str, Any], argv: list[str]) -> int:
     model, layout = _check_settings(cfg)
-    from nemo_tied_lora.export.adapter_file import read_adapter
-    from nemo_tied_lora.merging.merge import merge_into
+    from nemo_tied_lora.checkpoint.nemo_file_reader import read_adapter
+    from nemo_tied_lora.conversion.merging.merge import merge_into
 
     base, output = Path(cfg["base"]), Path(cfg["output"])
     paths, weights = _adapters(cfg)
@@ -97,7 +98,7 @@ def _verify(argv: list[str], candidate: Path, output: Path, dtype: str, layout: 
 def _check_on_a_rank(cfg: DictConfig) -> None:
     import torch
 
-    from nemo_tied_lora.nemo.verification import compare_with_merged
+    from nemo_tied_lora.conversion.merging.verify_merge import compare_with_merged
 
     task = json.loads(os.environ[_TASK])
     paths, weights = _adapters(cfg)
@@ -165,7 +166,7 @@ def _check_shapes(model: Mapping[str, Any], adapters: list[tuple[str, Any, float
         ConfigError: each difference.
     """
     from nemo_tied_lora.config import TiedLoraConfig
-    from nemo_tied_lora.layout import target_shapes
+    from nemo_tied_lora.planning.architecture import target_shapes
 
     arch = Architecture.from_model_config(model)
     shapes = target_shapes(arch, TiedLoraConfig())

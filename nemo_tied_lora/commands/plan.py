@@ -9,12 +9,13 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from nemo_tied_lora.commands.composing import run_composed
-from nemo_tied_lora.config import ConfigError, TiedLoraConfig
-from nemo_tied_lora.layout import Architecture, Layout, check
-from nemo_tied_lora.memory import Activations, stage_memory
-from nemo_tied_lora.planning import Precision, plan
-from nemo_tied_lora.several_planned import check_numbers, several_adapters
+from nemo_tied_lora.commands.local_command import run_composed
+from nemo_tied_lora.config import TiedLoraConfig
+from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.planning.adapter_cost import Precision, check_numbers, plan, several_adapters
+from nemo_tied_lora.planning.architecture import Architecture
+from nemo_tied_lora.planning.gpu_memory import Activations, stage_memory
+from nemo_tied_lora.planning.parallel_layout import Layout, check
 
 __all__ = ["SUMMARY", "main", "plan_of"]
 

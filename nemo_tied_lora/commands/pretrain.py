@@ -8,8 +8,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from nemo_tied_lora.commands.running import run_command
-from nemo_tied_lora.preflight import check_pretraining
+from nemo_tied_lora.commands.distributed_command import run_command
+from nemo_tied_lora.planning.preflight import check_pretraining
 
 __all__ = ["SUMMARY", "main"]
 
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
 
 
 def _run(cfg: DictConfig) -> Any:
-    from nemo_tied_lora.nemo.runs import pretrain
+    from nemo_tied_lora.nemo.training_runs import pretrain
 
     return pretrain(cfg)
 

@@ -11,10 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_tied_lora.commands.composing import compose_config, plain, run_composed
-from nemo_tied_lora.config import ConfigError
+from nemo_tied_lora.commands.local_command import run_composed
+from nemo_tied_lora.errors import ConfigError
 from nemo_tied_lora.files import write_atomically, write_json
-from nemo_tied_lora.layout import Architecture, Layout, check
+from nemo_tied_lora.planning.architecture import Architecture
+from nemo_tied_lora.planning.compose import compose_config, plain
+from nemo_tied_lora.planning.parallel_layout import Layout, check
 
 __all__ = ["SUMMARY", "main"]
 
@@ -35,7 +37,7 @@ def main(argv: list[str]) -> int:
 
 def _checked(cfg: dict[str, Any]) -> int:
     _check(cfg)
-    from nemo_tied_lora.quickstart.stages import run_stages  # psutil and the like: not needed to say --help
+    from nemo_tied_lora.commands.demo.stages import run_stages  # psutil and the like: not needed to say --help
 
     return run_stages("quickstart", _run, cfg)
 
@@ -52,7 +54,7 @@ def _check(cfg: Mapping[str, Any]) -> None:
 
 
 def _run(cfg: Mapping[str, Any]) -> None:
-    from nemo_tied_lora.quickstart import stages
+    from nemo_tied_lora.commands.demo import stages
 
     folder = Path(cfg["folder"])
     devices, preset = cfg["trainer"]["devices"], cfg["model"]["peft"]["tied_lora"]["preset"]

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nemo_tied_lora.commands.composing import run_composed
-from nemo_tied_lora.config import ConfigError
-from nemo_tied_lora.launching.reporting import write_report
+from nemo_tied_lora.commands.local_command import run_composed
+from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.launching.sweep_report import write_report
 
 __all__ = ["SUMMARY", "main"]
 

@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_tied_lora.commands.composing import run_composed
-from nemo_tied_lora.config import ConfigError
+from nemo_tied_lora.commands.local_command import run_composed
+from nemo_tied_lora.errors import ConfigError
 
 if TYPE_CHECKING:
-    from nemo_tied_lora.export.adapter_file import AdapterFile
-    from nemo_tied_lora.inspection import LayerFacts
+    from nemo_tied_lora.adapter.update_statistics import LayerFacts
+    from nemo_tied_lora.checkpoint.nemo_file_reader import AdapterFile
 
 __all__ = ["SUMMARY", "main"]
 
@@ -34,14 +34,14 @@ def main(argv: list[str]) -> int:
 
 def _run(cfg: dict[str, Any]) -> int:
     picture = _picture_path(cfg)
-    from nemo_tied_lora.export.adapter_file import read_adapter
-    from nemo_tied_lora.inspection import inspect_layers
+    from nemo_tied_lora.adapter.update_statistics import inspect_layers
+    from nemo_tied_lora.checkpoint.nemo_file_reader import read_adapter
 
     path = Path(cfg["adapter"])
     file = read_adapter(path)
     layers = inspect_layers(file.config, file.specs, file.state)
     if picture is not None:
-        from nemo_tied_lora.adapter_picture import draw_adapter
+        from nemo_tied_lora.commands.show_picture import draw_adapter
 
         try:
             draw_adapter(picture, layers, f"{path.name}: {_title(file)}")
@@ -79,7 +79,7 @@ def _title(file: AdapterFile) -> str:
 
 
 def _as_json(path: Path, file: AdapterFile, layers: Sequence[LayerFacts], picture: Path | None) -> dict[str, Any]:
-    from nemo_tied_lora.inspection import trained_parameters
+    from nemo_tied_lora.adapter.update_statistics import trained_parameters
 
     counts = trained_parameters(file.config, file.specs)
     return {
@@ -132,7 +132,7 @@ def _base_lines(description: Mapping[str, Any]) -> list[str]:
 
 
 def _parameter_rows(file: AdapterFile) -> list[tuple[str, ...]]:
-    from nemo_tied_lora.inspection import trained_parameters
+    from nemo_tied_lora.adapter.update_statistics import trained_parameters
 
     counts = trained_parameters(file.config, file.specs)
     rows = [("target", "in", "out", "layers", "trained parameters")]

@@ -10,9 +10,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from nemo_tied_lora.commands.composing import run_composed
-from nemo_tied_lora.config import ConfigError
-from nemo_tied_lora.run_status import ENDED, STALE_S, read_status
+from nemo_tied_lora.commands.local_command import run_composed
+from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.resilience.status_file import ENDED, STALE_S, read_status
 
 __all__ = ["SUMMARY", "main"]
 

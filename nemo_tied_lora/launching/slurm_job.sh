@@ -57,7 +57,7 @@ fi
 say "checking the configuration; its record and the logs are in $logs"
 code=0
 srun --nodes=1 --ntasks=1 --ntasks-per-node=1 "${srun_options[@]}" "${inside[@]}" \
-    "$python" -m nemo_tied_lora.launching.record "$logs" "${arguments[@]}" || code=$?
+    "$python" -m nemo_tied_lora.commands.record "$logs" "${arguments[@]}" || code=$?
 if ((code == 2)); then
     say "refused; not started"
     exit 2

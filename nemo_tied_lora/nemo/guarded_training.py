@@ -11,10 +11,11 @@ from typing import Any
 from nemo.utils import logging
 from torch import nn
 
-from nemo_tied_lora.adapter import Adapter
-from nemo_tied_lora.finite_gradients import NonfiniteGradient, find_nonfinite
-from nemo_tied_lora.guards import MOST_SKIPPED_IN_A_ROW, GuardSettings, TrainingStopped
-from nemo_tied_lora.tie_guard import check_ties
+from nemo_tied_lora.adapter.injected_adapter import Adapter
+from nemo_tied_lora.adapter.nonfinite_grads import NonfiniteGradient, find_nonfinite
+from nemo_tied_lora.adapter.replica_check import check_ties
+from nemo_tied_lora.errors import TrainingStopped
+from nemo_tied_lora.planning.run_settings import MOST_SKIPPED_IN_A_ROW, GuardSettings
 
 __all__ = ["GuardedTrainingMixin"]
 

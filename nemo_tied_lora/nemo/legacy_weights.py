@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
 
-from nemo_tied_lora.config import ConfigError
+from nemo_tied_lora.errors import ConfigError
 
 __all__ = ["tensors_only"]
 

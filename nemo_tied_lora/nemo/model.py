@@ -16,16 +16,17 @@ from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import
 from nemo.collections.nlp.parts.peft_config import PEFTConfig
 from omegaconf import open_dict
 
-from nemo_tied_lora.adapter import Adapter
-from nemo_tied_lora.base_identity import tokenizer_identity
-from nemo_tied_lora.export.nemo_adapter import is_adapter_file, load_adapter, save_adapter
-from nemo_tied_lora.injection import inject
-from nemo_tied_lora.loops import check_loop
+from nemo_tied_lora.adapter.inject import inject
+from nemo_tied_lora.adapter.injected_adapter import Adapter
+from nemo_tied_lora.checkpoint.base_identity import tokenizer_identity
+from nemo_tied_lora.checkpoint.nemo_file_reader import is_adapter_file
+from nemo_tied_lora.checkpoint.save_load import load_adapter, save_adapter
+from nemo_tied_lora.checkpoint.training_checkpoint import is_checkpoint, read_description
 from nemo_tied_lora.nemo.guarded_training import GuardedTrainingMixin
 from nemo_tied_lora.nemo.legacy_weights import tensors_only
 from nemo_tied_lora.nemo.peft_config import TiedLoraPEFTConfig, register
 from nemo_tied_lora.nemo.stored_tokenizer import StoredTokenizerMixin
-from nemo_tied_lora.training_state.folder import is_checkpoint, read_description
+from nemo_tied_lora.planning.training_loop_checks import check_loop
 
 __all__ = ["MegatronGPTTiedLoraModel", "TiedLoraModelMixin"]
 

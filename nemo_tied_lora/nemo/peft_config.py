@@ -8,7 +8,8 @@ from typing import Any
 from nemo.collections.nlp.parts.peft_config import PEFT_CONFIG_MAP, PEFTConfig
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_tied_lora.config import ConfigError, TiedLoraConfig
+from nemo_tied_lora.config import TiedLoraConfig
+from nemo_tied_lora.errors import ConfigError
 
 __all__ = ["SCHEME", "TiedLoraPEFTConfig", "register"]
 

@@ -14,9 +14,9 @@ from nemo.utils.exp_manager import SkipResumeTrainingValidationLoop
 from nemo.utils.get_rank import is_global_rank_zero
 from omegaconf import DictConfig
 
-from nemo_tied_lora.allocation.fitting import run_folder
+from nemo_tied_lora.checkpoint import rng_state, training_checkpoint
 from nemo_tied_lora.files import write_atomically
-from nemo_tied_lora.training_state import folder, random_states
+from nemo_tied_lora.planning.run_settings import run_folder
 
 __all__ = ["KeepRandomStates", "launch_kept", "settle_checkpoints", "skip_one_validation", "whole_steps"]
 
@@ -36,12 +36,12 @@ class KeepRandomStates(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self.states is not None:
-            random_states.restore(self.states, pl_module.device)
+            rng_state.restore(self.states, pl_module.device)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.states = random_states.capture(pl_module.device)
+        self.states = rng_state.capture(pl_module.device)
 
 
 def settle_checkpoints(cfg: DictConfig) -> None:
@@ -51,7 +51,7 @@ def settle_checkpoints(cfg: DictConfig) -> None:
         return
     checkpoints = Path(params.get("dirpath") or run / "checkpoints")
     if cfg.exp_manager.get("resume_if_exists") and checkpoints.is_dir():
-        folder.settle(checkpoints, first=is_global_rank_zero())
+        training_checkpoint.settle(checkpoints, first=is_global_rank_zero())
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.conftest import WITH_NEMO_ONLY
+from tests.conftest import NEED_NEMO
 from tests.parity.layouts import LAYOUTS
 from tests.parity.runs import TOLERANCES, Run, runs_of
 
@@ -20,7 +20,7 @@ _HERE = "tests/parity"
 _REPRODUCES = f"{_HERE}/test_layouts.py::test_the_layout_reproduces_the_single_process_run"
 _BITS = f"{_HERE}/test_layouts.py::test_ranks_that_hold_the_same_element_hold_the_same_bits_after_every_step"
 _REFUSALS = f"{_HERE}/test_refusals.py::"
-_MOE, _NEMO = "tests/test_moe.py::", "tests/test_nemo_loops.py::"
+_MOE, _NEMO = "tests/adapter/test_experts.py::", "tests/nemo/test_nemo_loops.py::"
 GPU = "untested (GPU only)"
 
 ROWS = {
@@ -55,7 +55,7 @@ class Cell:
         if release == OLDER:
             return self.evidence
         tests = self.evidence if self.newer is None else self.newer
-        return tuple(test for test in tests if Path(test.partition("::")[0]).name not in WITH_NEMO_ONLY)
+        return tuple(test for test in tests if Path(test.partition("::")[0]).parts[1] not in NEED_NEMO)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ class Layout:
 
     def enter(self) -> None:
         """Makes Megatron's groups, in ranks that run already."""
-        from tests.relayout import relayout
+        from tests.harness.relayout import relayout
 
         relayout(tp=self.tp, pp=self.pp, vp=self.vp, cp=self.cp)
 

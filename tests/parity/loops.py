@@ -17,8 +17,8 @@ from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 from torch import nn
 
-from nemo_tied_lora.adapter import Adapter
-from nemo_tied_lora.loops import check_ddp
+from nemo_tied_lora.adapter.injected_adapter import Adapter
+from nemo_tied_lora.planning.training_loop_checks import check_ddp
 from tests.parity.runs import Run
 
 __all__ = ["Loop", "MegatronLoop", "PlainLoop", "make_loop"]

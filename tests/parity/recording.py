@@ -9,9 +9,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+from tests.harness.paths import ROOT
+
 __all__ = ["RESULTS", "RUNS", "keep", "write"]
 
-RUNS = Path(__file__).parents[2] / "runs"
+RUNS = ROOT / "runs"
 RESULTS = Path(os.environ.get("PARITY_RESULTS", RUNS / "parity.json"))
 """Where the results go: PARITY_RESULTS, or runs/parity.json."""
 

@@ -7,7 +7,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from nemo_tied_lora.megatron_version import counts_repeated_gradients, megatron_version, splits_query_groups
+from nemo_tied_lora.planning.megatron_version import counts_repeated_gradients, megatron_version, splits_query_groups
 from tests.parity.layouts import LAYOUTS, Layout
 
 __all__ = ["FAULTS", "OVERLAP_AND_FULL", "RUNS", "TOLERANCES", "Run", "oracle_of", "runs_of"]

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
+from tests.harness.ranks import run_ranks, single_process
 from tests.parity.comparison import Verdict, compare
 from tests.parity.layouts import LAYOUTS
 from tests.parity.runs import FAULTS, TOLERANCES, Run, oracle_of, runs_of
 from tests.parity.training import Record, train
-from tests.ranks import run_ranks, single_process
 
 __all__ = ["all_runs", "oracle", "verdicts"]
 

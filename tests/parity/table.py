@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 
+from tests.harness.paths import ROOT
 from tests.parity.cells import NEWER, OLDER, Table, tables
 from tests.parity.recording import RUNS
 
 __all__ = ["PAGE", "main", "page", "unproven"]
 
-PAGE = Path(__file__).parents[2] / "docs" / "parallelism.md"
+PAGE = ROOT / "docs" / "parallelism.md"
 RESULTS = {"parity.json": OLDER, "parity-mcore016.json": NEWER}
 """Files of results, and the release that they must be of."""
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from nemo_tied_lora.megatron_version import megatron_version
-from tests.conftest import WITH_NEMO_ONLY
+from nemo_tied_lora.planning.megatron_version import megatron_version
+from tests.conftest import NEED_NEMO
 from tests.parity import table
 from tests.parity.cells import GPU, NEWER, OLDER, tables
 from tests.parity.table import PAGE, page, unproven
@@ -62,8 +62,8 @@ def test_what_the_older_release_refuses_is_proven_by_the_newer_ones_runs() -> No
 
 def test_only_what_needs_nemo_is_not_asked_of_the_newer_release() -> None:
     left_out = {test for cell in EVERY_CELL if not cell.proof(NEWER) for test in cell.evidence}
-    assert {test.partition("::")[0] for test in left_out} == {"tests/test_nemo_loops.py"}
-    assert "test_nemo_loops.py" in WITH_NEMO_ONLY
+    assert {test.partition("::")[0] for test in left_out} == {"tests/nemo/test_nemo_loops.py"}
+    assert "nemo" in NEED_NEMO
 
 
 def test_the_check_wants_the_whole_results_of_both_releases(

@@ -9,14 +9,14 @@ import pytest
 from megatron.core.transformer import TransformerConfig
 
 from nemo_tied_lora import ConfigError
-from nemo_tied_lora.architecture import Architecture
-from nemo_tied_lora.layout import Layout, check
-from nemo_tied_lora.megatron_version import counts_repeated_gradients, splits_query_groups
+from nemo_tied_lora.planning.architecture import Architecture
+from nemo_tied_lora.planning.megatron_version import counts_repeated_gradients, splits_query_groups
+from nemo_tied_lora.planning.parallel_layout import Layout, check
+from tests.harness.ranks import single_process
+from tests.harness.tiny_gpt import build_gpt
 from tests.parity import loops
 from tests.parity.runs import OVERLAP_AND_FULL
 from tests.parity.training import train
-from tests.ranks import single_process
-from tests.tiny_gpt import build_gpt
 
 MODEL = {
     "num_layers": 4,

@@ -20,15 +20,16 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from torch import nn
 
 from nemo_tied_lora import TiedLoraConfig, inject
-from nemo_tied_lora.adapter import Adapter
-from nemo_tied_lora.adapter_state import expected_shapes
-from nemo_tied_lora.experts import group_of
-from nemo_tied_lora.sharding import sharded_dim, unshard
-from nemo_tied_lora.tie_guard import check_ties
+from nemo_tied_lora.adapter.experts import group_of
+from nemo_tied_lora.adapter.full_state import expected_shapes
+from nemo_tied_lora.adapter.injected_adapter import Adapter
+from nemo_tied_lora.adapter.replica_check import check_ties
+from nemo_tied_lora.adapter.shapes import sharded_dim
+from nemo_tied_lora.adapter.sharding import unshard
+from tests.harness.tiny_gpt import SEQUENCE, VOCAB, build_gpt, full_tensor
 from tests.parity.context_parallel import GatheredAttention, own_positions
 from tests.parity.loops import make_loop
 from tests.parity.runs import Run
-from tests.tiny_gpt import SEQUENCE, VOCAB, build_gpt, full_tensor
 
 __all__ = ["Record", "build_chunks", "randomise", "train"]
 

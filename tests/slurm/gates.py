@@ -24,7 +24,7 @@ def wait_at(gate):
         (gate / f".{RANK}").write_text(str(os.getpid()))
         (gate / f".{RANK}").rename(gate / f"rank-{RANK}")
         while gate.is_dir():
-            run = sys.modules["nemo_tied_lora.current_run"].current_run()
+            run = sys.modules["nemo_tied_lora.resilience.current_run"].current_run()
             if run.asked_to_stop:
                 (gate / f"asked-{RANK}").touch()
             time.sleep(0.05)
@@ -41,9 +41,9 @@ def waiting_fsync(handle):
 
 
 def plant():
-    while not hasattr(sys.modules.get("nemo_tied_lora.nemo.status"), "StatusCallback"):
+    while not hasattr(sys.modules.get("nemo_tied_lora.nemo.status_callback"), "StatusCallback"):
         time.sleep(0.05)
-    callback = sys.modules["nemo_tied_lora.nemo.status"].StatusCallback
+    callback = sys.modules["nemo_tied_lora.nemo.status_callback"].StatusCallback
     step_ended = callback.on_train_batch_end
 
     def on_train_batch_end(self, trainer, *arguments):

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.harness.paths import ROOT
 from tests.slurm.remains import processes
 
 __all__ = ["PrivateCluster", "install", "why_not"]
@@ -145,7 +146,7 @@ class PrivateCluster:
         self._remains = subprocess.Popen(
             [sys.executable, "-m", "tests.slurm.remains", str(self.folder)],
             stdin=subprocess.PIPE,
-            cwd=Path(__file__).parents[2],
+            cwd=ROOT,
             start_new_session=True,
         )
         for name in ("munge", "state", "spool-n1", "spool-n2", "logs"):

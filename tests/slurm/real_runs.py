@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from nemo_tied_lora.export.nemo_adapter import read_adapter
-from nemo_tied_lora.run_status import read_status
-from nemo_tied_lora.training_state.folder import read_description
-from tests.command_runs import finetune_arguments, tied_lora
+from nemo_tied_lora.checkpoint.nemo_file_reader import read_adapter
+from nemo_tied_lora.checkpoint.training_checkpoint import read_description
+from nemo_tied_lora.resilience.status_file import read_status
+from tests.harness.command_runs import finetune_arguments, tied_lora
 from tests.slurm.private_cluster import PrivateCluster
 
 __all__ = ["PP2", "STEPS", "Run", "launch", "rank_arguments"]

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.harness.paths import ROOT
 from tests.slurm.gates import PLANT, Gate
 from tests.slurm.private_cluster import PrivateCluster
 from tests.slurm.real_runs import PP2, STEPS, TIMEOUT_S, Run, launch
@@ -81,7 +82,7 @@ class Night:
 
     @property
     def shell(self) -> dict[str, str]:
-        root = str(Path(__file__).parents[2])
+        root = str(ROOT)
         return {**self.variables, "PYTHONPATH": f"{root}{os.pathsep}{self.plant}"}
 
     def live(self) -> None:

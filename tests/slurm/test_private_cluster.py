@@ -10,10 +10,10 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests.harness.paths import ROOT
 from tests.slurm.private_cluster import PrivateCluster
 from tests.slurm.remains import processes
 
-ROOT = Path(__file__).parents[2]
 # What Debian's packages of SLURM and munge would write, had their services been started.
 SYSTEM = [
     "/etc/slurm",

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_tied_lora.launching.submission import SCRIPT
-from tests.command_runs import tied_lora
+from nemo_tied_lora.launching.submit import SCRIPT
+from tests.harness.command_runs import tied_lora
 from tests.slurm.private_cluster import PrivateCluster
 from tests.slurm.real_runs import STEPS, Run
 

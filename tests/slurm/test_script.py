@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from nemo_tied_lora.launching.cluster import Cluster
-from nemo_tied_lora.launching.rendering import Job, render
-from nemo_tied_lora.launching.sweeps import Point, index_file, points
+from nemo_tied_lora.launching.cluster_config import Cluster
+from nemo_tied_lora.launching.slurm_script import Job, render
+from nemo_tied_lora.launching.sweep import Point, index_file, points
+from tests.harness.paths import ROOT
 from tests.slurm.private_cluster import PrivateCluster
 
-ROOT = Path(__file__).resolve().parents[2]
 # As the configuration's defaults, but for what this machine has not: GPUs, and nodes of one's own.
 BARE = {"kind": "slurm", "memory": "0", "time": "10", "save_seconds": 60, "max_requeues": 1, "at_once": 2}
 SAY = 'env | grep -E "^(RANK|WORLD_SIZE|LOCAL_RANK|NODE_RANK|MASTER_|OMP_|NCCL_|HF_TOKEN)" | sort; echo "got $*"'

@@ -18,14 +18,14 @@ from pathlib import Path
 import pytest
 
 import nemo_tied_lora
-from nemo_tied_lora.commands.config_folder import config_folder
-from nemo_tied_lora.launching.cluster import Cluster
-from nemo_tied_lora.launching.rendering import Job, render
-from nemo_tied_lora.launching.sweeps import Point, index_file
+from nemo_tied_lora.launching.cluster_config import Cluster
+from nemo_tied_lora.launching.slurm_script import Job, render
+from nemo_tied_lora.launching.sweep import Point, index_file
+from nemo_tied_lora.planning.config_folder import config_folder
+from tests.harness.paths import ROOT
 from tests.slurm.private_cluster import PrivateCluster
 from tests.slurm.real_runs import PP2, Run, launch, rank_arguments
 
-ROOT = str(Path(__file__).parents[2])
 # On 2 nodes x 4 ranks with 5 minutes; each with what its one message must say.
 MISTAKES = {
     "world-size-and-data": (
@@ -79,7 +79,7 @@ def submit(slurm: PrivateCluster, workshop: Path, runs: Sequence[Point], argumen
     (workshop / str(job.index)).write_text(index)
     script = workshop / job.folder / "job.sbatch"
     script.write_text(render(job))
-    return slurm.run("sbatch", "--parsable", str(script), cwd=workshop, PYTHONPATH=ROOT)
+    return slurm.run("sbatch", "--parsable", str(script), cwd=workshop, PYTHONPATH=str(ROOT))
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +156,6 @@ def test_a_step_of_ones_own_that_does_not_match_the_configuration_is_refused(
     finetune = ["env", "RANK=0", "WORLD_SIZE=1", sys.executable, "-m", "nemo_tied_lora.commands.finetune"]
     words = [*rank_arguments("own_step"), "layout=pp2", "trainer.num_nodes=2", "trainer.devices=1"]
     command = " ".join(f"'{word}'" for word in [*finetune, *words])
-    said = slurm.run("bash", "-c", f"srun -N1 -n1 {command} 2>&1; echo code $?", cwd=workshop, PYTHONPATH=ROOT)
+    said = slurm.run("bash", "-c", f"srun -N1 -n1 {command} 2>&1; echo code $?", cwd=workshop, PYTHONPATH=str(ROOT))
     assert "trainer.num_nodes=2: SLURM runs this on 1 nodes" in said, said
     assert "code 2" in said

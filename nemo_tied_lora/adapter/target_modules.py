@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The linears of a Megatron model that an adapter can use."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from nemo_tied_lora.adapter.experts import group_of, linear_of, name_at
+from nemo_tied_lora.adapter.tied_linear import linear_kind
+from nemo_tied_lora.config import TARGETS
+from nemo_tied_lora.errors import ConfigError
+
+__all__ = ["Site", "find_sites", "gpt_model"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One linear that can be adapted.
+
+    layer: global number from 0. target: its name, "linear_qkv" or "experts.5.linear_fc1" (see `experts`).
+    blocks: 2 for a gated linear_fc1, else 1.
+    """
+
+    layer: int
+    target: str
+    module: Any
+    kind: str
+    blocks: int
+
+    @property
+    def group(self) -> str:
+        """Of the linears that may share A and B."""
+        return group_of(self.target)
+
+
+def find_sites(body: Any, targets: Iterable[str] = TARGETS) -> tuple[list[Site], list[str]]:
+    """The adaptable linears of one chunk (a module with a `decoder`), and what stands in the way, a line each.
+
+    A linear that has a target's name but cannot be adapted is a problem, never skipped.
+    """
+    sites: list[Site] = []
+    problems: list[str] = []
+    seen = set()
+    for layer in body.decoder.layers:
+        number = layer.layer_number - 1
+        for path, module in layer.named_modules():
+            target = linear_of(path)
+            if target == "experts" and not hasattr(module, "local_experts"):
+                problems += _grouped_experts(f"layer {number} {path}", module, targets)
+            name = name_at(path) if target in targets else None
+            if name is None or type(module).__name__.startswith("Identity"):
+                continue
+            kind = _adaptable_kind(module)
+            if (number, name) in seen:
+                problems.append(f"targets: layer {number} {path}: a second {name}, cannot be adapted; drop {target}")
+            elif kind is None:
+                cls = type(module).__name__
+                problems.append(f"targets: layer {number} {path}: a {cls} cannot be adapted; drop {target}")
+            else:
+                seen.add((number, name))
+                gated = target == "linear_fc1" and bool(getattr(body.config, "gated_linear_unit", False))
+                sites.append(Site(number, name, module, kind, 2 if gated else 1))
+    return sites, problems
+
+
+def _adaptable_kind(module: nn.Module) -> str | None:
+    """ "column" or "row"; None for what is no parallel linear, or exchanges more than one does."""
+    whole = getattr(module, "gather_output", False) or not getattr(module, "input_is_parallel", True)
+    return None if whole else linear_kind(module)
+
+
+def _grouped_experts(place: str, module: nn.Module, targets: Iterable[str]) -> Iterable[str]:
+    wanted = [target for target in ("linear_fc1", "linear_fc2") if target in targets]
+    if wanted:
+        cls, drop = type(module).__name__, " and ".join(wanted)
+        yield (
+            f"moe_grouped_gemm=True: {place}: a {cls} holds all experts in one tensor, which cannot be adapted yet; "
+            f"build the model with moe_grouped_gemm=False, or drop {drop}"
+        )
+
+
+def gpt_model(chunk: nn.Module) -> Any:
+    """The GPTModel inside DDP, Float16Module and the like.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    body: Any = chunk
+    while not hasattr(body, "decoder") and isinstance(getattr(body, "module", None), nn.Module):
+        body = body.module
+    layers = getattr(getattr(body, "decoder", None), "layers", None)
+    if layers is None or not hasattr(body, "config"):
+        raise ConfigError(
+            [f"model: a {type(chunk).__name__} has no Megatron linears (no decoder.layers of a TransformerBlock)"]
+        )
+    return body

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An optimizer's state by model parameter, whoever wraps the optimizer: torch or apex, NeMo's O2, megatron-core's.
+
+A slot is one kind of tensor that an optimizer keeps for each parameter, in the parameter's own (local) shape:
+"exp_avg", "exp_avg_sq", and "master", the float32 copy of a 16-bit parameter. A scalar is a number for each
+parameter (torch's "step"). Options are a parameter group's: learning rate, betas, apex's "step".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from torch import nn
+
+from nemo_tied_lora.errors import ConfigError
+
+__all__ = ["LocalState", "read_optimizer", "write_optimizer"]
+
+MASTER = "master"
+
+
+@dataclass
+class LocalState:
+    """What this rank's optimizer holds, keyed by the model's parameters."""
+
+    slots: dict[str, dict[nn.Parameter, torch.Tensor]] = field(default_factory=dict)
+    scalars: dict[str, dict[nn.Parameter, float]] = field(default_factory=dict)
+    options: list[dict[str, Any]] = field(default_factory=list)
+
+
+def read_optimizer(optimizer: Any, parameters: Iterable[nn.Parameter]) -> LocalState:
+    """The state of `optimizer` for the adapter's parameters. All ranks call it.
+
+    With megatron-core's distributed optimizer each tensor is put together from the data-parallel ranks' parts.
+
+    Raises:
+        ConfigError: it keeps something that is neither a number nor of the parameter's shape.
+    """
+    if hasattr(optimizer, "mcore_optimizer"):
+        return _read_distributed(optimizer.mcore_optimizer, list(parameters))
+    if hasattr(optimizer, "fp32_from_float16_groups"):
+        masters = _masters(optimizer)
+        state = _read_torch(optimizer.optimizer, {master: model for model, master in masters.items()})
+        state.slots[MASTER] = {model: master.detach() for model, master in masters.items()}
+        return state
+    return _read_torch(optimizer, {})
+
+
+def write_optimizer(optimizer: Any, state: LocalState) -> None:
+    """Gives the optimizer what `read_optimizer` returned, there or on another layout."""
+    if hasattr(optimizer, "mcore_optimizer"):
+        _write_distributed(optimizer.mcore_optimizer, state)
+        return
+    if hasattr(optimizer, "fp32_from_float16_groups"):
+        masters = _masters(optimizer)
+        _write_torch(optimizer.optimizer, {master: model for model, master in masters.items()}, state)
+        for model, saved in state.slots.get(MASTER, {}).items():
+            if model in masters:
+                masters[model].data.copy_(saved)
+        return
+    _write_torch(optimizer, {}, state)
+
+
+def _masters(wrapper: Any) -> dict[nn.Parameter, torch.Tensor]:
+    """Model parameter to its float32 copy, which is what the inner optimizer steps (NeMo's O2)."""
+    groups = zip(wrapper.float16_groups, wrapper.fp32_from_float16_groups, strict=True)
+    return {model: master for models, masters in groups for model, master in zip(models, masters, strict=True)}
+
+
+def _read_torch(optimizer: Any, model_of: Mapping[Any, nn.Parameter]) -> LocalState:
+    state, saved = LocalState(), optimizer.state_dict()
+    for group, numbered in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        state.options.append({key: value for key, value in numbered.items() if key != "params"})
+        for stepped, index in zip(group["params"], numbered["params"], strict=True):
+            parameter = model_of.get(stepped, stepped)
+            for key, value in saved["state"].get(index, {}).items():
+                _sort_in(state, key, parameter, value, optimizer)
+    return state
+
+
+def _sort_in(state: LocalState, key: str, parameter: nn.Parameter, value: Any, optimizer: Any) -> None:
+    if value is None:  # SGD without momentum
+        return
+    if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+        state.slots.setdefault(key, {})[parameter] = value
+    elif isinstance(value, (int, float)) or (isinstance(value, torch.Tensor) and value.dim() == 0):
+        state.scalars.setdefault(key, {})[parameter] = float(value)
+    else:
+        kept = f"of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+        raise ConfigError(
+            [
+                f"model.optim.name: {type(optimizer).__name__} keeps {key}, {kept}, for a parameter of shape "
+                f"{tuple(parameter.shape)}; a checkpoint can hold only what has the parameter's shape; "
+                "choose fused_adam, adamw or adam"
+            ]
+        )
+
+
+def _write_torch(optimizer: Any, model_of: Mapping[Any, nn.Parameter], state: LocalState) -> None:
+    numbered = optimizer.state_dict()["param_groups"]
+    tensors: dict[int, dict[str, Any]] = {}
+    for group, numbers in zip(optimizer.param_groups, numbered, strict=True):
+        for stepped, index in zip(group["params"], numbers["params"], strict=True):
+            parameter = model_of.get(stepped, stepped)
+            held = {key: of[parameter] for key, of in state.slots.items() if key != MASTER and parameter in of}
+            scalars = {key: torch.tensor(of[parameter]) for key, of in state.scalars.items() if parameter in of}
+            if held or scalars:
+                tensors[index] = {**held, **scalars}
+    groups = [{**now, **then} for now, then in zip(numbered, state.options, strict=True)]
+    optimizer.load_state_dict({"state": tensors, "param_groups": groups})
+
+
+def _parts(optimizer: Any) -> Sequence[Any]:
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def _owner(optimizer: Any, parameter: nn.Parameter) -> Any:
+    """The part whose shard on this rank holds some of the parameter, or None."""
+    return next((part for part in _parts(optimizer) if parameter in getattr(part, "model_param_gbuf_map", {})), None)
+
+
+def _read_distributed(optimizer: Any, parameters: Sequence[nn.Parameter]) -> LocalState:
+    state = LocalState()
+    stepped = any(part.optimizer.state for part in _parts(optimizer))
+    if _any_rank(stepped):
+        for parameter in parameters:
+            held = _own_shard(optimizer, parameter)
+            for key in sorted(_union(set(held))):
+                flat = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
+                if key in held:
+                    part, start, end = held[key]
+                    flat[start:end] = part.reshape(-1)
+                torch.distributed.all_reduce(flat, group=_data_parallel_group())
+                state.slots.setdefault(key, {})[parameter] = flat.view(parameter.shape)
+    for part in _parts(optimizer):
+        groups = part.state_dict()["optimizer"]["param_groups"] if part.optimizer.state else [{}]
+        state.options += [{key: value for key, value in group.items() if key != "params"} for group in groups]
+    return state
+
+
+def _own_shard(optimizer: Any, parameter: nn.Parameter) -> dict[str, tuple[torch.Tensor, int, int]]:
+    """Slot to (this rank's part of the parameter, flat; where it begins; where it ends)."""
+    part = _owner(optimizer, parameter)
+    if part is None:
+        return {}
+    span = part._get_model_param_range_map(parameter)["param"]
+    tensors = part._get_main_param_and_optimizer_states(parameter)
+    return {
+        MASTER if key == "param" else key: (tensor.detach(), span.start, span.end)
+        for key, tensor in tensors.items()
+        if tensor.dim() > 0
+    }
+
+
+def _write_distributed(optimizer: Any, state: LocalState) -> None:
+    options = list(state.options)
+    for part in _parts(optimizer):
+        groups, options = options[: len(part.param_groups)], options[len(part.param_groups) :]
+        now = part.optimizer.state_dict()["param_groups"]
+        merged = [{**group, **saved} for group, saved in zip(now, groups, strict=True)]
+        if any("step" in group for group in groups):
+            part.load_state_dict({"optimizer": {"param_groups": merged}})
+            # megatron-core (0.13, without apex) hands torch one tensor as every parameter's step count: each
+            # parameter's step would then count for all.
+            for held in part.optimizer.state.values():
+                held.update({key: value.clone() for key, value in held.items() if key == "step"})
+    parameters = {parameter for of in state.slots.values() for parameter in of}
+    with torch.no_grad():
+        for parameter in parameters:
+            part = _owner(optimizer, parameter)
+            if part is None:
+                continue
+            span = part._get_model_param_range_map(parameter)["param"]
+            tensors = part._get_main_param_and_optimizer_states(parameter)
+            for key, tensor in tensors.items():
+                slot = state.slots.get(MASTER if key == "param" else key, {})
+                if parameter in slot and tensor.dim() > 0:
+                    tensor.view(-1).copy_(slot[parameter].reshape(-1)[span.start : span.end])
+
+
+def _data_parallel_group() -> torch.distributed.ProcessGroup:
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
+def _union(names: set[str]) -> set[str]:
+    """Over the data-parallel ranks: one may hold nothing of a parameter."""
+    found: list[set[str]] = [set()] * parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    torch.distributed.all_gather_object(found, names, group=_data_parallel_group())
+    return set().union(*found)
+
+
+def _any_rank(flag: bool) -> bool:
+    return bool(_union({"yes"} if flag else set()))

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A tar with a few plain files, read strictly: what the adapter's format allows, and nothing else that tar knows.
+
+Links, folders, devices, sparse files, long names, compression and members of the wrong name are refused before a byte
+of their content is read. Nothing is unpacked to disk. Reading costs a seek and 512 bytes a member, whatever sizes the
+headers claim.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import tarfile
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from nemo_tied_lora.errors import ConfigError
+
+__all__ = [
+    "Member",
+    "TarError",
+    "end_tar",
+    "find_members",
+    "has_member",
+    "member_header",
+    "pad_member",
+    "read_tar",
+    "write_tar",
+]
+
+
+BLOCK, _RECORD = 512, 10240
+_MAX_HEADERS = 16
+_MAX_PAX_BYTES = 64 * 1024
+# Records of an extended header that change nothing about where the content lies.
+_HARMLESS_PAX = re.compile(r"^(mtime|atime|ctime|comment|uid|gid|uname|gname|SCHILY\.(dev|ino|nlink))$")
+
+
+class TarError(ValueError):
+    """Not a tar of the expected members. The message says why."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """Where a file's content lies in the tar."""
+
+    offset: int
+    size: int
+
+
+def find_members(file: IO[bytes], names: Collection[str]) -> dict[str, Member]:
+    """Every member of the tar; each of `names` (with or without a leading "./") may stand in it once, and nothing else.
+
+    Raises:
+        TarError: a damaged header, an unexpected member, or one that is longer than the file.
+    """
+    end = file.seek(0, 2)
+    members: dict[str, Member] = {}
+    position = 0
+    for _ in range(_MAX_HEADERS):
+        file.seek(position)
+        block = file.read(BLOCK)
+        if not block.strip(b"\0"):
+            if not members:
+                raise TarError("not a whole .nemo file: empty" if not block else "not a whole .nemo file: no members")
+            return members
+        info = _parse(block, position)
+        content = position + BLOCK
+        if info.type in (tarfile.XHDTYPE, tarfile.XGLTYPE):
+            _check_pax(file.read(min(info.size, _MAX_PAX_BYTES + 1)))
+        else:
+            name = info.name.removeprefix("./")
+            if name not in names or info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or name in members:
+                raise TarError(f"unexpected member {info.name[:200]!r}; this is no tied-LoRA adapter")
+            members[name] = Member(content, info.size)
+        if content + info.size > end:
+            raise TarError(f"truncated: {info.name[:200]!r} claims {info.size} bytes, {end - content} are there")
+        position = content + -(-info.size // BLOCK) * BLOCK
+    raise TarError(f"more than {_MAX_HEADERS} members; this is no tied-LoRA adapter")
+
+
+def has_member(file: IO[bytes], name: str) -> bool:
+    """Whether a member of this name is among the first ones, whatever the others are; False for what is no tar."""
+    position = 0
+    for _ in range(_MAX_HEADERS):
+        file.seek(position)
+        block = file.read(BLOCK)
+        if not block.strip(b"\0"):
+            return False
+        try:
+            info = _parse(block, position)
+        except TarError:
+            return False
+        if info.name.removeprefix("./") == name:
+            return True
+        position += BLOCK + -(-info.size // BLOCK) * BLOCK
+    return False
+
+
+def member_header(name: str, size: int) -> bytes:
+    """The 512 bytes before a member's content: no time, no owner, so that the same content gives the same file."""
+    info = tarfile.TarInfo(name)
+    info.size = size
+    return info.tobuf(format=tarfile.USTAR_FORMAT if size < 8 << 30 else tarfile.GNU_FORMAT)
+
+
+def pad_member(size: int) -> bytes:
+    """The zeros behind a member's content."""
+    return b"\0" * (-size % BLOCK)
+
+
+def end_tar(position: int) -> bytes:
+    """The zeros that end a tar of `position` bytes."""
+    return b"\0" * (2 * BLOCK + -(position + 2 * BLOCK) % _RECORD)
+
+
+def _parse(block: bytes, position: int) -> tarfile.TarInfo:
+    try:
+        info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError as error:
+        if block.startswith(b"\x1f\x8b"):
+            raise TarError("not a whole .nemo file: it is compressed with gzip; unpack it with gunzip") from None
+        raise TarError(f"not a whole .nemo file: bad tar header at byte {position}: {error}") from None
+    if info.size < 0:
+        raise TarError(f"not a whole .nemo file: {info.name[:200]!r} claims {info.size} bytes")
+    return info
+
+
+def _check_pax(content: bytes) -> None:
+    """Refuses extended headers that would rename, resize or redirect the next member."""
+    if len(content) > _MAX_PAX_BYTES:
+        raise TarError(f"an extended tar header of more than {_MAX_PAX_BYTES} bytes")
+    for key in _pax_keys(content):
+        if not _HARMLESS_PAX.match(key):
+            raise TarError(f"unexpected extended tar header {key[:100]!r}; this is no tied-LoRA adapter")
+
+
+def _pax_keys(content: bytes) -> list[str]:
+    keys, position = [], 0
+    while position < len(content) and content[position : position + 1] != b"\0":
+        length = re.match(rb"(\d{1,6}) ([^=]{1,200})=", content[position : position + 300])
+        if length is None or int(length[1]) < len(length[0]) or position + int(length[1]) > len(content):
+            raise TarError("not a whole .nemo file: a damaged extended tar header")
+        keys.append(length[2].decode("utf-8", "replace"))
+        position += int(length[1])
+    return keys
+
+
+def write_tar(file: IO[bytes], members: Mapping[str, bytes]) -> None:
+    """An uncompressed tar, as NeMo's are."""
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def read_tar(path: Path, names: Sequence[str]) -> dict[str, bytes]:
+    """The named members' contents.
+
+    Raises:
+        ConfigError: no tar, or a member is missing, is no plain file, or is shorter than it says.
+    """
+    members: dict[str, bytes] = {}
+    try:
+        with tarfile.open(path, mode="r:*") as tar:
+            for info in tar:
+                name = info.name.removeprefix("./")
+                if name in names and info.isreg() and info.size <= path.stat().st_size:
+                    members[name] = tar.extractfile(info).read()  # type: ignore[union-attr]
+                    if len(members[name]) != info.size:
+                        raise ConfigError([f"{path}: truncated in {info.name!r}"])
+    except (tarfile.TarError, OSError) as error:
+        raise ConfigError([f"{path}: not a whole .nemo file: {error}"]) from error
+    missing = [name for name in names if name not in members]
+    if missing:
+        raise ConfigError([f"{path}: {', '.join(missing)} is missing"])
+    return members

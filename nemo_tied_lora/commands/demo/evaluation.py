@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exact match of a base and of adapters on a JSONL file: one process loads the base once.
+
+python -m nemo_tied_lora.commands.demo.evaluation base.nemo test.jsonl answers.json [adapter.nemo ...]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["evaluate", "exact_match", "main"]
+
+_TOKENS = 40  # the longest answer of the quickstart's language has fewer
+
+
+def exact_match(answers: Sequence[str], expected: Sequence[str]) -> float:
+    """The share of answers that are the expected text, but for blanks at the ends."""
+    pairs = zip(answers, expected, strict=True)
+    return sum(answer.strip() == text.strip() for answer, text in pairs) / len(expected)
+
+
+def evaluate(base: str, examples: Sequence[dict[str, str]], adapters: Sequence[str]) -> dict[str, Any]:
+    """Greedy answers of the base alone ("base") and with each adapter (by its path), with their exact match."""
+    from omegaconf import OmegaConf
+
+    from nemo_tied_lora.nemo.generation import complete, load_base
+    from nemo_tied_lora.planning.compose import compose_config
+
+    cfg = compose_config("generate", [f"base={json.dumps(base)}", "trainer.precision=32"])
+    OmegaConf.resolve(cfg)
+    model = load_base(cfg)
+    prompts, expected = [e["input"] for e in examples], [e["output"] for e in examples]
+    results = {}
+    for name in ["base", *adapters]:
+        if name != "base":
+            model.load_adapters(name)
+        answers = complete(model, prompts, tokens_to_generate=_TOKENS, batch_size=100)
+        results[name] = {"exact_match": exact_match(answers, expected), "answers": answers}
+        model.remove_adapter()
+    return results
+
+
+def main(argv: list[str]) -> int:
+    """Writes the answers as JSON."""
+    base, examples_file, output, *adapters = argv
+    from nemo_tied_lora.platform import prepare
+
+    prepare(nemo=True)
+    examples = [json.loads(line) for line in Path(examples_file).read_text(encoding="utf-8").splitlines()]
+    results = evaluate(base, examples, adapters)
+    from nemo_tied_lora.files import write_json
+
+    write_json(Path(output), {"examples": examples, "results": results})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a command line to a Hydra config, with every mistake reported together, in a line each."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from nemo_tied_lora.errors import ConfigError, report
+from nemo_tied_lora.planning.compose import compose_config, plain
+from nemo_tied_lora.planning.config_folder import config_folder
+
+__all__ = ["parser", "run_composed"]
+
+
+def parser(command: str, summary: str, examples: str, groups: Iterable[str]) -> argparse.ArgumentParser:
+    """The options that every Hydra command has, and a --help with examples and the shipped choices of its groups."""
+    folder = config_folder()
+    choices = [
+        f"  {group}=  {', '.join(sorted(path.stem for path in (folder / group).glob('*.yaml')))}" for group in groups
+    ]
+    result = argparse.ArgumentParser(
+        prog=f"tied-lora {command}",
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=f"examples:\n{examples}\ngroups:\n"
+        + "\n".join(choices)
+        + "\n\n--cfg job shows every key and its value.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    result.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides")
+    result.add_argument("--config-dir", "-cd", metavar="DIR", help="a folder of your own YAMLs, searched as well")
+    result.add_argument("--cfg", "-c", choices=["job"], help="print the composed config and stop")
+    result.add_argument("--resolve", action="store_true", help="with --cfg: resolve interpolations")
+    return result
+
+
+def run_composed(
+    command: str,
+    argv: Sequence[str],
+    work: Callable[[dict[str, Any]], int],
+    *,
+    summary: str,
+    examples: str,
+    groups: Sequence[str] = (),
+) -> int:
+    """Composes `configs/COMMAND.yaml` and hands its plain values to `work`.
+
+    Returns:
+        0 where --cfg only asked to see the config; 2, with every problem on stderr, where `work` or composing raises
+        ConfigError; else what `work` returns.
+    """
+    options = parser(command, summary, examples, groups).parse_intermixed_args(argv)
+    try:
+        cfg = compose_config(command, options.overrides, options.config_dir)
+        if options.cfg:
+            print(OmegaConf.to_yaml(cfg, resolve=options.resolve), end="")
+            return 0
+        return work(plain(cfg))
+    except ConfigError as error:
+        return report(command, error)

@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Hugging Face folder -> a base `.nemo` that restores on any layout, compared with transformers before it is kept."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronLMPPTrainerBuilder
+from omegaconf import DictConfig, OmegaConf, open_dict
+from tqdm import tqdm
+
+from nemo_tied_lora.conversion.hf_config import NemoKeys, nemo_keys
+from nemo_tied_lora.conversion.hf_families import BaseShape, family_of_model_type
+from nemo_tied_lora.conversion.hf_tokenizer import differing_texts, tokenizer_section
+from nemo_tied_lora.conversion.hf_weights import HfWeights, megatron_tensors
+from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.nemo.generation import load_base
+from nemo_tied_lora.nemo.model import MegatronGPTTiedLoraModel
+from nemo_tied_lora.nemo.process_groups import ensure_process_groups
+
+__all__ = ["Comparison", "import_hf_base", "read_hf_config", "sample_tokens", "single_rank_logits"]
+
+_SAMPLE_ROWS, _SAMPLE_LENGTH = 2, 48
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Logits of the written `.nemo` beside transformers', float32 on random tokens; texts of another tokenization."""
+
+    largest_difference: float
+    largest_logit: float
+    differing_texts: tuple[str, ...]
+    not_compared: str | None = None
+    """Why the tokenizers could not be compared."""
+
+    @property
+    def relative(self) -> float:
+        """The difference as a share of the largest logit."""
+        return self.largest_difference / max(self.largest_logit, 1e-30)
+
+
+def import_hf_base(cfg: DictConfig) -> tuple[NemoKeys, Comparison | None]:
+    """Reads `cfg.path`, writes `cfg.output`. One rank.
+
+    The file appears under its name only after it was restored from disk and agreed with transformers.
+
+    Raises:
+        ConfigError: the model cannot be imported, its files are damaged or incomplete, or the logits differ by more
+            than `cfg.tolerance` of the largest one.
+    """
+    folder, output = Path(cfg.path), Path(cfg.output)
+    config = read_hf_config(folder)
+    keys = nemo_keys(config, vocab_multiple=cfg.vocab_multiple)
+    dtype = _storage_dtype(cfg.dtype, config)
+    expected = None
+    if cfg.verify:
+        tokens = sample_tokens(config["vocab_size"], keys.model["encoder_seq_length"])
+        expected = _transformers_logits(folder, tokens)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as beside:
+        written = Path(beside) / output.name
+        _write(cfg, keys, config, folder, dtype, written)
+        comparison = None if expected is None else _compare(cfg, written, folder, tokens, expected)
+        if comparison is not None and not comparison.relative <= cfg.tolerance:
+            difference = f"{comparison.largest_difference:.2e}, {comparison.relative:.1e} of the largest"
+            raise ConfigError(
+                [f"path={folder}: the imported model's logits differ by {difference}; nothing was written"]
+            )
+        os.replace(written, output)
+    return keys, comparison
+
+
+def read_hf_config(folder: Path) -> dict[str, Any]:
+    """config.json with the defaults of its model type filled in; no code of the folder's own is run.
+
+    Raises:
+        ConfigError: there is none, it cannot be read, or its model type is not supported.
+    """
+    import transformers
+
+    try:
+        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        family_of_model_type(model_type, f"{folder / 'config.json'}")
+        config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever a damaged config raises
+        raise ConfigError([f"{folder / 'config.json'}: cannot be read: {type(error).__name__}: {error}"]) from error
+    return config.to_dict()
+
+
+def sample_tokens(vocab_size: int, length: int) -> torch.Tensor:
+    """The same random tokens each time, (2, at most 48)."""
+    generator = torch.Generator().manual_seed(1234)
+    return torch.randint(0, vocab_size, (_SAMPLE_ROWS, min(_SAMPLE_LENGTH, length)), generator=generator)
+
+
+def single_rank_logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits (batch, sequence, padded vocabulary) of a NeMo model on one rank, float32."""
+    body = model.model
+    device = next(body.parameters()).device
+    length = tokens.shape[1]
+    mask = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)[None, None]
+    positions = torch.arange(length, device=device).expand(len(tokens), length)
+    body.eval()
+    with torch.no_grad():
+        return body(tokens.to(device), positions, mask).float().cpu()
+
+
+def _storage_dtype(name: str, config: Mapping[str, Any]) -> torch.dtype:
+    """`auto`: what the folder has, by its own word."""
+    word = str(config.get("torch_dtype") or "float32") if name == "auto" else name
+    return getattr(torch, word.removeprefix("torch."))
+
+
+def _transformers_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
+    import transformers
+
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        str(folder), torch_dtype=torch.float32, local_files_only=True, trust_remote_code=False
+    )
+    with torch.no_grad():
+        return loaded.eval()(tokens).logits
+
+
+class _EmptyModel(MegatronGPTTiedLoraModel):
+    """The base with uninitialised weights in the dtype in which they will be stored."""
+
+    storage_dtype = torch.float32
+
+    def build_transformer_config(self) -> Any:
+        config = super().build_transformer_config()
+        config.params_dtype, config.perform_initialization = self.storage_dtype, False
+        return config
+
+
+def _write(
+    cfg: DictConfig, keys: NemoKeys, config: Mapping[str, Any], folder: Path, dtype: torch.dtype, path: Path
+) -> None:
+    model_cfg = copy.deepcopy(cfg.model)
+    OmegaConf.resolve(model_cfg)
+    with open_dict(model_cfg):
+        model_cfg.pop("peft", None)  # of from=lora
+        for key, value in keys.model.items():
+            model_cfg[key] = value
+        model_cfg.tokenizer = tokenizer_section(folder)
+        model_cfg.precision = cfg.trainer.precision
+        model_cfg.huggingface = {"model_type": config["model_type"], "name": folder.name}
+        model_cfg.target = f"{MegatronGPTTiedLoraModel.__module__}.{MegatronGPTTiedLoraModel.__qualname__}"
+    trainer: Trainer = MegatronLMPPTrainerBuilder(cfg).create_trainer()
+    _EmptyModel.storage_dtype = dtype
+    model = _EmptyModel(model_cfg, trainer)
+    ensure_process_groups(trainer)
+    if model.tokenizer.vocab_size > keys.model["override_vocab_size"]:
+        rows = keys.model["override_vocab_size"]
+        raise ConfigError(
+            [f"path={folder}: the tokenizer has {model.tokenizer.vocab_size} pieces, the embedding {rows} rows"]
+        )
+    model.model.to(dtype)  # norms are made in float32
+    _fill(model.model, HfWeights(folder), keys, config)
+    model.save_to(str(path))
+
+
+def _fill(body: Any, weights: HfWeights, keys: NemoKeys, config: Mapping[str, Any]) -> None:
+    """Copies every weight into the model.
+
+    Raises:
+        ConfigError: a weight is missing, left over, or of another shape.
+    """
+    family = family_of_model_type(config["model_type"], "config.json")
+    shape = BaseShape.from_model_config(keys.model, "config.json")
+    parameters = dict(body.named_parameters())
+    tensors = megatron_tensors(
+        weights,
+        family,
+        shape,
+        qkv_bias=bool(keys.model["qkv_bias"]),
+        bias=bool(keys.model["bias"]),
+        shared=bool(keys.model["share_embeddings_and_output_weights"]),
+        vocab_rows=keys.model["override_vocab_size"],
+    )
+    for name, tensor in tqdm(
+        tensors, desc="importing", unit="tensor", total=len(parameters), disable=len(parameters) < 100
+    ):
+        parameter = parameters.pop(_name_in(parameters, name))
+        if parameter.shape != tensor.shape:
+            raise ConfigError(
+                [f"{name}: is {tuple(tensor.shape)} in the folder, {tuple(parameter.shape)} by config.json"]
+            )
+        parameter.data.copy_(tensor)
+    left_over = [name for name in weights.left_over() if not (config.get("tie_word_embeddings") and "lm_head" in name)]
+    problems = [f"{name}: the folder has no counterpart" for name in parameters]
+    problems += [f"{name}: the imported model has no place for it" for name in left_over]
+    if problems:
+        raise ConfigError(problems)
+
+
+# Transformer Engine's linears hold the norm that lies before them.
+_FUSED_NORMS = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+
+
+def _name_in(parameters: Mapping[str, Any], name: str) -> str:
+    """The parameter's name with or without Transformer Engine."""
+    if name not in parameters:
+        for alone, fused in _FUSED_NORMS.items():
+            if name.replace(alone, fused) in parameters:
+                return name.replace(alone, fused)
+        raise ConfigError([f"{name}: the model built from config.json has no such parameter"])
+    return name
+
+
+def _compare(cfg: DictConfig, path: Path, folder: Path, tokens: torch.Tensor, expected: torch.Tensor) -> Comparison:
+    """Restores what was written, in float32."""
+    restored_cfg = copy.deepcopy(cfg)
+    with open_dict(restored_cfg):
+        restored_cfg.base = str(path)
+        restored_cfg.model = {key: cfg.model[key] for key in _LAYOUT_KEYS}
+    model = load_base(restored_cfg)
+    got = single_rank_logits(model, tokens)[..., : expected.shape[-1]]
+    texts: tuple[str, ...] = ()
+    reason = None
+    try:
+        texts = differing_texts(folder, model.tokenizer)
+    except RuntimeError as error:
+        reason = str(error)
+    return Comparison(
+        largest_difference=float((got - expected).abs().max()),
+        largest_logit=float(expected.abs().max()),
+        differing_texts=texts,
+        not_compared=reason,
+    )
+
+
+_LAYOUT_KEYS = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "context_parallel_size",
+    "sequence_parallel",
+    "megatron_amp_O2",
+    "gradient_as_bucket_view",
+)

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Hugging Face model's config.json as NeMo's model keys, and what of it Megatron cannot do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from nemo_tied_lora.conversion.hf_families import family_of_model_type
+from nemo_tied_lora.errors import ConfigError
+
+__all__ = ["NemoKeys", "nemo_keys"]
+
+
+@dataclass
+class NemoKeys:
+    """NeMo's model keys, and notes for the user where they say less than config.json does."""
+
+    model: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+
+
+def nemo_keys(config: Mapping[str, Any], *, vocab_multiple: int = 128) -> NemoKeys:
+    """Translates a config with all its defaults filled in (`transformers.AutoConfig(...).to_dict()`).
+
+    Args:
+        vocab_multiple: the embedding is padded to a multiple of so many rows, so that every tensor-parallel size that
+            divides it can share them out.
+
+    Raises:
+        ConfigError: an unknown `model_type`, or every feature that Megatron's layers do not have.
+    """
+    family = family_of_model_type(config.get("model_type"), "config.json")
+    problems = list(_unsupported(config))
+    if problems:
+        raise ConfigError(problems)
+    notes: list[str] = []
+    sizes = _gpt2(config) if config["model_type"] == "gpt2" else _llama(config, notes)
+    rows = config["vocab_size"]
+    padded = -(-rows // vocab_multiple) * vocab_multiple
+    if padded != rows:
+        notes.append(f"vocabulary: {rows} rows, padded to {padded}; the added ones are the mean of the others")
+    model = {
+        **family.nemo,
+        **sizes,
+        "share_embeddings_and_output_weights": bool(config.get("tie_word_embeddings", True)),
+        "override_vocab_size": padded,
+        "make_vocab_size_divisible_by": vocab_multiple,
+    }
+    return NemoKeys(model, notes)
+
+
+def _llama(config: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+    heads, length = config["num_attention_heads"], config["max_position_embeddings"]
+    window = config.get("sliding_window")
+    if config.get("model_type") == "qwen2" and not config.get("use_sliding_window"):
+        window = None
+    if window is not None and window < length:
+        notes.append(
+            f"sliding window: sequences are limited to its {window} tokens (of {length} positions), within which it "
+            "is the same as full attention"
+        )
+        length = window
+    return {
+        "num_layers": config["num_hidden_layers"],
+        "hidden_size": config["hidden_size"],
+        "ffn_hidden_size": config["intermediate_size"],
+        "num_attention_heads": heads,
+        "num_query_groups": config.get("num_key_value_heads") or heads,
+        "kv_channels": config.get("head_dim") or config["hidden_size"] // heads,
+        "layernorm_epsilon": config["rms_norm_eps"],
+        "rotary_base": config.get("rope_theta") or 10000.0,
+        "qkv_bias": config["model_type"] == "qwen2",
+        "encoder_seq_length": length,
+        "max_position_embeddings": length,
+        **_rope_scaling(config.get("rope_scaling")),
+    }
+
+
+def _rope_scaling(scaling: Mapping[str, Any] | None) -> dict[str, Any]:
+    """NeMo's keys of a scaled rotary embedding; the kinds that NeMo has were checked before."""
+    kind = _rope_kind(scaling)
+    if scaling is None or kind == "default":
+        return {}
+    if kind == "linear":
+        return {"seq_len_interpolation_factor": scaling["factor"]}
+    return {
+        "scale_positional_embedding": True,
+        "scale_factor": scaling["factor"],
+        "low_freq_factor": scaling["low_freq_factor"],
+        "high_freq_factor": scaling["high_freq_factor"],
+        "old_context_len": scaling["original_max_position_embeddings"],
+    }
+
+
+def _rope_kind(scaling: Mapping[str, Any] | None) -> str:
+    return str((scaling or {}).get("rope_type") or (scaling or {}).get("type") or "default")
+
+
+def _gpt2(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "num_layers": config["n_layer"],
+        "hidden_size": config["n_embd"],
+        "ffn_hidden_size": config.get("n_inner") or 4 * config["n_embd"],
+        "num_attention_heads": config["n_head"],
+        "num_query_groups": config["n_head"],
+        "kv_channels": config["n_embd"] // config["n_head"],
+        "layernorm_epsilon": config["layer_norm_epsilon"],
+        # GPT-2's gelu is the tanh approximation, which NeMo calls openai_gelu.
+        "openai_gelu": config["activation_function"] != "gelu",
+        "encoder_seq_length": config["n_positions"],
+        "max_position_embeddings": config["n_positions"],
+    }
+
+
+_Allowed = Mapping[str, Callable[[Any], bool]]
+_FALSE: Callable[[Any], bool] = lambda value: not value  # noqa: E731 - a table of tests
+_LLAMA_ALLOWS: _Allowed = {
+    "hidden_act": lambda value: value == "silu",
+    "attention_bias": _FALSE,
+    "mlp_bias": _FALSE,
+    "rope_scaling": lambda value: _rope_kind(value) in ("default", "linear", "llama3"),
+    "partial_rotary_factor": lambda value: value in (None, 1, 1.0),
+}
+_ALLOWED: Mapping[str, _Allowed] = {
+    "llama": _LLAMA_ALLOWS,
+    "mistral": _LLAMA_ALLOWS,
+    "qwen2": _LLAMA_ALLOWS,
+    "gpt2": {
+        "activation_function": lambda value: value in ("gelu", "gelu_new", "gelu_pytorch_tanh"),
+        "scale_attn_weights": bool,
+        "scale_attn_by_inverse_layer_idx": _FALSE,
+        "add_cross_attention": _FALSE,
+    },
+}
+
+
+def _unsupported(config: Mapping[str, Any]) -> Iterator[str]:
+    for key, allowed in _ALLOWED[config["model_type"]].items():
+        if key in config and not allowed(config[key]):
+            yield f"config.json: {key}={config[key]!r}: NeMo's Megatron GPT has no such thing; this model cannot be imported"

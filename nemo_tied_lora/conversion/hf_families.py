@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names and row orders: Hugging Face's model families <-> Megatron's four linears.
+
+With H heads in G query groups (n = H / G heads a group), head size d and feed-forward size f, whole tensors at tensor
+parallel size 1:
+
+===========  ==========================================================  ==========================================
+target       Megatron's rows                                             Hugging Face's linears
+===========  ==========================================================  ==========================================
+linear_qkv   for each group: n heads of q, one of k, one of v            q_proj (H d), k_proj (G d), v_proj (G d);
+             = G (n + 2) d rows                                          GPT-2: c_attn = all q, all k, all v
+linear_proj  hidden                                                      o_proj; GPT-2: attn.c_proj
+linear_fc1   gated: f of gate, f of up; else f                           gate_proj, up_proj; GPT-2: c_fc
+linear_fc2   hidden                                                      down_proj; GPT-2: mlp.c_proj
+===========  ==========================================================  ==========================================
+
+Columns have the same order everywhere: heads lie one after the other in linear_proj's input, and Hugging Face's rotary
+embedding rotates halves, as Megatron's does with `rotary_interleaved=False`. GPT-2's linears are `Conv1D`: their
+weights lie transposed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nemo_tied_lora.errors import ConfigError
+
+__all__ = [
+    "FAMILIES",
+    "BaseShape",
+    "Family",
+    "Part",
+    "family_of_base",
+    "family_of_model_type",
+    "join_rows",
+    "split_rows",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseShape:
+    """What the row orders depend on."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    head_size: int
+    gated: bool
+
+    @classmethod
+    def from_model_config(cls, model: Mapping[str, Any], source: str) -> BaseShape:
+        """From NeMo's model keys, as a base `.nemo` and an adapter's record of its base have them.
+
+        Args:
+            source: named in the errors.
+
+        Raises:
+            ConfigError: every key that is missing or no whole number, or does not fit the others.
+        """
+        needed = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
+        wrong = [key for key in needed if not isinstance(model.get(key), int) or model[key] < 1]
+        if not isinstance(model.get("activation"), str):
+            wrong.append("activation")
+        if wrong:
+            fix = "name the base that it was trained on: base=base.nemo"
+            raise ConfigError([f"{source}: {key}={model.get(key)!r} does not describe a base; {fix}" for key in wrong])
+        heads = model["num_attention_heads"]
+        groups = model.get("num_query_groups") or heads
+        if heads % groups:
+            raise ConfigError([f"{source}: num_attention_heads={heads} is no multiple of num_query_groups={groups}"])
+        return cls(
+            num_layers=model["num_layers"],
+            hidden_size=model["hidden_size"],
+            ffn_hidden_size=model["ffn_hidden_size"],
+            num_attention_heads=heads,
+            num_query_groups=groups,
+            head_size=model.get("kv_channels") or model["hidden_size"] // heads,
+            gated=model["activation"].endswith("glu"),
+        )
+
+    def in_features(self, target: str) -> int:
+        """Columns of the target's weight."""
+        widths = {"linear_proj": self.num_attention_heads * self.head_size, "linear_fc2": self.ffn_hidden_size}
+        return widths.get(target, self.hidden_size)
+
+    def out_features(self, target: str) -> int:
+        """Rows of the target's weight."""
+        rows = {
+            "linear_qkv": (self.num_attention_heads + 2 * self.num_query_groups) * self.head_size,
+            "linear_fc1": self.ffn_hidden_size * (2 if self.gated else 1),
+        }
+        return rows.get(target, self.hidden_size)
+
+    def rows(self, target: str, share: str) -> torch.Tensor:
+        """Which of the target's Megatron rows a Hugging Face linear holds, in the order in which it holds them.
+
+        Args:
+            share: q, k, v, qkv (all q, then all k, then all v), gate, up or all.
+        """
+        if share in ("q", "k", "v", "qkv"):
+            per_group = self.num_attention_heads // self.num_query_groups
+            index = torch.arange(self.out_features("linear_qkv"))
+            q, k, v = index.view(self.num_query_groups, per_group + 2, self.head_size).split([per_group, 1, 1], dim=1)
+            rows = {"q": q.flatten(), "k": k.flatten(), "v": v.flatten()}
+            return torch.cat(list(rows.values())) if share == "qkv" else rows[share]
+        index = torch.arange(self.out_features(target))
+        return {"gate": index[: self.ffn_hidden_size], "up": index[self.ffn_hidden_size :], "all": index}[share]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One Hugging Face linear of a layer: its name below the layer, and its share of the target's rows."""
+
+    name: str
+    share: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """How Hugging Face names the parts of one kind of model."""
+
+    model_types: tuple[str, ...]
+    """`model_type` in config.json."""
+    layers: str
+    """The list of layers."""
+    targets: Mapping[str, tuple[Part, ...]]
+    """Megatron's target -> the linears that hold its rows."""
+    norms: Mapping[str, str]
+    """Megatron's norm of a layer -> Hugging Face's, below the layer."""
+    whole: Mapping[str, str]
+    """Megatron's tensors outside the layers -> Hugging Face's."""
+    transposed: bool
+    """Whether weights are stored as (in, out)."""
+    gated: bool
+    nemo: Mapping[str, Any]
+    """NeMo's model keys that are the same for the whole family."""
+
+    def target_modules(self, targets: tuple[str, ...]) -> list[str]:
+        """peft's `target_modules` that match these targets and no other linear: the shortest unambiguous names."""
+        chosen = [part.name for target in targets for part in self.targets[target]]
+        others = [part.name for target in self.targets if target not in targets for part in self.targets[target]]
+        short = {name.rpartition(".")[2] for name in others}
+        names = [name if name.rpartition(".")[2] in short else name.rpartition(".")[2] for name in chosen]
+        return sorted(set(names))
+
+    def layer(self, number: int) -> str:
+        """A layer's prefix."""
+        return f"{self.layers}.{number}"
+
+
+_LLAMA_TARGETS = {
+    "linear_qkv": (Part("self_attn.q_proj", "q"), Part("self_attn.k_proj", "k"), Part("self_attn.v_proj", "v")),
+    "linear_proj": (Part("self_attn.o_proj", "all"),),
+    "linear_fc1": (Part("mlp.gate_proj", "gate"), Part("mlp.up_proj", "up")),
+    "linear_fc2": (Part("mlp.down_proj", "all"),),
+}
+_GPT2_TARGETS = {
+    "linear_qkv": (Part("attn.c_attn", "qkv"),),
+    "linear_proj": (Part("attn.c_proj", "all"),),
+    "linear_fc1": (Part("mlp.c_fc", "all"),),
+    "linear_fc2": (Part("mlp.c_proj", "all"),),
+}
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(
+        model_types=("llama", "mistral", "qwen2"),
+        layers="model.layers",
+        targets=_LLAMA_TARGETS,
+        norms={"input_layernorm": "input_layernorm", "pre_mlp_layernorm": "post_attention_layernorm"},
+        whole={
+            "embedding.word_embeddings.weight": "model.embed_tokens.weight",
+            "decoder.final_layernorm.weight": "model.norm.weight",
+            "output_layer.weight": "lm_head.weight",
+        },
+        transposed=False,
+        gated=True,
+        nemo={
+            "activation": "fast-swiglu",
+            "normalization": "rmsnorm",
+            "bias": False,
+            "position_embedding_type": "rope",
+            "rotary_percentage": 1.0,
+        },
+    ),
+    "gpt2": Family(
+        model_types=("gpt2",),
+        layers="transformer.h",
+        targets=_GPT2_TARGETS,
+        norms={"input_layernorm": "ln_1", "pre_mlp_layernorm": "ln_2"},
+        whole={
+            "embedding.word_embeddings.weight": "transformer.wte.weight",
+            "embedding.position_embeddings.weight": "transformer.wpe.weight",
+            "decoder.final_layernorm.weight": "transformer.ln_f.weight",
+            "decoder.final_layernorm.bias": "transformer.ln_f.bias",
+            "output_layer.weight": "lm_head.weight",
+        },
+        transposed=True,
+        gated=False,
+        nemo={
+            "activation": "gelu",
+            "normalization": "layernorm",
+            "bias": True,
+            "qkv_bias": True,
+            "position_embedding_type": "learned_absolute",
+        },
+    ),
+}
+
+
+def family_of_model_type(model_type: str | None, source: str) -> Family:
+    """The family of a Hugging Face `model_type`.
+
+    Raises:
+        ConfigError: it is none of those that are known.
+    """
+    for family in FAMILIES.values():
+        if model_type in family.model_types:
+            return family
+    known = ", ".join(name for family in FAMILIES.values() for name in family.model_types)
+    raise ConfigError([f"{source}: model_type={model_type!r} is not supported; it must be one of {known}"])
+
+
+def family_of_base(model: Mapping[str, Any], source: str) -> Family:
+    """The family whose Hugging Face models are built as a Megatron base is.
+
+    Raises:
+        ConfigError: no family is, with the keys that differ.
+    """
+    reasons = []
+    for family in FAMILIES.values():
+        differing = []
+        for key in ("normalization", "position_embedding_type"):
+            if str(model.get(key)).lower() != family.nemo[key]:
+                differing.append(f"{key}={model.get(key)!r} (it has {family.nemo[key]!r})")
+        activation = str(model.get("activation"))
+        if activation.endswith("glu") != family.gated:
+            differing.append(f"activation={activation!r} (it has {family.nemo['activation']!r})")
+        if not differing:
+            return family
+        reasons.append(f"{source}: the base is not built as {'/'.join(family.model_types)}: {', '.join(differing)}")
+    raise ConfigError(
+        [*reasons, "to=hf-peft: no Hugging Face family has such a base; use to=nemo-lora or to=safetensors"]
+    )
+
+
+def split_rows(tensor: torch.Tensor, target: str, parts: tuple[Part, ...], shape: BaseShape) -> list[torch.Tensor]:
+    """Each Hugging Face linear's rows of a whole Megatron tensor (out, ...), in that linear's order."""
+    return [tensor[shape.rows(target, part.share)] for part in parts]
+
+
+def join_rows(tensors: list[torch.Tensor], target: str, parts: tuple[Part, ...], shape: BaseShape) -> torch.Tensor:
+    """The whole Megatron tensor (out, ...). The inverse of `split_rows`."""
+    joined = tensors[0].new_empty((shape.out_features(target), *tensors[0].shape[1:]))
+    for tensor, part in zip(tensors, parts, strict=True):
+        joined[shape.rows(target, part.share)] = tensor
+    return joined

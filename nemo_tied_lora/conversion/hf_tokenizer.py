@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which tokenizer an imported base gets, and whether it gives the ids that Hugging Face's gives."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.nemo.stored_tokenizer import STORED_FILES
+
+__all__ = ["differing_texts", "tokenizer_section"]
+
+_TEXTS = (
+    "The quick brown fox jumps over the lazy dog.",
+    "def f(x):\n    return x ** 2  # squared\n",
+    "Zwölf Boxkämpfer jagen Viktor quer über den Sylter Deich.",
+    " a blank before, two  between, and one after ",
+    "1234567890 3.14159 -1e-6",
+    "日本語 и кириллица",
+)
+
+
+def tokenizer_section(folder: Path) -> dict[str, Any]:
+    """NeMo's `model.tokenizer` of a Hugging Face folder; paths are the folder's, and become the `.nemo`'s.
+
+    Raises:
+        ConfigError: the folder has no tokenizer.
+    """
+    empty: dict[str, Any] = {"type": None, "model": None, "vocab_file": None, "merge_file": None}
+    found = {key: str(folder / name) for key, name in STORED_FILES.items() if (folder / name).is_file()}
+    if "sentencepiece" in found and _has_every_token(folder):
+        return {"library": "sentencepiece", **empty, "model": found["sentencepiece"], "sentencepiece_legacy": False}
+    if "tokenizer" in found or {"vocab", "merges"} <= found.keys():
+        return {"library": "huggingface", **empty, "type": folder.name, "use_fast": True, "stored": found}
+    known = "tokenizer.json, tokenizer.model, or vocab.json and merges.txt"
+    raise ConfigError([f"path={folder}: has no tokenizer ({known}); save it there: tokenizer.save_pretrained(...)"])
+
+
+def _has_every_token(folder: Path) -> bool:
+    """Whether the sentencepiece model knows what tokenizer.json may have added to it: NeMo's own cannot add any."""
+    import sentencepiece
+
+    if not (folder / "tokenizer.json").is_file():
+        return True
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).get_piece_size()
+    added = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")).get("added_tokens") or ()
+    return all(token["id"] < pieces for token in added)
+
+
+def differing_texts(folder: Path, tokenizer: Any) -> tuple[str, ...]:
+    """The sample texts that NeMo's tokenizer and Hugging Face's turn into different ids.
+
+    Raises:
+        RuntimeError: Hugging Face's cannot be built here; the slow Llama tokenizers ask for packages of their own.
+    """
+    import transformers
+
+    options = {"use_fast": (folder / "tokenizer.json").is_file(), "local_files_only": True, "trust_remote_code": False}
+    try:
+        theirs = transformers.AutoTokenizer.from_pretrained(str(folder), **options)
+    except Exception as error:  # whatever its packages raise
+        raise RuntimeError(f"{type(error).__name__}: {error}".splitlines()[0]) from error
+    pairs = [(t, theirs(t, add_special_tokens=False)["input_ids"]) for t in _TEXTS]
+    return tuple(text for text, ids in pairs if list(tokenizer.text_to_ids(text)) != ids)

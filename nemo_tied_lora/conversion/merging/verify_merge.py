@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a merged model says what base + adapter say: logits on a few prompts, on any layout."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from omegaconf import DictConfig
+
+from nemo_tied_lora.checkpoint.save_load import load_adapter
+from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.files import write_json
+from nemo_tied_lora.nemo.generation import load_base
+
+__all__ = ["compare_with_merged", "next_token_logits"]
+
+# Of the largest logit, for merged weights rounded to each dtype; everything is computed in float32.
+_TOLERANCES = {"torch.float32": 1e-4, "torch.float64": 1e-4, "torch.float16": 1e-2, "torch.bfloat16": 5e-2}
+_RANDOM_PROMPTS, _RANDOM_LENGTH = 4, 32
+
+
+def compare_with_merged(
+    cfg: DictConfig, adapters: Sequence[tuple[str, float]], candidate: str, record: str, dtype: str
+) -> None:
+    """Writes `record` (JSON), and prints a line. All ranks call it.
+
+    Args:
+        cfg: base, prompts, trainer and model of the merge command.
+        adapters: path and weight of each.
+        candidate: the merged `.nemo`.
+        dtype: of its weights in the file.
+
+    Raises:
+        ConfigError: the largest difference is more than the rounding of the merged weights explains.
+    """
+    model: Any = load_base(cfg)
+    prompts = _prompts(cfg, model)
+    plain = next_token_logits(model, prompts)
+    _put_beside(model, cfg, adapters)
+    adapted = next_token_logits(model, prompts)
+    del model
+    gc.collect()
+    merged_cfg = copy.deepcopy(cfg)
+    merged_cfg.base = candidate
+    merged = next_token_logits(load_base(merged_cfg), prompts)
+    problems: list[str] = []
+    if torch.distributed.get_rank() == 0:
+        facts = _compare(plain, adapted, merged, dtype)
+        write_json(Path(record), {**facts, "prompts": prompts, "adapters": [list(pair) for pair in adapters]})
+        print(
+            f"check: {facts['positions']} positions of {len(prompts)} prompts: logits differ from base + adapter by at most "
+            f"{facts['largest_difference']:.3g} of {facts['largest_logit']:.3g} (tolerance {facts['tolerance']:.0e}); the "
+            f"adapter changes them by up to {facts['adapters_effect']:.3g}; same likeliest token in {facts['same_token']:.1%}",
+            flush=True,
+        )
+        if not facts["relative"] <= facts["tolerance"]:
+            problems.append(
+                f"merged model: its logits differ from base + adapter by {facts['relative']:.2g}, relative"
+            )
+    told = [problems]
+    torch.distributed.broadcast_object_list(told, src=0)
+    if told[0]:
+        raise ConfigError(told[0])
+
+
+@torch.no_grad()
+def next_token_logits(model: Any, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """(tokens, vocabulary) of each prompt, float32 on the CPU of every rank. All ranks call it.
+
+    Tensor-parallel ranks' parts are gathered; the last stage sends them to the others.
+    """
+    model.eval()
+    found = []
+    for prompt in prompts:
+        tokens = torch.tensor([list(prompt)], device=next(model.parameters()).device)
+        outputs = get_forward_backward_func()(
+            forward_step_func=_forward,
+            data_iterator=iter([tokens]),
+            model=model.model if isinstance(model.model, list) else [model.model],
+            num_microbatches=1,
+            seq_length=tokens.shape[1],
+            micro_batch_size=1,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+        logits = [output[0].float().cpu() for output in outputs]
+        last = parallel_state.get_pipeline_model_parallel_last_rank()
+        torch.distributed.broadcast_object_list(
+            logits_of := [logits[0] if logits else None],
+            src=last,
+            group=parallel_state.get_pipeline_model_parallel_group(),
+        )
+        found.append(logits_of[0])
+    return found  # type: ignore[return-value]
+
+
+def _forward(batches: Any, model: Any) -> tuple[torch.Tensor, Any]:
+    tokens = next(batches)
+    length = tokens.shape[1]
+    positions = torch.arange(length, device=tokens.device).unsqueeze(0)
+    mask = torch.ones(length, length, dtype=torch.bool, device=tokens.device).triu(1)[None, None]
+
+    def collect(output: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
+        return gather_from_tensor_model_parallel_region(output)
+
+    return model(tokens, positions, mask), collect
+
+
+def _put_beside(model: Any, cfg: DictConfig, adapters: Sequence[tuple[str, float]]) -> None:
+    """One adapter of weight 1 stays beside the weights; others are merged in memory, in float32, one after the other."""
+    chunks = model._unwrap_model_list()
+    if len(adapters) == 1 and adapters[0][1] == 1.0:
+        load_adapter(chunks, adapters[0][0], allow_other_base=bool(cfg.allow_other_base))
+        return
+    for path, weight in adapters:
+        # The bases were compared by the merge itself; here the first adapter has changed the weights already.
+        adapter = load_adapter(chunks, path, allow_other_base=True)
+        state = adapter.full_state()
+        adapter.load_full_state({name: t * weight if name.endswith(".B") else t for name, t in state.items()})
+        adapter.merge()
+        adapter.remove()
+
+
+def _prompts(cfg: DictConfig, model: Any) -> list[list[int]]:
+    if cfg.prompts is not None:
+        return [model.tokenizer.text_to_ids(text) for text in cfg.prompts]
+    generator = torch.Generator().manual_seed(1234)
+    shape = (_RANDOM_PROMPTS, min(_RANDOM_LENGTH, model.cfg.encoder_seq_length))
+    return torch.randint(0, model.tokenizer.vocab_size, shape, generator=generator).tolist()
+
+
+def _compare(
+    plain: Sequence[torch.Tensor], adapted: Sequence[torch.Tensor], merged: Sequence[torch.Tensor], dtype: str
+) -> dict[str, Any]:
+    """Plain numbers; NaN anywhere makes `relative` NaN, which no tolerance passes."""
+    base, side, new = (
+        torch.cat([part.reshape(-1, part.shape[-1]) for part in parts]) for parts in (plain, adapted, merged)
+    )
+    difference, largest = float((new - side).abs().max()), float(side.abs().max())
+    return {
+        "positions": side.shape[0],
+        "largest_difference": difference,
+        "largest_logit": largest,
+        "relative": difference / largest if largest else difference,
+        "tolerance": _TOLERANCES[dtype],
+        "adapters_effect": float((side - base).abs().max()),
+        "same_token": float((new.argmax(1) == side.argmax(1)).double().mean()),
+        "dtype": dtype,
+        "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
+    }

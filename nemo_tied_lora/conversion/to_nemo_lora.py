@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The adapter as stock NeMo's LoRA `.nemo`, in the single-rank form that NeMo's loader and deployment tools take.
+
+model_config.yaml     the base's keys, and model.peft with peft_scheme: lora
+model_weights.ckpt    model.decoder.layers.<i>.<block>.adapter_layer.<adapter>.linear_in.weight (r, in)
+                                                                              .linear_out.weight (out, r)
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from nemo_tied_lora.checkpoint.nemo_file_reader import AdapterFile
+from nemo_tied_lora.checkpoint.tar import read_tar, write_tar
+from nemo_tied_lora.conversion.hf_families import BaseShape
+from nemo_tied_lora.conversion.untie_to_lora import expand, layers_of, plain_alpha
+from nemo_tied_lora.conversion.verify_export import Difference, largest_difference
+from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.files import replace_file
+
+__all__ = ["ADAPTER_MODULES", "TARGET_MODULES", "check_nemo_lora", "write_nemo_lora"]
+
+_CONFIG, _STATE = "model_config.yaml", "model_weights.ckpt"
+
+ADAPTER_MODULES = {
+    "linear_qkv": "self_attention.adapter_layer.lora_kqv_adapter",
+    "linear_proj": "self_attention.adapter_layer.lora_dense_attention_adapter",
+    "linear_fc1": "mlp.adapter_layer.lora_hto4h_adapter",
+    "linear_fc2": "mlp.adapter_layer.lora_4htoh_adapter",
+}
+"""Target -> where NeMo hangs its LoRA, below the layer."""
+
+TARGET_MODULES = {
+    "linear_qkv": "attention_qkv",
+    "linear_proj": "attention_dense",
+    "linear_fc1": "mlp_fc1",
+    "linear_fc2": "mlp_fc2",
+}
+"""Target -> NeMo's `lora_tuning.target_modules`."""
+
+
+def write_nemo_lora(file: AdapterFile, base: Mapping[str, Any], path: Path) -> Path:
+    """Writes the `.nemo` beside `path` and renames it there.
+
+    Args:
+        file: the tied adapter.
+        base: NeMo's model keys of the base that it was trained on; they go into the file, whose readers need them.
+
+    Raises:
+        ConfigError: the base's shapes are missing or not the adapter's; NeMo's LoRA has no such target.
+    """
+    _check_shapes(file, base)
+    state = {}
+    for lora in expand(file.config, file.specs, file.state):
+        name = _module_name(lora.layer, lora.target)
+        state[f"{name}.linear_in.weight"] = lora.lora_A.clone()
+        state[f"{name}.linear_out.weight"] = lora.lora_B.clone()
+    content = io.BytesIO()
+    torch.save(state, content)
+    description = {**base, "peft": _peft_section(file)}
+    members = {_CONFIG: yaml.safe_dump(description, sort_keys=False).encode(), _STATE: content.getvalue()}
+    return replace_file(path, lambda handle: write_tar(handle, members))
+
+
+def check_nemo_lora(path: Path, file: AdapterFile) -> Difference:
+    """Reads the `.nemo` back and compares what NeMo's layers compute from it with the tied formula."""
+    members = read_tar(path, (_CONFIG, _STATE))
+    state = torch.load(io.BytesIO(members[_STATE]), map_location="cpu", weights_only=True)
+    section = yaml.safe_load(members[_CONFIG])["peft"]["lora_tuning"]
+    scale = section["alpha"] / section["adapter_dim"]
+
+    def update(layer: int, target: str, x: torch.Tensor) -> torch.Tensor:
+        name = _module_name(layer, target)
+        A, B = (state[f"{name}.linear_{side}.weight"].to(x.dtype) for side in ("in", "out"))
+        return scale * (B @ (A @ x))
+
+    return largest_difference(file, update)
+
+
+def _module_name(layer: int, target: str) -> str:
+    return f"model.decoder.layers.{layer}.{ADAPTER_MODULES[target]}"
+
+
+def _peft_section(file: AdapterFile) -> dict[str, Any]:
+    """`model.peft` as NeMo's own LoRA runs have it. `layer_selection` counts layers from 1."""
+    layers = layers_of(file.specs)
+    return {
+        "peft_scheme": "lora",
+        "restore_from_path": None,
+        "lora_tuning": {
+            "variant": "nemo",
+            "target_modules": [TARGET_MODULES[target] for target in file.specs],
+            "adapter_dim": file.config.rank,
+            "alpha": plain_alpha(file.config),
+            "adapter_dropout": 0.0,
+            "column_init_method": "xavier",
+            "row_init_method": "zero",
+            "layer_selection": [layer + 1 for layer in layers],
+            "weight_tying": False,
+            "position_embedding_strategy": None,
+        },
+    }
+
+
+def _check_shapes(file: AdapterFile, base: Mapping[str, Any]) -> None:
+    shape = BaseShape.from_model_config(base, "base")
+    problems = [f"targets: NeMo's LoRA has no {target}" for target in file.specs if target not in TARGET_MODULES]
+    for target, spec in ((target, spec) for target, spec in file.specs.items() if target in TARGET_MODULES):
+        ours, theirs = (spec.in_features, spec.out_features), (shape.in_features(target), shape.out_features(target))
+        if ours != theirs:
+            problems.append(f"base: its {target} is {theirs} (in, out), the adapter's {ours}; name the adapter's base")
+    if shape.gated and not str(base["activation"]).startswith("fast-") and "linear_fc1" in file.specs:
+        # NeMo's LoRA knows a gated linear_fc1 by the word "fast" alone, and would build half of it.
+        problems.append(
+            f"base: activation={base['activation']!r}: stock NeMo's LoRA takes linear_fc1 for ungated; drop it"
+        )
+    if problems:
+        raise ConfigError(problems)

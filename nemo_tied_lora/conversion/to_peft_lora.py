@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The adapter as a folder that `peft.PeftModel.from_pretrained` loads onto the Hugging Face base: plain LoRA, exactly.
+
+adapter_config.json           rank, alpha, target modules, layers
+adapter_model.safetensors     base_model.model.<linear>.lora_A.weight (r, in) and .lora_B.weight (out, r)
+README.md                     the model card
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from nemo_tied_lora.checkpoint.nemo_file_reader import AdapterFile
+from nemo_tied_lora.conversion.hf_families import BaseShape, Family, family_of_base, join_rows, split_rows
+from nemo_tied_lora.conversion.untie_to_lora import expand, layers_of, plain_alpha
+from nemo_tied_lora.conversion.verify_export import Difference, largest_difference
+from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.files import replace_folder
+
+__all__ = ["adapter_config", "check_hf_peft", "write_hf_peft"]
+
+_CONFIG, _STATE, _CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
+_PREFIX = "base_model.model"
+
+
+def write_hf_peft(file: AdapterFile, base: Mapping[str, Any], folder: Path, base_model: str | None) -> Path:
+    """Writes the folder beside `folder` and renames it there.
+
+    Args:
+        file: the tied adapter.
+        base: NeMo's model keys of the base that it was trained on.
+        base_model: name or path of the Hugging Face base; peft itself does not need it, its users do.
+
+    Raises:
+        ConfigError: the base is not built as a known Hugging Face family is, or has other shapes than the adapter.
+    """
+    family, shape = _fitting(file, base)
+    if folder.exists():
+        found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        strangers = sorted(found - {_CONFIG, _STATE, _CARD})
+        if not folder.is_dir() or strangers or (found and _CONFIG not in found):
+            held = f", it holds {', '.join(strangers[:3])}" if strangers else ""
+            raise ConfigError([f"output={folder}: is there and is no export's folder{held}; name another"])
+
+    def write(new: Path) -> None:
+        save_file(dict(_tensors(file, family, shape)), new / _STATE, metadata={"format": "pt"})
+        config = adapter_config(file, family, shape.num_layers, base_model)
+        (new / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (new / _CARD).write_text(_card(file, config, base_model), encoding="utf-8")
+
+    return replace_folder(folder, write)
+
+
+def check_hf_peft(folder: Path, file: AdapterFile, base: Mapping[str, Any]) -> Difference:
+    """Reads the folder back and compares what each of its linears adds with the tied formula."""
+    family, shape = _fitting(file, base)
+    config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+    scale = config["lora_alpha"] / config["r"]
+    with safe_open(folder / _STATE, framework="pt") as tensors:
+
+        def update(layer: int, target: str, x: torch.Tensor) -> torch.Tensor:
+            """What peft adds to the target's output, its rows in Megatron's order."""
+            outputs = []
+            for part in family.targets[target]:
+                name = f"{_PREFIX}.{family.layer(layer)}.{part.name}"
+                lora_A, lora_B = (tensors.get_tensor(f"{name}.lora_{f}.weight").to(x.dtype) for f in "AB")
+                outputs.append(scale * (lora_B @ (lora_A @ x)))
+            return join_rows(outputs, target, family.targets[target], shape)
+
+        return largest_difference(file, update)
+
+
+def adapter_config(file: AdapterFile, family: Family, num_layers: int, base_model: str | None) -> dict[str, Any]:
+    """What adapter_config.json says. Layers are named only where some have no adapter."""
+    layers = layers_of(file.specs)
+    all_layers = len(layers) == num_layers
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": file.config.rank,
+        "lora_alpha": plain_alpha(file.config),
+        "lora_dropout": 0.0,
+        "target_modules": family.target_modules(tuple(file.specs)),
+        "layers_to_transform": None if all_layers else list(layers),
+        "layers_pattern": None if all_layers else family.layers.rpartition(".")[2],
+        "fan_in_fan_out": family.transposed,
+        "bias": "none",
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "use_rslora": False,
+        "use_dora": False,
+    }
+
+
+def _fitting(file: AdapterFile, base: Mapping[str, Any]) -> tuple[Family, BaseShape]:
+    """The family and shape of the base.
+
+    Raises:
+        ConfigError: the adapter's own shapes are not this base's.
+    """
+    family, shape = family_of_base(base, "base"), BaseShape.from_model_config(base, "base")
+    problems = []
+    for target, spec in file.specs.items():
+        if target not in family.targets:
+            problems.append(f"targets: {target} has no counterpart in Hugging Face's {'/'.join(family.model_types)}")
+        elif (spec.in_features, spec.out_features) != (shape.in_features(target), shape.out_features(target)):
+            theirs = (shape.in_features(target), shape.out_features(target))
+            ours = (spec.in_features, spec.out_features)
+            problems.append(f"base: its {target} is {theirs} (in, out), the adapter's {ours}; name the adapter's base")
+    if problems:
+        raise ConfigError(problems)
+    return family, shape
+
+
+def _tensors(file: AdapterFile, family: Family, shape: BaseShape) -> Iterator[tuple[str, torch.Tensor]]:
+    for lora in expand(file.config, file.specs, file.state):
+        parts = family.targets[lora.target]
+        for part, rows in zip(parts, split_rows(lora.lora_B, lora.target, parts, shape), strict=True):
+            name = f"{_PREFIX}.{family.layer(lora.layer)}.{part.name}"
+            # A copy each: safetensors refuses tensors that share memory, and peft's own files hold one a linear.
+            yield f"{name}.lora_A.weight", lora.lora_A.clone()
+            yield f"{name}.lora_B.weight", rows.contiguous()
+
+
+def _card(file: AdapterFile, config: Mapping[str, Any], base_model: str | None) -> str:
+    """The model card: what the adapter is, how to load it, how it was made."""
+    head = ["---", "library_name: peft", "tags: [lora, tied-lora]", "pipeline_tag: text-generation"]
+    if base_model is not None:
+        head.append(f"base_model: {json.dumps(base_model)}")
+    tied, training = file.config, file.yaml.get("training") or {}
+    base = (file.yaml.get("base") or {}).get("name") or "unknown"
+    facts = [
+        ("rank", tied.rank),
+        ("alpha", tied.rank if tied.alpha is None else tied.alpha),
+        ("trained", ", ".join(tied.trained)),
+        ("tied", ", ".join(tied.tied) or "nothing"),
+        ("targets", ", ".join(config["target_modules"])),
+        ("layers", "all" if config["layers_to_transform"] is None else str(config["layers_to_transform"])),
+        ("base it was trained on", base),
+        *((name, value) for name, value in training.items() if isinstance(value, (int, float, str))),
+    ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in facts)
+    where = base_model or "path/to/the/base"
+    return (
+        "\n".join(head)
+        + f"""
+---
+
+# Tied-LoRA adapter, as plain LoRA
+
+Trained with Tied-LoRA (arXiv 2311.09578): `y = W x + (alpha / r) diag(v) B diag(u) A x`, with A and B shared by all
+layers. This folder holds it layer by layer as plain LoRA, `lora_A = diag(u) A` and `lora_B = diag(v) B`: the same
+function, in a file that peft, vLLM and other readers of LoRA load.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{where}"), "path/to/this/folder")
+```
+
+| | |
+|---|---|
+{table}
+"""
+    )

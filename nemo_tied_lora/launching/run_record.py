@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run is: its resolved configuration, and the versions of what it runs on."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from nemo_tied_lora.files import write_atomically, write_json
+from nemo_tied_lora.launching.cluster_config import looks_secret
+
+__all__ = ["git_commit", "resolved_yaml", "versions", "write_record"]
+
+
+_PACKAGES = (
+    "nemo_tied_lora",
+    "torch",
+    "nemo_toolkit",
+    "megatron-core",
+    "lightning",
+    "transformer_engine",
+    "apex",
+    "numpy",
+    "hydra-core",
+    "omegaconf",
+)
+
+
+def write_record(folder: Path, cfg: DictConfig, overrides: Sequence[str]) -> None:
+    """config.yaml and versions.json, whole or not at all."""
+    write_atomically(folder / "config.yaml", resolved_yaml(cfg).encode())
+    write_json(folder / "versions.json", {**versions(), "arguments": list(overrides)})
+
+
+def resolved_yaml(cfg: DictConfig) -> str:
+    """Every value of the config; what reads the environment stays as it is written, for it may be a secret."""
+    return OmegaConf.to_yaml(OmegaConf.create(_resolved(cfg)))
+
+
+def versions() -> dict[str, Any]:
+    """Python's, the packages' (null: not installed) and the code's commit."""
+    return {
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "git_commit": git_commit(),
+    }
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout that the package runs from, "+" behind it where files differ; None outside of one."""
+    source = Path(__file__).resolve().parents[2]
+    if not (source / ".git").exists():
+        return None
+    commit = _git(source, "rev-parse", "HEAD")
+    return commit and commit + ("+" if _git(source, "status", "--porcelain", "--untracked-files=no") else "")
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    # A checkout on a shared filesystem often belongs to somebody else, in a container to nobody.
+    command = ["git", "-c", f"safe.directory={folder}", "-C", str(folder), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _resolved(node: Any) -> Any:
+    if isinstance(node, DictConfig):
+        return {key: _value(node, key) for key in node}
+    if isinstance(node, ListConfig):
+        return [_value(node, index) for index in range(len(node))]
+    return node
+
+
+def _value(node: DictConfig | ListConfig, key: Any) -> Any:
+    if OmegaConf.is_missing(node, key):
+        return "???"
+    if OmegaConf.is_interpolation(node, key):
+        written = OmegaConf.to_container(node, resolve=False)[key]  # type: ignore[index]
+        if "oc.env" in str(written):
+            return written
+    return _masked(_resolved(node[key]))
+
+
+def _masked(value: Any) -> Any:
+    """A secret that came here through several interpolations, as the name of its variable."""
+    if isinstance(value, str):
+        for name, secret in os.environ.items():
+            if len(secret) > 3 and looks_secret(name):
+                value = value.replace(secret, f"${{oc.env:{name}}}")
+    return value

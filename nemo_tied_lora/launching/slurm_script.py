@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The SLURM script of a run or a sweep: sbatch's options, the settings, and `slurm_job.sh`, which is always the same."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import resources
+
+from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.launching.cluster_config import Cluster
+
+__all__ = ["Job", "render"]
+
+_HEAD = """\
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# tied-lora finetune on SLURM, one task a rank. Change what stands between here and "What follows": sbatch's options and
+# the settings; or let `tied-lora launch` write them. Keys behind the script's name are added: sbatch SCRIPT key=value ...
+# A job that is about to meet its time limit saves, goes back into the queue and goes on; so does one that has failed.
+# Secrets come from the environment of the shell that calls sbatch, and nowhere else.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What one submission starts."""
+
+    name: str
+    folder: str
+    """The run's folder; a sweep's holds its runs' folders."""
+    arguments: Sequence[str]
+    """Hydra overrides of `tied-lora finetune`; in a sweep those that all runs share."""
+    cluster: Cluster
+    nodes: int
+    ranks_per_node: int
+    num_runs: int | None = None
+    """Runs of a sweep. None: one run, no sweep."""
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{key}={value!r}: quotes, backslashes and line breaks cannot stand in an #SBATCH line"
+            for key, value in _words(self)
+            if re.search(r"[\"'\\\n`$]", str(value))
+        ]
+        if problems:
+            raise ConfigError(problems)
+
+    @property
+    def index(self) -> str | None:
+        """A sweep's index file: a line a run, its folder and its own overrides between tabs."""
+        return None if self.num_runs is None else f"{self.folder}/sweep.tsv"
+
+    @property
+    def log(self) -> str:
+        """The file of what the script itself says; the ranks' logs lie in folders beside it."""
+        return self.cluster.log or f"{self.folder}/logs/{'%j' if self.num_runs is None else '%A_%a'}.log"
+
+
+def render(job: Job) -> str:
+    """The script. Whatever comes from the user is quoted, but for cluster.setup, which is shell by intent."""
+    directives = "\n".join(f"#SBATCH --{option}" for option in _directives(job))
+    body = resources.files("nemo_tied_lora.launching").joinpath("slurm_job.sh").read_text(encoding="utf-8")
+    body = body.removeprefix("# shellcheck shell=bash\n")
+    return f"{_HEAD}{directives}\nset -euo pipefail\n\n{_settings(job)}\n{body}"
+
+
+def _words(job: Job) -> Iterator[tuple[str, object]]:
+    """What a user may put into sbatch's options."""
+    yield "name", job.name
+    names = ("partition", "account", "qos", "reservation", "constraint", "memory", "log")
+    yield from ((f"cluster.{name}", getattr(job.cluster, name)) for name in names)
+    for name, value in (job.cluster.sbatch or {}).items():
+        yield f"cluster.sbatch.{name}", f"{name}{value}"
+
+
+def _directives(job: Job) -> Iterator[str]:
+    cluster = job.cluster
+    yield f"job-name={_word(job.name)}"
+    yield f"nodes={job.nodes}"
+    yield f"ntasks-per-node={job.ranks_per_node}"
+    if cluster.gpu_request is not None:
+        yield f"{cluster.gpu_request}={'gpu:' if cluster.gpu_request == 'gres' else ''}{job.ranks_per_node}"
+    values = {
+        "partition": cluster.partition,
+        "account": cluster.account,
+        "qos": cluster.qos,
+        "reservation": cluster.reservation,
+        "constraint": cluster.constraint,
+        "time": cluster.time,
+        "cpus-per-task": cluster.cpus_per_task,
+        "mem": cluster.memory,
+        **(cluster.sbatch or {}),
+    }
+    yield from (f"{option}={_word(str(value))}" for option, value in values.items() if value is not None)
+    if cluster.exclusive:
+        yield "exclusive"
+    if job.num_runs is not None:
+        yield f"array=0-{job.num_runs - 1}%{cluster.at_once}"
+    # To the ranks, not to this script (which B:TERM would mean): they save, then the script decides.
+    yield f"signal=TERM@{cluster.save_seconds}"
+    yield "requeue"
+    yield "open-mode=append"
+    yield f"output={_word(job.log)}"
+
+
+def _settings(job: Job) -> str:
+    cluster, container = job.cluster, job.cluster.container
+    lines = [f"folder={_quoted(job.folder)}", f"index={_quoted(job.index)}"]
+    lines += ["arguments=(", *(f"    {_quoted(argument)}" for argument in job.arguments), ")"]
+    lines += [f"python={_quoted(cluster.python)}", f"max_requeues={cluster.max_requeues}"]
+    lines += [f"container_image={_quoted(container.image)}", f"container_mounts={_quoted(','.join(container.mounts))}"]
+    lines += [f"container_workdir={_quoted(container.workdir)}"]
+    lines += [f"srun_options=({' '.join(_quoted(option) for option in cluster.srun)})"]
+    lines += [f"export {name}={_quoted(value)}" for name, value in cluster.exported.items()]
+    lines += [f"exported={_quoted(','.join(cluster.exported))}"]
+    return "\n".join([*lines, *cluster.setup]) + "\n"
+
+
+def _quoted(value: str | None) -> str:
+    return shlex.quote(value) if value else "''"
+
+
+def _word(value: str) -> str:
+    """sbatch splits its lines at blanks; `Job` lets no quotes through."""
+    return f'"{value}"' if re.search(r"[\s#]", value) else value

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several values for a key (`rank=2,8 preset=tl5,tl6`): every combination is a run, and an index file lists them."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.launching.cluster_config import looks_secret
+
+__all__ = ["Point", "index_file", "points", "read_index", "split_sweep", "written_out"]
+
+# What a user may write short, in `tied-lora launch` only: a sweep is mostly over these.
+_SHORT = {"rank": "model.peft.tied_lora.rank"}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of a sweep."""
+
+    name: str
+    """Its folder's name: number and values."""
+    overrides: tuple[str, ...]
+
+
+def written_out(argument: str) -> str:
+    """`rank=8` as `model.peft.tied_lora.rank=8`; all else unchanged."""
+    key, sign, value = argument.partition("=")
+    return f"{_SHORT[key]}={value}" if sign and key in _SHORT else argument
+
+
+def split_sweep(arguments: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """(overrides with one value, for each of the others its single-valued overrides).
+
+    Raises:
+        ConfigError: an override that cannot be read or written down, or a secret; all together.
+    """
+    fixed, swept, problems = [], [], []
+    for argument in arguments:
+        try:
+            parsed = OverridesParser.create().parse_override(argument)
+            values = list(parsed.sweep_string_iterator()) if parsed.is_sweep_override() else []
+        except (HydraException, NotImplementedError) as error:
+            problems.append(f"{argument!r}: not an override; write key=value, or key=value,value ({_first(error)})")
+            continue
+        if looks_secret(parsed.key_or_group) and parsed.value() not in (None, "null"):
+            problems.append(
+                f"{parsed.key_or_group}: a secret, which would be written down; export it in the environment"
+            )
+        elif "\t" in argument or "\n" in argument:
+            problems.append(f"{argument!r}: a tab or a line break cannot be written into a script's index")
+        elif values:
+            swept.append([f"{parsed.get_key_element()}={value}" for value in values])
+        else:
+            fixed.append(argument)
+    if problems:
+        raise ConfigError(problems)
+    return fixed, swept
+
+
+def points(swept: Sequence[Sequence[str]]) -> list[Point]:
+    """Every combination, the last key's values varying first."""
+    combinations = list(itertools.product(*swept))
+    digits = len(str(len(combinations) - 1))
+    return [
+        Point("_".join([f"{number:0{digits}d}", *map(_label, chosen)]), tuple(chosen))
+        for number, chosen in enumerate(combinations)
+    ]
+
+
+def index_file(folder: str, runs: Sequence[Point]) -> str:
+    """A line a run: its folder, then its overrides, between tabs."""
+    return "".join("\t".join([f"{folder}/{run.name}", *run.overrides]) + "\n" for run in runs)
+
+
+def read_index(text: str) -> Iterator[tuple[str, list[str]]]:
+    """(folder, overrides) of each line of an index file."""
+    for line in text.splitlines():
+        folder, *overrides = line.split("\t")
+        yield folder, overrides
+
+
+def _label(override: str) -> str:
+    key, _, value = override.lstrip("+~").partition("=")
+    return f"{key.rpartition('.')[2]}-{re.sub(r'[^A-Za-z0-9.+-]+', '-', value).strip('-')}"
+
+
+def _first(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

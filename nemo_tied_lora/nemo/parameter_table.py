@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of trained parameters that a run prints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+
+from nemo_tied_lora.adapter.injected_adapter import Adapter
+from nemo_tied_lora.adapter.param_count import parameter_counts
+from nemo_tied_lora.adapter.shapes import TargetShape
+from nemo_tied_lora.config import TiedLoraConfig
+
+__all__ = ["base_parameter_count", "parameter_table"]
+
+
+def parameter_table(adapter: Adapter, base: int) -> str:
+    """Trained parameters per target and in total, as a share of the base and of LoRA at the same rank."""
+    ours, lora = adapter.num_parameters(), _lora_counts(adapter)
+    rows = [("target", "layers", "trained", "LoRA's", "of LoRA")]
+    for target, count in ours.items():
+        layers = str(len(adapter.specs[target].layers))
+        rows.append((target, layers, f"{count:,}", f"{lora[target]:,}", f"{count / lora[target]:.2%}"))
+    total, whole = sum(ours.values()), sum(lora.values())
+    rows.append(("total", "", f"{total:,}", f"{whole:,}", f"{total / whole:.2%}"))
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
+    config = adapter.config
+    title = (
+        f"Tied-LoRA rank {config.rank}: trained {' '.join(config.trained)}, tied {' '.join(config.tied) or 'nothing'}"
+    )
+    rule = "-" * len(lines[0])
+    share = f"{total / base:.4%} of the base's {base:,} parameters"
+    return "\n".join([title, lines[0], rule, *lines[1:-1], rule, lines[-1], share])
+
+
+def base_parameter_count(model: Any) -> int:
+    """Parameters of the whole base over all ranks, shared and replicated ones once."""
+    first = parallel_state.get_tensor_model_parallel_rank() == 0
+    modules = model.model if isinstance(model.model, list) else [model.model]
+    counted = [
+        parameter.numel()
+        for module in modules
+        for name, parameter in module.named_parameters()
+        if "tied_lora" not in name
+        and not getattr(parameter, "shared", False)
+        and (getattr(parameter, "tensor_model_parallel", False) or first)
+    ]
+    total = torch.tensor(float(sum(counted)), dtype=torch.float64, device=next(modules[0].parameters()).device)
+    torch.distributed.all_reduce(total, group=parallel_state.get_model_parallel_group())
+    return int(total.item())
+
+
+def _lora_counts(adapter: Adapter) -> dict[str, int]:
+    shapes = {
+        t: TargetShape(s.in_features, s.out_features, len(s.layers), s.num_experts) for t, s in adapter.specs.items()
+    }
+    return parameter_counts(
+        shapes, TiedLoraConfig.preset("lora", rank=adapter.config.rank, targets=adapter.config.targets)
+    )

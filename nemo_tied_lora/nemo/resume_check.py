@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A folder's checkpoints belong to the settings that wrote them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.files import write_json
+
+__all__ = ["check_settings", "settings_of"]
+
+# How the work is spread and watched, not what is learned: free to change between the parts of a run.
+_FREE = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "context_parallel_size",
+    "sequence_parallel",
+    "micro_batch_size",
+    "gradient_as_bucket_view",
+    "activations_checkpoint_granularity",
+    "activations_checkpoint_method",
+    "activations_checkpoint_num_layers",
+    "activations_checkpoint_layers_per_pipeline",
+    "resume_from_checkpoint",
+    "num_workers",
+    "memmap_workers",
+    "pin_memory",
+    "index_mapping_dir",
+    "write_predictions_to_file",
+    "output_file_path_prefix",
+)
+_FREE_NAMES = (
+    "model.data.test_ds",
+    "model.restore_from_path",  # where the base lies; which it is, a checkpoint knows by its fingerprint
+)
+_OF_THE_TRAINER = ("precision", "gradient_clip_val")
+
+
+def check_settings(cfg: DictConfig, trainer: Trainer) -> None:
+    """Records what is learned, and how, beside the checkpoints; a run that resumes must have the same.
+
+    Layout, micro-batch and recomputation may change, and so may the number of steps.
+
+    Raises:
+        ConfigError: the run would resume from a checkpoint of other settings; a line for each that differs.
+    """
+    callback: Any = trainer.checkpoint_callback
+    if callback is None:
+        return
+    # Inside the folder of checkpoints: exp_manager moves the files beside it away when a run resumes.
+    record, settings = Path(callback.dirpath) / "settings.json", settings_of(cfg)
+    resumed = trainer.ckpt_path is not None and Path(trainer.ckpt_path).resolve().is_relative_to(
+        Path(callback.dirpath).resolve()
+    )
+    if resumed and record.exists():
+        saved = json.loads(record.read_text())
+        fix = "undo the change, or set name= or exp_manager.explicit_log_dir= to another folder"
+        problems = [
+            f"{key}={settings.get(key)!r}: the checkpoints in {record.parent} were made with {saved.get(key)!r}; {fix}"
+            for key in sorted({*saved, *settings})
+            if saved.get(key) != settings.get(key)
+        ]
+        if problems:
+            raise ConfigError(problems)
+    if not resumed and trainer.global_rank == 0:
+        write_json(record, settings)
+
+
+def settings_of(cfg: DictConfig) -> dict[str, Any]:
+    """The settings that a resumed run must share, by their dotted keys: the section `model`, and the trainer's few."""
+    model: Any = OmegaConf.to_container(cfg.model, resolve=True)
+    trainer = {key: cfg.trainer.get(key) for key in _OF_THE_TRAINER}
+    return dict(_flat(json.loads(json.dumps({"model": model, "trainer": trainer}))))
+
+
+def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in section.items():
+        name = f"{prefix}{key}"
+        if key in _FREE or name in _FREE_NAMES:
+            continue
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{name}.")
+        else:
+            yield name, value

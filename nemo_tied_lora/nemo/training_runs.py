@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training runs on real NeMo: fine-tuning with Tied-LoRA, and pre-training a small base. One rank's part of each."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.multiprocessing
+from lightning.pytorch import Trainer
+from nemo.utils import logging
+from nemo.utils.exp_manager import exp_manager
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.files import write_json
+from nemo_tied_lora.nemo.checkpoint_strategy import TiedLoraTrainerBuilder
+from nemo_tied_lora.nemo.model import MegatronGPTTiedLoraModel
+from nemo_tied_lora.nemo.parameter_table import _lora_counts, base_parameter_count, parameter_table
+from nemo_tied_lora.nemo.peft_config import TiedLoraPEFTConfig
+from nemo_tied_lora.nemo.process_groups import ensure_process_groups
+from nemo_tied_lora.nemo.resume_check import check_settings
+from nemo_tied_lora.nemo.resuming import launch_kept, settle_checkpoints, skip_one_validation
+from nemo_tied_lora.nemo.run_recorder import RunRecorder, draw_losses, peak_memory_bytes
+from nemo_tied_lora.nemo.stop_callback import settle, survival_callbacks
+from nemo_tied_lora.planning.run_settings import GuardSettings
+
+__all__ = ["finetune", "pretrain"]
+
+
+def finetune(cfg: DictConfig) -> dict[str, Any]:
+    """Trains an adapter on `cfg.model.restore_from_path`; writes its `.nemo`, metrics.json and loss.png.
+
+    All ranks call it. Returns what metrics.json holds (the same on every rank but for what only rank 0 logs).
+    """
+    trainer, recorder, folder = _prepare(cfg)
+    model_cfg = MegatronGPTTiedLoraModel.merge_cfg_with(cfg.model.restore_from_path, cfg)
+    model = MegatronGPTTiedLoraModel.restore_from(cfg.model.restore_from_path, model_cfg, trainer=trainer)
+    ensure_process_groups(trainer)
+    base = base_parameter_count(model)
+    if model_cfg.peft.restore_from_path is not None:
+        model.load_adapters(model_cfg.peft.restore_from_path)
+    else:
+        model.add_adapter(TiedLoraPEFTConfig(model_cfg))
+    assert model.tied_lora is not None
+    model.guards = GuardSettings.from_mapping(cfg.get("guards"))
+    # NeMo's validation would sample: its answers, and exact match, would be another at every run.
+    model.set_inference_config({"greedy": True})
+    if trainer.global_rank == 0:
+        print(parameter_table(model.tied_lora, base), flush=True)
+    trainer.fit(model)
+    if cfg.model.data.test_ds.file_names is not None:
+        trainer.ckpt_path = None  # a resumed run would be tested, and then saved, as it was when it resumed
+        trainer.test(model)
+    facts = {
+        "adapter": model.tied_lora.config.as_dict(),
+        "trained_parameters": sum(model.tied_lora.num_parameters().values()),
+        "parameter_table": parameter_table(model.tied_lora, base),
+        "lora_parameters": sum(_lora_counts(model.tied_lora).values()),
+        "base_parameters": base,
+    }
+    return _finish(model, trainer, recorder, Path(cfg.output or folder / "adapter.nemo"), facts, cfg)
+
+
+def pretrain(cfg: DictConfig) -> dict[str, Any]:
+    """Trains every parameter of a model built from `cfg.model`; writes the base's `.nemo` and a record beside it."""
+    trainer, recorder, folder = _prepare(cfg)
+    model_cfg = copy.deepcopy(cfg.model)
+    OmegaConf.resolve(model_cfg)
+    with open_dict(model_cfg):
+        model_cfg.precision = cfg.trainer.precision
+    model = MegatronGPTTiedLoraModel(model_cfg, trainer)
+    model.guards = GuardSettings.from_mapping(cfg.get("guards"))
+    ensure_process_groups(trainer)
+    _check_vocabulary(model)
+    facts = {"trained_parameters": base_parameter_count(model)}
+    trainer.fit(model)
+    return _finish(model, trainer, recorder, Path(cfg.output or folder / "base.nemo"), facts, cfg)
+
+
+def _prepare(cfg: DictConfig) -> tuple[Trainer, RunRecorder, Path]:
+    torch.multiprocessing.set_start_method("spawn", force=True)
+    recorder = RunRecorder()
+    trainer = TiedLoraTrainerBuilder(cfg).create_trainer(callbacks=[recorder, *survival_callbacks()])
+    settle_checkpoints(cfg)
+    with launch_kept(cfg):
+        folder = exp_manager(trainer, cfg.exp_manager)
+    settle(trainer)
+    skip_one_validation(trainer)
+    logging.info(f"run folder: {folder}")
+    check_settings(cfg, trainer)
+    return trainer, recorder, Path(folder)
+
+
+def _check_vocabulary(model: Any) -> None:
+    """A token without a row in the embedding would end in an index error, or worse, on the first batch that has it."""
+    rows, pieces = model.padded_vocab_size, model.tokenizer.vocab_size
+    if pieces > rows:
+        raise ConfigError([f"model.override_vocab_size: the tokenizer has {pieces} pieces, the embedding {rows} rows"])
+
+
+def _finish(
+    model: Any, trainer: Trainer, recorder: RunRecorder, output: Path, facts: Mapping[str, Any], cfg: DictConfig
+) -> dict[str, Any]:
+    """Writes the `.nemo`, then the record beside it.
+
+    Raises:
+        ConfigError: an adapter's `.nemo` cannot be written; its checkpoints are there.
+    """
+    try:
+        model.save_to(str(output))
+    except OSError as error:
+        if model.tied_lora is None:
+            raise
+        again = "the newest checkpoint holds it: make room and type the command again"
+        raise ConfigError([f"output={output}: cannot be written: {error}; {again}"]) from error
+    summary = {
+        **facts,
+        "output": str(output),
+        "metrics": {name: float(value) for name, value in sorted(trainer.callback_metrics.items())},
+        "peak_memory_bytes": peak_memory_bytes(),
+        "checkpoints": list(getattr(trainer.strategy, "saves", [])),
+        **recorder.summary(),
+    }
+    if trainer.global_rank == 0:
+        write_json(output.with_name("metrics.json"), summary)
+        draw_losses(output.with_name("loss.png"), summary, f"{cfg.name}: {cfg.trainer.max_steps} steps")
+        print(f"written: {output}, {output.with_name('metrics.json')}, {output.with_name('loss.png')}", flush=True)
+    return summary

@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Megatron GPT's sizes from plain config values, and which linears it has; neither torch nor a model needed.
+
+The keys are NeMo's (``model.num_layers``), and so are the meanings of absent and null ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeGuard, TypeVar
+
+from nemo_tied_lora.adapter.experts import groups_of
+from nemo_tied_lora.adapter.shapes import LinearGroup, TargetShape
+from nemo_tied_lora.config import TiedLoraConfig
+from nemo_tied_lora.errors import ConfigError
+
+__all__ = ["Architecture", "Mixture", "built", "divisors", "is_size", "selected_groups", "target_shapes"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """A Megatron GPT's sizes, whole (not one rank's shard).
+
+    Raises:
+        ConfigError: a size is not a whole number of at least 1, or sizes do not fit each other.
+    """
+
+    num_layers: int
+    """Transformer layers, over all stages."""
+    hidden_size: int
+    """Width of the residual stream."""
+    ffn_hidden_size: int
+    """Width inside the MLP, after the gate where it is gated."""
+    num_attention_heads: int
+    num_query_groups: int
+    """Heads of K and of V; fewer than num_attention_heads with grouped queries."""
+    kv_channels: int
+    """Width of one head."""
+    seq_length: int
+    """Tokens in a sequence (NeMo's encoder_seq_length)."""
+    vocab_size: int | None = None
+    """Rows of the embedding. None: not known (it then comes from the tokenizer); num_parameters is None too."""
+    gated: bool = False
+    """linear_fc1 holds gate and up: twice ffn_hidden_size rows."""
+    bias: bool = True
+    """Every linear of a layer has a bias."""
+    qkv_bias: bool = False
+    """linear_qkv has a bias although the others have none."""
+    qk_norm: bool = False
+    """Q and K are normalised per head."""
+    norm_bias: bool = True
+    """Norms hold a bias beside their weight (LayerNorm does, RMSNorm does not)."""
+    learned_positions: bool = False
+    """A learned position embedding of seq_length rows."""
+    shared_output: bool = True
+    """The output layer is the embedding."""
+    mixture: Mixture | None = None
+    """The experts in the place of some layers' MLP. None: a dense model."""
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"model.{_NEMO_NAME.get(name, name)}={value!r}: must be a whole number of at least 1"
+            for name, value in vars(self).items()
+            if not is_size(value) and (name in _SIZES or (name == "vocab_size" and value is not None))
+        ]
+        if not problems and self.num_attention_heads % self.num_query_groups:
+            problems.append(
+                f"model.num_query_groups={self.num_query_groups}: must divide model.num_attention_heads="
+                f"{self.num_attention_heads}; use one of {divisors(self.num_attention_heads)}"
+            )
+        if problems:
+            raise ConfigError(problems)
+
+    @classmethod
+    def from_model_config(cls, cfg: Mapping[str, Any]) -> Architecture:
+        """From a NeMo GPT model config (the ``model`` section, or a ``.nemo`` file's model_config.yaml).
+
+        As in NeMo: null or absent ffn_hidden_size is 4 * hidden_size, num_query_groups is num_attention_heads,
+        kv_channels is hidden_size / num_attention_heads, and an activation that ends in "glu" is gated.
+
+        Raises:
+            ConfigError: all missing keys and bad values together.
+        """
+        problems = [
+            f"model.{key}: missing; set it to the base model's value"
+            for key in ("num_layers", "hidden_size", "num_attention_heads", "encoder_seq_length")
+            if cfg.get(key) is None
+        ]
+        problems += [
+            f"model.{key}={cfg[key]!r}: such a model is not supported; use a dense GPT and remove the key"
+            for key in ("multi_latent_attention",)
+            if cfg.get(key)
+        ]
+        hidden, heads = _hidden_and_heads(cfg)
+        if cfg.get("kv_channels") is None and hidden % heads:
+            problems.append(
+                f"model.hidden_size={hidden}: not divisible by model.num_attention_heads={heads}; "
+                f"set model.kv_channels, or use one of {divisors(hidden)} heads"
+            )
+        try:
+            mixture = Mixture.from_model_config(cfg)
+        except ConfigError as refused:
+            mixture, problems = None, [*problems, *refused.problems]
+        return built(cls, {**_sizes_of(cfg), **_options_of(cfg), "mixture": mixture}, problems)
+
+    @property
+    def num_parameters(self) -> int | None:
+        """The base's parameters: embeddings, layers with norms, biases and routers, last norm, output layer."""
+        if self.vocab_size is None:
+            return None
+        groups = _linear_groups(self)
+        norm = self.hidden_size * (2 if self.norm_bias else 1)
+        layer = 2 * norm + (groups["linear_qkv"].out_features if self.qkv_bias and not self.bias else 0)
+        layer += 2 * self.kv_channels * (2 if self.norm_bias else 1) if self.qk_norm else 0
+        linears = sum(
+            group.out_features * (group.in_features + self.bias) * len(group.layers) * group.num_experts
+            for group in groups.values()
+        )
+        routers = self.mixture.num_experts * len(self.mixture.layers) if self.mixture else 0
+        rows = self.vocab_size * (1 if self.shared_output else 2) + self.seq_length * self.learned_positions
+        return self.num_layers * layer + linears + norm + (rows + routers) * self.hidden_size
+
+
+def target_shapes(arch: Architecture, config: TiedLoraConfig) -> dict[str, TargetShape]:
+    """Target, experts' for themselves, to (in, out) of the whole linear and how many selected layers have it."""
+    return {
+        name: TargetShape(group.in_features, group.out_features, len(group.layers), group.num_experts)
+        for name, group in selected_groups(arch, config).items()
+    }
+
+
+def selected_groups(arch: Architecture, config: TiedLoraConfig) -> dict[str, LinearGroup]:
+    """The groups of linears that the configuration selects, with the selected layers of each."""
+    groups, found = _linear_groups(arch), {}
+    for name in [name for target in config.targets for name in groups_of(target) if name in groups]:
+        layers = [layer for layer in groups[name].layers if config.layers is None or layer in config.layers]
+        if layers:
+            found[name] = dataclasses.replace(groups[name], layers=tuple(layers))
+    return found
+
+
+_SIZES = tuple(field.name for field in dataclasses.fields(Architecture) if field.default is dataclasses.MISSING)
+_NEMO_NAME = {"seq_length": "encoder_seq_length", "vocab_size": "override_vocab_size"}
+
+
+_Checked = TypeVar("_Checked")
+
+
+def built(build: Callable[..., _Checked], values: Mapping[str, Any], problems: list[str]) -> _Checked:
+    """``build(**values)``; what it refuses is reported together with the problems found before."""
+    try:
+        done = build(**values)
+    except ConfigError as refused:
+        raise ConfigError([*problems, *refused.problems]) from None
+    if problems:
+        raise ConfigError(problems)
+    return done
+
+
+def _linear_shapes(arch: Architecture) -> dict[str, tuple[int, int]]:
+    """Target name to (in, out)."""
+    attention = arch.kv_channels * arch.num_attention_heads
+    return {
+        "linear_qkv": (arch.hidden_size, attention + 2 * arch.kv_channels * arch.num_query_groups),
+        "linear_proj": (attention, arch.hidden_size),
+        "linear_fc1": (arch.hidden_size, arch.ffn_hidden_size * (2 if arch.gated else 1)),
+        "linear_fc2": (arch.ffn_hidden_size, arch.hidden_size),
+    }
+
+
+def _linear_groups(arch: Architecture) -> dict[str, LinearGroup]:
+    """Every group of linears of the model that some layer has."""
+    every = tuple(range(arch.num_layers))
+    routed = arch.mixture.layers if arch.mixture else ()
+    dense = tuple(layer for layer in every if layer not in routed)
+    mlp = ("linear_fc1", "linear_fc2")
+    groups = {t: LinearGroup(*s, dense if t in mlp else every) for t, s in _linear_shapes(arch).items()}
+    groups |= arch.mixture.groups(arch.hidden_size, arch.gated) if arch.mixture else {}
+    return {name: group for name, group in groups.items() if group.layers}
+
+
+def _sizes_of(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """The sizes, with NeMo's meaning of null. What is missing, or follows from a bad size, stands in as 1: the cause
+    is named elsewhere."""
+    hidden, heads = _hidden_and_heads(cfg)
+    derived = {"ffn_hidden_size": 4 * hidden, "num_query_groups": heads, "kv_channels": max(hidden // heads, 1)}
+    sizes = {name: cfg.get(_NEMO_NAME.get(name, name)) for name in _SIZES}
+    return {name: derived.get(name, 1) if value is None else value for name, value in sizes.items()}
+
+
+def _hidden_and_heads(cfg: Mapping[str, Any]) -> tuple[int, int]:
+    """hidden_size and num_attention_heads; both 1 where either is not a size, which is reported by name."""
+    hidden, heads = cfg.get("hidden_size"), cfg.get("num_attention_heads")
+    return (hidden, heads) if is_size(hidden) and is_size(heads) else (1, 1)
+
+
+def _options_of(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """What only the base's own parameter count needs, with NeMo's defaults."""
+    return {
+        "vocab_size": cfg.get("override_vocab_size"),
+        "gated": str(cfg.get("activation", "gelu")).endswith("glu"),
+        "bias": bool(cfg.get("bias", True)),
+        "qkv_bias": bool(cfg.get("qkv_bias", False)),
+        "qk_norm": bool(cfg.get("qk_layernorm", False)),
+        "norm_bias": "rms" not in str(cfg.get("normalization", "LayerNorm")).lower(),
+        "learned_positions": cfg.get("position_embedding_type", "learned_absolute") == "learned_absolute",
+        "shared_output": bool(cfg.get("share_embeddings_and_output_weights", True)),
+    }
+
+
+def is_size(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def divisors(number: int) -> str:
+    return ", ".join(str(divisor) for divisor in range(1, number + 1) if number % divisor == 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """What megatron-core's mixture of experts puts in the place of some layers' MLP."""
+
+    num_experts: int
+    ffn_hidden_size: int
+    """Width inside one expert."""
+    shared_ffn_hidden_size: int | None = None
+    """Width inside the shared experts together. None: there are none."""
+    layers: tuple[int, ...]
+    """The layers, from 0, that have experts; the others are dense."""
+
+    @classmethod
+    def from_model_config(cls, cfg: Mapping[str, Any]) -> Mixture | None:
+        """From megatron-core's keys num_moe_experts, moe_ffn_hidden_size, moe_shared_expert_intermediate_size and
+        moe_layer_freq; None for a dense model. Absent and null keys mean what they mean there.
+
+        Raises:
+            ConfigError: all bad values together.
+        """
+        if cfg.get("num_moe_experts") is None:
+            return None
+        hidden, ffn = cfg.get("hidden_size"), cfg.get("ffn_hidden_size")
+        width = cfg.get("moe_ffn_hidden_size") or ffn or 4 * (hidden if _is_size(hidden) else 1)
+        sizes = {"num_moe_experts": cfg["num_moe_experts"], "moe_ffn_hidden_size": width}
+        shared = cfg.get("moe_shared_expert_intermediate_size")
+        if shared is not None:
+            sizes["moe_shared_expert_intermediate_size"] = shared
+        problems = [
+            f"model.{name}={value!r}: must be a whole number of at least 1"
+            for name, value in sizes.items()
+            if not _is_size(value)
+        ]
+        num_layers = cfg.get("num_layers")
+        layers = _layers_with_experts(cfg.get("moe_layer_freq"), num_layers if _is_size(num_layers) else 1)
+        if layers is None and _is_size(num_layers):
+            problems.append(
+                f"model.moe_layer_freq={cfg['moe_layer_freq']!r}: must be a whole number of at least 1, or a list of "
+                f"num_layers={num_layers} zeros and ones"
+            )
+        if problems:
+            raise ConfigError(problems)
+        return cls(
+            num_experts=sizes["num_moe_experts"],
+            ffn_hidden_size=width,
+            shared_ffn_hidden_size=shared,
+            layers=layers or (),
+        )
+
+    def groups(self, hidden_size: int, gated: bool) -> dict[str, LinearGroup]:
+        """The experts' and the shared experts' linears."""
+        parts = {
+            "experts": (self.ffn_hidden_size, self.num_experts),
+            "shared_experts": (self.shared_ffn_hidden_size, 1),
+        }
+        found = {}
+        for name, (width, experts) in parts.items():
+            if width is not None:
+                rows = width * (2 if gated else 1)
+                found[f"{name}.linear_fc1"] = LinearGroup(hidden_size, rows, self.layers, experts)
+                found[f"{name}.linear_fc2"] = LinearGroup(width, hidden_size, self.layers, experts)
+        return found
+
+
+def _layers_with_experts(freq: object, num_layers: int) -> tuple[int, ...] | None:
+    """None where the value means nothing to megatron-core."""
+    if freq is None:
+        freq = 1
+    if _is_size(freq):
+        return tuple(range(0, num_layers, freq))
+    if isinstance(freq, list) and len(freq) == num_layers and all(has in (0, 1) for has in freq):
+        return tuple(layer for layer, has in enumerate(freq) if has)
+    return None
+
+
+def _is_size(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configuration that a base's `.nemo` holds, and the adapter's section of a run's."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nemo_tied_lora.config import TiedLoraConfig
+from nemo_tied_lora.errors import ConfigError
+
+__all__ = ["adapter_section", "base_model_config"]
+
+
+def adapter_section(peft: Mapping[str, Any]) -> TiedLoraConfig:
+    """`model.peft.tied_lora` as a configuration.
+
+    Raises:
+        ConfigError: all its problems together.
+    """
+    section = peft.get("tied_lora") or {}
+    if not isinstance(section, Mapping):
+        raise ConfigError([f"model.peft.tied_lora={section!r}: must be a section with keys of its own"])
+    return TiedLoraConfig.from_mapping(section)
+
+
+def base_model_config(path: str | os.PathLike | None, key: str = "model.restore_from_path") -> dict[str, Any]:
+    """The `model_config.yaml` of a base `.nemo` (a tar, plain or gzipped, or an unpacked folder).
+
+    Args:
+        key: what the user calls the path, for messages.
+
+    Raises:
+        ConfigError: no path, no file, or no readable config in it.
+    """
+    if path is None:
+        raise ConfigError([f"{key}: missing; name the base model's .nemo"])
+    try:
+        config = _read_model_config(Path(str(path)))
+    except FileNotFoundError:
+        raise ConfigError([f"{key}={path}: no such file"]) from None
+    except (tarfile.TarError, OSError, EOFError, zlib.error, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ConfigError([f"{key}={path}: not a .nemo file: {reason}"]) from None
+    if not isinstance(config, dict) or not config:
+        raise ConfigError([f"{key}={path}: holds no model_config.yaml with keys; this is no .nemo model"])
+    if (config.get("peft") or {}).get("peft_scheme") == "tied_lora" and "targets" in config:
+        raise ConfigError([f"{key}={path}: is a Tied-LoRA adapter, not a base model"])
+    return config
+
+
+_MAX_CONFIG_BYTES = 4 << 20
+
+
+def _read_model_config(path: Path) -> Any:
+    if path.is_dir():
+        return yaml.safe_load((path / "model_config.yaml").read_text())
+    with tarfile.open(path) as tar:
+        for member in tar:
+            if member.name.removeprefix("./") == "model_config.yaml" and member.isreg():
+                if member.size > _MAX_CONFIG_BYTES:
+                    raise tarfile.ReadError(f"its model_config.yaml claims {member.size} bytes")
+                return yaml.safe_load(tar.extractfile(member).read())  # type: ignore[union-attr]
+    return None

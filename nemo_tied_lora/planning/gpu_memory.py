@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one GPU holds while an adapter is trained: the frozen base, the adapter, the activations. No model is built.
+
+An estimate. Activations are those of Korthikanti et al. 2022 ("Reducing Activation Recomputation in Large Transformer
+Models", arXiv 2205.05198, sections 4 and 5), written for any MLP and head sizes. Let h be hidden_size, f ffn_hidden_size,
+q and k the widths of all heads and of all query groups, g = 2 for a gated MLP, else 1, T the tensor-parallel size, S = T
+under sequence parallelism, else 1, and e the bytes of an element. For each token of a microbatch a layer keeps
+
+==========================  ===================  =========================================
+inputs of both norms        2 e h / S
+inputs of linear_qkv, fc1   e h / S each         only where the layer's A of it is trained
+Q, K and V                  e (q + 2 k) / T
+output of the attention     e q / T              the input of linear_proj too
+output of linear_fc1        e g f / T
+input of linear_fc2         e f / T              only where the layer's A of it is trained
+dropout masks               2 h / S              only with hidden_dropout
+==========================  ===================  =========================================
+
+With g = 1, f = 4 h, q = k = h, e = 2, dropout and every A trained this is the paper's 34 h at T = 1, h (10 + 24 / T) without
+and 34 h / T with sequence parallelism. The paper keeps every linear's input, for its weight's gradient; a frozen base needs
+none. The attention's matrix, one number a pair of tokens, is not kept: fused attention does not, and the paper's selective
+recomputation neither.
+
+A recomputed layer keeps its input alone, e h / S, and one group of layers at a time all of the above. Stage p of P holds
+min(P - p, microbatches) microbatches at once; with chunks, as many chunks' activations as Megatron's warm-up leaves open.
+The last stage adds the last norm's and the output layer's inputs, 2 e h / S, and the logits, in e bytes and in the loss's 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from nemo_tied_lora.config import TiedLoraConfig
+from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.planning.adapter_cost import Precision
+from nemo_tied_lora.planning.architecture import Architecture, selected_groups
+from nemo_tied_lora.planning.parallel_layout import Layout, stage_layers
+
+__all__ = ["Activations", "StageMemory", "base_parameters", "layer_bytes_per_token", "stage_memory"]
+
+_LOSS_BYTES = 4
+_VOCABULARY_MULTIPLE = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activations:
+    """What is kept for backward, and what is computed again.
+
+    Raises:
+        ConfigError: keys that NeMo could not read.
+    """
+
+    granularity: str | None = None
+    """None or selective: every layer's are kept; full: recomputed."""
+    method: str | None = None
+    """Of full. uniform: all layers, num_layers at a time; block: the stage's first num_layers, one at a time."""
+    num_layers: int = 1
+    dropout: bool = False
+    """hidden_dropout is not 0."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.granularity not in (None, "selective", "full"):
+            problems.append(
+                f"model.activations_checkpoint_granularity={self.granularity!r}: choose selective, full or null"
+            )
+        if self.granularity == "full" and self.method not in ("uniform", "block"):
+            problems.append(f"model.activations_checkpoint_method={self.method!r}: full needs uniform or block")
+        if not isinstance(self.num_layers, int) or isinstance(self.num_layers, bool) or self.num_layers < 1:
+            problems.append(
+                f"model.activations_checkpoint_num_layers={self.num_layers!r}: must be a whole number of at least 1"
+            )
+        if problems:
+            raise ConfigError(problems)
+
+    @classmethod
+    def from_model_config(cls, model: Mapping[str, Any]) -> Activations:
+        """From NeMo's keys; null number of layers means 1."""
+        prefix = "activations_checkpoint"
+        number = model.get(f"{prefix}_num_layers")
+        return cls(
+            granularity=model.get(f"{prefix}_granularity"),
+            method=model.get(f"{prefix}_method"),
+            num_layers=1 if number is None else number,
+            dropout=bool(model.get("hidden_dropout")),
+        )
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes on one GPU of a pipeline stage."""
+
+    stage: int
+    base: int
+    adapter: int
+    activations: int
+
+    @property
+    def sum(self) -> int:
+        """All of them."""
+        return self.base + self.adapter + self.activations
+
+    def as_dict(self) -> dict[str, int]:
+        """For JSON."""
+        return {**asdict(self), "sum": self.sum}
+
+
+def stage_memory(
+    arch: Architecture,
+    layout: Layout,
+    config: TiedLoraConfig,
+    precision: Precision,
+    activations: Activations,
+    adapter_bytes: int,
+) -> StageMemory | None:
+    """The stage that holds most; None where it cannot be said: for a mixture, and without a vocabulary's size.
+
+    Args:
+        adapter_bytes: the adapter with its gradients and optimizer state, on the rank that holds most.
+    """
+    if arch.mixture is not None or arch.vocab_size is None:
+        return None
+    stages = [
+        StageMemory(
+            stage,
+            base_parameters(arch, layout, stage) * precision.weights,
+            adapter_bytes,
+            _activation_bytes(arch, layout, config, precision.activations, activations, stage),
+        )
+        for stage in range(layout.pp_size)
+    ]
+    return max(stages, key=lambda stage: stage.sum)
+
+
+def base_parameters(arch: Architecture, layout: Layout, stage: int) -> int:
+    """The base's parameters on one rank of a stage: Megatron's sharding, the vocabulary padded as NeMo pads it."""
+    first, last = stage == 0, stage == layout.pp_size - 1
+    rows = _padded_vocabulary(arch, layout) // layout.tp_size
+    norm = arch.hidden_size * (2 if arch.norm_bias else 1)
+    held = len(stage_layers(arch, layout)[stage]) * _layer_parameters(arch, layout.tp_size)
+    # A shared embedding lies on the last stage too, where that is another one.
+    copies = first + (last and not (first and arch.shared_output))
+    held += rows * arch.hidden_size * copies + norm * last
+    return held + arch.seq_length * arch.hidden_size * (first and arch.learned_positions)
+
+
+def layer_bytes_per_token(
+    arch: Architecture, layout: Layout, config: TiedLoraConfig, layer: int, element: int, *, dropout: bool = False
+) -> float:
+    """What a layer keeps of one token, in bytes."""
+    tp_size, seq_size = layout.tp_size, layout.tp_size if layout.sequence_parallel else 1
+    groups = selected_groups(arch, config) if "A" in config.trained else {}
+    kept = {name for name, group in groups.items() if layer in group.layers}
+    hidden, queries, keys = arch.hidden_size, *_attention_widths(arch)
+    whole = 2 + ("linear_qkv" in kept) + ("linear_fc1" in kept)
+    split = queries + 2 * keys + queries + arch.ffn_hidden_size * ((2 if arch.gated else 1) + ("linear_fc2" in kept))
+    return element * (whole * hidden / seq_size + split / tp_size) + 2 * hidden / seq_size * dropout
+
+
+def _activation_bytes(
+    arch: Architecture,
+    layout: Layout,
+    config: TiedLoraConfig,
+    element: int,
+    activations: Activations,
+    stage: int,
+) -> int:
+    tokens = arch.seq_length // layout.cp_size * (layout.micro_batch_size or 1)
+    of_layer = [
+        layer_bytes_per_token(arch, layout, config, layer, element, dropout=activations.dropout)
+        for layer in stage_layers(arch, layout)[stage]
+    ]
+    entry = element * arch.hidden_size / (layout.tp_size if layout.sequence_parallel else 1)
+    kept, working = _kept_and_recomputed(of_layer, entry, activations)
+    per_token = kept * _in_flight(layout, stage) + working
+    if stage == layout.pp_size - 1:
+        per_token += 2 * entry + (element + _LOSS_BYTES) * _padded_vocabulary(arch, layout) / layout.tp_size
+    return round(tokens * per_token)
+
+
+def _kept_and_recomputed(of_layer: list[float], entry: float, activations: Activations) -> tuple[float, float]:
+    """(kept of each microbatch, held for a while in backward), bytes of one token."""
+    if activations.granularity != "full":
+        return sum(of_layer), 0.0
+    number = min(activations.num_layers, len(of_layer))
+    if activations.method == "block":
+        return number * entry + sum(of_layer[number:]), max(of_layer[:number])
+    groups = [of_layer[start : start + number] for start in range(0, len(of_layer), number)]
+    return len(groups) * entry, max(map(sum, groups))
+
+
+def _in_flight(layout: Layout, stage: int) -> float:
+    """Microbatches whose activations a stage holds at once, whole ones or chunks of them."""
+    stages, chunks = layout.pp_size, layout.num_chunks
+    microbatches = None
+    if layout.micro_batch_size and layout.global_batch_size and layout.resolved_dp_size:
+        microbatches = layout.global_batch_size // (layout.micro_batch_size * layout.resolved_dp_size)
+    if chunks == 1:
+        held: float = stages - stage
+    else:
+        held = (2 * (stages - stage - 1) + (chunks - 1) * stages + 1) / chunks
+    return held if microbatches is None else min(held, microbatches)
+
+
+def _layer_parameters(arch: Architecture, tp_size: int) -> int:
+    queries, keys = _attention_widths(arch)
+    hidden, gates = arch.hidden_size, arch.ffn_hidden_size * (2 if arch.gated else 1)
+    split = hidden * (queries + 2 * keys + queries + gates + arch.ffn_hidden_size)
+    split += (gates * arch.bias) + (queries + 2 * keys) * (arch.bias or arch.qkv_bias)
+    norms = (2 * hidden + 2 * arch.kv_channels * arch.qk_norm) * (2 if arch.norm_bias else 1)
+    return split // tp_size + 2 * hidden * arch.bias + norms
+
+
+def _attention_widths(arch: Architecture) -> tuple[int, int]:
+    """All heads together: of Q, and of K or V."""
+    return arch.kv_channels * arch.num_attention_heads, arch.kv_channels * arch.num_query_groups
+
+
+def _padded_vocabulary(arch: Architecture, layout: Layout) -> int:
+    multiple = _VOCABULARY_MULTIPLE * layout.tp_size
+    return -(-(arch.vocab_size or 0) // multiple) * multiple

@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can be checked before anything expensive starts: base, layout, adapter and data against each other.
+
+Neither torch nor NeMo is imported.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from nemo_tied_lora.config import TiedLoraConfig
+from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.planning import cluster_fit
+from nemo_tied_lora.planning.architecture import Architecture
+from nemo_tied_lora.planning.base_config import adapter_section, base_model_config
+from nemo_tied_lora.planning.data_checks import batch_problems, data_problems, jsonl_problems, template_fields
+from nemo_tied_lora.planning.parallel_layout import Layout, check, check_ranks
+from nemo_tied_lora.planning.run_settings import GuardSettings, survival_problems
+from nemo_tied_lora.planning.training_loop_checks import loop_problems
+
+__all__ = ["check_finetuning", "check_generation", "check_pretraining"]
+
+
+_Part = TypeVar("_Part")
+_OPTIMIZERS = ("fused_adam", "adamw", "adam", "sgd", "mcore_distributed_optim")
+_PRECISIONS = ("bf16", "bf16-mixed", "16", "16-mixed", "32")
+
+
+def check_finetuning(cfg: Mapping[str, Any]) -> None:
+    """Everything that `tied-lora finetune` needs.
+
+    Raises:
+        ConfigError: all problems together.
+    """
+    _require_sections(cfg, "peft", "data", "optim")
+    problems = survival_problems(cfg)
+    model = cfg["model"]
+    scheme = model["peft"].get("peft_scheme")
+    if scheme != "tied_lora":
+        problems.append(
+            f"model.peft.peft_scheme={scheme!r}: this command trains tied_lora; for plain LoRA: preset=lora"
+        )
+    problems += _unread_lora_keys(model["peft"])
+    problems += loop_problems(model)
+    if model.get("fsdp"):
+        problems.append(
+            "model.fsdp=true: not possible; FSDP would shard what all layers share; use tensor or pipeline parallel"
+        )
+    problems += _checkpoint_problems(cfg.get("exp_manager") or {})
+    problems += _optimizer_problems(model["optim"].get("name"))
+    config = _attempt(problems, adapter_section, model["peft"])
+    base = _attempt(problems, base_model_config, model.get("restore_from_path"))
+    start = model["peft"].get("restore_from_path")
+    problems += _flag_problems("model.peft.allow_other_base", model["peft"].get("allow_other_base", False))
+    if start is not None and not Path(start).is_file():
+        problems.append(f"model.peft.restore_from_path={start}: no such file")
+    given = [key for key, value in (model["peft"].get("tied_lora") or {}).items() if value is not None]
+    if start is not None and given:
+        fix = "the adapter of restore_from_path has its own; remove these keys"
+        problems.append(f"model.peft.tied_lora ({', '.join(given)}): {fix}")
+    problems += _layout_problems(cfg, {**(base or {}), **_layout_keys(model)} if base else None, config)
+    _attempt(problems, GuardSettings.from_mapping, cfg.get("guards"))
+    _attempt(problems, _precision, cfg["trainer"])
+    problems += data_problems(cfg)
+    problems += cluster_fit.folder_problems(cfg)
+    problems += _allocation_problems(cfg, base, config)
+    problems += _output_problems(cfg, [model.get("restore_from_path"), start])
+    if problems:
+        raise ConfigError(problems)
+
+
+def check_pretraining(cfg: Mapping[str, Any]) -> None:
+    """Everything that `tied-lora pretrain` needs.
+
+    Raises:
+        ConfigError: all problems together.
+    """
+    _require_sections(cfg, "peft", "data", "optim", "tokenizer")
+    problems = survival_problems(cfg)
+    if cfg["model"]["peft"].get("tied_lora"):
+        problems.append(
+            "model.peft.tied_lora: pretrain trains every parameter, without an adapter; remove preset=, peft="
+        )
+    tokenizer = cfg["model"]["tokenizer"].get("model")
+    if tokenizer is None or not Path(tokenizer).is_file():
+        problems.append(f"model.tokenizer.model={tokenizer}: no such file; name a sentencepiece model")
+    problems += _layout_problems(cfg, cfg["model"], None)
+    _attempt(problems, GuardSettings.from_mapping, cfg.get("guards"))
+    _attempt(problems, _precision, cfg["trainer"])
+    problems += data_problems(cfg)
+    problems += cluster_fit.folder_problems(cfg)
+    problems += _allocation_problems(cfg, cfg["model"], None)
+    problems += _output_problems(cfg, [tokenizer])
+    if problems:
+        raise ConfigError(problems)
+
+
+def check_generation(cfg: Mapping[str, Any]) -> None:
+    """Everything that `tied-lora generate` needs.
+
+    Raises:
+        ConfigError: all problems together.
+    """
+    problems: list[str] = []
+    base = _attempt(problems, lambda path: base_model_config(path, key="base"), cfg.get("base"))
+    adapter = cfg.get("adapter")
+    if adapter is not None and not Path(adapter).is_file():
+        problems.append(f"adapter={adapter}: no such file; adapter=null generates with the base alone")
+    if (cfg.get("prompts") is None) == (cfg.get("prompts_file") is None):
+        problems.append("prompts, prompts_file: give one of them: prompts=['...'] or prompts_file=questions.jsonl")
+    problems += _flag_problems("allow_other_base", cfg.get("allow_other_base", False))
+    prompts, prompts_file = cfg.get("prompts"), cfg.get("prompts_file")
+    if prompts is not None and not (
+        isinstance(prompts, list) and prompts and all(isinstance(p, str) for p in prompts)
+    ):
+        problems.append(f"prompts={prompts!r}: must be a list of texts: \"prompts=['...']\"")
+    if prompts_file is not None:
+        problems += jsonl_problems("prompts_file", Path(str(prompts_file)), template_fields(cfg["prompt_template"]))
+    for key in ("tokens_to_generate", "batch_size"):
+        value = cfg.get(key)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            problems.append(f"{key}={value!r}: must be a whole number of at least 1")
+    temperature = cfg.get("temperature")
+    if temperature is not None and (not isinstance(temperature, (int, float)) or temperature <= 0):
+        problems.append(f"temperature={temperature!r}: must be greater than 0; null picks the likeliest token")
+    _attempt(problems, _precision, cfg["trainer"])
+    problems += _output_problems(cfg, [cfg.get("base"), adapter, prompts_file], suffix=None)
+    problems += _layout_problems(cfg, {**(base or {}), **_layout_keys(cfg["model"])} if base else None, None)
+    if problems:
+        raise ConfigError(problems)
+
+
+def _require_sections(cfg: Mapping[str, Any], *names: str) -> None:
+    wrong = [f"model.{n}={cfg['model'].get(n)!r}" for n in names if not isinstance(cfg["model"].get(n), Mapping)]
+    if wrong:
+        raise ConfigError([f"{section}: must be a section with keys of its own" for section in wrong])
+
+
+def _flag_problems(key: str, value: object) -> Iterator[str]:
+    if value not in (True, False):
+        yield f"{key}={value!r}: must be true or false"
+
+
+def _precision(trainer: Mapping[str, Any]) -> None:
+    if str(trainer.get("precision")) not in _PRECISIONS:
+        raise ConfigError([f"trainer.precision={trainer.get('precision')!r}: choose one of {', '.join(_PRECISIONS)}"])
+
+
+def _attempt(problems: list[str], build: Callable[[Any], _Part], value: Any) -> _Part | None:
+    try:
+        return build(value)
+    except ConfigError as error:
+        problems.extend(error.problems)
+        return None
+
+
+def _layout_keys(model: Mapping[str, Any]) -> dict[str, Any]:
+    """What the command decides, not the base: parallel sizes and batches."""
+    names = ("micro_batch_size", "global_batch_size", "sequence_parallel")
+    return {key: value for key, value in model.items() if key in names or key.endswith("parallel_size")}
+
+
+def _layout_problems(
+    cfg: Mapping[str, Any], model: Mapping[str, Any] | None, config: TiedLoraConfig | None
+) -> Iterator[str]:
+    if cfg["model"].get("virtual_pipeline_model_parallel_size") is not None:
+        yield "model.virtual_pipeline_model_parallel_size: NeMo 2.4's model cannot be interleaved; set it to null"
+        return
+    if model is not None and model.get("num_moe_experts"):
+        fix = "adapt it on plain megatron-core, with nemo_tied_lora.inject"
+        yield f"model.num_moe_experts={model['num_moe_experts']!r}: a mixture is not tested through NeMo yet; {fix}"
+        return
+    problems: list[str] = []
+    layout = _attempt(problems, Layout.from_config, {"model": cfg["model"], "trainer": cfg["trainer"]})
+    arch = None if model is None else _attempt(problems, Architecture.from_model_config, model)
+    yield from problems
+    if layout is not None:
+        yield from check_ranks(layout) if arch is None else check(arch, layout, config)
+        yield from cluster_fit.slurm_problems(layout)
+
+
+def _allocation_problems(
+    cfg: Mapping[str, Any], base: Mapping[str, Any] | None, config: TiedLoraConfig | None
+) -> Iterator[str]:
+    """Data, room and time against the layout, where base and layout are sound by themselves."""
+    try:
+        layout = Layout.from_config({"model": cfg["model"], "trainer": cfg["trainer"]})
+        arch = Architecture.from_model_config({**(base or {}), **_layout_keys(cfg["model"])})
+        tuned = config is not None or cfg["model"]["peft"].get("peft_scheme") == "tied_lora"
+    except ConfigError:
+        return  # said elsewhere
+    if layout.resolved_dp_size == 0 or check(arch, layout, config):
+        return
+    yield from batch_problems(cfg, base or {}, layout)
+    if config is not None or not tuned:
+        yield from cluster_fit.room_problems(cfg, arch, layout, config)
+        yield from cluster_fit.time_problems(cfg, arch, layout, config)
+
+
+def _checkpoint_problems(exp_manager: Mapping[str, Any]) -> Iterator[str]:
+    """Options of NeMo's that write checkpoints in ways of their own."""
+    if (exp_manager.get("ema") or {}).get("enable"):
+        yield "exp_manager.ema.enable=true: not possible; NeMo's EMA writes whole models; leave it out"
+    params = exp_manager.get("checkpoint_callback_params") or {}
+    if params.get("async_save"):
+        yield (
+            "exp_manager.checkpoint_callback_params.async_save=true: not possible; a checkpoint holds the adapter alone "
+            "and is written at once; leave it out"
+        )
+    if params.get("save_last_n_optim_states", -1) != -1:
+        yield (
+            "exp_manager.checkpoint_callback_params.save_last_n_optim_states: not possible; checkpoints keep the "
+            "optimizer's state, which is the adapter's size; leave it out, or set save_top_k"
+        )
+
+
+def _optimizer_problems(name: object) -> Iterator[str]:
+    """A checkpoint loads on any layout because an optimizer's tensors lie as the parameters do."""
+    if name not in (*_OPTIMIZERS, "distributed_fused_adam"):  # the last is refused elsewhere
+        yield (
+            f"model.optim.name={name!r}: a checkpoint could not hold its state for another layout; "
+            f"choose one of {', '.join(_OPTIMIZERS)}"
+        )
+
+
+def _unread_lora_keys(peft: Mapping[str, Any]) -> Iterator[str]:
+    """An override file made for NeMo's own LoRA must not be ignored silently."""
+    section = peft.get("lora_tuning")
+    if section:
+        yield (
+            f"model.peft.lora_tuning ({', '.join(section)}): read by peft_scheme=lora only; "
+            "write model.peft.tied_lora.rank for adapter_dim, .targets for target_modules, .alpha, .dropout"
+        )
+
+
+def _output_problems(cfg: Mapping[str, Any], inputs: list[Any], suffix: str | None = ".nemo") -> Iterator[str]:
+    if cfg.get("output") is None:
+        return
+    output = Path(str(cfg["output"]))
+    if suffix is not None and output.suffix != suffix:
+        yield f"output={output}: must end in {suffix}"
+    for file in inputs:
+        if file is not None and output.exists() and Path(str(file)).exists() and output.samefile(str(file)):
+            yield f"output={output}: is a file that is read; name another"
+    folder = output.resolve().parent
+    while not folder.exists():
+        folder = folder.parent
+    if not os.access(folder, os.W_OK):
+        yield f"output={output}: {folder} cannot be written to"

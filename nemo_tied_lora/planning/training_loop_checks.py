@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training loops and settings in which NeMo 2.4 or megatron-core would give a tied adapter wrong numbers, or none.
+
+Everything here is refused by name, with what to change. Neither torch nor NeMo is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.planning.megatron_version import counts_repeated_gradients
+
+__all__ = ["check_ddp", "check_loop", "loop_problems"]
+
+
+def loop_problems(model: Mapping[str, Any]) -> Iterator[str]:
+    """What stands in the way in a NeMo model's config, a line each.
+
+    Args:
+        model: the section `model`, with `optim`, as NeMo reads it.
+    """
+    optim = model.get("optim") or {}
+    name = str(optim.get("name"))
+    cp_size = model.get("context_parallel_size") or 1
+    distributed = name == "mcore_distributed_optim"
+    if name == "distributed_fused_adam":
+        # apex's optimizer takes each gradient away in a hook, before stages have added theirs up.
+        yield (
+            "model.optim.name=distributed_fused_adam: not possible; it would leave tied gradients unsummed over pipeline "
+            "stages; use mcore_distributed_optim, or fused_adam"
+        )
+    if model.get("megatron_amp_O2") and not distributed and _more_than_one(cp_size):
+        # NeMo multiplies the loss by the context-parallel size, and this optimizer's sums do not divide by it.
+        yield (
+            f"model.megatron_amp_O2=true: not possible with context_parallel_size={cp_size}; NeMo's O2 optimizer would make "
+            "every gradient that many times too large; set it to false, or model.optim.name=mcore_distributed_optim"
+        )
+    recompute = model.get("activations_checkpoint_granularity")
+    if distributed and optim.get("overlap_grad_sync") and _repeats_gradients(recompute, ()):
+        yield (
+            "model.optim.overlap_grad_sync=true: not possible with activations_checkpoint_granularity=full; megatron-core "
+            "before 0.16 asserts 'Cannot set grad twice' for a parameter of several layers; set one of them to false, null"
+        )
+
+
+def check_loop(model: Mapping[str, Any]) -> None:
+    """`loop_problems`, for a model that is there.
+
+    Raises:
+        ConfigError: all of them together.
+    """
+    problems = list(loop_problems(model))
+    if problems:
+        raise ConfigError(problems)
+
+
+def check_ddp(transformer_config: Any, ddp_config: Any) -> None:
+    """For a loop of one's own on megatron-core: before an adapted model is wrapped in its DistributedDataParallel.
+
+    Args:
+        transformer_config: the model's `TransformerConfig`.
+        ddp_config: the `DistributedDataParallelConfig`.
+
+    Raises:
+        ConfigError: `overlap_grad_reduce` together with a recomputation that runs a tied parameter's gradient hook
+            once per layer, on a megatron-core before 0.16.
+    """
+    granularity = getattr(transformer_config, "recompute_granularity", None)
+    modules = getattr(transformer_config, "recompute_modules", None) or ()
+    if getattr(ddp_config, "overlap_grad_reduce", False) and _repeats_gradients(granularity, modules):
+        what = "full" if granularity == "full" else f"selective with recompute_modules={list(modules)}"
+        fix = (
+            "set overlap_grad_reduce=False, or recompute_granularity='selective' with recompute_modules=['core_attn']"
+        )
+        raise ConfigError(
+            [
+                f"overlap_grad_reduce=True: not possible with recompute_granularity={what} before megatron-core 0.16; {fix}"
+            ]
+        )
+
+
+def _repeats_gradients(granularity: Any, modules: Any) -> bool:
+    """Whether a parameter that several layers use gets its gradient in several parts, which DDP counts as several."""
+    if counts_repeated_gradients():
+        return False
+    return granularity == "full" or (granularity == "selective" and bool({"mlp", "moe"} & set(modules)))
+
+
+def _more_than_one(size: Any) -> bool:
+    return isinstance(size, int) and size > 1

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One all-reduce over every parallel group, its result checked and its bandwidth measured, before a model is loaded.
+
+Each rank contributes x[i] = (i mod 13) + (rank mod 997) + 1, so that the sum over a group is known exactly:
+n (i mod 13) + the sum of (rank mod 997) + 1, whole numbers that float32 holds.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from nemo_tied_lora.planning.parallel_layout import Layout
+from nemo_tied_lora.resilience.rendezvous import Meeting, node_name, said_by
+
+__all__ = ["GROUPS", "check_groups", "contribution", "group_ranks", "here", "report"]
+
+GROUPS = {"tp": "tensor parallel", "pp": "pipeline parallel", "dp": "data parallel", "cp": "context parallel"}
+_ELEMENTS = {"cuda": 16 * 2**20, "cpu": 2**18}
+_PERIOD, _MODULUS = 13, 997
+_POLL_S = 0.005
+
+
+def group_ranks(layout: Layout, kind: str, *, pipeline_before_data: bool = False) -> list[list[int]]:
+    """The groups of one kind, as Megatron lays them over the ranks.
+
+    Args:
+        pipeline_before_data: NeMo's `use_tp_pp_dp_mapping`.
+    """
+    from megatron.core.parallel_state import RankGenerator
+
+    sizes = {"tp": layout.tp_size, "pp": layout.pp_size, "cp": layout.cp_size, "dp": layout.resolved_dp_size}
+    order = "tp-cp-ep-pp-dp" if pipeline_before_data else "tp-cp-ep-dp-pp"
+    return RankGenerator(ep=1, order=order, **sizes).get_ranks(kind)
+
+
+def check_groups(meeting: Meeting, groups: Mapping[str, Sequence[Sequence[int]]], device: torch.device) -> list[Any]:
+    """This rank's all-reduce over each group that it is in; called by every rank, the default process group set up.
+
+    A group that does not finish within the meeting's time is a problem; the groups after it are not tried.
+
+    Returns:
+        {"kind", "ranks", "bytes", "seconds", "problem"} for each.
+    """
+    results: list[Any] = []
+    for kind, of_kind in groups.items():
+        for ranks in of_kind:
+            if meeting.rank in ranks and len(ranks) > 1:
+                results.append({"kind": kind, "ranks": list(ranks), **_all_reduce(meeting, kind, ranks, device)})
+                if results[-1]["seconds"] is None:
+                    return results
+    return results
+
+
+def report(said: Mapping[int, Iterable[Mapping[str, Any]]], nodes: Mapping[int, str]) -> tuple[list[str], list[str]]:
+    """(a line for each kind of group: how many, the slowest one's bandwidth; problems)."""
+    lines, problems = [], []
+    for kind, name in GROUPS.items():
+        results = [result for of_rank in said.values() for result in of_rank if result["kind"] == kind]
+        having: dict[str, list[int]] = {}
+        for rank, of_rank in said.items():
+            for result in of_rank:
+                if result["kind"] == kind and result["problem"]:
+                    having.setdefault(f"{result['problem']} of ranks {result['ranks']}", []).append(rank)
+        problems += [f"all-reduce, {name}: {text} (on {said_by(of, nodes)})" for text, of in having.items()]
+        timed = [(_bandwidth(result), result["ranks"]) for result in results if result["seconds"]]
+        if timed:
+            slowest, ranks = min(timed)
+            number = len({tuple(result["ranks"]) for result in results})
+            size = f"{number} group{'s' * (number > 1)} of {len(ranks)}"
+            lines.append(f"all-reduce, {name}: {size}, {slowest / 1e9:.2f} GB/s at least (ranks {ranks})")
+    return lines, problems
+
+
+def contribution(rank: int, elements: int, device: torch.device) -> torch.Tensor:
+    """What a rank adds."""
+    pattern = torch.arange(elements, device=device, dtype=torch.float32) % _PERIOD
+    return pattern + (rank % _MODULUS + 1)
+
+
+def _all_reduce(meeting: Meeting, kind: str, ranks: Sequence[int], device: torch.device) -> dict[str, Any]:
+    elements = _ELEMENTS[device.type]
+    limit = timedelta(seconds=2 * meeting.timeout_s)  # ours comes first, with a message
+    size = 4 * elements
+    try:
+        # Only the members call it: with thousands of ranks there are thousands of groups.
+        group = dist.new_group(list(ranks), timeout=limit, use_local_synchronization=True)
+        _timed(contribution(meeting.rank, elements, device), group, meeting.timeout_s)  # connects
+        values = contribution(meeting.rank, elements, device)
+        seconds = _timed(values, group, meeting.timeout_s)
+        problem = None if seconds else f"not finished within {meeting.timeout_s:.0f} s"
+        if seconds:
+            problem = _wrong(values, ranks)
+            dist.destroy_process_group(group)
+    except RuntimeError as error:
+        seconds, problem = None, f"failed: {str(error).splitlines()[0]}"
+    return {"bytes": size, "seconds": seconds, "problem": problem}
+
+
+def _timed(values: torch.Tensor, group: Any, timeout_s: float) -> float | None:
+    """Seconds of one all-reduce in place; None where it does not finish: waiting would block for ever."""
+    started = time.perf_counter()
+    work = dist.all_reduce(values, group=group, async_op=True)
+    while not work.is_completed():
+        if time.perf_counter() - started > timeout_s:
+            return None
+        time.sleep(_POLL_S if time.perf_counter() - started > 0.5 else 0)
+    work.wait()  # raises what went wrong
+    if values.device.type == "cuda":
+        torch.cuda.synchronize(values.device)
+    return time.perf_counter() - started
+
+
+def _wrong(values: torch.Tensor, ranks: Sequence[int]) -> str | None:
+    pattern = torch.arange(values.numel(), device=values.device, dtype=torch.float32) % _PERIOD
+    wanted = pattern * len(ranks) + sum(rank % _MODULUS + 1 for rank in ranks)
+    wrong = (values != wanted).nonzero()
+    if wrong.numel() == 0:
+        return None
+    first = int(wrong[0])
+    return f"wrong sum: element {first} is {values[first]:.0f}, not {wanted[first]:.0f}; {wrong.numel()} are wrong"
+
+
+def _bandwidth(result: Mapping[str, Any]) -> float:
+    """Bytes per second that each rank sends in a ring: 2 (n-1)/n of the tensor."""
+    size = len(result["ranks"])
+    return 2 * (size - 1) / size * result["bytes"] / result["seconds"]
+
+
+def here(results: Iterable[Any]) -> dict[str, Any]:
+    """This rank's part of what `report` reads."""
+    return {"node": node_name(), "results": list(results)}

@@ -1,0 +1,341 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One rank's run, from meeting the others to its exit code: all ranks refuse, stop and finish together."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from nemo_tied_lora.errors import ConfigError, TrainingStopped, report
+from nemo_tied_lora.planning.parallel_layout import Layout
+from nemo_tied_lora.planning.run_settings import run_folder
+from nemo_tied_lora.resilience.current_run import RankRun, current_run, set_current_run
+from nemo_tied_lora.resilience.restarts import Preempted, fingerprint, finished_before, restarted
+from nemo_tied_lora.resilience.status_file import RunStatus, read_status
+from nemo_tied_lora.resilience.stop_signals import answered_by, ignore_from_now
+
+if TYPE_CHECKING:
+    from nemo_tied_lora.resilience.rendezvous import Meeting
+
+__all__ = ["STOPPED", "finished_already", "preempted_code", "run_as_rank"]
+
+STOPPED = 3
+"""The exit code of a run that one of its guards has stopped."""
+
+_START_S = 300.0
+_GONE_S = 10.0
+
+
+def run_as_rank(command: str, values: Mapping[str, Any], problems: list[str], work: Callable[[], Any]) -> int:
+    """Meets the other ranks, agrees with them whether to start, and does the work under the watchdog.
+
+    Args:
+        values: the composed configuration.
+        problems: this rank's own.
+        work: returns the summary whose "output" names the file it wrote; may raise ConfigError or Preempted.
+
+    Returns:
+        0; 2 where it is refused; `preemption.exit_code` where it was asked to stop and can be continued.
+    """
+    started = _meet(command, values, problems)
+    if isinstance(started, int):
+        return started
+    meeting, run = started
+    with answered_by(_on_signal) if "preemption" in values else nullcontext():
+        code = _work(command, run, work)
+    del meeting  # rank 0 holds the store until here
+    return code
+
+
+def finished_already(values: Mapping[str, Any]) -> str | None:
+    """What to say where this very run has finished before; a finished run is not done again."""
+    if values.get("preflight") == "only" or "preemption" not in values:
+        return None
+    output = finished_before(run_folder(values), fingerprint(values))
+    if output is None:
+        return None
+    return f"finished already: {output}; for another run, change the settings, name=, or remove {run_folder(values)}"
+
+
+def preempted_code(values: Mapping[str, Any], code: int) -> int:
+    """`code`, or that of a run that can be continued: torchrun has one code for all that is not 0."""
+    folder, preemption = run_folder(values), values.get("preemption")
+    status = read_status(folder) if folder is not None and preemption else None
+    return preemption["exit_code"] if preemption and status and status.get("state") == "preempted" else code
+
+
+def _meet(command: str, values: Mapping[str, Any], problems: list[str]) -> int | tuple[Meeting | None, RankRun]:
+    """An exit code, or the run that is about to begin."""
+    first, several = os.environ["RANK"] == "0", os.environ["WORLD_SIZE"] != "1"
+    meeting: Meeting | None = None
+    try:
+        if several:
+            from nemo_tied_lora.resilience.rendezvous import Meeting
+
+            seconds = float((values.get("watchdog") or {}).get("start_s", _START_S))
+            meeting = Meeting.join(seconds)
+            problems = meeting.agree(problems)
+        if problems:
+            raise ConfigError(problems)
+        said = finished_already(values) if first else None
+        said = meeting.announce("finished", said) if meeting else said
+        if said is not None:
+            if first:
+                print(f"tied-lora {command}: {said}", flush=True)
+            if meeting:
+                _wait_for_all(meeting)
+            return 0
+        run = _begin(values, meeting, first=first)
+        if values.get("preflight", False):
+            run.status.update(state="preflight")
+            _preflight(values, meeting, first=first)
+            if values["preflight"] == "only":
+                _leave(run)
+                return 0
+    except ConfigError as error:
+        code = report(command, error) if first or meeting is None else 2
+        _refuse(error, meeting, first=first)
+        return code
+    return meeting, run
+
+
+def _refuse(error: ConfigError, meeting: Meeting | None, *, first: bool) -> None:
+    """Ends what has begun. With a process group, this process too: a collective that hangs cannot be taken back."""
+    ignore_from_now()
+    run = current_run()
+    if run is not None and first:
+        run.status.fail("; ".join(error.problems))
+    if run is not None and run.watchdog is not None:
+        run.watchdog.stop()
+    if meeting:
+        _wait_for_all(meeting)
+    if "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(2)
+
+
+def _begin(values: Mapping[str, Any], meeting: Meeting | None, *, first: bool) -> RankRun:
+    """The status file, the watchdog and, on several ranks, the process group with the configured time limits."""
+    folder, preemption = run_folder(values), values.get("preemption") or {}
+    if "preemption" not in values or values["preflight"] == "only":
+        folder = None
+    counts: dict[str, int] | list[str] = {}
+    if first and preemption:
+        try:
+            counts = restarted(folder, fingerprint(values), preemption["max_restarts"])
+        except ConfigError as error:
+            counts = list(error.problems)
+    counts = meeting.announce("restarts", counts) if meeting else counts
+    if isinstance(counts, list):
+        raise ConfigError(counts)
+    from nemo_tied_lora.resilience.rendezvous import connect, node_name
+
+    facts: dict[str, Any] = {"node": node_name(), "pid": os.getpid(), **counts}
+    if folder is not None:
+        facts |= {"settings": fingerprint(values), "step": 0, "max_steps": values["trainer"]["max_steps"]}
+    status = RunStatus(folder, active=first, **facts)
+    status.start()
+    watching = values.get("watchdog") or {}
+    run = RankRun(status, preemption.get("exit_code", 1), watching.get("stuck_s", 0))
+    set_current_run(run)
+    if meeting and watching.get("timeout_s"):
+        from nemo_tied_lora.resilience.rank_watchdog import Watchdog
+
+        store = connect(watching["timeout_s"], client=True)
+        run.watchdog = Watchdog(
+            store,
+            meeting.rank,
+            meeting.world_size,
+            timeout_s=watching["timeout_s"],
+            stuck_s=watching["stuck_s"],
+            on_end=lambda reason, code: _record_end(status, reason, code, run),
+        )
+        run.watchdog.start()
+        _make_process_group(values, meeting, watching["stuck_s"] or watching["timeout_s"])
+    return run
+
+
+def _make_process_group(values: Mapping[str, Any], meeting: Meeting, seconds: float) -> None:
+    """Before Lightning does, which then uses it: with the configured time limit, over the ranks' store."""
+    import torch
+    from torch.distributed import PrefixStore
+
+    gpu = torch.cuda.is_available() and values["trainer"].get("accelerator") != "cpu"
+    if gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    limit = datetime.timedelta(seconds=seconds)
+    torch.distributed.init_process_group(
+        "nccl" if gpu else "gloo",
+        store=PrefixStore("process_group", meeting.store),
+        rank=meeting.rank,
+        world_size=meeting.world_size,
+        timeout=limit,
+    )
+
+
+def _preflight(values: Mapping[str, Any], meeting: Meeting | None, *, first: bool) -> None:
+    """The same software everywhere, and every group's all-reduce.
+
+    Raises:
+        ConfigError: on every rank, what any rank found.
+    """
+    lines = []
+    if meeting:
+        from nemo_tied_lora.resilience import version_check
+
+        meeting.say("software", version_check.here(values))
+        found = version_check.differences(meeting.hear("software")) if first else []
+        found = meeting.announce("software/all", found)
+        if found:
+            raise ConfigError(found)
+        lines = [f"the same software and configuration on all {meeting.world_size} ranks"]
+        lines += _check_collectives(values, meeting)
+    if first:
+        print("\n".join([f"pre-flight: {line}" for line in [*lines, "all is well"]]), flush=True)
+
+
+def _check_collectives(values: Mapping[str, Any], meeting: Meeting) -> list[str]:
+    import torch
+
+    from nemo_tied_lora.resilience import group_check
+
+    if not torch.distributed.is_initialized():  # watchdog.timeout_s=0
+        _make_process_group(values, meeting, meeting.timeout_s)
+    seconds = values["watchdog"]["timeout_s"] or meeting.timeout_s
+    meeting = dataclasses.replace(meeting, timeout_s=float(seconds))
+    layout = Layout.from_config(values)
+    swapped = bool(values["model"].get("use_tp_pp_dp_mapping"))
+    groups = {kind: group_check.group_ranks(layout, kind, pipeline_before_data=swapped) for kind in group_check.GROUPS}
+    gpu = torch.distributed.get_backend() == "nccl"
+    device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+    meeting.say("collectives", group_check.here(group_check.check_groups(meeting, groups, device)))
+    lines: list[str] = []
+    problems: list[str] = []
+    if meeting.rank == 0:
+        said = meeting.hear("collectives")
+        nodes = {rank: one["node"] for rank, one in said.items()}
+        lines, problems = group_check.report({rank: one["results"] for rank, one in said.items()}, nodes)
+        silent = sorted(set(range(meeting.world_size)) - said.keys())
+        problems += [f"all-reduce: ranks {silent} did not come back from it"] if silent else []
+    problems = meeting.announce("collectives/all", problems)
+    if problems:
+        raise ConfigError(problems)
+    return lines
+
+
+def _work(command: str, run: RankRun, work: Callable[[], Any]) -> int:
+    """The work, and what its end means for the other ranks."""
+    try:
+        summary = work()
+    except Preempted as stop:
+        run.status.update(now=True, state="preempted", reason=str(stop))
+        if os.environ["RANK"] == "0":
+            print(f"tied-lora {command}: {stop}", flush=True)
+        _leave(run)
+        return run.exit_code
+    except (ConfigError, TrainingStopped) as error:
+        # Said before the others are met again: a launcher may end this rank as soon as another has gone.
+        code = _report_failure(command, error, run)
+        _leave(run)
+        return code
+    except Exception as error:
+        traceback.print_exc()
+        sys.stderr.flush()
+        said = (str(error).strip().splitlines() or [""])[0]
+        reason = f"rank {os.environ['RANK']} failed: {type(error).__name__}: {said}"
+        _fail(run, reason, of_network=_is_of_network(error))
+        return 1
+    output = summary.get("output") if isinstance(summary, Mapping) else None
+    run.status.update(now=True, state="finished", output=output and str(Path(output).resolve()))
+    _leave(run)
+    return 0
+
+
+def _report_failure(command: str, failure: ConfigError | TrainingStopped, run: RankRun) -> int:
+    """Rank 0 says it once, for every rank has the same; returns the exit code."""
+    first = os.environ["RANK"] == "0"
+    if first:
+        run.status.fail("; ".join(failure.problems) if isinstance(failure, ConfigError) else str(failure))
+    if isinstance(failure, ConfigError):
+        return report(command, failure) if first else 2
+    if first:
+        print(f"tied-lora {command}: {failure}", file=sys.stderr, flush=True)
+    return STOPPED
+
+
+def _fail(run: RankRun, reason: str, *, of_network: bool) -> None:
+    if run.watchdog is None:
+        run.status.fail(reason)
+    elif of_network:
+        run.watchdog.fail_after_peers(reason)
+    else:
+        run.watchdog.fail(reason)
+
+
+def _is_of_network(error: BaseException) -> bool:
+    """Whether it may come of another rank's end: torch raises plain RuntimeErrors for most of them."""
+    import torch
+
+    marks = ("gloo", "nccl", "connection", "socket", "timed out", "timeout", "peer")
+    known = isinstance(error, (RuntimeError, torch.distributed.DistError))
+    return known and any(mark in str(error).lower() for mark in marks)
+
+
+def _leave(run: RankRun) -> None:
+    """All ranks, together: then rank 0, whose store the others use, and the rest may go."""
+    import torch
+
+    ignore_from_now()
+    if run.watchdog is not None:
+        run.watchdog.stop()
+    # A rank that exits with its groups' threads running may be aborted, after its work is done.
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def _wait_for_all(meeting: Meeting) -> None:
+    """No rank goes before all have heard; rank 0, which holds the store, goes when all are about to.
+
+    Each is deaf to signals by now: a launcher that ends the others when the first has gone changes no exit code.
+    """
+    deadline = time.monotonic() + _GONE_S
+    with suppress(RuntimeError):  # rank 0 has gone, so that all have heard
+        meeting.store.add("gone", 1)
+        while meeting.store.add("gone", 0) < meeting.world_size and time.monotonic() < deadline:
+            time.sleep(0.1)
+
+
+def _record_end(status: RunStatus, reason: str, code: int, run: RankRun) -> None:
+    if code == run.exit_code:
+        status.update(now=True, state="preempted", reason=reason)
+    else:
+        status.fail(reason)
+
+
+def _on_signal(number: int, frame: FrameType | None) -> None:
+    """Notes the signal for the step's end; before the first step there is nothing to save."""
+    run = current_run()
+    name = signal.Signals(number).name
+    if run is None:
+        os._exit(128 + number)
+    run.asked_to_stop = name
+    if run.can_save or run.status["state"] not in ("starting", "preflight"):
+        return
+    reason = f"{name} before the first step: nothing to save; the same command starts it again"
+    print(f"tied-lora: rank {os.environ['RANK']}: {reason}", file=sys.stderr, flush=True)
+    if run.watchdog is not None:
+        run.watchdog.fail(reason, run.exit_code)
+    run.status.update(now=True, state="preempted", reason=reason)
+    os._exit(run.exit_code)

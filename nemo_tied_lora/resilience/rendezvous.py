@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where ranks meet before there is a process group: a store on rank 0 (or torchrun's), and what they tell each other."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch.distributed import PrefixStore, Store, TCPStore
+
+from nemo_tied_lora.errors import ConfigError
+
+__all__ = ["Meeting", "connect", "node_name", "said_by"]
+
+_POLL_S = 0.2
+_NAMED = 8
+_RANK_0_FACTOR = 4
+
+
+def node_name() -> str:
+    """This machine, as SLURM or the machine itself calls it."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """The ranks of a launcher, reached through a TCPStore; every method is called by all of them.
+
+    The store is torchrun's where it has one, else rank 0 holds it, at MASTER_ADDR:MASTER_PORT.
+    """
+
+    store: Store
+    rank: int
+    world_size: int
+    timeout_s: float
+
+    @classmethod
+    def join(cls, timeout_s: float, environment: Mapping[str, str] = os.environ) -> Meeting:
+        """Joins the other ranks.
+
+        Raises:
+            ConfigError: the launcher's variables are missing or wrong, or rank 0 was not reached in time.
+        """
+        rank, world_size = (_whole(environment, name) for name in ("RANK", "WORLD_SIZE"))
+        return cls(connect(timeout_s, environment), rank, world_size, timeout_s)
+
+    def say(self, topic: str, message: Any) -> None:
+        """Leaves this rank's message, anything that JSON holds."""
+        self.store.set(f"{topic}/{self.rank}", json.dumps(message))
+
+    def hear(self, topic: str) -> dict[int, Any]:
+        """Every rank's message, as far as they come within `timeout_s`."""
+        keys = [f"{topic}/{rank}" for rank in range(self.world_size)]
+        deadline = time.monotonic() + self.timeout_s
+        while not self.store.check(keys) and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+        there = [rank for rank, key in enumerate(keys) if self.store.check([key])]
+        return {rank: json.loads(self.store.get(keys[rank])) for rank in there}
+
+    def announce(self, topic: str, message: Any = None) -> Any:
+        """Rank 0's message, on every rank.
+
+        Raises:
+            ConfigError: it did not come within four times `timeout_s`: rank 0 itself waits for the slowest rank.
+        """
+        if self.rank == 0:
+            self.store.set(topic, json.dumps(message))
+            return message
+        limit = _RANK_0_FACTOR * self.timeout_s
+        deadline = time.monotonic() + limit
+        while not self.store.check([topic]):
+            if time.monotonic() > deadline:
+                raise ConfigError([f"rank 0 did not answer within {limit:.0f} s ({topic})"])
+            time.sleep(_POLL_S)
+        return json.loads(self.store.get(topic))
+
+    def agree(self, problems: Sequence[str], topic: str = "problems") -> list[str]:
+        """All ranks' problems, the same on every rank; those that only some ranks have name their nodes.
+
+        A rank that does not come is a problem too.
+        """
+        self.say(topic, {"node": node_name(), "problems": list(problems)})
+        found = _merged(self.hear(topic), self.world_size, self.timeout_s) if self.rank == 0 else None
+        return list(self.announce(f"{topic}/all", found))
+
+
+def connect(timeout_s: float, environment: Mapping[str, str] = os.environ, *, client: bool = False) -> Store:
+    """A connection to the ranks' store; with `client`, one more to a store that is there.
+
+    Raises:
+        ConfigError: MASTER_ADDR or MASTER_PORT is missing or wrong, or there is no answer.
+    """
+    address, port = environment.get("MASTER_ADDR"), _whole(environment, "MASTER_PORT")
+    if not address:
+        raise ConfigError(["MASTER_ADDR: not set; the launcher must name the address of rank 0"])
+    torchruns = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    holds = not client and not torchruns and environment.get("RANK") == "0"
+    timeout = datetime.timedelta(seconds=timeout_s)
+    try:
+        store = TCPStore(address, port, is_master=holds, timeout=timeout, wait_for_workers=False)
+    except RuntimeError as error:  # torch's DistError is one
+        reason = str(error).splitlines()[0]
+        problem = "cannot be listened on" if holds else f"rank 0 was not reached within {timeout_s:.0f} s"
+        raise ConfigError([f"MASTER_ADDR={address}, MASTER_PORT={port}: {problem}: {reason}"]) from None
+    return PrefixStore(f"tied_lora/{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def said_by(ranks: Sequence[int], nodes: Mapping[int, str]) -> str:
+    """'node n2 (ranks 4 to 7)', each node once."""
+    of_node: dict[str, list[int]] = {}
+    for rank in sorted(ranks):
+        of_node.setdefault(nodes.get(rank, "unknown"), []).append(rank)
+    named = [f"node {node} ({_ranks(of)})" for node, of in list(of_node.items())[:_NAMED]]
+    return ", ".join(named) + (f" and {len(of_node) - _NAMED} nodes more" if len(of_node) > _NAMED else "")
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    whole = list(ranks) == list(range(ranks[0], ranks[-1] + 1))
+    return f"ranks {ranks[0]} to {ranks[-1]}" if whole else f"ranks {', '.join(map(str, ranks))}"
+
+
+def _merged(answers: Mapping[int, Any], world_size: int, timeout_s: float) -> list[str]:
+    nodes = {rank: answer["node"] for rank, answer in answers.items()}
+    having: dict[str, list[int]] = {}
+    for rank, answer in sorted(answers.items()):
+        for problem in answer["problems"]:
+            having.setdefault(problem, []).append(rank)
+    merged = [
+        problem if len(ranks) == len(answers) else f"{problem} (on {said_by(ranks, nodes)})"
+        for problem, ranks in having.items()
+    ]
+    missing = sorted(set(range(world_size)) - answers.keys())
+    if missing:
+        merged.append(f"{_ranks(missing)} of {world_size}: not started, or not here within {timeout_s:.0f} s")
+    return merged
+
+
+def _whole(environment: Mapping[str, str], name: str) -> int:
+    text = environment.get(name, "")
+    if not text.isdigit():
+        raise ConfigError([f"{name}={text!r}: must be a whole number, set by the launcher"])
+    return int(text)

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a run has finished before, and how often it was started again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.resilience.status_file import STATUS_FILE, read_status
+
+__all__ = ["Preempted", "fingerprint", "finished_before", "restarted"]
+
+
+# What does not change what is trained, or where the result lies.
+_IRRELEVANT = ("verbose", "preflight", "watchdog", "preemption")
+_IRRELEVANT_TRAINER = ("devices", "num_nodes", "enable_progress_bar", "log_every_n_steps")
+
+
+class Preempted(Exception):
+    """The run has been asked to stop, has saved what it had, and can be continued."""
+
+
+def fingerprint(values: Mapping[str, Any]) -> str:
+    """Of the settings and input files that decide what comes out of a run; not of how many ranks it runs on."""
+    settings = {key: value for key, value in values.items() if key not in _IRRELEVANT}
+    settings["trainer"] = {k: v for k, v in values["trainer"].items() if k not in _IRRELEVANT_TRAINER}
+    data = (values["model"].get("data") or {}).values()
+    files = [file for section in data if isinstance(section, Mapping) for file in section.get("file_names") or []]
+    files += [values["model"].get("restore_from_path"), (values["model"].get("peft") or {}).get("restore_from_path")]
+    stamps = {str(file): _stamp(str(file)) for file in files if file is not None}
+    text = json.dumps([settings, stamps], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def finished_before(folder: Path | None, settings: str) -> str | None:
+    """The file that a run with these settings has already written in this folder; None: it has yet to finish."""
+    status = None if folder is None else read_status(folder)
+    if status is None or status.get("state") != "finished" or status.get("settings") != settings:
+        return None
+    output = Path(str(status.get("output")))
+    return str(output) if output.exists() and output.with_name("metrics.json").exists() else None
+
+
+def restarted(folder: Path | None, settings: str, allowed: int) -> dict[str, int]:
+    """The new run's counts of restarts: all, and those in a row after which no further checkpoint was there.
+
+    Raises:
+        ConfigError: more than `allowed` in a row: something ends every run before it can save.
+    """
+    before = None if folder is None else read_status(folder)
+    if before is None or before.get("settings") != settings or before.get("state") == "finished":
+        return {"restarts": 0, "fruitless_restarts": 0, "saved_before": 0}
+    saved = int(before.get("saved_step") or 0)
+    further = saved > int(before.get("saved_before") or 0) or before.get("state") == "preempted"
+    fruitless = 0 if further else int(before.get("fruitless_restarts") or 0) + 1
+    if fruitless > allowed:
+        reason = before.get("reason") or f"its last state was {before.get('state')!r}"
+        fix = f"find out why ({reason}), then remove {folder}/{STATUS_FILE} or raise preemption.max_restarts"
+        raise ConfigError([f"preemption.max_restarts={allowed}: {fruitless} restarts in a row saved nothing; {fix}"])
+    return {"restarts": int(before.get("restarts") or 0) + 1, "fruitless_restarts": fruitless, "saved_before": saved}
+
+
+def _stamp(path: str) -> list[int] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return [found.st_size, found.st_mtime_ns]

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether all ranks run the same software on the same configuration."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nemo_tied_lora.resilience.rendezvous import node_name, said_by
+
+__all__ = ["differences", "here", "software"]
+
+_PACKAGES = (
+    "torch",
+    "nemo_toolkit",
+    "megatron_core",
+    "nemo_tied_lora",
+    "lightning",
+    "transformer_engine",
+    "apex",
+    "transformers",
+    "numpy",
+    "safetensors",
+    "hydra-core",
+)
+
+
+def software(configuration: Mapping[str, Any]) -> dict[str, str]:
+    """What must be the same on every rank, as texts: versions, this package's code, the composed configuration."""
+    facts = {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
+    facts["nemo_tied_lora's code"] = _code_hash(Path(__file__).resolve().parents[1])
+    facts["configuration"] = _short(json.dumps(configuration, sort_keys=True, default=str).encode())
+    return facts
+
+
+def differences(said: Mapping[int, Mapping[str, Any]]) -> list[str]:
+    """A line for each thing that differs, naming the nodes that are not like the most.
+
+    Args:
+        said: each rank's {"node": its name, "software": `software()`}.
+    """
+    problems = []
+    nodes = {rank: str(one["node"]) for rank, one in said.items()}
+    for name in sorted({name for one in said.values() for name in one["software"]}):
+        values = {rank: one["software"].get(name, "missing") for rank, one in said.items()}
+        usual, _ = Counter(values.values()).most_common(1)[0]
+        for value in sorted(set(values.values()) - {usual}):
+            ranks = [rank for rank, found in values.items() if found == value]
+            problems.append(f"{name}: {value} on {said_by(ranks, nodes)}, {usual} on the others; make them the same")
+    return problems
+
+
+def here(configuration: Mapping[str, Any]) -> dict[str, Any]:
+    """This rank's part of what `differences` compares."""
+    return {"node": node_name(), "software": software(configuration)}
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _code_hash(folder: Path) -> str:
+    """Over the names and contents of the package's sources."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
+
+
+def _short(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:12]

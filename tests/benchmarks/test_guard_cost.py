@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole command: what the guards cost, at a tiny size. The cost itself is not asserted: the page records it."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.harness.paths import ROOT
+
+SIZES = {"layers": 2, "hidden": 16, "ffn": 48, "heads": 2, "sequence": 8, "vocab": 32}
+
+
+def test_the_page_holds_the_ratios_of_the_rounds_that_were_measured(tmp_path: Path) -> None:
+    sizes = [word for name, value in SIZES.items() for word in (f"--{name}", str(value))]
+    words = ["--output", "result.json", "--page", "page.md", "--ranks", "2", "--repeats", "3", "--warmup", "1", *sizes]
+    command = [sys.executable, str(ROOT / "benchmarks" / "guard_cost.py"), *words]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["sizes"] == SIZES
+    entry, page = result["ranks"]["2"], (tmp_path / "page.md").read_text()
+    for part in ("tie_guard", "gradients"):
+        ratios = [a / step for a, step in zip(entry["seconds"][part], entry["seconds"]["step"], strict=True)]
+        assert (len(ratios), entry[part]["ratio"]) == (3, statistics.median(ratios))
+        assert f"{statistics.median(ratios):.2%} ({min(ratios):.2%} to {max(ratios):.2%})" in page
+    assert entry["tie_guard"]["amortised"] == entry["tie_guard"]["ratio"] / 200
+    assert "spread over 200 steps" in page
+
+
+def test_the_projects_page_is_the_programs() -> None:
+    """But for what was measured: the text around the table is the program's own."""
+    program, page = ((ROOT / path).read_text() for path in ("benchmarks/guard_cost.py", "docs/guards.md"))
+    text = program.partition('_PAGE = """')[2]
+    assert text
+    before = text.partition("{table}")[0]
+    assert page.startswith(before.lstrip("\\\n"))

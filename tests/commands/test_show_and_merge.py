@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One process, no NeMo: `tied-lora show` and `tied-lora merge` as they are typed; merge's memory in a process of its own.
+
+The check at the end of a merge restores both models on real NeMo: test_hugging_face.py.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from nemo_tied_lora.adapter.update_statistics import inspect_layers
+from nemo_tied_lora.checkpoint.nemo_file_reader import read_adapter
+from nemo_tied_lora.commands.main import main
+from nemo_tied_lora.commands.show_picture import digits_that_differ, panels_of
+from tests.conversion.test_merge import (
+    HIDDEN,
+    LAYERS,
+    MODEL,
+    PLACES,
+    assert_close,
+    content,
+    distributed_base,
+    legacy_base,
+    merged_weights,
+    part_of,
+    whole_weights,
+)
+from tests.harness.adapter_files import specs_of, tiny_adapter
+
+PNG = b"\x89PNG"
+# Of the base whose merge is measured; its largest tensor, a linear_fc1 of one rank, has 2 * WIDE * WIDE elements.
+WIDE, WIDE_LAYERS = 896, 8
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    return tiny_adapter(tmp_path / "adapter.nemo", layers=LAYERS, hidden=HIDDEN, alpha=5.0)
+
+
+def said(capsys: pytest.CaptureFixture[str], words: Sequence[str], code: int) -> str:
+    """What the command printed, on stdout where it went well, else on stderr."""
+    assert main(list(words)) == code
+    captured = capsys.readouterr()
+    return captured.err if code else captured.out
+
+
+@pytest.mark.parametrize("command", ["show", "merge", "import"])
+def test_help_shows_examples_that_name_the_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    assert f"  tied-lora {command} " in capsys.readouterr().out
+
+
+def test_show_prints_config_parameters_and_norms_and_draws(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    printed = said(capsys, ["show", f"adapter={adapter}"], 0)
+    assert "rank 3, trained v B u A, tied A B, alpha 5" in printed
+    for target in PLACES:
+        assert printed.count(target) == 1 + LAYERS
+    picture = Path(f"{adapter}.png")
+    assert str(picture) in printed
+    assert picture.read_bytes().startswith(PNG)
+
+
+def test_show_as_json_agrees_with_the_formula(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    facts = json.loads(said(capsys, ["show", f"adapter={adapter}", "output=null", "format=json"], 0))
+    file = read_adapter(adapter)
+    assert facts["trained_parameters"] == sum(tensor.numel() for tensor in file.state.values())
+    merged = merged_weights({key: torch.zeros(w.shape) for key, w in whole_weights().items()}, [(file, 1.0)])
+    assert len(facts["layers"]) == len(merged)
+    for layer in facts["layers"]:
+        values = torch.linalg.svdvals(merged[layer["layer"], layer["target"]])
+        shares = (values / values.sum())[:3]
+        assert layer["update_norm"] == pytest.approx(float(values.square().sum().sqrt()), rel=1e-6)
+        assert layer["effective_rank"] == pytest.approx(float(torch.exp(-(shares * shares.log()).sum())), rel=1e-5)
+        u = file.state[f"layers.{layer['layer']}.{layer['target']}.u"]
+        assert layer["rms"]["u"] == pytest.approx(float(u.square().mean().sqrt()), rel=1e-6)
+    assert facts["picture"] is None
+    assert not Path(f"{adapter}.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "shown"),
+    [
+        ({"preset": "tl6"}, ("u", "v", "rank")),
+        ({"preset": "tl5"}, ("rank",)),
+        ({"preset": "lora"}, ("rank",)),
+        ({"trained": ["v", "B"], "tied": ["A", "B"]}, ("v", "rank")),
+    ],
+)
+def test_the_picture_has_no_panel_of_a_frozen_u_or_v(
+    tmp_path: Path, fields: dict, shown: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tiny_adapter(tmp_path / "a.nemo", **fields)
+    file = read_adapter(path)
+    assert panels_of(inspect_layers(file.config, file.specs, file.state)) == shown
+    said(capsys, ["show", f"adapter={path}", f"output={tmp_path / 'new.png'}"], 0)
+    assert (tmp_path / "new.png").read_bytes().startswith(PNG)
+
+
+def test_the_pictures_numbers_have_the_digits_that_tell_them_apart() -> None:
+    assert digits_that_differ(np.array([0.2, 3.9])) == 2
+    assert digits_that_differ(np.array([1.001, 1.012, 1.015])) == 4
+    assert digits_that_differ(np.array([3.76, 3.94])) == 4
+    assert digits_that_differ(np.ones(5)) == 2
+    assert digits_that_differ(np.array([])) == 2
+
+
+def test_show_reports_every_problem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    problems = said(capsys, ["show", "adapter=nowhere.nemo", "output=x.pdf", "format=xml"], 2)
+    for part in ("adapter=nowhere.nemo", "output=x.pdf", "format='xml'"):
+        assert part in problems
+    (tmp_path / "damaged.nemo").write_bytes(b"x" * 2000)
+    assert "Traceback" not in said(capsys, ["show", f"adapter={tmp_path / 'damaged.nemo'}"], 2)
+    assert "adaptr=" in said(capsys, ["show", "adaptr=a.nemo"], 2)
+
+
+def words_of(base: Path, output: Path, *more: str) -> list[str]:
+    return ["merge", f"base={base}", f"output={output}", "verify=false", *more]
+
+
+def test_merge_says_what_it_changed_and_replaces_an_older_file(
+    tmp_path: Path, adapter: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, output = distributed_base(tmp_path / "base.nemo", tmp_path / "base"), tmp_path / "merged.nemo"
+    before = base.read_bytes()
+    output.write_bytes(b"old")
+    printed = said(capsys, words_of(base, output, f"adapter={adapter}"), 0)
+    elements = sum(weight.numel() for weight in whole_weights().values())
+    assert f"merged: {elements:,} elements of 4 weights" in printed
+    assert f"written: {output} ({output.stat().st_size:,} bytes)" in printed
+    assert output.stat().st_size == len(before)
+    assert base.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter.nemo", "base", "base.nemo", "merged.nemo"]
+
+
+def test_merge_adds_several_adapters_with_weights_to_a_base_of_two_ranks(
+    tmp_path: Path, adapter: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tiny_adapter(tmp_path / "b.nemo", preset="lora", rank=2, layers=LAYERS, hidden=HIDDEN)
+    base, output = legacy_base(tmp_path / "base.nemo", tmp_path / "base", 2, 1), tmp_path / "merged.nemo"
+    said(capsys, words_of(base, output, f"adapters=[{adapter},{other}]", "weights=[0.7,-0.3]"), 0)
+    folder, specs = content(output, tmp_path / "out"), specs_of(HIDDEN, LAYERS)
+    files = [(read_adapter(adapter), 0.7), (read_adapter(other), -0.3)]
+    expected = merged_weights(whole_weights(), files)
+    for rank in range(2):
+        state = torch.load(folder / f"mp_rank_{rank:02d}" / "model_weights.ckpt", weights_only=True)
+        assert len(state) == len(expected)
+        for (layer, target), weight in expected.items():
+            part = state[f"model.decoder.layers.{layer}.{PLACES[target]}.weight"]
+            assert_close(part, part_of(weight, specs[target], rank, 2))
+
+
+@pytest.mark.parametrize("cause", ["base", "weights"])
+def test_merge_refuses_what_is_not_finite_and_keeps_the_older_file(
+    tmp_path: Path, adapter: Path, cause: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = whole_weights()
+    if cause == "base":
+        weights[2, "linear_proj"][5, 7] = float("nan")
+    monkeypatch.setattr("tests.conversion.test_merge.whole_weights", lambda dtype=torch.float32: weights)
+    base, output = distributed_base(tmp_path / "base.nemo", tmp_path / "base"), tmp_path / "merged.nemo"
+    output.write_bytes(b"old")
+    share = "1e38" if cause == "weights" else "1.0"
+    problems = said(capsys, words_of(base, output, f"adapters=[{adapter}]", f"weights=[{share}]"), 2)
+    assert "not finite in torch.float32; nothing is written" in problems
+    if cause == "base":
+        assert "layer 2 linear_proj" in problems
+    assert output.read_bytes() == b"old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter.nemo", "base", "base.nemo", "merged.nemo"]
+
+
+def test_merge_never_overwrites_what_it_reads(
+    tmp_path: Path, adapter: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = distributed_base(tmp_path / "base.nemo", tmp_path / "base")
+    (tmp_path / "link.nemo").symlink_to(base)
+    before = base.read_bytes(), adapter.read_bytes()
+    for output in (base, adapter, tmp_path / "link.nemo"):
+        assert "is an input; name another" in said(capsys, words_of(base, output, f"adapter={adapter}"), 2)
+    (tmp_path / "folder.nemo").mkdir()
+    assert "is a folder" in said(capsys, words_of(base, tmp_path / "folder.nemo", f"adapter={adapter}"), 2)
+    assert (base.read_bytes(), adapter.read_bytes()) == before
+
+
+def test_merge_reports_every_problem(tmp_path: Path, adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = ["base=nowhere.nemo", "adapters=[none.nemo]", "weights=[1,2]", "output=x.pt", "verify=maybe", "prompts=[]"]
+    problems = said(capsys, ["merge", *wrong], 2)
+    for part in ("base=nowhere.nemo", "none.nemo", "weights=[1, 2]", "output=x.pt", "verify='maybe'", "prompts=[]"):
+        assert part in problems
+    assert "give one of them" in said(capsys, ["merge", "output=x.nemo"], 2)
+    problems = said(capsys, words_of(adapter, tmp_path / "m.nemo", f"adapter={adapter}"), 2)
+    assert f"base={adapter}: is a Tied-LoRA adapter, not a base" in problems
+    base = distributed_base(tmp_path / "base.nemo", tmp_path / "base")
+    wide = tiny_adapter(tmp_path / "wide.nemo", hidden=2 * HIDDEN, layers=LAYERS + 1)
+    problems = said(capsys, words_of(base, tmp_path / "m.nemo", f"adapter={wide}"), 2)
+    assert "linear_qkv: the adapter was trained on 48 x 144 (in x out), this base has 24 x 72" in problems
+    assert "it has an update for layer 4; this base has layers 0 to 3" in problems
+
+
+def test_a_base_whose_config_is_a_bomb_is_refused(
+    tmp_path: Path, adapter: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "base.nemo"
+    with tarfile.open(base, "w:gz") as tar:
+        info = tarfile.TarInfo("model_config.yaml")
+        info.size = 64 << 20
+        tar.addfile(info, io.BytesIO(b"#" * info.size))
+    assert base.stat().st_size < 1 << 20
+    problems = said(capsys, words_of(base, tmp_path / "m.nemo", f"adapter={adapter}"), 2)
+    assert f"base={base}: not a .nemo file: its model_config.yaml claims 67108864 bytes" in problems
+
+
+def test_merge_needs_a_few_of_the_bases_tensors_in_memory_not_the_model(tmp_path: Path) -> None:
+    """The base is some 260 MB on two ranks; its largest tensor 6 MB; parts of at most 16 MB are read.
+
+    Measured: 65 to 75 MB, what the allocator and the page cache's mappings keep included; the whole model would be
+    260 and more.
+    """
+    base, specs, total = tmp_path / "base", specs_of(WIDE, WIDE_LAYERS), 0
+    for rank in range(2):
+        state = {}
+        for layer in range(WIDE_LAYERS):
+            for target, spec in specs.items():
+                weight = part_of(torch.zeros(spec.out_features, spec.in_features), spec, rank, 2)
+                state[f"model.decoder.layers.{layer}.{PLACES[target]}.weight"] = weight.contiguous()
+        total += sum(weight.nbytes for weight in state.values())
+        (base / f"mp_rank_{rank:02d}").mkdir(parents=True)
+        torch.save(state, base / f"mp_rank_{rank:02d}" / "model_weights.ckpt")
+    sizes = {"hidden_size": WIDE, "ffn_hidden_size": 2 * WIDE, "num_layers": WIDE_LAYERS}
+    (base / "model_config.yaml").write_text(yaml.safe_dump({**MODEL, **sizes}))
+    adapter = tiny_adapter(tmp_path / "adapter.nemo", hidden=WIDE, layers=WIDE_LAYERS)
+    output = tmp_path / "merged.nemo"
+    words = words_of(base, output, f"adapter={adapter}")
+    code = f"from tests.commands.test_show_and_merge import print_memory_of_merge; print_memory_of_merge({words!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
+    peak = int(done.stdout.splitlines()[-1])
+    assert output.stat().st_size > total > 250e6
+    assert peak < 0.5 * total
+    output.unlink()
+
+
+def print_memory_of_merge(words: list[str]) -> None:
+    """Bytes at the peak of the command beyond what its imports take."""
+    import nemo_tied_lora.conversion.merging.merge  # noqa: F401
+    from tests.harness.resident_memory import memory_of
+
+    torch.set_num_threads(1)
+    codes: list[int] = []
+    needed = memory_of(lambda: codes.append(main(words)))
+    assert codes == [0]
+    print(needed)

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole commands on a tiny model: real NeMo, real ranks, real files."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from nemo_tied_lora.checkpoint.nemo_file_reader import AdapterFile, read_adapter
+from tests.harness.command_runs import SHORT, finetune, finetune_arguments, tied_lora
+from tests.harness.paths import ROOT
+
+
+@pytest.fixture(scope="module")
+def single(workshop: Path) -> tuple[AdapterFile, dict, str]:
+    return finetune(workshop, "single")
+
+
+@pytest.mark.parametrize("layout", ["tp2", "pp2"])
+def test_the_same_adapter_comes_out_of_every_layout(
+    workshop: Path, single: tuple[AdapterFile, dict, str], layout: str
+) -> None:
+    got, metrics, printed = finetune(workshop, layout, f"layout={layout}")
+    want = single[0]
+    assert got.config == want.config
+    assert got.specs == want.specs
+    assert got.state.keys() == want.state.keys()
+    for name, tensor in got.state.items():
+        # float32; Adam divides by small second moments, so reordered sums show in the last digits.
+        assert torch.allclose(tensor, want.state[name], rtol=2e-3, atol=2e-5), name
+    losses = [[step["loss"] for step in run["steps"]] for run in (metrics, single[1])]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    norms = [[step["grad_norm"] for step in run["steps"]] for run in (metrics, single[1])]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+    assert "Tied-LoRA rank 4: trained v B u A, tied A B" in printed
+
+
+def test_training_moves_the_adapter_and_records_what_it_did(
+    workshop: Path, single: tuple[AdapterFile, dict, str]
+) -> None:
+    file, metrics, printed = single
+    assert file.state["layers.3.linear_fc2.v"].abs().max() > 0
+    assert [step["step"] for step in metrics["steps"]] == [1, 2, 3, 4]
+    assert all({"loss", "lr", "grad_norm", "seconds", "tokens"} <= step.keys() for step in metrics["steps"])
+    assert metrics["tokens_per_second"] > 0
+    assert {"validation_loss", "validation_exact_string_match"} <= metrics["validations"][-1].keys()
+    assert metrics["trained_parameters"] == sum(file.state[name].numel() for name in file.state)
+    assert f"{metrics['trained_parameters']:,}" in printed
+    assert (workshop / "single" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert list((workshop / "single").glob("events.out.tfevents.*"))
+
+
+def test_a_run_goes_on_where_it_stopped(workshop: Path, single: tuple[AdapterFile, dict, str]) -> None:
+    _, metrics, _ = finetune(workshop, "single", "trainer.max_steps=6")
+    assert [step["step"] for step in metrics["steps"]] == [1, 2, 3, 4, 5, 6]
+    assert [step["loss"] for step in metrics["steps"][:4]] == [step["loss"] for step in single[1]["steps"]]
+
+
+def test_generate_completes_prompts_on_another_layout(workshop: Path, single: tuple[AdapterFile, dict, str]) -> None:
+    common = ["base=base.nemo", "trainer.precision=32", "tokens_to_generate=4"]
+    adapter = "adapter=single/adapter.nemo"
+    done = tied_lora("generate", *common, adapter, "prompts=['1:','2:']", "layout=pp2", folder=workshop)
+    assert [line[:2] for line in done.stdout.splitlines()[-2:]] == ["1:", "2:"]
+    tied_lora(
+        "generate", *common, "adapter=null", "prompts_file=validation.jsonl", "output=answers.jsonl", folder=workshop
+    )
+    answers = [json.loads(line) for line in (workshop / "answers.jsonl").read_text().splitlines()]
+    assert [answer["prompt"] for answer in answers[:2]] == ["0:", "1:"]
+    assert all(isinstance(answer["completion"], str) for answer in answers)
+
+
+def test_a_run_that_a_guard_stops_fails_with_the_reason_and_leaves_an_older_file(
+    workshop: Path, single: tuple[AdapterFile, dict, str]
+) -> None:
+    older = (workshop / "single" / "adapter.nemo").read_bytes()
+    data = [
+        f"model.data.{ds}.file_names=[{n}.jsonl]" for ds, n in (("train_ds", "train"), ("validation_ds", "validation"))
+    ]
+    fixed = ["model.restore_from_path=base.nemo", "output=single/adapter.nemo", "model.optim.lr=1e30", "name=stopped"]
+    done = tied_lora("finetune", *SHORT, *data, *fixed, "trainer.gradient_clip_val=0", folder=workshop, ok=False)
+    assert done.returncode != 0
+    assert "tied-lora finetune: step " in done.stderr
+    assert "holds NaN or infinity on rank 0" in done.stderr
+    assert (workshop / "single" / "adapter.nemo").read_bytes() == older
+
+
+def test_a_sweep_runs_on_this_machine_and_is_reported(workshop: Path) -> None:
+    arguments = [one for one in finetune_arguments("sweep") if "rank=" not in one and not one.startswith("output=")]
+    short = ["trainer.max_steps=2", "cluster=local", "layout=single"]
+    tied_lora("launch", *arguments, *short, "rank=2,4", folder=workshop)
+    for name, rank in (("0_rank-2", 2), ("1_rank-4", 4)):
+        run = workshop / "sweep" / name
+        assert read_adapter(run / "adapter.nemo").config.rank == rank
+        config = OmegaConf.load(next(run.rglob("config.yaml")))
+        assert config.exp_manager.explicit_log_dir == f"sweep/{name}"
+        assert config.model.peft.tied_lora.rank == rank
+        assert json.loads(next(run.rglob("versions.json")).read_text())["packages"]["nemo_toolkit"]
+    shown = tied_lora("report", "folder=sweep", folder=workshop).stdout
+    losses = [json.loads((workshop / "sweep" / n / "metrics.json").read_text()) for n in ("0_rank-2", "1_rank-4")]
+    for metrics, line in zip(losses, shown.splitlines()[2:4], strict=True):
+        assert f"{metrics['validations'][-1]['validation_loss']:.4f}" in line
+        assert line.endswith("| finished |")
+    assert (workshop / "sweep" / "report.png").exists()
+
+
+def test_the_recipe_for_large_bases_trains(workshop: Path) -> None:
+    """bfloat16 with O2 and sequence parallelism, as docs/cluster.md recommends them."""
+    own = ("trainer.precision=", "model.micro_batch_size=")
+    arguments = [one for one in finetune_arguments("recipe") if not one.startswith(own)]
+    arguments += ["recipe=llama2", "layout=tp2", "trainer.max_steps=2"]
+    tied_lora("finetune", *arguments, folder=workshop)
+    metrics = json.loads((workshop / "recipe" / "metrics.json").read_text())
+    assert [step["step"] for step in metrics["steps"]] == [1, 2]
+    assert all(0 < step["loss"] < 10 and step["grad_norm"] > 0 for step in metrics["steps"])
+    assert 0 < metrics["validations"][-1]["validation_loss"] < 10
+    assert read_adapter(workshop / "recipe" / "adapter.nemo").state["layers.3.linear_fc2.v"].abs().max() > 0
+
+
+def test_every_mistake_is_reported_at_once_before_torch_is_imported(workshop: Path) -> None:
+    wrong = [
+        "layout=tp8",
+        "model.restore_from_path=base.nemo",
+        "model.peft.tied_lora.adapter_dim=8",
+        "model.peft.tied_lora.weight_tying=true",
+        "model.peft.tied_lora.alpha=0",
+        "model.data.train_ds.file_names=[missing.jsonl]",
+        "output=adapter.zip",
+    ]
+    done = tied_lora("finetune", *wrong, folder=workshop, ok=False)
+    assert done.returncode == 2
+    said = [
+        "adapter_dim=8: not a key of tied_lora; write rank",
+        "tied: [A, B]",
+        "alpha=0",
+        "missing.jsonl: no such file",
+    ]
+    said += ["validation_ds.file_names", "must end in .nemo", "num_attention_heads"]
+    assert [part for part in said if part not in done.stderr] == []
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "command", ["", "plan", "finetune", "pretrain", "generate", "quickstart", "compare", "convert-checkpoint"]
+)
+def test_help_says_what_to_type(command: str, tmp_path: Path) -> None:
+    done = tied_lora(*command.split(), "--help", folder=tmp_path)
+    assert "tied-lora" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_launcher_starts_each_rank_or_says_how(tmp_path: Path) -> None:
+    script = str(ROOT / "launch" / "torchrun.sh")
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
+    environment |= {"NPROC_PER_NODE": "2", "MASTER_PORT": "29471"}
+    bare = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, check=False)
+    assert bare.returncode == 2
+    assert "NODE_RANK" in bare.stdout
+    command = ["bash", script, "plan", "model=quickstart", "format=json"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('"trained_parameters": 25856') >= 2

@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One process, no NeMo: exports against transformers' and peft's own models, safetensors' own reader, and the command."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+import yaml
+from safetensors import safe_open
+
+from nemo_tied_lora.checkpoint import nemo_file_reader
+from nemo_tied_lora.checkpoint.base_identity import recorded_model_keys
+from nemo_tied_lora.checkpoint.nemo_file_reader import AdapterFile
+from nemo_tied_lora.commands.main import main
+from nemo_tied_lora.config import TARGETS
+from nemo_tied_lora.conversion.hf_families import FAMILIES, BaseShape, join_rows, split_rows
+from nemo_tied_lora.conversion.to_nemo_lora import check_nemo_lora, write_nemo_lora
+from nemo_tied_lora.conversion.to_peft_lora import check_hf_peft, write_hf_peft
+from nemo_tied_lora.conversion.to_safetensors import check_full_state, write_full_state
+from nemo_tied_lora.errors import ConfigError
+from tests.harness.random_adapters import GPT2, LLAMA, delta, random_adapter
+
+VOCAB = 40
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "tl6": (LLAMA, {"preset": "tl6"}),
+    "tl6, alpha 5": (LLAMA, {"preset": "tl6", "alpha": 5.0}),
+    "tl6, alpha that is not whole": (LLAMA, {"preset": "tl6", "alpha": 2.5}),
+    "lora": (LLAMA, {"preset": "lora"}),
+    "tl5, some layers and targets": (LLAMA, {"preset": "tl5", "layers": [1, 3], "targets": ["linear_qkv", "mlp_fc2"]}),
+    "vera": (LLAMA, {"preset": "vera"}),
+    "gpt2": (GPT2, {"preset": "tl6", "alpha": 7.0}),
+    "gpt2, one c_proj of two": (GPT2, {"preset": "tl6", "layers": [2], "targets": ["linear_proj", "mlp_fc1"]}),
+    "gpt2, the other c_proj": (GPT2, {"preset": "tl6", "targets": ["linear_fc2"]}),
+}
+
+
+def hugging_face_model(base: dict[str, Any]) -> Any:
+    """A random model of `transformers` with the base's shapes."""
+    torch.manual_seed(5)
+    sizes = {"vocab_size": VOCAB, "attn_implementation": "eager"}
+    if base is GPT2:
+        config: Any = transformers.GPT2Config(n_embd=24, n_inner=40, n_head=4, n_layer=3, n_positions=16, **sizes)
+        return transformers.GPT2LMHeadModel(config).eval()
+    config = transformers.LlamaConfig(
+        hidden_size=24,
+        intermediate_size=40,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_hidden_layers=4,
+        **sizes,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def with_deltas(base: dict[str, Any], file: AdapterFile) -> Any:
+    """The model with every delta added to its weights, linear by linear, without a row table: heads are counted out."""
+    model, heads = hugging_face_model(base), base["num_attention_heads"]
+    groups, size = base.get("num_query_groups", heads), base.get("kv_channels", 24 // heads)
+    for target, spec in file.specs.items():
+        for layer in spec.layers:
+            rows = delta(file, layer, target).float()
+            if target == "linear_qkv":
+                blocks = [block.split([heads // groups * size, size, size]) for block in rows.chunk(groups)]
+                q, k, v = (torch.cat([block[i] for block in blocks]) for i in range(3))
+                rows_of = {"q_proj": q, "k_proj": k, "v_proj": v, "c_attn": torch.cat([q, k, v])}
+            elif target == "linear_fc1":
+                rows_of = {"gate_proj": rows[:40], "up_proj": rows[40:], "c_fc": rows}
+            else:
+                rows_of = {"linear_proj": {"o_proj": rows}, "linear_fc2": {"down_proj": rows}}[target]
+            block = model.transformer.h[layer] if base is GPT2 else model.model.layers[layer]
+            names = {"linear_proj": "attn.c_proj", "linear_fc2": "mlp.c_proj"} if base is GPT2 else {}
+            if target in names:
+                block.get_submodule(names[target]).weight.data += rows.T
+                continue
+            for name, module in block.named_modules():
+                part = rows_of.get(name.rpartition(".")[2])
+                if part is not None:
+                    module.weight.data += part.T if base is GPT2 else part
+    return model
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.arange(24).view(2, 12) % VOCAB).logits
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_peft_loads_the_folder_onto_the_hugging_face_model_with_the_same_logits(tmp_path: Path, case: str) -> None:
+    base, fields = CASES[case]
+    file = random_adapter(base, **fields)
+    folder = write_hf_peft(file, base, tmp_path / "peft", "my/base")
+    alone = logits(hugging_face_model(base))
+    expected = logits(with_deltas(base, file))
+    assert (expected - alone).abs().max() > 0.1
+    loaded = peft.PeftModel.from_pretrained(hugging_face_model(base), str(folder))
+    got = logits(loaded)
+    assert torch.allclose(got, expected, rtol=1e-4, atol=1e-4), (got - expected).abs().max()
+    assert torch.allclose(logits(loaded.merge_and_unload()), expected, rtol=1e-4, atol=1e-4)
+    assert check_hf_peft(folder, file, base).relative < 1e-6
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "my/base"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+
+
+@pytest.mark.parametrize("case", ["tl6", "tl5, some layers and targets", "gpt2, one c_proj of two"])
+def test_peft_finds_a_linear_for_every_tensor_and_a_tensor_for_every_linear(tmp_path: Path, case: str) -> None:
+    base, fields = CASES[case]
+    file = random_adapter(base, **fields)
+    folder = write_hf_peft(file, base, tmp_path / "peft", None)
+    model = peft.get_peft_model(hugging_face_model(base), peft.LoraConfig.from_pretrained(str(folder)))
+    wanted = {n.replace(".default", "") for n, _ in model.named_parameters() if "lora_" in n}
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as tensors:
+        assert set(tensors.keys()) == wanted
+
+
+def test_the_model_card_says_how_to_load_it(tmp_path: Path) -> None:
+    folder = write_hf_peft(random_adapter(LLAMA, preset="tl6"), LLAMA, tmp_path / "peft", "my/base")
+    card = (folder / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["base_model"] == "my/base"
+    assert front["library_name"] == "peft"
+    assert 'AutoModelForCausalLM.from_pretrained("my/base")' in card
+    assert "| rank | 3 |" in card
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_nemo_lora_file_adds_what_the_tied_formula_adds(tmp_path: Path, case: str) -> None:
+    base, fields = CASES[case]
+    file = random_adapter(base, **fields)
+    path = write_nemo_lora(file, base, tmp_path / "lora.nemo")
+    with tarfile.open(path) as tar:
+        members = {info.name: tar.extractfile(info).read() for info in tar}  # type: ignore[union-attr]
+    state = torch.load(io.BytesIO(members["model_weights.ckpt"]), weights_only=True)
+    tuning = yaml.safe_load(members["model_config.yaml"])["peft"]["lora_tuning"]
+    assert tuning["layer_selection"] == [layer + 1 for layer in file.specs[file.config.targets[0]].layers]
+    blocks = {
+        "linear_qkv": "self_attention.adapter_layer.lora_kqv_adapter",
+        "linear_proj": "self_attention.adapter_layer.lora_dense_attention_adapter",
+        "linear_fc1": "mlp.adapter_layer.lora_hto4h_adapter",
+        "linear_fc2": "mlp.adapter_layer.lora_4htoh_adapter",
+    }
+    for target, spec in file.specs.items():
+        for layer in spec.layers:
+            name = f"model.decoder.layers.{layer}.{blocks[target]}"
+            A, B = state.pop(f"{name}.linear_in.weight"), state.pop(f"{name}.linear_out.weight")
+            got = tuning["alpha"] / tuning["adapter_dim"] * B.double() @ A.double()
+            assert torch.allclose(got, delta(file, layer, target), rtol=1e-5, atol=1e-6)
+    assert state == {}
+    assert check_nemo_lora(path, file).relative < 1e-6
+
+
+def test_safetensors_own_reader_opens_the_full_state(tmp_path: Path) -> None:
+    file = random_adapter(LLAMA, preset="tl6")
+    path = write_full_state(file, tmp_path / "state.safetensors")
+    with safe_open(path, framework="pt") as tensors:
+        assert set(tensors.keys()) == set(file.state)
+        assert json.loads(tensors.metadata()["tied_lora"]) == file.config.as_dict()
+    assert check_full_state(path, file).relative == 0.0
+
+
+@pytest.mark.parametrize("fault", ["v", "u", "alpha", "rows"])
+def test_the_written_check_sees_a_wrong_export(tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = random_adapter(LLAMA, preset="tl6")
+    wrong = {name: torch.ones_like(t) if name.endswith(f".{fault}") else t for name, t in file.state.items()}
+    config = random_adapter(LLAMA, preset="tl6", alpha=4.0).config if fault == "alpha" else file.config
+    if fault == "rows":
+        monkeypatch.setattr("nemo_tied_lora.conversion.to_peft_lora.split_rows", _in_the_order_of_the_file)
+    folder = write_hf_peft(AdapterFile(config, file.specs, wrong, file.yaml), LLAMA, tmp_path / "peft", None)
+    assert check_hf_peft(folder, file, LLAMA).relative > 0.01
+
+
+def _in_the_order_of_the_file(tensor: torch.Tensor, target: str, parts: Any, shape: BaseShape) -> list[torch.Tensor]:
+    return list(tensor.split([len(shape.rows(target, part.share)) for part in parts]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_splitting_and_joining_rows_is_the_identity(family: str) -> None:
+    shape = BaseShape.from_model_config(LLAMA if FAMILIES[family].gated else GPT2, "base")
+    for target in TARGETS:
+        whole = torch.randn(shape.out_features(target), 2)
+        parts = FAMILIES[family].targets[target]
+        assert torch.equal(join_rows(split_rows(whole, target, parts, shape), target, parts, shape), whole)
+
+
+def test_a_base_of_no_family_or_of_other_shapes_is_refused(tmp_path: Path) -> None:
+    file = random_adapter(LLAMA, preset="tl6")
+    with pytest.raises(ConfigError, match=r"not built as gpt2.*'rmsnorm'"):
+        write_hf_peft(file, {**LLAMA, "position_embedding_type": "learned_absolute"}, tmp_path / "peft", None)
+    with pytest.raises(ConfigError, match=r"its linear_qkv is \(24, 96\)"):
+        write_hf_peft(file, {**LLAMA, "num_query_groups": 3}, tmp_path / "peft", None)
+    with pytest.raises(ConfigError, match=r"its linear_fc2 is \(48, 24\)"):
+        write_nemo_lora(file, {**LLAMA, "ffn_hidden_size": 48}, tmp_path / "lora.nemo")
+    with pytest.raises(ConfigError, match=r"base=base\.nemo"):
+        write_hf_peft(
+            file,
+            {"normalization": "rmsnorm", "position_embedding_type": "rope", "activation": "swiglu"},
+            tmp_path,
+            None,
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_no_export_is_not_replaced_and_an_old_export_is(tmp_path: Path) -> None:
+    file, folder = random_adapter(LLAMA, preset="tl6"), tmp_path / "peft"
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("years of work")
+    with pytest.raises(ConfigError, match=r"is no export's folder, it holds thesis\.tex"):
+        write_hf_peft(file, LLAMA, folder, None)
+    assert [path.name for path in folder.iterdir()] == ["thesis.tex"]
+    (folder / "thesis.tex").unlink()
+    write_hf_peft(file, LLAMA, folder, "one")
+    (folder / "notes.txt").write_text("beside an export")
+    with pytest.raises(ConfigError, match=r"it holds notes\.txt"):
+        write_hf_peft(file, LLAMA, folder, "two")
+    assert (folder / "notes.txt").read_text() == "beside an export"
+    (folder / "notes.txt").unlink()
+    write_hf_peft(file, LLAMA, folder, "two")
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "two"
+    assert [path.name for path in tmp_path.iterdir()] == ["peft"]
+
+
+def test_a_failed_export_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = random_adapter(LLAMA, preset="tl6")
+    folder = write_hf_peft(file, LLAMA, tmp_path / "peft", "old")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def full_disk(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("nemo_tied_lora.conversion.to_peft_lora.save_file", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        write_hf_peft(file, LLAMA, folder, "new")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["peft"]
+
+
+def test_a_record_in_megatrons_words_is_read_as_nemos_keys() -> None:
+    architecture = {
+        **{key: LLAMA[key] for key in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")},
+        "num_query_groups": 2,
+        "kv_channels": 8,
+        "gated_linear_unit": True,
+        "activation": "silu",
+        "normalization": "RMSNorm",
+        "position_embedding_type": "rope",
+    }
+    keys = recorded_model_keys({"base": {"name": "x.nemo", "architecture": architecture, "fingerprint": {"a": 1}}})
+    assert keys == LLAMA
+    assert recorded_model_keys({}) == {}
+
+
+def write_adapter(path: Path, file: AdapterFile) -> Path:
+    """The `.nemo` of an adapter that was never on a model."""
+    return nemo_file_reader.write_adapter(path, file.config, file.specs, file.state, file.yaml)
+
+
+@pytest.mark.parametrize("to", ["hf-peft", "nemo-lora", "safetensors"])
+def test_the_command_writes_and_checks(tmp_path: Path, to: str, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter = write_adapter(tmp_path / "adapter.nemo", random_adapter(LLAMA, preset="tl6"))
+    assert main(["export", f"adapter={adapter}", f"to={to}", f"output={tmp_path / 'out'}"]) == 0
+    out = capsys.readouterr().out
+    assert f"written: {tmp_path / 'out'}" in out
+    assert "check: read back" in out
+
+
+def test_the_command_reports_every_problem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", "to=gguf", "adapter=none.nemo", "base=base.nemo"]) == 2
+    said = capsys.readouterr().err
+    for part in ("to=gguf: unknown", "adapter=none.nemo: no such file", "output=null", "base=base.nemo: no such file"):
+        assert part in said

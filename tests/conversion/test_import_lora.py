@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One process, no NeMo: LoRA adapters, peft's own and exported ones, read and fitted by a tied adapter."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from nemo_tied_lora.checkpoint.nemo_file_reader import read_adapter
+from nemo_tied_lora.checkpoint.nemo_file_writer import write_adapter
+from nemo_tied_lora.checkpoint.tar import write_tar
+from nemo_tied_lora.commands.main import main
+from nemo_tied_lora.conversion.lora_to_tied import read_lora
+from nemo_tied_lora.conversion.to_nemo_lora import write_nemo_lora
+from nemo_tied_lora.conversion.to_peft_lora import write_hf_peft
+from nemo_tied_lora.errors import ConfigError
+from tests.conversion.test_export_lora import hugging_face_model
+from tests.harness.random_adapters import GPT2, LLAMA, delta, random_adapter
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A base `.nemo` of which only the config is read."""
+    return base_file(tmp_path / "base.nemo", LLAMA)
+
+
+def base_file(path: Path, model: dict[str, Any]) -> Path:
+    with path.open("wb") as file:
+        write_tar(file, {"model_config.yaml": yaml.safe_dump(model).encode()})
+    return path
+
+
+@pytest.mark.parametrize("preset", ["tl6", "tl5", "lora"])
+def test_an_exported_tied_adapter_comes_back_from_peft(
+    tmp_path: Path, base: Path, preset: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = random_adapter(LLAMA, preset=preset, alpha=5.0, layers=[0, 2, 3])
+    folder = write_hf_peft(file, LLAMA, tmp_path / "peft", None)
+    words = [f"path={folder}", f"base={base}", f"output={tmp_path / 'back.nemo'}", "rank=3", f"preset={preset}"]
+    assert main(["import", "from=lora", *words]) == 0
+    back = read_adapter(tmp_path / "back.nemo")
+    assert back.config.layers == (0, 2, 3)
+    assert back.specs == file.specs
+    for target, spec in file.specs.items():
+        for layer in spec.layers:
+            expected = delta(file, layer, target)
+            # The file is float32.
+            assert (delta(back, layer, target) - expected).norm() < 1e-5 * expected.norm(), (layer, target)
+    printed = capsys.readouterr().out
+    assert "relative error" in printed
+    assert "layer 2" in printed
+    assert re.search(r"check: read back, its relative error over all layers is linear_qkv \S+e-0[6-9],", printed)
+    assert max(back.yaml["fitted"]["relative_errors"]["linear_qkv"].values()) < 1e-6
+
+
+def test_a_file_that_is_further_from_the_lora_than_the_fit_is_told(
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def swapped(path: Path, config: Any, specs: Any, state: dict[str, torch.Tensor], facts: Any) -> Path:
+        names = ["layers.0.linear_proj.v", "layers.3.linear_proj.v"]
+        state |= {names[0]: state[names[1]], names[1]: state[names[0]]}
+        return write_adapter(path, config, specs, state, facts)
+
+    folder = write_hf_peft(random_adapter(LLAMA, preset="tl6"), LLAMA, tmp_path / "peft", None)
+    monkeypatch.setattr("nemo_tied_lora.checkpoint.nemo_file_writer.write_adapter", swapped)
+    words = [f"path={folder}", f"base={base}", f"output={tmp_path / 'back.nemo'}", "rank=3"]
+    assert main(["import", "from=lora", *words]) == 1
+    assert "further away than the fit: linear_proj" in capsys.readouterr().err
+
+
+def test_an_exported_tied_adapter_comes_back_from_stock_nemos_form_without_its_base(tmp_path: Path) -> None:
+    file = random_adapter(GPT2, preset="tl6", targets=["linear_qkv", "linear_fc2"])
+    path = write_nemo_lora(file, GPT2, tmp_path / "lora.nemo")
+    assert main(["import", "from=lora", f"path={path}", f"output={tmp_path / 'back.nemo'}", "rank=3"]) == 0
+    back = read_adapter(tmp_path / "back.nemo")
+    assert back.yaml["base"]["num_attention_heads"] == 4
+    for target in file.specs:
+        expected = delta(file, 1, target)
+        assert (delta(back, 1, target) - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_pefts_own_adapter_is_read_as_peft_merges_it(tmp_path: Path, rslora: bool) -> None:
+    torch.manual_seed(3)
+    config = peft.LoraConfig(
+        r=2,
+        lora_alpha=3,
+        target_modules=["q_proj", "v_proj", "up_proj"],
+        use_rslora=rslora,
+        alpha_pattern={"v_proj": 7},
+    )
+    model = peft.get_peft_model(hugging_face_model(LLAMA), config)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_()
+    model.save_pretrained(tmp_path / "peft")
+    lora = read_lora(tmp_path / "peft", LLAMA)
+    assert set(lora.deltas) == {"linear_qkv", "linear_fc1"}
+    before = hugging_face_model(LLAMA).state_dict()
+    merged = model.merge_and_unload().state_dict()
+    for layer in range(4):
+        name = f"model.layers.{layer}"
+        q, k, v, gate, up = (
+            (merged[f"{name}.{part}.weight"] - before[f"{name}.{part}.weight"]).double()
+            for part in (*(f"self_attn.{x}_proj" for x in "qkv"), "mlp.gate_proj", "mlp.up_proj")
+        )
+        assert k.abs().max() == gate.abs().max() == 0
+        groups = zip(q.chunk(2), k.chunk(2), v.chunk(2), strict=True)
+        expected = torch.cat([part for group in groups for part in group])
+        for target, want in (("linear_qkv", expected), ("linear_fc1", torch.cat([gate, up]))):
+            got = lora.deltas[target][layer]
+            assert torch.allclose(got.P @ got.Q, want, atol=1e-5)
+
+
+def test_an_adapter_that_is_no_plain_lora_or_of_another_base_is_refused(tmp_path: Path, base: Path) -> None:
+    folder = write_hf_peft(random_adapter(LLAMA, preset="tl6"), LLAMA, tmp_path / "peft", None)
+    with pytest.raises(ConfigError, match=r"\(48, r\)|needs"):
+        read_lora(folder, {**LLAMA, "num_attention_heads": 4, "num_query_groups": 4})
+    with pytest.raises(ConfigError, match="layers 0 to 1"):
+        read_lora(folder, {**LLAMA, "num_layers": 2})
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True, "bias": "all"}))
+    with pytest.raises(ConfigError, match=r"use_dora=True(.|\n)*bias='all'"):
+        read_lora(folder, LLAMA)
+    (folder / "adapter_config.json").write_text("{")
+    with pytest.raises(ConfigError, match="is no peft adapter"):
+        read_lora(folder, LLAMA)
+
+
+def test_nan_a_truncated_file_and_a_stranger_are_refused(tmp_path: Path, base: Path) -> None:
+    folder = write_hf_peft(random_adapter(LLAMA, preset="tl6"), LLAMA, tmp_path / "peft", None)
+    weights = folder / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    name = next(iter(tensors))
+    save_file({**tensors, name: tensors[name] * float("nan")}, weights)
+    words = ["import", "from=lora", f"path={folder}", f"base={base}", f"output={tmp_path / 'back.nemo'}", "rank=3"]
+    assert main(words) == 2
+    save_file({**tensors, "base_model.model.lm_head.weight": torch.ones(1)}, weights)
+    with pytest.raises(ConfigError, match=r"lm_head\.weight is no LoRA"):
+        read_lora(folder, LLAMA)
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_lora(folder, LLAMA)
+    assert not (tmp_path / "back.nemo").exists()
+
+
+def test_nothing_in_a_nemo_file_is_unpickled_beyond_tensors(tmp_path: Path) -> None:
+    path, content = tmp_path / "evil.nemo", io.BytesIO()
+    torch.save({"model.decoder.layers.0.x.linear_in.weight": Evil(tmp_path / "proof")}, content)
+    with path.open("wb") as file:
+        members = {"model_config.yaml": yaml.safe_dump({**LLAMA, "peft": {}}).encode()}
+        write_tar(file, {**members, "model_weights.ckpt": content.getvalue()})
+    with pytest.raises(ConfigError, match="single-rank form"):
+        read_lora(path, None)
+    assert not (tmp_path / "proof").exists()
+
+
+class Evil:
+    """Touches a file where it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def test_the_command_reports_every_problem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = ["path=nowhere", "output=x.pt", "rank=0", "model.peft.tied_lora.preset=tl9", "max_iterations=0"]
+    assert main(["import", "from=lora", *wrong]) == 2
+    said = capsys.readouterr().err
+    for part in ("path=nowhere", "output=x.pt", "rank=0", "preset='tl9'", "max_iterations=0"):
+        assert part in said
+    folder = write_hf_peft(random_adapter(LLAMA, preset="tl6"), LLAMA, tmp_path / "peft", None)
+    assert main(["import", "from=lora", f"path={folder}", f"output={tmp_path / 'x.nemo'}"]) == 2
+    assert "base=null: name the base's .nemo" in capsys.readouterr().err
+    with tarfile.open(base_file(tmp_path / "base.nemo", LLAMA)) as tar:
+        assert tar.getnames() == ["model_config.yaml"]

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small adapters on disk without a model, and tars taken apart and put together by hand."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_tied_lora.adapter.full_state import expected_shapes
+from nemo_tied_lora.adapter.shapes import TargetSpec
+from nemo_tied_lora.checkpoint.nemo_file_writer import write_adapter
+from nemo_tied_lora.config import TiedLoraConfig
+
+__all__ = ["CONFIG", "STATE", "header", "member_offsets", "members_of", "specs_of", "tiny_adapter", "write_tar"]
+
+CONFIG, STATE = "model_config.yaml", "adapter.safetensors"
+
+
+def specs_of(hidden: int, layers: int) -> dict[str, TargetSpec]:
+    """A GPT's four linears, the MLP gated and 2 * hidden wide."""
+    every = tuple(range(layers))
+    return {
+        "linear_qkv": TargetSpec("column", hidden, 3 * hidden, 1, every),
+        "linear_proj": TargetSpec("row", hidden, hidden, 1, every),
+        "linear_fc1": TargetSpec("column", hidden, 4 * hidden, 2, every),
+        "linear_fc2": TargetSpec("row", 2 * hidden, hidden, 1, every),
+    }
+
+
+def tiny_adapter(path: Path, *, hidden: int = 24, layers: int = 4, **fields: Any) -> Path:
+    """Writes an adapter whose numbers are a function of their names."""
+    config = TiedLoraConfig.from_mapping({"preset": "tl6", "rank": 3, **fields})
+    specs = {target: spec for target, spec in specs_of(hidden, layers).items() if target in config.targets}
+    state = {
+        name: torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+        for name, shape in expected_shapes(config, specs).items()
+    }
+    return write_adapter(path, config, specs, state, {})
+
+
+def members_of(whole: bytes) -> dict[str, bytes]:
+    """Name to content."""
+    with tarfile.open(fileobj=io.BytesIO(whole)) as tar:
+        return {info.name: tar.extractfile(info).read() for info in tar}
+
+
+def member_offsets(whole: bytes) -> dict[str, tuple[int, int]]:
+    """Name to where the content starts, and its size."""
+    with tarfile.open(fileobj=io.BytesIO(whole)) as tar:
+        return {info.name: (info.offset_data, info.size) for info in tar}
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> Path:
+    """A tar of plain files."""
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def header(name: str, size: int, kind: bytes = tarfile.REGTYPE, link: str = "") -> bytes:
+    """A tar header that claims what one likes."""
+    info = tarfile.TarInfo(name)
+    info.size, info.type, info.linkname = size, kind, link
+    return info.tobuf(format=tarfile.GNU_FORMAT)

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs the real commands, as a user does, on a tiny base."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import sentencepiece
+
+from nemo_tied_lora.checkpoint.nemo_file_reader import AdapterFile, read_adapter
+from tests.harness.paths import ROOT
+
+__all__ = ["SHORT", "TIMEOUT", "TINY", "finetune", "finetune_arguments", "make_workshop", "tied_lora"]
+
+TINY = [
+    "model.num_layers=4",
+    "model.hidden_size=32",
+    "model.ffn_hidden_size=48",
+    "model.num_attention_heads=4",
+    "model.num_query_groups=2",
+    "model.encoder_seq_length=32",
+    "model.max_position_embeddings=32",
+    "model.override_vocab_size=128",
+]
+SHORT = [
+    "trainer.precision=32",
+    "trainer.max_steps=4",
+    "trainer.val_check_interval=2",
+    "trainer.enable_progress_bar=false",
+    "model.global_batch_size=4",
+    "model.micro_batch_size=2",
+    "model.data.train_ds.max_seq_length=32",
+    "model.data.train_ds.pin_memory=false",
+    "model.data.validation_ds.pin_memory=false",
+    "model.data.validation_ds.tokens_to_generate=4",
+    "model.optim.sched.warmup_steps=1",
+]
+TIMEOUT = 600
+
+
+def tied_lora(
+    *arguments: str, folder: Path, ok: bool = True, planted: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Runs the command in a folder, as a user does.
+
+    Args:
+        planted: more environment variables; a `sitecustomize` on PYTHONPATH plants faults into the ranks.
+    """
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment |= planted or {}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    command = [sys.executable, "-W", "ignore", "-m", "nemo_tied_lora.commands.main", *arguments]
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False
+    )
+    if ok:
+        assert done.returncode == 0, f"{arguments}\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
+    return done
+
+
+def make_workshop(folder: Path) -> None:
+    """Data, a tokenizer, and a base made by `tied-lora pretrain`."""
+    words = ["eins", "zwei", "drei", "vier", "five", "six", "sept", "huit"]
+    examples = [{"input": f"{i % 8}:", "output": words[i % 8]} for i in range(64)]
+    for name in ("train", "validation"):
+        lines = examples if name == "train" else examples[:8]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([e["input"] + e["output"] for e in examples]),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=40,
+        model_type="char",
+        hard_vocab_limit=False,
+        add_dummy_prefix=False,
+        bos_id=1,
+        eos_id=2,
+        pad_id=3,
+        minloglevel=2,
+    )
+    data = [
+        f"model.data.{ds}.file_names=[{n}.jsonl]" for ds, n in (("train_ds", "train"), ("validation_ds", "validation"))
+    ]
+    tokenizer = "model.tokenizer.model=tokenizer.model"
+    tied_lora("pretrain", *TINY, *SHORT, *data, tokenizer, "output=base.nemo", "name=base", folder=folder)
+    assert (folder / "base.nemo").stat().st_size > 10_000
+
+
+def finetune(folder: Path, name: str, *arguments: str) -> tuple[AdapterFile, dict, str]:
+    """A short fine-tuning run: the adapter's file, metrics.json, what was printed."""
+    done = tied_lora("finetune", *finetune_arguments(name), *arguments, folder=folder)
+    metrics = json.loads((folder / name / "metrics.json").read_text())
+    return read_adapter(folder / name / "adapter.nemo"), metrics, done.stdout
+
+
+def finetune_arguments(name: str) -> list[str]:
+    """Of a short run in the folder `name`."""
+    data = [
+        f"model.data.{ds}.file_names=[{n}.jsonl]" for ds, n in (("train_ds", "train"), ("validation_ds", "validation"))
+    ]
+    fixed = [
+        "model.restore_from_path=base.nemo",
+        f"output={name}/adapter.nemo",
+        f"exp_manager.explicit_log_dir={name}",
+    ]
+    rank = ["model.peft.tied_lora.rank=4", "model.optim.lr=1e-2"]
+    return [*SHORT, *data, *fixed, *rank]

@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the project lies."""
+
+from pathlib import Path
+
+__all__ = ["ROOT"]
+
+ROOT = Path(__file__).resolve().parents[2]
+"""The folder that holds README.md."""

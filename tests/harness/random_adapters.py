@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapter files with random tensors everywhere, without a model, and the delta of a layer by the literal formula."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from nemo_tied_lora import TiedLoraConfig
+from nemo_tied_lora.adapter.full_state import expected_shapes, factors_of_layer
+from nemo_tied_lora.adapter.shapes import TargetSpec
+from nemo_tied_lora.checkpoint.nemo_file_reader import AdapterFile
+from nemo_tied_lora.conversion.hf_families import BaseShape
+from tests.harness.tiny_gpt import full_tensor
+
+__all__ = ["GPT2", "LLAMA", "delta", "random_adapter"]
+
+LLAMA: dict[str, Any] = {
+    "num_layers": 4,
+    "hidden_size": 24,
+    "ffn_hidden_size": 40,
+    "num_attention_heads": 6,
+    "num_query_groups": 2,
+    "kv_channels": 8,
+    "activation": "fast-swiglu",
+    "normalization": "rmsnorm",
+    "position_embedding_type": "rope",
+}
+"""NeMo's keys of a Llama with query groups and heads wider than hidden / heads."""
+
+GPT2: dict[str, Any] = {
+    "num_layers": 3,
+    "hidden_size": 24,
+    "ffn_hidden_size": 40,
+    "num_attention_heads": 4,
+    "activation": "gelu",
+    "normalization": "layernorm",
+    "position_embedding_type": "learned_absolute",
+}
+
+
+def random_adapter(base: dict[str, Any], **fields: Any) -> AdapterFile:
+    """As `read_adapter` returns it, float32."""
+    config, shape = TiedLoraConfig.from_mapping({"rank": 3, **fields}), BaseShape.from_model_config(base, "base")
+    layers = tuple(range(shape.num_layers)) if config.layers is None else tuple(config.layers)
+    specs = {
+        target: TargetSpec(
+            kind="column" if target in ("linear_qkv", "linear_fc1") else "row",
+            in_features=shape.in_features(target),
+            out_features=shape.out_features(target),
+            blocks=2 if target == "linear_fc1" and shape.gated else 1,
+            layers=layers,
+        )
+        for target in config.targets
+    }
+    state = {n: full_tensor(f"random {n}", s).float() for n, s in expected_shapes(config, specs).items()}
+    return AdapterFile(config, specs, state, {"base": base})
+
+
+def delta(file: AdapterFile, layer: int, target: str) -> torch.Tensor:
+    """(alpha / r) diag(v) B diag(u) A of one layer (out, in), float64, in Megatron's row order."""
+    factors = {f: t.double() for f, t in factors_of_layer(file.config, file.state, layer, target).items()}
+    u = factors.get("u", torch.ones(file.config.rank, dtype=torch.float64))
+    v = factors.get("v", torch.ones(len(factors["B"]), dtype=torch.float64))
+    return file.config.scale * torch.diag(v) @ factors["B"] @ torch.diag(u) @ factors["A"]

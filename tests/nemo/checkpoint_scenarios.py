@@ -1,0 +1,399 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Short fine-tuning runs in one process, for what NeMo's checkpoint options mean: `python -m ... FOLDER NAME...`.
+
+Prints a JSON object on its last line. One process, because starting NeMo costs more than all the runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from safetensors.torch import load_file
+
+__all__ = ["SCENARIOS", "SHARDED", "At", "checkpoint", "main", "run", "state", "tensors_in"]
+
+PARAMS = "exp_manager.checkpoint_callback_params"
+# Microbatches of one sample: at another data parallel size the same samples weigh the same.
+SHARDED = ["model.optim.name=mcore_distributed_optim", "model.micro_batch_size=1"]
+COMMON = ["trainer.max_steps=4", "model.data.validation_ds.metric.name=loss", f"{PARAMS}.save_top_k=-1"]
+
+
+class At(Callback):
+    """Does something before the training step of that number."""
+
+    def __init__(self, step: int, do: Callable[[Any], Any]) -> None:
+        self.step, self.do, self.result = step, do, None
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step + 1 == self.step:
+            self.result = self.do(trainer)
+
+
+class Preempted(Callback):
+    """NeMo's callback as exp_manager arms it where there is a GPU."""
+
+    def on_fit_start(self, trainer: Any, *_: Any) -> None:
+        from nemo.utils.callbacks.preemption import PreemptionCallback
+
+        trainer.callbacks.append(PreemptionCallback(trainer.checkpoint_callback))
+
+
+def run(name: str, *arguments: str, callbacks: tuple[Callback, ...] = ()) -> dict[str, Any]:
+    """`tied-lora finetune` on this very rank, with callbacks of the test's own."""
+    from nemo_tied_lora.nemo import training_runs
+    from nemo_tied_lora.nemo.checkpoint_strategy import TiedLoraTrainerBuilder
+    from nemo_tied_lora.planning.compose import compose_config
+    from tests.harness.command_runs import finetune_arguments
+
+    class Builder(TiedLoraTrainerBuilder):
+        def _callbacks(self, ours: Any) -> Any:
+            return [*super()._callbacks(ours), *callbacks]
+
+    training_runs.TiedLoraTrainerBuilder = Builder  # type: ignore[misc]
+    return training_runs.finetune(compose_config("finetune", [*finetune_arguments(name), *COMMON, *arguments]))
+
+
+def stopped(name: str, *arguments: str, step: int = 3) -> None:
+    """A run that ends as by a power cut, before that step."""
+
+    class PowerCut(BaseException):
+        pass
+
+    def cut(_: Any) -> None:
+        raise PowerCut
+
+    with contextlib.suppress(PowerCut):
+        run(name, *arguments, callbacks=(At(step, cut),))
+
+
+def state(path: Path) -> dict[str, torch.Tensor]:
+    from nemo_tied_lora.checkpoint.nemo_file_reader import read_adapter
+
+    return read_adapter(path).state
+
+
+def checkpoint(name: str, step: int) -> Path:
+    found = [p for p in Path(name, "checkpoints").glob(f"*-step={step}-*") if not p.name.endswith("-last")]
+    assert len(found) == 1, found
+    return found[0]
+
+
+def adapter_in(folder: Path) -> dict[str, torch.Tensor]:
+    return tensors_in(folder, "adapter/")
+
+
+def tensors_in(folder: Path, prefix: str = "") -> dict[str, torch.Tensor]:
+    """By safetensors' own reader."""
+    files = [load_file(file) for file in sorted(folder.glob("*.safetensors"))]
+    found = {key: tensor for tensors in files for key, tensor in tensors.items()}
+    return {key.removeprefix(prefix): tensor for key, tensor in found.items() if key.startswith(prefix)}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def nemo(name: str) -> Path:
+    return Path(name, "checkpoints", "tied_lora.nemo")
+
+
+def at_the_end() -> dict[str, bool]:
+    """save_nemo_on_train_end: the last adapter's .nemo among the checkpoints."""
+    run("at_the_end", f"{PARAMS}.save_nemo_on_train_end=true")
+    return {"the last": same(state(nemo("at_the_end")), state(Path("at_the_end/adapter.nemo")))}
+
+
+def never() -> dict[str, bool]:
+    """None of them: no .nemo among the checkpoints; a second run without resume_if_exists starts anew."""
+    first = run("never")
+    second = run("never", "exp_manager.resume_if_exists=false")
+    again = run("never", "trainer.max_steps=6")
+    losses = [step["loss"] for step in first["steps"]]
+    return {
+        "none": not list(Path("never/checkpoints").glob("*.nemo")),
+        "anew": [step["loss"] for step in second["steps"]] == losses and second["steps"][0]["step"] == 1,
+        "resumed": [step["step"] for step in again["steps"]] == [1, 2, 3, 4, 5, 6],
+        "the longer run learns": again["steps"][4]["lr"] == pytest.approx(3.4549e-3, rel=1e-3),
+    }
+
+
+def always() -> dict[str, bool]:
+    """always_save_nemo: with every checkpoint."""
+    early = At(3, lambda _: state(nemo("always")))
+    run("always", f"{PARAMS}.always_save_nemo=true", callbacks=(early,))
+    return {
+        "with the first": same(early.result, adapter_in(checkpoint("always", 2))),
+        "with the last": same(state(nemo("always")), adapter_in(checkpoint("always", 4))),
+        "they differ": not same(early.result, state(nemo("always"))),
+    }
+
+
+def best() -> dict[str, bool]:
+    """save_best_model with save_nemo_on_train_end: the best checkpoint's adapter; here the first, for the mode."""
+    result = run(
+        "best", f"{PARAMS}.save_nemo_on_train_end=true", f"{PARAMS}.save_best_model=true", f"{PARAMS}.mode=max"
+    )
+    first = adapter_in(checkpoint("best", 2))
+    return {
+        "the best": same(state(nemo("best")), first),
+        "output": same(state(Path("best/adapter.nemo")), first),
+        "not the last": not same(first, adapter_in(checkpoint("best", 4))),
+        "whole record": [step["step"] for step in result["steps"]] == [1, 2, 3, 4],
+    }
+
+
+def always_best() -> dict[str, bool]:
+    """always_save_nemo with save_best_model: the best so far, while the run goes on from where it is."""
+    early = At(6, lambda _: state(nemo("always_best")))
+    best_so_far = [f"{PARAMS}.always_save_nemo=true", f"{PARAMS}.save_best_model=true", f"{PARAMS}.mode=max"]
+    run("always_best", "trainer.max_steps=6", *best_so_far, callbacks=(early,))
+    run("always_best_straight", "trainer.max_steps=6")
+    first = adapter_in(checkpoint("always_best", 2))
+    return {
+        "the best so far": same(early.result, first),
+        "the best": same(state(nemo("always_best")), first),
+        "not the last": not same(first, adapter_in(checkpoint("always_best", 6))),
+        "the run": same(*(adapter_in(checkpoint(name, 6)) for name in ("always_best", "always_best_straight"))),
+    }
+
+
+def preempted() -> dict[str, bool]:
+    """The preemption callback: SIGTERM ends the run after the step with a "-last" checkpoint; it goes on from there."""
+    want = run("uninterrupted", "trainer.max_steps=6")
+    signalled = At(3, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    code = None
+    try:
+        run("preempted", "trainer.max_steps=6", callbacks=(Preempted(), signalled))
+    except SystemExit as exit_:
+        code = exit_.code
+    left = [p.name for p in Path("preempted/checkpoints").glob("*-last")]
+    got = run("preempted", "trainer.max_steps=6")
+    return {
+        "code": code == 0,
+        "after the step": len(left) == 1 and "-step=3-" in left[0],
+        "goes on": [s["loss"] for s in got["steps"]] == [s["loss"] for s in want["steps"]],
+        "validates as ever": got["validations"] == want["validations"],
+        "same adapter": same(state(Path("preempted/adapter.nemo")), state(Path("uninterrupted/adapter.nemo"))),
+    }
+
+
+def resumed_and_tested() -> dict[str, bool]:
+    """A resumed run with a test set saves what it trained, not what it resumed from."""
+    tested = ["model.data.test_ds.file_names=[validation.jsonl]", "model.data.test_ds.metric.name=loss"]
+    run("tested_straight")
+    stopped("tested")
+    run("tested", *tested)
+    return {"trained": same(state(Path("tested/adapter.nemo")), state(Path("tested_straight/adapter.nemo")))}
+
+
+def goes_on(name: str, *arguments: str, copy: str | None = None) -> dict[str, bool]:
+    """A run that was stopped, against one that was not: all that the last checkpoint holds, and what was measured.
+
+    Args:
+        copy: a folder that gets what the stopped run had left.
+    """
+    want = run(f"{name}_straight", *arguments)
+    stopped(name, *arguments)
+    if copy is not None:
+        shutil.copytree(name, copy)
+    got = run(name, *arguments)
+    ours, theirs = (checkpoint(n, 4) for n in (name, f"{name}_straight"))
+    held = sorted({key.split("/")[0] for key in tensors_in(theirs)})
+    return {
+        "losses": [s["loss"] for s in got["steps"]] == [s["loss"] for s in want["steps"]],
+        "rates": [s["lr"] for s in got["steps"]] == [s["lr"] for s in want["steps"]],
+        "steps": [s["step"] for s in got["steps"]] == [1, 2, 3, 4],
+        "output": same(state(Path(name, "adapter.nemo")), state(Path(f"{name}_straight", "adapter.nemo"))),
+        **{kind: same(tensors_in(ours, f"{kind}/"), tensors_in(theirs, f"{kind}/")) for kind in held},
+        "moments": {"exp_avg", "exp_avg_sq"} <= set(held),
+    }
+
+
+def dropout() -> dict[str, bool]:
+    """Masks of the steps after the resume are those of the uninterrupted run."""
+    masks = ["model.peft.tied_lora.dropout=0.1", "model.hidden_dropout=0.1", "model.attention_dropout=0.1"]
+    return goes_on("dropout", *masks)
+
+
+def plain_torch() -> dict[str, bool]:
+    """torch's own Adam, which counts steps per parameter, as NeMo's where apex is there."""
+    from nemo.core.optim import optimizers
+
+    ours = optimizers.AVAILABLE_OPTIMIZERS["adamw"]
+    optimizers.AVAILABLE_OPTIMIZERS["adamw"] = torch.optim.AdamW
+    try:
+        return goes_on("plain_torch", "model.optim.name=adamw")
+    finally:
+        optimizers.AVAILABLE_OPTIMIZERS["adamw"] = ours
+
+
+def o2() -> dict[str, bool]:
+    """bfloat16 with float32 masters."""
+    result = goes_on("o2", "trainer.precision=bf16", "model.megatron_amp_O2=true")
+    return {**result, "masters": "master" in result}
+
+
+def distributed_optimizer() -> dict[str, bool]:
+    """megatron-core's distributed optimizer; `spread_scenarios` goes on with the copy."""
+    return goes_on("distributed", *SHARDED, copy="spread")
+
+
+def pruned() -> dict[str, bool]:
+    """save_top_k: as many as in a run that was never killed; here between a checkpoint and its "-last"."""
+    two = ["trainer.max_steps=8", f"{PARAMS}.save_top_k=2"]
+    run("pruned_straight", *two)
+    aside = Path("aside")
+    stopped("pruned", *two, step=5)
+    [last] = Path("pruned/checkpoints").glob("*-last")
+    shutil.copytree(last, aside)
+    stopped("pruned", *two, step=7)
+    [later] = Path("pruned/checkpoints").glob("*-last")
+    shutil.rmtree(later)
+    aside.rename(last)
+    run("pruned", *two)
+    left, wanted = (sorted(p.name for p in Path(n, "checkpoints").iterdir()) for n in ("pruned", "pruned_straight"))
+    return {"the same": left == wanted, "two and the last": len([name for name in left if "-step=" in name]) == 3}
+
+
+def full_disk() -> dict[str, bool]:
+    """A save that fails ends the run with the reason; what was saved before is as it was, and the run goes on."""
+    from nemo_tied_lora.checkpoint.training_checkpoint import CheckpointWriter
+
+    add, told = CheckpointWriter.add, None
+
+    def no_space(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    run("full_disk_straight")
+    try:
+        run("full_disk", callbacks=(At(3, lambda _: setattr(CheckpointWriter, "add", no_space)),))
+    except OSError as error:
+        told = str(error)
+    finally:
+        CheckpointWriter.add = add  # type: ignore[method-assign]
+    left = sorted(p.name.split("-step=")[1][0] for p in Path("full_disk/checkpoints").iterdir() if p.is_dir())
+    run("full_disk")
+    return {
+        "reason": "No space left" in (told or ""),
+        "older ones": left == ["2", "2"],
+        "goes on": same(state(Path("full_disk/adapter.nemo")), state(Path("full_disk_straight/adapter.nemo"))),
+    }
+
+
+def unwritable() -> dict[str, bool]:
+    """An adapter that cannot be written at the end is told; typing the command again writes it, and trains no step."""
+    place = Path("unwritable_place")
+    place.write_text("a file where a folder should be")
+    said = refusal("unwritable", f"output={place}/adapter.nemo")
+    place.unlink()
+    result = run("unwritable", f"output={place}/adapter.nemo")
+    return {
+        "told": f"output={place}/adapter.nemo: cannot be written" in said and "type the command again" in said,
+        "written": same(state(place / "adapter.nemo"), adapter_in(checkpoint("unwritable", 4))),
+        "no step more": [step["step"] for step in result["steps"]] == [1, 2, 3, 4],
+    }
+
+
+def refused() -> dict[str, bool]:
+    """Another learning rate, other data, another adapter, another base; but more steps, or other workers, are fine."""
+    stopped("refused")
+    settings, saved = Path("refused/checkpoints/settings.json"), "in the checkpoint"
+    rate = refusal("refused", "model.optim.lr=1e-3")
+    data = refusal("refused", "model.data.train_ds.max_seq_length=24")
+    precision = refusal("refused", "trainer.precision=bf16-mixed", "trainer.gradient_clip_val=0.5")
+    rank = refusal("refused", "model.peft.tied_lora.rank=2")
+    settings.rename("settings.json")
+    rank_by_itself = refusal("refused", "model.peft.tied_lora.rank=2")
+    Path("settings.json").rename(settings)
+    [last] = Path("refused/checkpoints").glob("*-last")
+    description = (last / "checkpoint.json").read_text()
+    other = json.loads(description)
+    other["facts"]["base"]["architecture"]["num_layers"] = 5
+    other["facts"]["base"]["fingerprint"]["sha256"] = "0123"
+    (last / "checkpoint.json").write_text(json.dumps(other))
+    base = refusal("refused")
+    (last / "checkpoint.json").write_text(description)
+    shutil.copy("base.nemo", "moved.nemo")
+    fine = ["model.restore_from_path=moved.nemo", "model.data.train_ds.memmap_workers=1", "trainer.max_steps=5"]
+    result = run("refused", *fine)
+    return {
+        "learning rate": "model.optim.lr=0.001: the checkpoints in" in rate and "were made with 0.01" in rate,
+        "data": "model.data.train_ds.max_seq_length=24" in data,
+        "precision": "trainer.precision='bf16-mixed'" in precision and "gradient_clip_val=0.5" in precision,
+        "adapter": "model.peft.tied_lora.rank=2" in rank,
+        "adapter, by the checkpoint": f"model.peft.tied_lora.rank: 4 {saved}, 2 in this run" in rank_by_itself,
+        "base": f"num_layers: 5 {saved}, 4 in this run" in base and f": '0123' {saved}" in base,
+        "allowed": [step["step"] for step in result["steps"]] == [1, 2, 3, 4, 5],
+    }
+
+
+def refusal(name: str, *changes: str) -> str:
+    """What the user is told."""
+    from nemo_tied_lora.errors import ConfigError
+
+    try:
+        run(name, *changes)
+    except ConfigError as error:
+        return str(error)
+    return "nothing"
+
+
+SCENARIOS: dict[str, Callable[[], dict[str, bool]]] = {
+    function.__name__: function
+    for function in (
+        at_the_end,
+        never,
+        always,
+        best,
+        always_best,
+        preempted,
+        resumed_and_tested,
+        plain_torch,
+        o2,
+        distributed_optimizer,
+        refused,
+        dropout,
+        pruned,
+        full_disk,
+        unwritable,
+    )
+}
+
+
+def main(folder: str, names: list[str], scenarios: dict[str, Callable[[], dict[str, bool]]] = SCENARIOS) -> None:
+    """Runs the scenarios in the folder; a failing one is reported by its error."""
+    import traceback
+
+    from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
+
+    from nemo_tied_lora.platform import prepare
+
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29473"}
+    os.environ.update({key: value for key, value in alone.items() if key not in os.environ})
+    prepare(nemo=True)
+    os.chdir(folder)
+    results: dict[str, Any] = {}
+    for name in names or scenarios:
+        destroy_num_microbatches_calculator()  # NeMo lets one process have one size of microbatch
+        try:
+            results[name] = scenarios[name]()
+        except Exception:
+            results[name] = {"error": traceback.format_exc()}
+    if os.environ["RANK"] == "0":
+        print(json.dumps(results), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])

@@ -1,0 +1,372 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Short fits on real NeMo, many in one start of the ranks: same base, data and adapter, any layout, any of NeMo's loops."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+import torch
+
+from tests.harness.ranks import run_ranks
+from tests.harness.switched_off import switched_off
+
+__all__ = ["LOOPS", "UNGUARDED", "UNSUMMED", "Fit", "FitRecord", "fit_records", "make_data", "run_fits"]
+
+LOOPS: dict[str, tuple[str, ...]] = {
+    "O1": ("model.optim.name=fused_adam",),
+    "O2": ("model.optim.name=fused_adam", "model.megatron_amp_O2=true", "trainer.precision=bf16"),
+    # gloo cannot average in a collective
+    "mcore": ("model.optim.name=mcore_distributed_optim", "+model.optim.average_in_collective=false"),
+}
+"""NeMo's loops, each to its overrides."""
+
+_FULL = (
+    "model.activations_checkpoint_granularity=full",
+    "model.activations_checkpoint_method=uniform",
+    "model.activations_checkpoint_num_layers=1",
+)
+_OVERLAP = ("+model.optim.overlap_grad_sync=true", "+model.optim.overlap_param_sync=true")
+
+_TINY = [
+    "model.num_layers=4",
+    "model.hidden_size=32",
+    "model.ffn_hidden_size=48",
+    "model.num_attention_heads=4",
+    "model.num_query_groups=2",
+    "model.encoder_seq_length=32",
+    "model.max_position_embeddings=32",
+    "model.override_vocab_size=128",
+    "model.make_vocab_size_divisible_by=32",
+    "model.global_batch_size=8",
+    "model.micro_batch_size=2",
+    "model.data.train_ds.max_seq_length=32",
+    "model.data.train_ds.pin_memory=false",
+    "model.data.validation_ds.pin_memory=false",
+    "model.optim.sched.warmup_steps=1",
+    "model.optim.lr=1e-2",
+    "model.optim.weight_decay=0.0",
+    "peft=tied_lora",
+    "model.peft.tied_lora.rank=4",
+    "trainer.precision=32",
+    "trainer.val_check_interval=1",
+    "trainer.limit_val_batches=0",
+    "trainer.enable_progress_bar=false",
+    "trainer.log_every_n_steps=1",
+    "exp_manager=null",
+]
+
+
+_LOOK, _COMPARE = (
+    "nemo_tied_lora.adapter.nonfinite_grads:find_nonfinite",
+    "nemo_tied_lora.adapter.replica_check:check_ties",
+)
+UNGUARDED = {
+    "stop": _LOOK,
+    "skip O1": _LOOK,
+    "drift tp2": _COMPARE,
+    "drift before a checkpoint": _COMPARE,
+    "drift before the file": _COMPARE,
+}
+"""Negative controls: the fit, and what is switched off when it is done again."""
+UNSUMMED = ("O1 pp2", "O2 pp2")
+"""Done again without the sum over stages; in megatron-core's own loop it is `finalize_model_grads` that sums."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """One fit: Hydra overrides, and what is done to it.
+
+    poison: (step from 1, rank, tensor): that rank's summed gradient gets a NaN in its last element.
+    drift: (step from 1, rank, tensor): a bit of that rank's copy is flipped before the tie guard looks.
+    checkpoint_at: the step after which a training checkpoint is asked for; 0: none.
+    off: a guard that is switched off (see tests/harness/switched_off.py).
+    """
+
+    overrides: tuple[str, ...] = ()
+    steps: int = 3
+    preset: str = "tl6"
+    poison: tuple[int, int, str] | None = None
+    drift: tuple[int, int, str] | None = None
+    save_at_end: bool = False
+    checkpoint_at: int = 0
+    off: str | None = None
+
+
+@dataclass
+class FitRecord:
+    """What a fit did on this rank. start, state: the whole adapter before and after it, in float32."""
+
+    failure: str | None = None
+    traceback: str = ""
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    start: dict[str, torch.Tensor] = field(default_factory=dict)
+    state: dict[str, torch.Tensor] = field(default_factory=dict)
+    local_bits: dict[str, bytes] = field(default_factory=dict)
+    untouched: list[bool] = field(default_factory=list)
+    """Of each step: whether every parameter, every moment and step count, and the learning rate stayed as they were."""
+    global_step: int = 0
+    files: list[str] = field(default_factory=list)
+    summary: dict[str, Any] = field(default_factory=dict)
+    """What metrics.json would hold of the run."""
+
+
+def fits_of(world_size: int) -> dict[str, Fit]:
+    """Every fit of the suite on so many ranks."""
+    if world_size == 1:
+        fits = {loop: Fit(overrides=overrides, steps=5) for loop, overrides in LOOPS.items()}
+        interleaved = (*LOOPS["O2"], "model.virtual_pipeline_model_parallel_size=2")
+        return fits | {"interleaved": Fit(overrides=interleaved)}
+    layouts = {"tp2": ("layout=tp2",), "pp2": ("layout=pp2",), "dp2": ()}
+    fits = {
+        f"{loop} {layout}": Fit(overrides=(*sizes, *overrides), steps=5)
+        for loop, overrides in LOOPS.items()
+        for layout, sizes in layouts.items()
+    }
+    more = {
+        "O1 tp2 full recompute": ("layout=tp2", *_FULL),
+        "O1 pp2 full recompute": ("layout=pp2", *_FULL),
+        "O1 pp2 selective recompute": ("layout=pp2", "model.activations_checkpoint_granularity=selective"),
+        "O1 tp2 sequence parallel": ("layout=tp2", "model.sequence_parallel=true"),
+        "mcore dp2 overlap": (*LOOPS["mcore"], *_OVERLAP),
+        "mcore dp2 overlap full recompute": (*LOOPS["mcore"], *_OVERLAP, *_FULL),
+    } | {f"{loop} dp2 full recompute": (*overrides, *_FULL) for loop, overrides in LOOPS.items() if loop != "O1"}
+    fits |= {name: Fit(overrides=overrides, steps=5) for name, overrides in more.items()}
+    unsummed = "nemo_tied_lora.adapter.injected_adapter:Adapter.reduce_gradients"
+    fits |= {f"{name}, unsummed": replace(fits[name], off=unsummed) for name in UNSUMMED}
+    loop = "mcore dp2 overlap full recompute"
+    fits[f"{loop}, unguarded"] = replace(fits[loop], off="nemo_tied_lora.planning.training_loop_checks:check_loop")
+    # The guards.
+    skip = ("guards.nonfinite_gradients=skip",)
+    poison = (2, 1, "layers.3.linear_fc1.u")
+    for loop, overrides in LOOPS.items():
+        fits[f"skip {loop}"] = Fit(overrides=("layout=pp2", *overrides, *skip), poison=poison)
+    fits["skip dp2"] = Fit(overrides=(*LOOPS["mcore"], *skip), poison=(2, 0, "linear_qkv.A"))
+    fits["stop"] = Fit(overrides=("layout=tp2",), poison=(2, 0, "layers.1.linear_proj.v"), save_at_end=True)
+    fits["ten in a row"] = Fit(overrides=("layout=pp2", *skip, "model.optim.lr=1e30"), steps=14)
+    drift: dict[str, tuple[str, str, int]] = {
+        "drift tp2": ("layout=tp2", "linear_fc1.A", 1),
+        "drift dp2": ("layout=single", "layers.2.linear_qkv.v", 1),
+    }
+    for name, (layout, tensor, rank) in drift.items():
+        often = "guards.tie_guard_every_n_steps=2"
+        fits[name] = Fit(overrides=(layout, often), steps=4, drift=(2, rank, tensor), save_at_end=True)
+    seldom = "guards.tie_guard_every_n_steps=100"
+    fits["drift before a checkpoint"] = Fit(
+        overrides=("layout=tp2", seldom), drift=(2, 1, "linear_qkv.A"), checkpoint_at=2
+    )
+    fits["drift before the file"] = Fit(
+        overrides=("layout=pp2", seldom), drift=(3, 1, "linear_qkv.A"), save_at_end=True
+    )
+    off = "guards.tie_guard_every_n_steps=0"
+    fits["drift, guard off"] = Fit(overrides=("layout=pp2", off), drift=(3, 1, "linear_qkv.A"), save_at_end=True)
+    return fits | {f"{name}, unguarded": replace(fits[name], off=place) for name, place in UNGUARDED.items()}
+
+
+@functools.cache
+def _outcome(world_size: int) -> list[dict[str, FitRecord]] | AssertionError:
+    with tempfile.TemporaryDirectory() as folder:
+        make_data(Path(folder))
+        try:
+            return run_ranks(run_fits, folder, fits_of(world_size), world_size=world_size, timeout=900)
+        except AssertionError as failure:
+            return failure
+
+
+def fit_records(world_size: int) -> list[dict[str, FitRecord]]:
+    """Each rank's record of every fit; the ranks are started once, also when they fail."""
+    result = _outcome(world_size)
+    if isinstance(result, AssertionError):
+        raise result
+    return result
+
+
+def make_data(folder: Path) -> None:
+    """JSONL files and a tokenizer. All answers have the same length, so that a mean over microbatches is the mean."""
+    words = ["eins", "zwei", "drei", "vier", "five", "nine", "sept", "huit"]
+    examples = [{"input": f"{i % 8}:", "output": words[i % 8]} for i in range(64)]
+    for name in ("train", "validation"):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(example) + "\n" for example in examples))
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([e["input"] + e["output"] for e in examples]),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=40,
+        model_type="char",
+        hard_vocab_limit=False,
+        add_dummy_prefix=False,
+        bos_id=1,
+        eos_id=2,
+        pad_id=3,
+        minloglevel=2,
+    )
+
+
+def run_fits(folder: str, fits: dict[str, Fit]) -> dict[str, FitRecord]:
+    """On a rank: every fit, one after the other; a fit's exception is its record, not the end."""
+    from nemo_tied_lora.platform import prepare
+
+    prepare(nemo=True)
+    from nemo.utils import logging
+
+    logging.remove_stream_handlers()
+    os.chdir(folder)
+    records = {}
+    for name, fit in fits.items():
+        with _fresh_layout(), switched_off(fit.off) if fit.off else nullcontext():
+            records[name] = FitRecord()
+            try:
+                _run(fit, name, records[name])
+            except Exception as failure:
+                records[name].failure = f"{type(failure).__name__}: {failure}"
+                records[name].traceback = traceback.format_exc()
+    return records
+
+
+@contextmanager
+def _fresh_layout() -> Iterator[None]:
+    """Forgets the layout of the fit before: NeMo and Megatron keep it in globals, for one run a process."""
+    from megatron.core import parallel_state
+    from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
+    from nemo.utils.metaclasses import Singleton
+
+    world_size = str(torch.distributed.get_world_size())
+    parallel_state.destroy_model_parallel()
+    destroy_num_microbatches_calculator()
+    Singleton._Singleton__instances.clear()
+    os.environ["WORLD_SIZE"] = world_size  # Lightning removes it when a fit ends
+    yield
+    torch.distributed.barrier()
+
+
+def _run(fit: Fit, name: str, record: FitRecord) -> None:
+    from megatron.core import parallel_state
+    from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronLMPPTrainerBuilder
+    from omegaconf import OmegaConf, open_dict
+
+    from nemo_tied_lora.adapter.full_state import expected_shapes
+    from nemo_tied_lora.nemo.model import MegatronGPTTiedLoraModel
+    from nemo_tied_lora.nemo.peft_config import TiedLoraPEFTConfig
+    from nemo_tied_lora.nemo.run_recorder import RunRecorder
+    from nemo_tied_lora.planning.compose import compose_config
+    from nemo_tied_lora.planning.run_settings import GuardSettings
+    from tests.harness.tiny_gpt import fill, full_tensor
+
+    files = [f"model.data.{ds}.file_names=[{ds.removesuffix('_ds')}.jsonl]" for ds in ("train_ds", "validation_ds")]
+    own = [f"trainer.devices={torch.distributed.get_world_size()}", f"trainer.max_steps={fit.steps}"]
+    own += [f"model.peft.tied_lora.preset={fit.preset}", "model.tokenizer.model=tokenizer.model"]
+    cfg = compose_config("pretrain", [*_TINY, *files, *own, *fit.overrides])
+    model_cfg = OmegaConf.create(OmegaConf.to_container(cfg.model, resolve=True))
+    with open_dict(model_cfg):
+        model_cfg.precision = cfg.trainer.precision
+    recorder, watcher = RunRecorder(), _watcher(fit, record)
+    trainer = MegatronLMPPTrainerBuilder(cfg).create_trainer(callbacks=[recorder, watcher])
+    parallel_state.initialize_model_parallel(
+        cfg.model.tensor_model_parallel_size,
+        cfg.model.pipeline_model_parallel_size,
+        context_parallel_size=cfg.model.context_parallel_size,
+    )
+    model = _planted(MegatronGPTTiedLoraModel, fit)(model_cfg, trainer)
+    model.add_adapter(TiedLoraPEFTConfig(model_cfg))
+    model.guards = GuardSettings.from_mapping(cfg.guards)
+    adapter = model.tied_lora
+    for chunk in adapter.chunks:
+        fill(chunk.body)
+    shapes = expected_shapes(adapter.config, adapter.specs)
+    adapter.load_full_state({key: full_tensor(f"start {key}", shape) for key, shape in shapes.items()})
+    record.start = _whole(adapter)
+    try:
+        trainer.fit(model)
+        if fit.save_at_end:
+            model.save_to(f"{name}.nemo")
+    finally:
+        record.global_step, record.summary = trainer.global_step, recorder.summary()
+        written = [f"{name}.nemo", "checkpoint"]
+        record.files = [file for file in written if Path(file).exists()]
+    record.state = _whole(adapter)
+    record.local_bits = {
+        f"{index} {key}": _bits(parameter)
+        for index, chunk in enumerate(adapter.chunks)
+        for key, parameter in chunk.factors.named_parameters()
+    }
+
+
+def _whole(adapter: Any) -> dict[str, torch.Tensor]:
+    return {key: tensor.float().clone() for key, tensor in adapter.full_state().items()}
+
+
+def _watcher(fit: Fit, record: FitRecord) -> Any:
+    """A callback that notes losses, norms, and whether a step changed anything."""
+    from lightning.pytorch import Callback
+
+    class Watcher(Callback):
+        def on_train_batch_start(self, trainer: Any, module: Any, *_: Any) -> None:
+            self.before = _everything(trainer, module)
+
+        def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+            metrics = {n: float(trainer.callback_metrics[n]) for n in _NOTED if n in trainer.callback_metrics}
+            skipped = None if module.skipped is None else str(module.skipped)
+            record.steps.append({**metrics, "skipped": skipped})
+            record.untouched.append(_everything(trainer, module) == self.before)
+            if fit.drift is not None and fit.drift[:2] == (trainer.global_step, torch.distributed.get_rank()):
+                _flip(module.tied_lora, fit.drift[2])
+            if fit.checkpoint_at == trainer.global_step:
+                trainer.save_checkpoint("checkpoint")
+
+    return Watcher()
+
+
+_NOTED = ("reduced_train_loss", "grad_norm")
+
+
+def _everything(trainer: Any, module: Any) -> list[Any]:
+    """Parameters, moments, step counts and learning rate, as bytes and numbers."""
+    optimizer = trainer.optimizers[0]
+    inner = getattr(optimizer, "mcore_optimizer", getattr(optimizer, "optimizer", optimizer))
+    inner = getattr(inner, "chained_optimizers", [inner])
+    states = [value for each in inner for _, values in _states(each) for value in values]
+    lr = [group["lr"] for group in optimizer.param_groups]
+    return [_bits(p) for p in module.tied_lora.parameters()] + states + lr
+
+
+def _states(optimizer: Any) -> Iterator[tuple[int, list[Any]]]:
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    groups = [] if optimizer is None else optimizer.param_groups
+    for index, parameter in enumerate(p for group in groups for p in group["params"]):
+        state = optimizer.state.get(parameter, {})
+        yield index, [_bits(v) if isinstance(v, torch.Tensor) else v for _, v in sorted(state.items())]
+
+
+def _bits(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().clone().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _flip(adapter: Any, name: str) -> None:
+    for chunk in adapter.chunks:
+        parameter = dict(chunk.factors.named_parameters()).get(name)
+        if parameter is not None:
+            parameter.data.view(torch.uint8).view(-1)[0] ^= 1
+
+
+def _planted(cls: type, fit: Fit) -> Callable[..., Any]:
+    """The model, with the fit's poison in the gradients that its `training_step` leaves."""
+
+    class Planted(cls):  # type: ignore[misc,valid-type]
+        def training_step(self, dataloader_iter: Any) -> Any:
+            loss = super().training_step(dataloader_iter)
+            here = (self.trainer.global_step + 1, torch.distributed.get_rank())
+            if fit.poison is not None and fit.poison[:2] == here:
+                parameter = dict(self.tied_lora.named_parameters())[fit.poison[2]]
+                gradient = getattr(parameter, "main_grad", None)
+                (parameter.grad if gradient is None else gradient).view(-1)[-1] = float("nan")
+            return loss
+
+    return Planted

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run of one rank goes on with its optimizer's state spread over two: `torchrun ... -m tests.nemo.spread_scenarios FOLDER`.
+
+Rank 0 prints a JSON object on its last line. `checkpoint_scenarios.distributed_optimizer` has left the stopped run.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.nemo.checkpoint_scenarios import SHARDED, At, checkpoint, main, run, state, tensors_in
+
+__all__ = ["spread"]
+
+
+def spread() -> dict[str, Any]:
+    """Every tensor arrives with its bits in the ranks' shards; the steps after it agree to the rounding of sums."""
+
+    def written_again(trainer: Any) -> dict[str, torch.Tensor]:
+        trainer.save_checkpoint("again.ckpt")
+        held = trainer.strategy._optimizer().mcore_optimizer.optimizer.param_groups[0]["params"]
+        return {**without_random_states(Path("again")), "shard": torch.tensor(sum(p.numel() for p in held))}
+
+    arrived = At(3, written_again)
+    run("spread", *SHARDED, "trainer.devices=2", callbacks=(arrived,))
+    shard, left = arrived.result.pop("shard"), without_random_states(checkpoint("spread", 2))
+    got, want = (state(Path(name, "adapter.nemo")) for name in ("spread", "distributed_straight"))
+    return {
+        "spread": bool(shard < sum(tensor.numel() for tensor in got.values())),
+        "same tensors": arrived.result.keys() == left.keys(),
+        "bits": [name for name in left if not torch.equal(left[name], arrived.result[name])] or True,
+        # float32; Adam divides by small second moments, so reordered sums show in the last digits.
+        "goes on": all(torch.allclose(got[name], tensor, rtol=5e-3, atol=5e-5) for name, tensor in want.items()),
+    }
+
+
+def without_random_states(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in tensors_in(folder).items() if not name[0].isdigit()}
+
+
+if __name__ == "__main__":
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    main(sys.argv[1], sys.argv[2:], {"spread": spread})

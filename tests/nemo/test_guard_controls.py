@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Negative controls: each guard switched off in turn, and the test that goes red. None may stay green.
+
+Those of the parameters' flags are in tests/adapter/test_flag_controls.py, those of the guards that need ranks in
+trouble in tests/resilience/test_ranks_in_trouble.py, and those of NeMo's loop in tests/nemo/test_guarded_training.py:
+each where its ranks are.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.harness.paths import ROOT
+
+# What is switched off: (where, the test, words of its failure: it is to fail for want of the guard and of nothing else).
+CONTROLS = {
+    "tie guard": (
+        "nemo_tied_lora.adapter.replica_check:check_ties",
+        "adapter/test_replica_check.py::test_a_chunk_that_differs_inside_one_process_is_named",
+        "DID NOT RAISE",
+    ),
+    "tie guard before a save": (
+        "nemo_tied_lora.adapter.replica_check:check_ties",
+        "adapter/test_replica_check.py::test_nothing_is_saved_over_a_good_file",
+        "assert",
+    ),
+    "look at the gradients": (
+        "nemo_tied_lora.adapter.nonfinite_grads:find_nonfinite",
+        "nemo/test_guarded_training.py::test_the_tensor_nearest_to_the_cause_is_named",
+        "assert",
+    ),
+    "the order in which gradients are blamed": (
+        "nemo_tied_lora.adapter.nonfinite_grads:_layer",
+        "nemo/test_guarded_training.py::test_the_tensor_nearest_to_the_cause_is_named",
+        "layers.10.linear_qkv.u",
+    ),
+    "check of a loaded state": (
+        "nemo_tied_lora.adapter.full_state:check_state",
+        "adapter/test_full_state.py::test_a_bad_state_is_refused_with_every_reason_and_nothing_is_changed[NaN]",
+        "DID NOT RAISE",
+    ),
+    "the base's architecture": (
+        "nemo_tied_lora.checkpoint.base_identity:check_architecture",
+        "checkpoint/test_base_identity.py::test_another_architecture_is_refused_with_each_difference",
+        "BaseMismatchError",
+    ),
+    "the base's fingerprint": (
+        "nemo_tied_lora.checkpoint.base_identity:check_weights",
+        "checkpoint/test_base_identity.py::test_other_weights_are_refused_by_name_and_can_be_allowed",
+        "DID NOT RAISE",
+    ),
+    "loops that NeMo gets wrong": (
+        "nemo_tied_lora.planning.training_loop_checks:loop_problems()",
+        "nemo/test_nemo_loops.py::test_what_nemo_cannot_do_is_refused_by_name",
+        "DID NOT RAISE",
+    ),
+    "loops that NeMo gets wrong, before the start": (
+        "nemo_tied_lora.planning.training_loop_checks:loop_problems()",
+        "planning/test_cluster_fit.py::test_what_cannot_be_trained_through_nemo_is_refused[distributed_fused_adam]",
+        "DID NOT RAISE",
+    ),
+    "interleaved pipelines and mixtures in NeMo": (
+        "nemo_tied_lora.planning.preflight:_layout_problems()",
+        "planning/test_cluster_fit.py::test_what_cannot_be_trained_through_nemo_is_refused",
+        "DID NOT RAISE",
+    ),
+    "a loop of one's own with Megatron's DDP": (
+        "nemo_tied_lora.planning.training_loop_checks:check_ddp",
+        "nemo/test_nemo_loops.py::test_a_loop_of_ones_own_is_told_before_it_wraps_the_model",
+        "DID NOT RAISE",
+    ),
+    "layouts of experts": (
+        "nemo_tied_lora.adapter.experts:refused_layouts()",
+        "adapter/test_experts.py::test_layouts_that_are_not_right_yet_are_refused_by_name",
+        "assert 0 == 1",
+    ),
+    "several problems in one message": (
+        "nemo_tied_lora.planning.parallel_layout:_pipeline_problems()",
+        "commands/test_plan.py::test_every_problem_of_a_layout_is_reported",
+        "model.pipeline_model_parallel_size",
+    ),
+    "rank and layers": (
+        "nemo_tied_lora.planning.parallel_layout:_adapter_problems()",
+        "commands/test_plan.py::test_every_problem_of_a_layout_is_reported",
+        "layers",
+    ),
+    "lengths and batches of the data": (
+        "nemo_tied_lora.planning.data_checks:batch_problems()",
+        "planning/test_cluster_fit.py::test_data_that_does_not_fit_the_layout_or_the_base_is_refused",
+        "DID NOT RAISE",
+    ),
+    "SLURM's tasks and nodes": (
+        "nemo_tied_lora.planning.cluster_fit:slurm_problems()",
+        "planning/test_cluster_fit.py::test_ranks_that_slurm_did_not_start_are_named",
+        "assert 0 == 1",
+    ),
+    "wrong settings": (
+        "nemo_tied_lora.planning.run_settings:GuardSettings.__post_init__",
+        "nemo/test_guarded_training.py::test_wrong_settings_are_refused_together",
+        "DID NOT RAISE",
+    ),
+}
+# Of the checks of a layout: what is checked, and the function that does it.
+LAYOUT_CHECKS = {
+    "world size": "world",
+    "data parallel size": "world",
+    "layers over stages": "pipeline",
+    "layers over chunks": "pipeline",
+    "chunks without stages": "pipeline",
+    "heads": "tensor_parallel",
+    "mlp": "tensor_parallel",
+    "vocabulary": "tensor_parallel",
+    "sequence over tensor parallel": "sequence",
+    "sequence over tensor and context parallel": "sequence",
+    "sequence over context parallel": "sequence",
+    "batch": "batch",
+    "microbatches of an interleaved schedule": "batch",
+}
+CONTROLS |= {
+    f"layout: {what}": (
+        f"nemo_tied_lora.planning.parallel_layout:_{check}_problems()",
+        f"commands/test_plan.py::test_a_bad_layout_is_refused_with_value_and_fix[{what}]",
+        "assert []",
+    )
+    for what, check in LAYOUT_CHECKS.items()
+}
+
+
+@functools.cache
+def outcomes() -> dict[str, tuple[int, str]]:
+    """Each control's test: pytest's exit code and why it failed. One process for all of them."""
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.harness.switched_off"],
+        input=json.dumps([control[:2] for control in CONTROLS.values()]),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    return dict(zip(CONTROLS, json.loads(run.stdout), strict=True))
+
+
+@pytest.mark.parametrize("guard", CONTROLS)
+def test_without_the_guard_its_test_goes_red(guard: str) -> None:
+    code, failure = outcomes()[guard]
+    assert code == pytest.ExitCode.TESTS_FAILED, failure
+    assert CONTROLS[guard][2] in failure, failure
+
+
+def test_every_check_of_a_layout_has_its_control() -> None:
+    from tests.commands import test_plan
+
+    (cases,) = test_plan.test_a_bad_layout_is_refused_with_value_and_fix.pytestmark
+    assert cases.kwargs["ids"] == list(LAYOUT_CHECKS)

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shipped YAMLs: each opens with a command that composes it, and says what NeMo's users expect."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+
+import pytest
+
+from nemo_tied_lora.commands.main import COMMANDS
+from nemo_tied_lora.config import PRESETS, TiedLoraConfig
+from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.planning.base_config import adapter_section
+from nemo_tied_lora.planning.compose import compose_config, plain
+from nemo_tied_lora.planning.config_folder import config_folder
+
+FOLDER = config_folder()
+YAMLS = sorted(str(path.relative_to(FOLDER)) for path in FOLDER.rglob("*.yaml"))
+
+# Keys of NeMo's megatron_gpt_finetuning_config.yaml that people override.
+NEMOS_KEYS = [
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.precision",
+    "trainer.max_steps",
+    "trainer.val_check_interval",
+    "trainer.gradient_clip_val",
+    "trainer.log_every_n_steps",
+    "exp_manager.explicit_log_dir",
+    "exp_manager.exp_dir",
+    "exp_manager.create_wandb_logger",
+    "exp_manager.wandb_logger_kwargs.project",
+    "exp_manager.resume_if_exists",
+    "exp_manager.checkpoint_callback_params.save_nemo_on_train_end",
+    "exp_manager.checkpoint_callback_params.save_best_model",
+    "exp_manager.create_early_stopping_callback",
+    "exp_manager.early_stopping_callback_params.patience",
+    "model.seed",
+    "model.tensor_model_parallel_size",
+    "model.pipeline_model_parallel_size",
+    "model.global_batch_size",
+    "model.micro_batch_size",
+    "model.restore_from_path",
+    "model.megatron_amp_O2",
+    "model.sequence_parallel",
+    "model.activations_checkpoint_granularity",
+    "model.activations_checkpoint_method",
+    "model.activations_checkpoint_num_layers",
+    "model.answer_only_loss",
+    "model.hidden_dropout",
+    "model.peft.peft_scheme",
+    "model.peft.restore_from_path",
+    "model.data.train_ds.file_names",
+    "model.data.train_ds.concat_sampling_probabilities",
+    "model.data.train_ds.max_seq_length",
+    "model.data.train_ds.prompt_template",
+    "model.data.train_ds.label_key",
+    "model.data.validation_ds.file_names",
+    "model.data.validation_ds.metric.name",
+    "model.data.validation_ds.tokens_to_generate",
+    "model.data.test_ds.file_names",
+    "model.optim.name",
+    "model.optim.lr",
+    "model.optim.betas",
+    "model.optim.sched.warmup_steps",
+    "model.optim.sched.min_lr",
+]
+
+
+@pytest.mark.parametrize("name", YAMLS)
+def test_every_yaml_opens_with_a_command_that_composes(name: str) -> None:
+    head = (FOLDER / name).read_text().splitlines()[:4]
+    command = next(line for line in head if line.startswith("# tied-lora "))
+    _, _, name_of_command, *overrides = shlex.split(command, comments=False)
+    assert name_of_command in COMMANDS
+    plain(compose_config(name_of_command, overrides))
+
+
+@pytest.mark.parametrize("key", NEMOS_KEYS)
+def test_nemos_keys_keep_their_names(key: str) -> None:
+    node = plain(compose_config("finetune", []))
+    for part in key.split("."):
+        assert part in node, key
+        node = node[part]
+
+
+def test_the_peft_section_lists_every_field_and_leaves_the_defaults_to_the_dataclass() -> None:
+    section = dict(compose_config("finetune", []).model.peft.tied_lora)
+    assert section.keys() == {"preset"} | {field.name for field in dataclasses.fields(TiedLoraConfig)}
+    assert set(section.values()) == {None}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_group_is_the_preset(preset: str) -> None:
+    peft = plain(compose_config("finetune", [f"preset={preset}"]))["model"]["peft"]
+    assert adapter_section(peft) == TiedLoraConfig.preset(preset)
+
+
+def test_an_override_that_fits_nothing_is_explained() -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose_config("finetune", ["model.optim.learning_rate=1", "layout=tp3", "preset"])
+    text = str(caught.value)
+    assert "no key model.optim.learning_rate" in text
+    assert "layout=tp3: unknown; choose one of" in text
+    assert "'preset': not an override" in text

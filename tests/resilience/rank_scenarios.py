@@ -1,0 +1,357 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ranks in trouble, for tests/resilience/test_ranks_in_trouble.py: a program that forks a few ranks for each scenario, all at once.
+
+Forked after torch is imported, and before it is used, so that a rank costs milliseconds. Prints, as JSON, each
+scenario's exit codes, standard error and seconds.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import random
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from nemo_tied_lora.errors import TrainingStopped
+from nemo_tied_lora.resilience import group_check, version_check
+from nemo_tied_lora.resilience import rank as rank_run
+from nemo_tied_lora.resilience.current_run import current_run
+from nemo_tied_lora.resilience.rank_watchdog import Watchdog
+from nemo_tied_lora.resilience.rendezvous import Meeting
+
+TIMEOUT_S = 6.0
+CONTROL_S = 40.0
+APART_S = 0.8
+"""Between the starts of scenarios: a start takes half a second of two cores, and ranks wait TIMEOUT_S for each other."""
+
+
+def values(folder: Path, world_size: int, **changes: Any) -> dict[str, Any]:
+    """A configuration with what `run_as_rank` reads."""
+    return {
+        "preflight": False,
+        "watchdog": {"start_s": 20, "timeout_s": TIMEOUT_S, "stuck_s": 0},
+        "preemption": {"exit_code": 75, "max_restarts": 3},
+        "exp_manager": {"explicit_log_dir": str(folder)},
+        "trainer": {"devices": world_size, "num_nodes": 1, "max_steps": 100, "accelerator": "cpu"},
+        "model": {"tensor_model_parallel_size": 2},
+        **changes,
+    }
+
+
+def steps(forever: bool = True) -> dict[str, Any]:
+    """A training loop: a sum over all ranks, again and again."""
+    run = current_run()
+    assert run is not None
+    run.status.update(state="training")
+    count = 0
+    while forever or count < 20:
+        dist.all_reduce(torch.ones(1))
+        count += 1
+        Path(f"{os.environ['FOLDER']}/step-{os.environ['RANK']}").touch()
+        if run.watchdog is not None:
+            run.watchdog.moved(f"step {count}")
+        time.sleep(0.05)
+    (Path(os.environ["FOLDER"]) / "metrics.json").touch()
+    output = Path(os.environ["FOLDER"]) / "adapter.nemo"
+    output.touch()
+    return {"output": str(output)}
+
+
+def train(problems: list[str] | None = None, **changes: Any) -> int:
+    """A run of `steps` as `tied-lora finetune` would do it."""
+    cfg = values(Path(os.environ["FOLDER"]), int(os.environ["WORLD_SIZE"]), **changes)
+    return rank_run.run_as_rank("finetune", cfg, problems or [], steps)
+
+
+def only_on(rank: int) -> bool:
+    return os.environ["RANK"] == str(rank)
+
+
+def replace(module: Any, name: str, value: Any) -> None:
+    """Plants a fault in this rank's process."""
+    setattr(module, name, value)
+
+
+def stand_still() -> int:
+    """Rank 1 stops in its own code, alive; the others wait for it."""
+    cfg = values(Path(os.environ["FOLDER"]), 2, watchdog={"start_s": 20, "timeout_s": TIMEOUT_S, "stuck_s": 5})
+
+    def work() -> dict[str, Any]:
+        run = current_run()
+        assert run is not None
+        assert run.watchdog is not None
+        for step in range(1000):
+            run.watchdog.moved(f"step {step}")
+            if step == 5 and only_on(1):
+                read_the_next_batch()
+            dist.all_reduce(torch.ones(1))
+        return {}
+
+    original = rank_run._make_process_group
+    # The watchdog is to end it, not the collective's own limit.
+    replace(rank_run, "_make_process_group", lambda values, meeting, seconds: original(values, meeting, 60))
+    return rank_run.run_as_rank("finetune", cfg, [], work)
+
+
+def read_the_next_batch() -> None:
+    time.sleep(600)
+
+
+def raise_an_error() -> int:
+    cfg = values(Path(os.environ["FOLDER"]), 2)
+
+    def work() -> Any:
+        if only_on(1):
+            time.sleep(1)
+            raise ValueError("the data has a hole")
+        return steps()
+
+    return rank_run.run_as_rank("finetune", cfg, [], work)
+
+
+def stopped_by_a_guard() -> int:
+    """What a tie guard or a gradient does to a run, the same on every rank."""
+
+    def work() -> Any:
+        dist.all_reduce(torch.ones(1))
+        raise TrainingStopped("tie guard: linear_qkv.A differs")
+
+    return rank_run.run_as_rank("finetune", values(Path(os.environ["FOLDER"]), 2), [], work)
+
+
+def another_version() -> int:
+    if only_on(2):
+        os.environ["SLURMD_NODENAME"] = "n2"
+        replace(version_check, "_version", lambda name: "0.0.1" if name == "torch" else "1")
+    else:
+        replace(version_check, "_version", lambda name: "1")
+    return train(preflight=True)
+
+
+def other_code() -> int:
+    if only_on(2):
+        os.environ["SLURMD_NODENAME"] = "n2"
+        replace(version_check, "_code_hash", lambda folder: "edited")
+    return train(preflight=True)
+
+
+def wrong_sum() -> int:
+    honest = group_check.contribution
+    if only_on(1):
+        os.environ["SLURMD_NODENAME"] = "n2"
+
+        def corrupted(*args: Any) -> torch.Tensor:
+            result = honest(*args)
+            result[77] += 1
+            return result
+
+        replace(group_check, "contribution", corrupted)
+    return train(preflight=True, model={"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2})
+
+
+def silent_all_reduce() -> int:
+    if only_on(1):
+        replace(group_check, "_all_reduce", lambda *args: time.sleep(600))
+    return train(preflight=True)
+
+
+def clean_preflight() -> int:
+    return train(preflight="only", model={"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 1})
+
+
+def finished() -> int:
+    cfg = values(Path(os.environ["FOLDER"]), 2)
+    code = rank_run.run_as_rank("finetune", cfg, [], lambda: steps(forever=False))
+    os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
+    again = rank_run.run_as_rank("finetune", cfg, [], lambda: sys.exit("it ran a second time"))
+    return code or again
+
+
+def to(rank: int, number: int) -> Callable[[list[int], Path], None]:
+    """Sends a signal to a rank once all have made a step."""
+
+    def send(pids: list[int], folder: Path) -> None:
+        if all((folder / f"step-{r}").exists() for r in range(len(pids))):
+            os.kill(pids[rank], number)
+            raise StopIteration
+
+    return send
+
+
+def nothing(pids: list[int], folder: Path) -> None:
+    raise StopIteration
+
+
+def problem_on_one() -> int:
+    return train(["train.jsonl: no such file"] if only_on(1) else [], preflight=True)
+
+
+def without(owner: Any, name: str, instead: Callable[..., Any], entry: Callable[[], int]) -> Callable[[], int]:
+    """The scenario with one guard switched off."""
+
+    def run() -> int:
+        replace(owner, name, instead)
+        return entry()
+
+    return run
+
+
+def look_away(watchdog: Watchdog, *args: Any) -> None: ...
+
+
+def keep_to_oneself(meeting: Meeting, problems: list[str], topic: str = "problems") -> list[str]:
+    return list(problems)
+
+
+SCENARIOS: dict[str, tuple[int, Callable[[], int], Callable[[list[int], Path], None]]] = {
+    "killed": (3, train, to(2, signal.SIGKILL)),
+    "killed_rank_0": (2, train, to(0, signal.SIGKILL)),
+    "stopped": (3, train, to(1, signal.SIGSTOP)),
+    "stopped_rank_0": (2, train, to(0, signal.SIGSTOP)),
+    "standing_still": (2, stand_still, nothing),
+    "error": (2, raise_an_error, nothing),
+    "guard": (2, stopped_by_a_guard, nothing),
+    "another_version": (4, another_version, nothing),
+    "other_code": (4, other_code, nothing),
+    "wrong_sum": (4, wrong_sum, nothing),
+    "silent_all_reduce": (2, silent_all_reduce, nothing),
+    "clean_preflight": (4, clean_preflight, nothing),
+    "problem_on_one": (2, problem_on_one, nothing),
+    "rank_missing": (
+        2,
+        lambda: 0 if only_on(1) else train(watchdog={"start_s": 10, "timeout_s": 5, "stuck_s": 0}),
+        nothing,
+    ),
+    "finished": (2, finished, nothing),
+    # Negative controls: the same with the guard switched off. They are given up after CONTROL_S.
+    "killed, unwatched": (3, without(Watchdog, "_look", look_away, train), to(2, signal.SIGKILL)),
+    "stopped, unwatched": (3, without(Watchdog, "_look", look_away, train), to(1, signal.SIGSTOP)),
+    "stopped_rank_0, unjudged": (2, without(Watchdog, "_judge", look_away, train), to(0, signal.SIGSTOP)),
+    "standing_still, unwatched": (2, without(Watchdog, "_look_for_standstill", look_away, stand_still), nothing),
+    "problem_on_one, untold": (2, without(Meeting, "agree", keep_to_oneself, problem_on_one), nothing),
+    "wrong_sum, unchecked": (4, without(group_check, "_wrong", lambda *args: None, wrong_sum), nothing),
+    "another_version, uncompared": (
+        4,
+        without(version_check, "differences", lambda said: [], another_version),
+        nothing,
+    ),
+}
+
+
+def main(names: list[str]) -> None:
+    importlib.import_module("megatron.core.parallel_state")  # once, before ranks are forked
+    with tempfile.TemporaryDirectory() as root:
+        # What is switched off ends by its time limit: those first.
+        waiting = sorted(names, key=lambda name: ", " not in name)
+        running: dict[str, Scenario] = {}
+        started = -math.inf
+        over: list[bool] = []
+        while waiting or not all(over):
+            over = [scenario.done() for scenario in running.values()]
+            if waiting and time.monotonic() - started > APART_S:
+                name, started = waiting.pop(0), time.monotonic()
+                running[name] = Scenario(name, Path(root) / name)
+                over.append(False)
+            time.sleep(0.1)
+        print(json.dumps({name: running[name].result() for name in names}))
+
+
+class Scenario:
+    """Its ranks, and what became of them."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.world_size, entry, self.disturb = SCENARIOS[name]
+        self.folder = folder
+        folder.mkdir()
+        port = free_ports()
+        self.started = time.monotonic()
+        self.disturbed: float | None = None
+        self.codes: dict[int, int] = {}
+        self.told = False
+        self.ended: dict[int, float] = {}
+        self.pids = [self.fork(rank, port, entry) for rank in range(self.world_size)]
+
+    def fork(self, rank: int, port: int, entry: Callable[[], int]) -> int:
+        pid = os.fork()
+        if pid:
+            return pid
+        log = os.open(self.folder / f"log-{rank}", os.O_CREAT | os.O_WRONLY)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        torch.set_num_threads(1)
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(self.world_size), "LOCAL_RANK": str(rank)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "FOLDER": str(self.folder)}
+        os.environ |= {"SLURMD_NODENAME": "n1"}
+        code = 99
+        try:
+            code = entry()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def done(self) -> bool:
+        if self.disturbed is None:
+            try:
+                self.disturb(self.pids, self.folder)
+            except StopIteration:
+                self.disturbed = time.monotonic()
+        for rank, pid in enumerate(self.pids):
+            if rank not in self.codes:
+                found, status = os.waitpid(pid, os.WNOHANG)
+                if found:
+                    self.codes[rank], self.ended[rank] = os.waitstatus_to_exitcode(status), time.monotonic()
+        left = [pid for rank, pid in enumerate(self.pids) if rank not in self.codes]
+        if any(self.codes.values()) and not self.told:  # as srun does with --kill-on-bad-exit
+            self.told = True
+            for pid in left:
+                os.kill(pid, signal.SIGTERM)
+        stopped = "stopped" in self.folder.name and len(left) == 1
+        limit = CONTROL_S if ", " in self.folder.name else 90
+        if left and (stopped or time.monotonic() - self.started > limit):
+            for pid in left:
+                os.kill(pid, signal.SIGKILL)
+        return not left
+
+    def result(self) -> dict[str, Any]:
+        logs = [(self.folder / f"log-{rank}").read_text() for rank in range(self.world_size)]
+        status = self.folder / "status.json"
+        return {
+            "codes": [self.codes[rank] for rank in range(self.world_size)],
+            "logs": logs,
+            "seconds": [self.ended[rank] - (self.disturbed or self.started) for rank in range(self.world_size)],
+            "status": json.loads(status.read_text()) if status.exists() else None,
+        }
+
+
+def free_ports() -> int:
+    """A port that is free, with the one behind it; below those that systems give to outgoing connections.
+
+    Of the others, one may be given away between this look and its use: the tests beside this one make many connections.
+    """
+    for _ in range(100):
+        with socket.socket() as first, socket.socket() as second:
+            port = random.randrange(20000, 32000)
+            try:
+                first.bind(("127.0.0.1", port))
+                second.bind(("127.0.0.1", port + 1))
+            except OSError:
+                continue
+            return port
+    raise RuntimeError("no two ports in a row are free")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or list(SCENARIOS))
