@@ -17,7 +17,7 @@ import transformers
 import yaml
 from safetensors import safe_open
 
-from nemo_tied_lora.checkpoint import nemo_file_reader
+from nemo_tied_lora.checkpoint import nemo_file_writer
 from nemo_tied_lora.checkpoint.base_identity import recorded_model_keys
 from nemo_tied_lora.checkpoint.nemo_file_reader import AdapterFile
 from nemo_tied_lora.commands.main import main
@@ -273,7 +273,7 @@ def test_a_record_in_megatrons_words_is_read_as_nemos_keys() -> None:
 
 def write_adapter(path: Path, file: AdapterFile) -> Path:
     """The `.nemo` of an adapter that was never on a model."""
-    return nemo_file_reader.write_adapter(path, file.config, file.specs, file.state, file.yaml)
+    return nemo_file_writer.write_adapter(path, file.config, file.specs, file.state, file.yaml)
 
 
 @pytest.mark.parametrize("to", ["hf-peft", "nemo-lora", "safetensors"])
