@@ -96,9 +96,10 @@ parallelism-page: $(STAMP) setup-mcore016 ## docs/parallelism.md, from the resul
 test-slurm: $(STAMP) ## the tests on a private SLURM (Linux, root; installs Debian's packages where they are missing)
 	$(BIN)/python -m pytest -m slurm tests/slurm $(PYTEST_OPTIONS)
 
-lint: $(STAMP) ## check style and format
+lint: $(STAMP) ## check style, format, and who imports whom
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
+	$(BIN)/lint-imports --no-logo
 
 typecheck: $(STAMP) ## check the types
 	$(BIN)/python -m mypy

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from nemo_tied_lora.platform.devices import collective_device
+
 __all__ = ["NonfiniteGradient", "find_nonfinite"]
 
 _BLOCKS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
@@ -51,7 +53,7 @@ def find_nonfinite(named: Iterable[tuple[str, nn.Parameter]]) -> NonfiniteGradie
     gradients = ((name, _gradient(parameter)) for name, parameter in named)
     found = [(name, gradient) for name, gradient in gradients if gradient is not None]
     finite = _finite([gradient for _, gradient in found])
-    flag = torch.zeros((), dtype=torch.uint8, device=_device(found))
+    flag = torch.zeros((), dtype=torch.uint8, device=found[0][1].device if found else collective_device())
     if finite is not None:
         flag |= ~finite.all()
     torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
@@ -97,10 +99,3 @@ def _finite(gradients: Sequence[torch.Tensor]) -> torch.Tensor | None:
     largest = torch._foreach_norm(list(gradients), float("inf"))
     alike = len({value.dtype for value in largest}) == 1
     return torch.stack(largest if alike else [value.double() for value in largest]).isfinite()
-
-
-def _device(found: Sequence[tuple[str, torch.Tensor]]) -> torch.device:
-    if found:
-        return found[0][1].device
-    nccl = torch.distributed.get_backend() == "nccl"
-    return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from megatron.core import parallel_state
 
+from nemo_tied_lora.platform.devices import collective_device
 from nemo_tied_lora.plots import picture
 
 __all__ = ["RunRecorder", "draw_losses", "peak_memory_bytes"]
@@ -95,8 +96,7 @@ def peak_memory_bytes() -> int:
     unit = 1 if sys.platform == "darwin" else 1024
     peak = torch.tensor(float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit))
     if torch.distributed.is_initialized():
-        device = torch.device("cuda") if torch.distributed.get_backend() == "nccl" else torch.device("cpu")
-        peak = peak.to(device)
+        peak = peak.to(collective_device())
         torch.distributed.all_reduce(peak)
     return int(peak.item())
 

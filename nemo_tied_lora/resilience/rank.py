@@ -171,12 +171,12 @@ def _make_process_group(values: Mapping[str, Any], meeting: Meeting, seconds: fl
     import torch
     from torch.distributed import PrefixStore
 
-    gpu = torch.cuda.is_available() and values["trainer"].get("accelerator") != "cpu"
-    if gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    from nemo_tied_lora.platform.devices import select_device
+
+    device = select_device(values["trainer"].get("accelerator"))
     limit = datetime.timedelta(seconds=seconds)
     torch.distributed.init_process_group(
-        "nccl" if gpu else "gloo",
+        "nccl" if device.type == "cuda" else "gloo",
         store=PrefixStore("process_group", meeting.store),
         rank=meeting.rank,
         world_size=meeting.world_size,
@@ -208,6 +208,7 @@ def _preflight(values: Mapping[str, Any], meeting: Meeting | None, *, first: boo
 def _check_collectives(values: Mapping[str, Any], meeting: Meeting) -> list[str]:
     import torch
 
+    from nemo_tied_lora.platform.devices import collective_device
     from nemo_tied_lora.resilience import group_check
 
     if not torch.distributed.is_initialized():  # watchdog.timeout_s=0
@@ -217,9 +218,7 @@ def _check_collectives(values: Mapping[str, Any], meeting: Meeting) -> list[str]
     layout = Layout.from_config(values)
     swapped = bool(values["model"].get("use_tp_pp_dp_mapping"))
     groups = {kind: group_check.group_ranks(layout, kind, pipeline_before_data=swapped) for kind in group_check.GROUPS}
-    gpu = torch.distributed.get_backend() == "nccl"
-    device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
-    meeting.say("collectives", group_check.here(group_check.check_groups(meeting, groups, device)))
+    meeting.say("collectives", group_check.here(group_check.check_groups(meeting, groups, collective_device())))
     lines: list[str] = []
     problems: list[str] = []
     if meeting.rank == 0:
