@@ -184,11 +184,11 @@ The result:
 
 ## The minimum
 
-*Beside the base's collectives*, which then carry the base's tensors and nothing else. Every linear has one exchange:
-of h = A x for a row, because each rank has one term of that sum; of the gradient of h for a column, which is the same
-in backward. Every rank needs the sum, r numbers per token, before it can continue. No all-reduce over T ranks sends
-less than 2 (T-1)/T of what it sums. Under sequence parallelism, an all-gather in one direction and a reduce-scatter
-in the other send the same. So
+*Beside the base's collectives*, which then carry the base's tensors and nothing else. Every linear has one exchange.
+For a row it is h = A x, because each rank has one term of that sum. For a column it is the gradient of h, which is
+the same in backward. Every rank needs the sum, r numbers per token, before it can continue. No all-reduce over T
+ranks sends less than 2 (T-1)/T of what it sums. Under sequence parallelism, an all-gather in one direction and a
+reduce-scatter in the other send the same. So
 
     microbatch = 2 (T-1)/T * layers of the stage * linears * tokens * r * bytes of an element
     step       = 2 (P-1)/P * A and B on one rank + 2 (T-1)/T * what is partial over the sequence

@@ -178,8 +178,8 @@ backwards, so the guard names the tensor that the backward pass reaches first: i
 steps in a row stop the run.
 
 `stop` is the default. Without a loss scaler, a gradient that is not finite comes from the data, the learning rate or
-the machine, and a run that hides it may run for days in vain. The guard leaves float16's loss scaler alone: the
-scaler overflows on purpose to find its scale, and skips those steps itself, on all ranks.
+the machine. A run that hides it may run for days in vain. The guard leaves float16's loss scaler alone: the scaler
+overflows on purpose to find its scale, and skips those steps itself, on all ranks.
 
 ## Negative controls
 
@@ -211,8 +211,8 @@ the optimizer. The gradient guard runs at each step, the tie guard at each 200th
 - {processor}, {cores} cores, load average {load_average:.1f} at the start; seed {seed}; {date}; commit {commit}.
 - {versions}.
 
-Not measured: the network (one all-reduce of a byte per step, and one of 16 bytes per tensor and shard at each 200th),
-GPUs, and the wait for the slowest rank, which clipping causes anyway.
+Not measured: GPUs; the network (one all-reduce of a byte per step, and one of 16 bytes per tensor and shard at each
+200th); the wait for the slowest rank, which clipping causes anyway.
 
     python benchmarks/guard_cost.py --output runs/guard_cost.json --page docs/guards.md
 """
