@@ -71,7 +71,7 @@ def _equals(what: str, sent: float, wanted: float, meaning: str) -> Iterator[tup
 
 def _microbatch_table(result: dict[str, Any]) -> str:
     lines = [
-        "| layout | base sends | NeMo's layer adds | ours adds | ours / NeMo's | least beside the base's | least of any |",
+        "| layout | base sends | NeMo's layer adds | ours adds | ours / NeMo's | minimum beside the base | minimum of any method |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for name, entry in result["layouts"].items():
@@ -93,7 +93,7 @@ def _microbatch_table(result: dict[str, Any]) -> str:
 
 def _step_table(result: dict[str, Any]) -> str:
     lines = [
-        "| layout | NeMo's layer adds | ours adds over TP | ours adds over PP | least beside the base's | least of any |",
+        "| layout | NeMo's layer adds | ours adds over TP | ours adds over PP | minimum beside the base | minimum of any method |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for name, entry in result["layouts"].items():
@@ -144,76 +144,85 @@ def _grouped_verdicts(result: dict[str, Any]) -> Iterator[str]:
 _PAGE = """\
 # What an adapter adds to the network's traffic
 
-Bytes that one rank sends, and in brackets the calls, beyond those of the frozen model: NeMo's own LoRA layer beside
-Tied-LoRA (`tl6`), both of rank {rank} on {targets}. Every collective was counted, forward and backward.
+The tables compare NeMo's own LoRA layer with Tied-LoRA (`tl6`), both of rank {rank} on {targets}. They give the bytes
+that one rank sends beyond the frozen model's, and in brackets the number of calls. Every collective is counted, in
+forward and in backward.
 
 ## A microbatch
 
 {microbatch}
 
-One sequence of as many tokens as below. Where there are two numbers for NeMo's layer, the first is its layer before
-Transformer Engine 1.5, and with overlapped communication: it gathers a column's input itself. The second is from
-Transformer Engine 1.5 on, which hands it the input that the base has gathered; what is left are the full-width
-exchanges of its rows. Everything here grows with tokens and layers alike, so the shares hold for a long sequence too;
-they fall as the model gets wider, with rank / width.
+One sequence; its tokens are given below. If NeMo's layer has two numbers, the first holds before Transformer Engine
+1.5, and for overlapped communication: the layer gathers the input of a column itself. The second holds from
+Transformer Engine 1.5 on, which passes the input that the base has gathered; the full-width exchanges of its rows
+remain. All numbers grow with tokens and layers alike, so the shares hold for a long sequence too. They fall as the
+model gets wider, with rank / width.
 
 ## A step
 
 {step}
 
-Over TP: under sequence parallelism, what is partial over the sequence (A, u of columns; B, u, v of rows). Over PP: the
-gradients of the tied A and B, which every stage has a part of. NeMo's LoRA has nothing to sum there, because it ties nothing. A
-step has many microbatches, and this is sent once in it, whatever the number of tokens and microbatches; what goes over
-PP does not grow with the layers either.
+Over TP, under sequence parallelism: the gradients that are partial over the sequence (A and u of columns; B, u and v
+of rows). Over PP: the gradients of the tied A and B, because every stage has a part of them. NeMo's LoRA ties
+nothing, so it sums nothing there. A step sends this once, however many tokens and microbatches it has. The bytes over
+PP do not grow with the number of layers either.
 
-## Kept and missed
+## Claims
 
-Claims, each checked on each layout by the program, which ends with exit code 1 where one is missed: at most 5% of what
-NeMo's layer adds to a microbatch; only tensors as wide as the rank; nothing more between stages; one coalesced
-all-reduce a step over PP, one over TP under sequence parallelism, no other; exactly the bytes that `tied-lora plan`
-states; exactly the least beside the base's collectives; half the bytes for half the tokens; the loss of the model with
-NeMo's layer.
+The program checks these claims on each layout, and ends with exit code 1 if one is missed:
+
+- a microbatch adds at most 5% of what NeMo's layer adds;
+- it adds only tensors as wide as the rank, and nothing between stages;
+- a step adds one coalesced all-reduce over PP, one over TP under sequence parallelism, and no other;
+- the bytes are exactly those that `tied-lora plan` states, and exactly the minimum beside the base's collectives;
+- half the tokens cost half the bytes;
+- the loss is that of the model with NeMo's layer.
+
+The result:
 
 {verdicts}
 
-## The least
+## The minimum
 
-*Beside the base's collectives*, which then carry the base's tensors and nothing else. Every linear has one exchange: of
-h = A x for a row (each rank has a summand of it), of the gradient of h for a column (the same in backward). Every rank
-needs the sum, r numbers a token, before it can go on, and no all-reduce over T ranks sends less than 2 (T-1)/T of what it
-sums; under sequence parallelism an all-gather in one direction and a reduce-scatter in the other send the same. So
+*Beside the base's collectives*, which then carry the base's tensors and nothing else. Every linear has one exchange.
+For a row it is h = A x, because each rank has one term of that sum. For a column it is the gradient of h, which is
+the same in backward. Every rank needs the sum, r numbers per token, before it can continue. No all-reduce over T
+ranks sends less than 2 (T-1)/T of what it sums. Under sequence parallelism, an all-gather in one direction and a
+reduce-scatter in the other send the same. So
 
     microbatch = 2 (T-1)/T * layers of the stage * linears * tokens * r * bytes of an element
     step       = 2 (P-1)/P * A and B on one rank + 2 (T-1)/T * what is partial over the sequence
 
-*Of any exact method*, also of one that changes the base's linears: nothing a microbatch. A row's update could be added
-to the partial sums that the base all-reduces anyway, and a column's share of the input's gradient likewise. The gradients of
-the replicated factors (A, u of columns; B, u, v of rows) are then partial on each tensor-parallel rank, without sequence
-parallelism too, and are to be summed once a step, or the r-wide tensors sent instead where a step has so few tokens
-that they are smaller: the table has the smaller one. Tied-LoRA leaves the base's linears alone and does not do this. It
-would spare the r-wide exchanges and cost the sum over TP that sequence parallelism has already.
+*Of any exact method*, even one that changes the base's linears: nothing per microbatch. Such a method could add a
+row's update to the partial sums that the base all-reduces anyway, and a column's share of the input's gradient
+likewise. The gradients of the replicated factors (A and u of columns; B, u and v of rows) are then partial on each
+tensor-parallel rank, even without sequence parallelism. They must be summed once per step. Or the r-wide tensors are
+sent instead, if a step has so few tokens that they are smaller; the table has the smaller of the two. Tied-LoRA
+leaves the base's linears alone and does not do this. It would save the r-wide exchanges, and cost the sum over TP
+that sequence parallelism has already.
 
 ## How it was counted
 
-- Model: {sizes}; {dtype}; {microbatches} microbatches of one sequence. {world_size} ranks for every layout; those that a
-  layout leaves over are data-parallel copies, whose own sums are the training loop's and are not done here.
-- The count is taken at torch's `c10d` operators, under whichever function is called. A collective that the counter does
-  not know stops it. What is added is the count less the frozen model's, of the same shapes; a collective of the base
-  that went missing would stop it as well.
-- Bytes sent, as rings send them: 2 (n-1)/n of an all-reduce's tensor, (n-1)/n of the whole of an all-gather or reduce-scatter,
-  all of a point-to-point message. The table shows the rank that sends most.
-- NeMo's layer is its `ParallelLinearAdapter` with the arguments that its LoRA configuration gives, its output added to
-  its linear's. Under sequence parallelism it asks for Transformer Engine's version and is told 1.4.0 or 1.5.0; in the
-  second case the gathering of its input, and the scattering of that input's gradient, are done uncounted.
+- Model: {sizes}; {dtype}; {microbatches} microbatches of one sequence. Every layout runs on {world_size} ranks. Ranks
+  that a layout does not need are data-parallel copies; their own sums belong to the training loop and are not done
+  here.
+- The count is taken at torch's `c10d` operators, below whichever function is called. A collective that the counter
+  does not know stops it. The added traffic is the count minus the frozen model's, of the same shapes. A missing
+  collective of the base stops the counter as well.
+- Bytes sent, as rings send them: 2 (n-1)/n of an all-reduce's tensor, (n-1)/n of the whole of an all-gather or
+  reduce-scatter, all of a point-to-point message. The table shows the rank that sends most.
+- NeMo's layer is its `ParallelLinearAdapter` with the arguments of its LoRA configuration; its output is added to its
+  linear's. Under sequence parallelism it asks for Transformer Engine's version, and is told 1.4.0 or 1.5.0. In the
+  second case, the gathering of its input and the scattering of that input's gradient are done uncounted.
 - {processor}; seed {seed}; {date}; commit {commit}.
 - {versions}.
 
 ## Not measured
 
-Time: how much of the traffic a GPU hides behind its arithmetic, and what latency a call has. NCCL's own choice between
-rings and trees. bfloat16, which halves activations and leaves the gradients' bytes. Activation recompute, which repeats the forward
-exchange. Data, context and expert parallelism. Loops with Megatron's DDP, where `finalize_model_grads` does the step's
-sums instead of `adapter.reduce_gradients()`. Transformer Engine itself.
+Time: how much of the traffic a GPU hides behind its arithmetic, and the latency of a call. NCCL's own choice between
+rings and trees. bfloat16, which halves activations and leaves the gradients' bytes. Activation recompute, which
+repeats the forward exchange. Data, context and expert parallelism. Loops with Megatron's DDP, where
+`finalize_model_grads` does the sums of a step instead of `adapter.reduce_gradients()`. Transformer Engine itself.
 
 ## Repeat it
 

@@ -144,21 +144,22 @@ def _default_interval() -> int:
 _PAGE = """\
 # The guards of a run
 
-| key of `guards` | default | |
+| key of `guards` | default | meaning |
 |---|---|---|
-| `tie_guard_every_n_steps` | 200 | how often, and before each save, ranks compare the bits of what they share; 0: never |
-| `nonfinite_gradients` | `stop` | on NaN or infinity: `stop` ends the run, `skip` leaves the step out and counts it |
+| `tie_guard_every_n_steps` | 200 | every so many steps, and before each save, ranks compare the bits of what they share; 0: never |
+| `nonfinite_gradients` | `stop` | on NaN or infinity, `stop` ends the run; `skip` skips the step and counts it |
 
-A run that a guard stops ends on every rank, with one message and exit code 3 (1 where `torchrun` started it), and has
-written nothing over an older checkpoint or adapter.
+If a guard stops a run, the run ends on every rank, with one message and exit code 3 (1 if `torchrun` started it). An
+older checkpoint or adapter stays as it is.
 
 ## The tie guard
 
-Ranks that hold the same element must hold the same bits: tied tensors over pipeline stages and chunks, replicated ones
-over tensor parallelism, all of them over data and context parallelism, frozen ones too. Each rank takes a checksum of
-the bits of each tensor, in which every word is mixed with its place, so that two elements that changed places are noticed;
-one all-reduce of 16 bytes for each tensor and shard of the model gives every rank the same verdict. On a difference
-the message names the tensor, its shard, the ranks and their checksums. In a loop of your own:
+Replicas must hold the same bits: tied tensors over pipeline stages and chunks, whole tensors over tensor-parallel
+ranks, and all tensors over data- and context-parallel ranks. This includes frozen tensors.
+
+Each rank computes a checksum of the bits of each tensor. The checksum depends on positions, so swapped elements are
+noticed. One all-reduce of 16 bytes per tensor and shard gives every rank the same verdict. If replicas differ, the
+message names the tensor, its shard, the ranks and their checksums. In your own loop:
 
 ```python
 from nemo_tied_lora.adapter.replica_check import check_ties
@@ -166,51 +167,52 @@ from nemo_tied_lora.adapter.replica_check import check_ties
 check_ties(adapter)  # all ranks, between a step and the next forward pass; raises TieError on every rank
 ```
 
-`save_adapter` does so by itself.
+`save_adapter` calls it by itself.
 
 ## Gradients that are not finite
 
-After every sum of gradients and before clipping all ranks look at every trained gradient. One that is not finite
-on one rank is known to all: the run stops, or no rank steps. Parameters, moments, step counts and the learning rate then stay as
-they are; `metrics.json` counts the step in `skipped_steps` and names the tensor in `steps`. The tensor that is named is the first
-in the order of the backward pass, the one nearest to the cause. Ten steps skipped in a row stop the run all the same.
+After all sums of gradients and before clipping, all ranks look at every trained gradient. If one is not finite on one
+rank, all ranks know: the run stops, or no rank steps. After a skipped step, parameters, moments, step counts and the
+learning rate are unchanged. `metrics.json` counts it in `skipped_steps` and names the tensor in `steps`. NaN spreads
+backwards, so the guard names the tensor that the backward pass reaches first: it is closest to the cause. Ten skipped
+steps in a row stop the run.
 
-`stop` is the default: without a loss scaler a gradient that is not finite is a fault of the data, the learning rate or the
-machine, and a run that hides it goes on for days. float16's loss scaler is left alone: it overflows on purpose to find
-its scale, and skips those steps itself, on all ranks.
+`stop` is the default. Without a loss scaler, a gradient that is not finite comes from the data, the learning rate or
+the machine. A run that hides it may run for days in vain. The guard leaves float16's loss scaler alone: the scaler
+overflows on purpose to find its scale, and skips those steps itself, on all ranks.
 
-## Seen to fail
+## Negative controls
 
-Each guard is switched off in a test, and the test of that guard must then fail; so is each flag that Megatron reads from the
-adapter's parameters, in a step of Megatron's own loop on four ranks:
+A test switches off each guard, and the guard's own test must then fail. The same is done with each flag that Megatron
+reads from the adapter's parameters, in a step of Megatron's own loop on four ranks:
 
-| switched off | goes wrong | table |
+| switched off | what breaks | test |
 |---|---|---|
 | `pipeline_parallel`, `has_cond_embedder` | the steps of tied tensors, the norm | `tests/adapter/test_flag_controls.py` |
-| `shared_embedding` | tied tensors, where stages differ in size and the optimizer is distributed | |
+| `shared_embedding` | tied tensors, if stages differ in size and the optimizer is distributed | |
 | `shared`, `tensor_model_parallel` | the norm | |
-| `sequence_parallel` | what is replicated over tensor parallelism, the norm | |
-| `partition_dim`, `partition_stride` | the parts that Megatron's rule cuts: rows' A; a gated MLP's B and v | |
+| `sequence_parallel` | tensors that tensor-parallel ranks hold whole, the norm | |
+| `partition_dim`, `partition_stride` | the shards that Megatron cuts: A of rows; B and v of a gated MLP | |
 | each place of `replica_id` | "Invalid access pattern" | |
-| `zero_out_wgrad` | a tied factor in a fused kernel; a stand-in has the kernel's place, the code around it is Megatron's | |
-| tie guard, look at the gradients, each check of layout, data, settings | no refusal | `tests/nemo/test_guard_controls.py` |
-| the same in NeMo's loop | a run that neither stops nor skips, a file over a good one | `tests/nemo/test_guarded_training.py` |
-| watchdog, the ranks' agreement, pre-flight | ranks hang, or end without a name | `tests/resilience/test_ranks_in_trouble.py` |
+| `zero_out_wgrad` | a tied factor in a fused kernel (a stand-in for the kernel, in Megatron's own code) | |
+| tie guard, gradient guard, each check of layout, data and settings | nothing is refused | `tests/nemo/test_guard_controls.py` |
+| the same in NeMo's loop | the run neither stops nor skips; a good file is lost | `tests/nemo/test_guarded_training.py` |
+| watchdog, agreement of ranks, pre-flight | ranks hang, or end unexplained | `tests/resilience/test_ranks_in_trouble.py` |
 
 ## What they cost
 
 {table}
 
-In brackets the smallest and the largest of {repeats} rounds. A step is forward and backward of one sequence, without the
-optimizer; the look at the gradients is taken at each step, the tie guard at each 200th.
+In brackets: the smallest and the largest of {repeats} rounds. A step is forward and backward of one sequence, without
+the optimizer. The gradient guard runs at each step, the tie guard at each 200th.
 
-- Model: {sizes}; float32; `tl6` on all four linears. One process: CPU time, one thread. A round times the three in a new random
-  order; a ratio is taken within a round; the table has medians.
+- Model: {sizes}; float32; `tl6` on all four linears. One process: CPU time, one thread. A round times the three in a
+  new random order. Each ratio is taken within a round; the table has medians.
 - {processor}, {cores} cores, load average {load_average:.1f} at the start; seed {seed}; {date}; commit {commit}.
 - {versions}.
 
-Not measured: the network (one all-reduce of a byte a step; one of 16 bytes a tensor and shard at each 200th), GPUs, and
-the wait for the slowest rank, which clipping has in any case.
+Not measured: GPUs; the network (one all-reduce of a byte per step, and one of 16 bytes per tensor and shard at each
+200th); the wait for the slowest rank, which clipping causes anyway.
 
     python benchmarks/guard_cost.py --output runs/guard_cost.json --page docs/guards.md
 """

@@ -32,11 +32,12 @@ def verdicts(result: dict[str, Any]) -> Iterator[str]:
     """A line for each bound at each rank: kept or missed."""
     for entry in result["ranks"].values():
         rank, of_nemo, of_floor = entry["rank"], entry["added_over_nemo"], entry["added_over_floor"]
-        yield f"rank {rank}: {of_nemo:.2f} of what NeMo's layer adds, at most {MOST_OF_NEMO:.2f} wanted: " + (
-            "kept" if of_nemo <= MOST_OF_NEMO else f"**missed**{_beside_bare(entry)}"
+        yield (
+            f"rank {rank}: adds {of_nemo:.2f} of what NeMo's layer adds; the goal is at most {MOST_OF_NEMO:.2f}: "
+            + ("kept" if of_nemo <= MOST_OF_NEMO else f"**missed**{_beside_bare(entry)}")
         )
         if rank >= FLOOR_BOUND_FROM_RANK:
-            yield f"rank {rank}: {of_floor:.2f} of the floor, at most {MOST_OF_FLOOR} wanted: " + (
+            yield f"rank {rank}: adds {of_floor:.2f} of what the floor adds; the goal is at most {MOST_OF_FLOOR}: " + (
                 "kept" if of_floor <= MOST_OF_FLOOR else "**missed**"
             )
 
@@ -92,13 +93,14 @@ _QUOTED = (
 _PAGE = """\
 # What an adapter adds to a training step
 
-Forward + backward of a frozen megatron-core GPT, alone, with NeMo's own LoRA layer, and with Tied-LoRA (`tl6`).
-A ratio is the time of the step over the frozen model's; in brackets the smallest and the largest of {repeats} rounds.
+Forward and backward of a frozen megatron-core GPT: alone, with NeMo's own LoRA layer, and with Tied-LoRA (`tl6`). A
+ratio is the time of the step over the frozen model's. In brackets: the smallest and the largest of {repeats} rounds.
 
 {table}
 
-"Added" is the ratio less 1. The floor is arithmetic alone: 1 + FLOPs of the update / FLOPs of the frozen model. Bare
-products: 1 + the time of the update's matrix products, with no model around them, over the frozen model's.
+"Added" is the ratio minus 1. The floor is arithmetic alone: 1 + FLOPs of the update / FLOPs of the frozen model.
+"Bare products" is 1 + the time of the update's matrix products, without a model around them, over the frozen model's
+time.
 
 {verdicts}
 
@@ -106,31 +108,37 @@ products: 1 + the time of the update's matrix products, with no model around the
 
 - Model: {sizes}; one sequence, {dtype}. One process, no parallelism.
 - Adapters on {targets}.
-- Each round times one step of each of the three models and the bare products, in a new random order; a ratio is taken
-  within a round; the table has the medians of {repeats} rounds, after {warmup} that are not counted. Clock: {clock},
-  {threads} thread(s). A busy machine widens the ranges: a load average well above 1 makes the rank 8 and 32 lines rough.
-- The three models share the memory of the base's weights. In all three the gradient goes back to the embedding's output.
-- NeMo's layer is its `ParallelLinearAdapter` with the arguments that its LoRA configuration gives, without dropout. Its
+- Each round times one step of each of the three models and the bare products, in a new random order. Each ratio is
+  taken within a round. The table has the medians of {repeats} rounds, after {warmup} uncounted ones. Clock: {clock},
+  {threads} thread(s). A busy machine widens the ranges: with a load average well above 1, the lines of rank 8 and 32
+  are rough.
+- The three models share the memory of the base's weights. In all three the gradient goes back to the embedding's
+  output.
+- NeMo's layer is its `ParallelLinearAdapter` with the arguments of its LoRA configuration, without dropout. Its
   output is added to its linear's, as NeMo's mixins do; the mixins themselves do not run on this megatron-core.
 - Both adapters hold the same update: their losses differ by at most {losses}.
-- Memory that the process frees: {freed_memory}. Left to itself, as in a user's process, glibc gives large blocks back
-  and faults them in again, up to a quarter of a step's time, and most for what allocates most. `--keep-freed-memory`
-  leaves that out: both adapters then run close to the floor at rank 128, and the gap between them narrows.
+- Memory that the process frees: {freed_memory}. By default, as in a user's process, glibc returns large blocks to the
+  system and faults them in again. This takes up to a quarter of a step's time, most for the model that allocates
+  most. `--keep-freed-memory` avoids it: both adapters then run close to the floor at rank 128, and the gap between
+  them narrows.
 - {processor}, {cores} cores, load average {load_average:.1f} at the start; seed {seed}; {date}; commit {commit}.
 - {versions}.
 
 ## The floor
 
-With T tokens, an adapter of rank r on a linear (in, out) needs 6 T r (in + out) FLOPs: A x, B h, the gradients of h and B,
-of x and A. The frozen model needs 4 T in out for each linear and for the output layer (forward, and the gradient of the
-input; none for weights), and 12 T T hidden a layer for attention: scores and context, and two gradients of each, the
-masked half included. Softmax, norms, activations, the embedding and the loss are in the measured time and not in the
-FLOPs, as are an adapter's small operations: folding u, v and alpha / r into A and B, and summing over layers what they share.
+With T tokens, an adapter of rank r on a linear (in, out) needs 6 T r (in + out) FLOPs: A x, B h, the gradients of h
+and B, of x and A. The frozen model needs 4 T in out for each linear and for the output layer (forward, and the
+gradient of the input; none for weights). It needs 12 T T hidden per layer for attention: scores and context, and two
+gradients of each, including the masked half.
+
+The measured time includes softmax, norms, activations, the embedding and the loss; the FLOPs do not. The same holds
+for an adapter's small operations: folding u, v and alpha / r into A and B, and summing over layers what they share.
 
 ## Not measured
 
-GPUs, bfloat16, tensor or pipeline parallelism (where this adapter sends r-wide tensors and NeMo's layer full-width ones),
-the optimizer's step, peak memory, dropout, longer sequences or larger micro-batches, Transformer Engine's linears.
+GPUs, bfloat16, tensor or pipeline parallelism (where this adapter sends r-wide tensors and NeMo's layer full-width
+ones), the optimizer's step, peak memory, dropout, longer sequences or larger micro-batches, Transformer Engine's
+linears.
 
 ## Repeat it
 

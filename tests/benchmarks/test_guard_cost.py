@@ -31,12 +31,3 @@ def test_the_page_holds_the_ratios_of_the_rounds_that_were_measured(tmp_path: Pa
         assert f"{statistics.median(ratios):.2%} ({min(ratios):.2%} to {max(ratios):.2%})" in page
     assert entry["tie_guard"]["amortised"] == entry["tie_guard"]["ratio"] / 200
     assert "spread over 200 steps" in page
-
-
-def test_the_projects_page_is_the_programs() -> None:
-    """But for what was measured: the text around the table is the program's own."""
-    program, page = ((ROOT / path).read_text() for path in ("benchmarks/guard_cost.py", "docs/guards.md"))
-    text = program.partition('_PAGE = """')[2]
-    assert text
-    before = text.partition("{table}")[0]
-    assert page.startswith(before.lstrip("\\\n"))

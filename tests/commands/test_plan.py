@@ -684,14 +684,14 @@ def test_bad_numbers_of_adapters_are_refused(capsys: pytest.CaptureFixture[str],
     assert "whole numbers of at least 1" in problem
 
 
-def test_the_readmes_table_of_adapters_is_the_plans(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_pages_table_of_adapters_is_the_plans(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["model=llama2_7b", "preset=vera", "model.peft.tied_lora.rank=8"]) == 0
     printed = {
         line.split()[2]: [" ".join(cells) for cells in zip(*[iter(line.split()[3:])] * 2, strict=True)]
         for line in capsys.readouterr().out.splitlines()
         if line.startswith("all ranks: ") and "this adapter" not in line
     }
-    readme = (ROOT / "README.md").read_text()
+    page = (ROOT / "docs" / "several_adapters.md").read_text()
     for position, number in enumerate(("1", "10", "1,000")):
         cells = [printed[preset][position] for preset in ("lora", "vera", "tl5", "tl6")]
-        assert f"| {number} | {' | '.join(cells)} |" in readme
+        assert f"| {number} | {' | '.join(cells)} |" in page

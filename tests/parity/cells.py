@@ -31,13 +31,13 @@ ROWS = {
     "tp4 sp": "TP 4, sequence parallel",
     "pp2": "PP 2",
     "pp4": "PP 4",
-    "pp4 vp2": "PP 4, interleaved, two chunks a stage",
+    "pp4 vp2": "PP 4, interleaved, two chunks per stage",
     "tp2 pp2": "TP 2 x PP 2",
     "dp2": "DP 2",
     "tp2 dp2": "TP 2 x DP 2",
     "pp2 dp2": "PP 2 x DP 2",
     "tp2 sp pp2 dp2": "TP 2, sequence parallel, x PP 2 x DP 2",
-    "cp2": "CP 2, an attention of the suite's own",
+    "cp2": "CP 2, the suite's own attention",
 }
 ON_A_GPU = ("CP 2, Transformer Engine's attention", "one GPU, bfloat16, NCCL")
 
@@ -82,9 +82,9 @@ def tables() -> Iterator[Table]:
 _FEATURES: list[tuple[str, str, dict[str, str]]] = [
     (
         "Loops",
-        "Ours is a plain loop with `adapter.reduce_gradients()`. The others are megatron-core's `DistributedDataParallel` "
-        "with `finalize_model_grads` and its own optimizer. Each run accumulates gradients over two microbatches or more. "
-        "`nemo_tied_lora.check_ddp`, called before such a loop wraps the model, refuses the settings that cannot work.",
+        '"Ours" is a plain loop with `adapter.reduce_gradients()`. The others use megatron-core\'s `DistributedDataParallel` with '
+        "`finalize_model_grads` and megatron-core's optimizer. Each run accumulates gradients over two microbatches or more. "
+        "Call `nemo_tied_lora.check_ddp` before such a loop wraps the model: it refuses the settings that cannot work.",
         {
             "plain": "ours",
             "ddp": "DDP",
@@ -105,8 +105,8 @@ _FEATURES: list[tuple[str, str, dict[str, str]]] = [
     ),
     (
         "Models",
-        "GPT-2 style: biases, LayerNorm, GELU, learned positions. Llama style: no biases, RMSNorm, gated MLP, RoPE, two "
-        "query groups (on megatron-core 0.13.1 four where TP is); in both the output layer is not tied to the embedding.",
+        "GPT-2 style: biases, LayerNorm, GELU, learned positions. Llama style: no biases, RMSNorm, gated MLP, RoPE, and two query "
+        "groups (four at TP 4 on megatron-core 0.13.1). In both, the output layer is not tied to the embedding.",
         {
             "gpt2": "GPT-2 style",
             "llama": "Llama style",
@@ -118,7 +118,7 @@ _FEATURES: list[tuple[str, str, dict[str, str]]] = [
     ),
     (
         "Precision",
-        "bfloat16: parameters and activations; gradients and their sums in float32.",
+        "In the bfloat16 runs, parameters and activations are bfloat16; gradients and their sums are float32.",
         {"float64": "float64", "float32": "float32", "bfloat16": "bfloat16"},
     ),
     ("Presets", "", {"tl6": "`tl6`", "lora": "`lora`", "tl5": "`tl5`", "vera": "`vera`"}),
@@ -145,10 +145,10 @@ def _tests(runs: dict[str, Run], layout: str) -> tuple[str, ...]:
 def _refused_by_the_older(feature: str, tp_size: int) -> tuple[str, tuple[str, ...]]:
     """Why, and the tests that see the refusal, and that without it the run would fail."""
     if feature == "overlap and full":
-        name, case, reason = "overlapping_sums_with_full_recomputation", "", "a tied gradient would come in parts"
+        name, case, reason = "overlapping_sums_with_full_recomputation", "", "a tied gradient would arrive in parts"
     else:
         name, case = "fewer_query_groups_than_tensor_parallel_ranks", f"[{tp_size}]"
-        reason = f"one group for {tp_size} ranks"
+        reason = f"{tp_size} ranks share one group"
     return reason, tuple(f"{_REFUSALS}test_{name}_{end}{case}" for end in ("are_refused_by_name", "would_fail"))
 
 
@@ -199,8 +199,8 @@ def _experts() -> Table:
     }
     return Table(
         "Mixtures of experts",
-        "Experts' linears as targets, in a Llama style mixture with a dense layer and shared experts. A loop of our own where "
-        "no other is named.",
+        "The experts' linears are targets, in a Llama style mixture with a dense layer and shared experts. The loop is our own "
+        "unless another is named.",
         ("`experts: per_expert`", "`experts: tied`"),
         rows,
     )
@@ -227,14 +227,18 @@ def _nemo() -> Table:
     refused = f"{_NEMO}test_what_nemo_cannot_do_is_refused_by_name"
     for label, case, reason in (
         ("`distributed_fused_adam`", "distributed_fused_adam", "it leaves tied gradients unsummed"),
-        ("`overlap_grad_sync` with full recomputation", "overlap with full recomputation", "gradients come in parts"),
+        (
+            "`overlap_grad_sync` with full recomputation",
+            "overlap with full recomputation",
+            "gradients arrive in parts",
+        ),
         ("`megatron_amp_O2` with context parallelism", "O2 with context parallelism", "gradients too large"),
     ):
         rows[label] = (Cell(f"refused: {reason}", (f"{refused}[{case}]",)),) * 3
     return Table(
         "NeMo 2.4's loops",
-        "Five steps of `tied-lora finetune`'s model, in float32 but for O2; the error is that of what the steps have changed in a "
-        "tensor. Interleaved pipelines are refused in NeMo.",
+        "Five steps of `tied-lora finetune`'s model, in float32 except O2. The error is that of the change that the steps make in "
+        "a tensor. Interleaved pipelines are refused in NeMo.",
         tuple(ROWS[layout] for layout in columns),
         rows,
     )

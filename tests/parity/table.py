@@ -23,28 +23,37 @@ RESULTS = {"parity.json": OLDER, "parity-mcore016.json": NEWER}
 _HEAD = """\
 # The same adapter on every parallel layout
 
-`make test-parity` trains the same adapter on the same base with the same data on each layout below, on real megatron-core over
-gloo, and compares it with the single-process run: the loss of each step, the gradient of every trained tensor, whole, the
-gradient norm that clips, and the adapter after five clipped steps of Adam. Before the first step the output is the base's,
-bit for bit; after each step, all ranks that hold the same element hold the same bits.
+`make test-parity` trains the same adapter, on the same base, with the same data, on each layout below. It runs real
+megatron-core over gloo, on CPUs. It compares each run with the single-process run:
 
-Each cell is *tested*, with the largest relative error that is allowed (a whole tensor's by its 2-norm); or *refused*, by name,
-before training; or *untested*, for it needs a GPU. The bounds:
+- before the first step: the model's output is the base's, bit for bit;
+- in each of five clipped steps of Adam: the loss, the whole gradient of every trained tensor, and the gradient norm;
+- after each step: all ranks that hold the same element hold the same bits;
+- at the end: the adapter.
 
-- 1e-9 in float64: layouts only add up in another order, which leaves about 1e-14. The loss is taken in float64, for
+TP, PP, DP and CP are the tensor, pipeline, data and context parallel sizes. Each cell is one of these:
+
+- *tested*, with the largest relative error that is allowed (of a whole tensor by its 2-norm);
+- *refused*, by name, before training;
+- *untested*, because it needs a GPU.
+
+Three bounds are used:
+
+- 1e-9 in float64. Layouts add up in another order, which leaves about 1e-14. The loss is computed in float64, because
   megatron-core's own is always float32.
-- 5e-4 in float32, against the float64 run: 6e-8 at each product, some hundreds of which add up in a gradient; the gradient
-  of a u is a small sum of large terms.
-- 2e-1 in bfloat16, against the single-process bfloat16 run: 8 bits, 4e-3 at each product, and each layout rounds other sums;
-  u as in float32.
+- 5e-4 in float32, against the float64 run. Each product rounds by 6e-8, and some hundreds of these add up in a
+  gradient. The gradient of a u is a small sum of large terms.
+- 2e-1 in bfloat16, against the single-process bfloat16 run. Each product rounds by 4e-3 (8 bits), and each layout
+  rounds other sums. For u the same holds as in float32.
 
-The suite runs on megatron-core 0.13.1, with NeMo 2.4.1, and on 0.16.1 alone. Of both a cell is true, where it does not name
-one; *NeMo 2.4's loops* are 0.13.1's alone. `make test` runs both and keeps what each test came to in `runs/parity.json` and
-`runs/parity-mcore016.json`; it fails where one of them does not prove a cell, or where this page says anything else.
-TP, PP, DP, CP: tensor, pipeline, data and context parallel size.
+The suite runs on two releases: megatron-core 0.13.1 with NeMo 2.4.1, and 0.16.1 without NeMo. A cell that names no
+release is true of both; *NeMo 2.4's loops* are true of 0.13.1. `make test` runs both and keeps each test's result in
+`runs/parity.json` and `runs/parity-mcore016.json`. It fails if they do not prove a cell, or if this page differs from
+the cells.
 
-megatron-core's own attention for the CPU refuses context parallelism ("only supported by TEDotProductAttention"). The suite
-puts an attention in its place that gathers keys and values; all else is megatron-core's and this project's own code.
+megatron-core's own attention for the CPU refuses context parallelism ("only supported by TEDotProductAttention"). The
+suite uses an attention of its own there, which gathers keys and values. Everything else is megatron-core's code and
+this project's.
 """
 
 

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pure text: but for what was measured, the pages in docs/ are what the programs in benchmarks/ would write today."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from tests.harness.paths import ROOT
+
+PAGES = {
+    "communication.md": "communication_page.py",
+    "guards.md": "guard_cost.py",
+    "step_overhead.md": "step_overhead_page.py",
+}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_text_of_a_page_is_its_programs(page: str) -> None:
+    assert differing(page, (ROOT / "docs" / page).read_text()) == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize(
+    ("old", "new"), [("\n    python benchmarks", "\n    python3 benchmarks"), ("\n| ", "\n| new | ")]
+)
+def test_one_change_is_found(page: str, old: str, new: str) -> None:
+    text = (ROOT / "docs" / page).read_text()
+    assert differing(page, text.replace(old, new)) != []
+
+
+def differing(page: str, text: str) -> list[str]:
+    """The parts of the program's text that the page does not have in their order, and heads of tables that it lacks."""
+    tree = ast.parse((ROOT / "benchmarks" / PAGES[page]).read_text())
+    parts = re.split(r"\{[^}]*\}", _template(tree))
+    place, missing = 0, [] if text.startswith(parts[0]) and text.endswith(parts[-1]) else ["the beginning or the end"]
+    for part in parts:
+        found = text.find(part, place)
+        missing += [part] if found < 0 else []
+        place = max(place, found + len(part))
+    return missing + [head for head in _heads(tree) if f"\n{head}\n" not in text]
+
+
+def _template(tree: ast.Module) -> str:
+    (value,) = [n.value for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "_PAGE"]
+    return str(ast.literal_eval(value))
+
+
+def _heads(tree: ast.Module) -> Iterator[str]:
+    """The first two lines of every table."""
+    texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    yield from (text for text in texts if re.fullmatch(r"\|[ -].*\|", text))

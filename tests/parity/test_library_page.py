@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One and two ranks: the Python of docs/library.md and README.md runs, and its loops train the same adapter on every layout.
+
+The blocks are taken out of the pages and executed. The oracle is the page's loop on one process.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import parallel_state
+
+from nemo_tied_lora.adapter.replica_check import TieError, check_ties
+from tests.harness.paths import ROOT
+from tests.harness.ranks import run_ranks, single_process
+from tests.harness.tiny_gpt import SEQUENCE, VOCAB, build_gpt
+from tests.parity.layouts import LAYOUTS
+from tests.parity.training import randomise
+
+ADD, SHARED, SAVE = "Add an adapter", "What both loops share", "Save, load, merge, remove"
+OWN, MEGATRON, SHORT = "A loop of your own", "Megatron's DDP and optimizer", "README.md"
+MICROBATCHES, SAMPLES, STEPS = 4, 2, 3
+# float32, sums in another order: 1e-7 at each product.
+TOLERANCE = 1e-5
+# README's loop has neither a pipeline nor several data-parallel ranks.
+RUNS = [(loop, layout) for loop in (OWN, MEGATRON) for layout in ("tp2", "tp2 sp", "pp2", "dp2")]
+RUNS += [(SHORT, "tp2"), (SHORT, "tp2 sp")]
+# Adam divides a gradient by its own size, which hides one that is twice too large: an eps of that size shows it. And each
+# step's norm is above the bound, so that each step is clipped.
+VISIBLE = {
+    OWN: {"lr=1e-3": "lr=1e-2, eps=1e-3", "max_norm=1.0": "max_norm=0.05"},
+    MEGATRON: {"lr=1e-3": "lr=1e-2, adam_eps=1e-3", "clip_grad=1.0": "clip_grad=0.05"},
+    SHORT: {"lr=1e-3": "lr=1e-2, eps=1e-3"},
+}
+_SUM = "adapter.reduce_gradients()"
+# The loop, the layout on which it shows, the line that begins so, and what stands there instead.
+FAULTS = {
+    "no sum over stages": (OWN, "pp2", _SUM, "pass"),
+    "summed twice": (OWN, "pp2", _SUM, f"{_SUM}; {_SUM}"),
+    "no sum under sequence parallelism": (OWN, "tp2 sp", _SUM, "pass"),
+    "no mean over data-parallel ranks": (OWN, "dp2", "torch.distributed.all_reduce(parameter.grad, ", "pass"),
+    "each rank clips by its own norm": (OWN, "tp2", "torch.distributed.all_reduce(square, ", "pass"),
+    "README without the sum": (SHORT, "tp2 sp", _SUM, "pass"),
+    "Megatron does not sum": (MEGATRON, "pp2", "config.finalize_model_grads_func = ", "pass"),
+    "torch's AdamW around Megatron's DDP": (
+        *(MEGATRON, "dp2", "optimizer = get_megatron_optimizer("),
+        "import torch; optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-2)",
+    ),
+}
+# What the page says may be there as well.
+HARMLESS = {"reduce_gradients in Megatron's loop": (MEGATRON, "pp2", "optimizer.step()", f"{_SUM}; optimizer.step()")}
+State = dict[str, torch.Tensor]
+
+
+@pytest.mark.parametrize(("loop", "layout"), RUNS)
+def test_a_loop_of_the_pages_trains_the_single_process_adapter(loop: str, layout: str) -> None:
+    for state in on_two_ranks()[loop, layout, None]:
+        assert not isinstance(state, str), state
+        assert error(state, oracle(loop)) < TOLERANCE
+
+
+def test_both_loops_of_the_page_train_the_same_adapter_on_one_process(tmp_path: Path) -> None:
+    single_process()
+    assert error(trained(MEGATRON, str(tmp_path)), oracle(OWN)) < TOLERANCE
+
+
+@pytest.mark.parametrize("variant", HARMLESS)
+def test_a_variant_that_the_page_allows_trains_the_same_adapter(variant: str) -> None:
+    loop, layout, *_ = HARMLESS[variant]
+    for state in on_two_ranks()[loop, layout, variant]:
+        assert not isinstance(state, str), state
+        assert error(state, oracle(loop)) < TOLERANCE
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_in_a_loop_shows(fault: str) -> None:
+    loop, layout, *_ = FAULTS[fault]
+    states = on_two_ranks()[loop, layout, fault]
+    assert all(isinstance(state, str) or error(state, oracle(loop)) > 10 * TOLERANCE for state in states)
+
+
+def test_torchs_optimizer_around_megatrons_ddp_steps_nothing() -> None:
+    """The page's warning is true."""
+    (fault,) = [name for name in FAULTS if "AdamW" in name]
+    for state in on_two_ranks()[MEGATRON, "dp2", fault]:
+        assert error(state, oracle("no step")) == 0
+
+
+def block(heading: str) -> str:
+    """The first Python block under a heading of the page, or of README.md."""
+    if heading == SHORT:
+        text = (ROOT / "README.md").read_text()
+    else:
+        text = (ROOT / "docs" / "library.md").read_text().partition(f"\n## {heading}\n")[2]
+    return re.findall(r"^```python\n(.*?)^```$", text, flags=re.M | re.S)[0]
+
+
+def loop_code(heading: str, begins: str = "", instead: str = "") -> str:
+    """A loop's block, with numbers that let errors show, and one line replaced."""
+    code = block(heading)
+    # From factors that are random everywhere: a zero would hide errors.
+    for old, new in {**VISIBLE[heading], "\noptimizer = ": "\nrandomise(adapter)\noptimizer = "}.items():
+        assert code.count(old) == 1, f"{heading}: {old}"
+        code = code.replace(old, new)
+    if begins:
+        code, count = re.subn(rf"^( *){re.escape(begins)}.*$", rf"\1{instead}", code, flags=re.M)
+        assert count == 1, f"{heading}: {begins}"
+    return code
+
+
+def trained(loop: str, folder: str, begins: str = "", instead: str = "", *, sequence_parallel: bool = False) -> State:
+    """The whole adapter after the loop, saved, removed and loaded as the page does it."""
+    model = build_gpt(dtype=torch.float32, sequence_parallel=sequence_parallel)
+    steps = list(microbatches())
+    names: dict[str, Any] = {"models": [model], "model": model, "steps": steps, "randomise": randomise}
+    names |= {"batches": [step[0] for step in steps], "compute_loss": mean_loss}
+    before = "" if loop == SHORT else block(ADD) + block(SHARED)
+    for code in (before, loop_code(loop, begins, instead)):
+        exec(code.replace("adapter.nemo", f"{folder}/adapter.nemo"), names)
+    check_ties(names["adapter"])
+    state: State = names["adapter"].full_state()
+    exec(block(SAVE).replace("adapter.nemo", f"{folder}/adapter.nemo"), names)
+    assert error(names["adapter"].full_state(), state) == 0
+    return state
+
+
+def microbatches() -> Any:
+    """This data-parallel rank's of every step."""
+    generator = torch.Generator().manual_seed(7)
+    fixed = {
+        "positions": torch.arange(SEQUENCE).expand(SAMPLES, -1),
+        "mask": torch.ones(1, 1, SEQUENCE, SEQUENCE).triu(1).bool(),
+    }
+    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    for step in torch.randint(0, VOCAB, (STEPS, MICROBATCHES, SAMPLES, SEQUENCE + 1), generator=generator):
+        yield [{"tokens": tokens[:, :-1], "labels": tokens[:, 1:], **fixed} for tokens in step[rank::size]]
+
+
+def mean_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return model(batch["tokens"], batch["positions"], batch["mask"], labels=batch["labels"]).mean()
+
+
+@functools.cache
+def oracle(loop: str) -> State:
+    """The single process's adapter; of "no step" the one that all start from."""
+    single_process()
+    with tempfile.TemporaryDirectory() as folder:
+        if loop == "no step":
+            return trained(OWN, folder, "optimizer.step()", "pass")
+        return trained(SHORT if loop == SHORT else OWN, folder)
+
+
+@functools.cache
+def on_two_ranks() -> dict[tuple[str, str, str | None], list[State | str]]:
+    """Each rank's adapter, or what the tie guard says of it, of every loop, layout and change; the ranks are started once."""
+    wanted: list[tuple[str, str, str | None, str, str]] = [(loop, layout, None, "", "") for loop, layout in RUNS]
+    for name, (loop, layout, begins, instead) in {**HARMLESS, **FAULTS}.items():
+        wanted.append((loop, layout, name, begins, instead))
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = run_ranks(_on_a_rank, wanted, folder, world_size=2)
+    return {key: [rank[key] for rank in ranks] for key in ranks[0]}
+
+
+def _on_a_rank(
+    wanted: list[tuple[str, str, str | None, str, str]], folder: str
+) -> dict[tuple[str, str, str | None], State | str]:
+    results: dict[tuple[str, str, str | None], State | str] = {}
+    for loop, layout, change, begins, instead in wanted:
+        LAYOUTS[layout].enter()
+        sequence_parallel = LAYOUTS[layout].sequence_parallel
+        try:
+            state: State | str = trained(loop, folder, begins, instead, sequence_parallel=sequence_parallel)
+        except TieError as drift:  # on every rank alike
+            state = str(drift)
+        results[loop, layout, change] = state
+    return results
+
+
+def error(state: State, expected: State) -> float:
+    """The largest relative error of a tensor, by its 2-norm."""
+    assert state.keys() == expected.keys()
+    return max(((state[name] - tensor).norm() / tensor.norm()).item() for name, tensor in expected.items())
