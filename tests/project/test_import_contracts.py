@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Negative controls of the import contracts in pyproject.toml: one forbidden import in a copy of the package breaks its contract."""
+"""Negative controls of the import contracts in pyproject.toml: one forbidden import in a copy of the package breaks each."""
 
 from __future__ import annotations
 
