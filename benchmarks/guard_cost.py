@@ -21,6 +21,8 @@ from provenance import provenance
 from step_overhead import _one_process, make_step, measure
 from tqdm import tqdm
 
+from nemo_tied_lora.tables import markdown_table
+
 __all__ = ["main", "render_page", "summarize"]
 
 PARTS = ("tie_guard", "gradients")
@@ -42,17 +44,12 @@ def summarize(seconds: dict[str, list[float]], parameters: int, rank: int, every
 
 def table(result: dict[str, Any]) -> str:
     """A Markdown table, a line per rank."""
-    lines = [
-        "| rank | stored numbers | step, s | tie guard / step | spread over 200 steps | gradients / step |",
-        "|---:|---:|---:|---:|---:|---:|",
-    ]
+    rows = [["rank", "stored numbers", "step, s", "tie guard / step", "spread over 200 steps", "gradients / step"]]
     for entry in result["ranks"].values():
         guard, gradients = (f"{entry[p]['ratio']:.2%} ({entry[p]['min']:.2%} to {entry[p]['max']:.2%})" for p in PARTS)
-        lines.append(
-            f"| {entry['rank']} | {entry['parameters']:,} | {entry['step_seconds']:.3f} | {guard} "
-            f"| {entry['tie_guard']['amortised']:.4%} | {gradients} |"
-        )
-    return "\n".join(lines)
+        facts = [str(entry["rank"]), f"{entry['parameters']:,}", f"{entry['step_seconds']:.3f}"]
+        rows.append([*facts, guard, f"{entry['tie_guard']['amortised']:.4%}", gradients])
+    return markdown_table(rows)
 
 
 def render_page(result: dict[str, Any]) -> str:
