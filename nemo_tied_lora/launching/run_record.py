@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import subprocess
@@ -15,6 +14,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from nemo_tied_lora.files import write_atomically, write_json
 from nemo_tied_lora.launching.cluster_config import looks_secret
+from nemo_tied_lora.versions import installed_version
 
 __all__ = ["git_commit", "resolved_yaml", "versions", "write_record"]
 
@@ -48,7 +48,7 @@ def versions() -> dict[str, Any]:
     """Python's, the packages' (null: not installed) and the code's commit."""
     return {
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {name: installed_version(name) for name in _PACKAGES},
         "git_commit": git_commit(),
     }
 
@@ -70,13 +70,6 @@ def _git(folder: Path, *arguments: str) -> str | None:
     except OSError:
         return None
     return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _resolved(node: Any) -> Any:
