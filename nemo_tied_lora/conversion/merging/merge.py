@@ -70,8 +70,12 @@ def merge_into(
     """
     updates = Updates(adapters)
     with file_beside(output, ".nemo") as (file, temporary):
-        _copy(base, file)
-        pieces = find_pieces(file, members_of(file), model)
+        try:
+            _copy(base, file)
+            members = members_of(file)
+        except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise ConfigError([f"base={base}: not a whole .nemo file: {error}"]) from error
+        pieces = find_pieces(file, members, model)
         report = _rewrite(file, pieces, updates, _vocab_rows(adapters))
         updates.check_all_were_met()
         for name, adapter, _ in adapters:
