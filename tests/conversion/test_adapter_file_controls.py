@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from nemo_tied_lora import save_adapter
-from nemo_tied_lora.checkpoint import nemo_file_format, nemo_file_reader, seeded_factors, tar
+from nemo_tied_lora.checkpoint import nemo_file_format, nemo_file_reader, nemo_file_writer, seeded_factors, tar
 from nemo_tied_lora.checkpoint.nemo_file_reader import read_adapter
 from nemo_tied_lora.conversion.merging import adapter_updates, merge
 from tests.checkpoint import test_nemo_file as file_tests
@@ -76,7 +76,7 @@ Control = tuple[Any, str, Any, Callable[[Path, pytest.MonkeyPatch], Any], str]
 NOT_REFUSED = "DID NOT RAISE"
 CONTROLS: dict[str, Control] = {
     "a file beside the target, renamed": (
-        nemo_file_reader,
+        nemo_file_writer,
         "replace_file",
         written_in_place,
         lambda folder, _: durability.test_a_kill_at_any_moment_leaves_the_old_file_or_the_new_one(folder),
