@@ -266,7 +266,12 @@ def test_nothing_in_a_bases_pickles_is_run(tmp_path: Path, adapter: AdapterFile)
     folder.mkdir()
     torch.save({"x": Evil()}, folder / "model_weights.ckpt")
     base = pack(tmp_path / "base.nemo", folder)
-    refused(base, tmp_path / "merged.nemo", r"asks for \w+\.exec", (adapter, 1.0))
+    refused(
+        base,
+        tmp_path / "merged.nemo",
+        r"^base: model_weights\.ckpt: .*is not run: .*GLOBAL (builtins\.)?exec was not[^\n]*$",
+        (adapter, 1.0),
+    )
     (folder / "model_weights.ckpt").unlink()
     (folder / "model_weights").mkdir()
     buffer = io.BytesIO()
