@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from adapted_models import Sizes, build_model
+from command_line import add_sizes, count, sizes_of, write
 from provenance import provenance
 from step_overhead import _one_process, make_step, measure
 from tqdm import tqdm
@@ -112,23 +113,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="where the JSON goes")
     parser.add_argument("--page", type=Path, metavar="FILE", help="where the page goes, in Markdown")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 32, 128], metavar="R", help="the adapters' ranks")
-    parser.add_argument("--repeats", type=int, default=20, metavar="N", help="rounds that are counted")
-    parser.add_argument("--warmup", type=int, default=2, metavar="N", help="rounds before them that are not")
+    parser.add_argument(
+        "--ranks", type=count, nargs="+", default=[8, 32, 128], metavar="R", help="the adapters' ranks"
+    )
+    parser.add_argument("--repeats", type=count, default=20, metavar="N", help="rounds that are counted")
+    parser.add_argument("--warmup", type=count, default=2, metavar="N", help="rounds before them that are not")
     parser.add_argument("--seed", type=int, default=1234, metavar="N", help="of the weights, the data and the order")
-    for field in dataclasses.fields(Sizes):
-        parser.add_argument(
-            f"--{field.name}", type=int, default=field.default, metavar="N", help=field.metadata["help"]
-        )
+    add_sizes(parser, Sizes())
     options = parser.parse_args(arguments)
-    sizes = Sizes(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Sizes)})
     rounds = {"repeats": options.repeats, "warmup": options.warmup}
-    result = benchmark(sizes, options.ranks, seed=options.seed, every=_default_interval(), **rounds)
+    result = benchmark(sizes_of(options), options.ranks, seed=options.seed, every=_default_interval(), **rounds)
     for path, text in ((options.output, json.dumps(result, indent=1) + "\n"), (options.page, render_page(result))):
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
-            print(f"wrote {path}")
+            write(path, text)
     print(table(result))
 
 
