@@ -16,6 +16,7 @@ from typing import Any
 
 from nemo_tied_lora.commands.plan import plan_of
 from nemo_tied_lora.planning.compose import compose_config, plain
+from nemo_tied_lora.tables import markdown_table
 
 __all__ = ["PAGE", "RECIPES", "finetune_overrides", "in_page", "table"]
 
@@ -80,10 +81,8 @@ def table() -> str:
         parts = [f"{memory[key] / 2**30:.2f}" for key in ("base", "adapter", "activations", "sum")]
         name = re.sub(r"llama2_(\d+)b", r"LLaMA2-\1B", line.split()[0].partition("=")[2])
         rows.append([str(number), name, f"{layout['num_nodes']} x {_GPUS}", sizes, *parts])
-    cells = [f"| {' | '.join(row)} |" for row in rows]
-    cells.insert(1, "|---" * len(rows[0]) + "|")
-    lines = [f"{number}  {line}" for number, line in enumerate(RECIPES, 1)]
-    return "\n".join([*cells, "", *(f"    {line}" for line in lines)]) + "\n"
+    lines = [f"    {number}  {line}" for number, line in enumerate(RECIPES, 1)]
+    return "\n".join([markdown_table(rows), "", *lines]) + "\n"
 
 
 def in_page(page: str) -> str:

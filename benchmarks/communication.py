@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapted_models import NemoLora, Sizes, add_nemo, add_ours, build_model
 from collectives import Call, CollectiveCounter, added
+from command_line import add_sizes, count, sizes_of, write
 from communication_bounds import least_beside_the_base, least_of_any_method
 from communication_page import render_page, tables, verdicts
 from nemo_in_parallel import NemoLoraAfterGather, transformer_engine
@@ -313,12 +314,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.from_json is None and options.output is None:
         parser.error("--output FILE is missing: where should the counts go?")
     if options.from_json is None:
-        sizes = Sizes(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Sizes)})
+        sizes = sizes_of(options)
         for problem in _problems(sizes, options.rank):
             parser.error(problem)
         names = options.layouts or list(LAYOUTS)
         result = benchmark(sizes, options.rank, names, microbatches=options.microbatches, seed=options.seed)
-        _write(options.output, json.dumps(result, indent=1) + "\n")
+        write(options.output, json.dumps(result, indent=1) + "\n")
     else:
         result = json.loads(options.from_json.read_text())
     print(tables(result))
@@ -326,7 +327,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     missed = [f"{text}: MISSED" for text, kept in judged if not kept]
     print("\n".join(["", *missed, f"{len(judged) - len(missed)} of {len(judged)} claims kept"]))
     if options.page is not None:
-        _write(options.page, render_page(result))
+        write(options.page, render_page(result))
     return 1 if missed else 0
 
 
@@ -353,32 +354,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, metavar="FILE", help="where the JSON goes")
     parser.add_argument("--page", type=Path, metavar="FILE", help="where the page goes, in Markdown")
     parser.add_argument("--from-json", type=Path, metavar="FILE", help="count nothing: make the page from this JSON")
-    parser.add_argument("--rank", type=_count, default=16, metavar="R", help="the adapters' rank")
-    parser.add_argument("--microbatches", type=_count, default=2, metavar="N", help="microbatches of one sequence")
+    parser.add_argument("--rank", type=count, default=16, metavar="R", help="the adapters' rank")
+    parser.add_argument("--microbatches", type=count, default=2, metavar="N", help="microbatches of one sequence")
     parser.add_argument("--seed", type=int, default=1234, metavar="N", help="of the weights and the data")
     parser.add_argument("--layouts", nargs="+", choices=list(LAYOUTS), metavar="NAME", help="only these")
-    for field in dataclasses.fields(Sizes):
-        parser.add_argument(
-            f"--{field.name}",
-            type=_count,
-            default=getattr(_DEFAULTS, field.name),
-            metavar="N",
-            help=field.metadata["help"],
-        )
+    add_sizes(parser, _DEFAULTS)
     return parser
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}: must be at least 1")
-    return value
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

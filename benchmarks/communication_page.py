@@ -6,10 +6,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from nemo_tied_lora.tables import markdown_table
+
 __all__ = ["render_page", "tables", "verdicts"]
 
 MOST_OF_NEMO = 0.05
 NEMO = {"nemo": "NeMo's layer", "nemo_te": "NeMo's layer with Transformer Engine 1.5 or later"}
+_LEAST = ("minimum beside the base", "minimum of any method")
 
 
 def tables(result: dict[str, Any]) -> str:
@@ -70,10 +73,7 @@ def _equals(what: str, sent: float, wanted: float, meaning: str) -> Iterator[tup
 
 
 def _microbatch_table(result: dict[str, Any]) -> str:
-    lines = [
-        "| layout | base sends | NeMo's layer adds | ours adds | ours / NeMo's | minimum beside the base | minimum of any method |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
+    rows = [["layout", "base sends", "NeMo's layer adds", "ours adds", "ours / NeMo's", *_LEAST]]
     for name, entry in result["layouts"].items():
         ours = entry["added"]["ours"]["microbatch"]
         nemos = [entry["added"][variant]["microbatch"] for variant in NEMO if variant in entry["added"]]
@@ -87,15 +87,12 @@ def _microbatch_table(result: dict[str, Any]) -> str:
             "; ".join(shares),
             *(f"{value:,}" for value in least),
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return markdown_table(rows)
 
 
 def _step_table(result: dict[str, Any]) -> str:
-    lines = [
-        "| layout | NeMo's layer adds | ours adds over TP | ours adds over PP | minimum beside the base | minimum of any method |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
+    rows = [["layout", "NeMo's layer adds", "ours adds over TP", "ours adds over PP", *_LEAST]]
     for name, entry in result["layouts"].items():
         ours = entry["added"]["ours"]["step"]
         calls = {g: sum(m["calls"] for m in ours["messages"] if m["group"] == g) for g in ("TP", "PP")}
@@ -107,8 +104,8 @@ def _step_table(result: dict[str, Any]) -> str:
             *(f"{sent[group]:,} ({calls[group]})" for group in calls),
             *(f"{value:,}" for value in least),
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return markdown_table(rows)
 
 
 def _with_calls(phase: dict[str, Any]) -> str:

@@ -17,9 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from adapted_models import Sizes, build_model
+from command_line import add_sizes, count, sizes_of, write
 from provenance import provenance
 from step_overhead import _one_process, make_step, measure
 from tqdm import tqdm
+
+from nemo_tied_lora.tables import markdown_table
 
 __all__ = ["main", "render_page", "summarize"]
 
@@ -42,17 +45,12 @@ def summarize(seconds: dict[str, list[float]], parameters: int, rank: int, every
 
 def table(result: dict[str, Any]) -> str:
     """A Markdown table, a line per rank."""
-    lines = [
-        "| rank | stored numbers | step, s | tie guard / step | spread over 200 steps | gradients / step |",
-        "|---:|---:|---:|---:|---:|---:|",
-    ]
+    rows = [["rank", "stored numbers", "step, s", "tie guard / step", "spread over 200 steps", "gradients / step"]]
     for entry in result["ranks"].values():
         guard, gradients = (f"{entry[p]['ratio']:.2%} ({entry[p]['min']:.2%} to {entry[p]['max']:.2%})" for p in PARTS)
-        lines.append(
-            f"| {entry['rank']} | {entry['parameters']:,} | {entry['step_seconds']:.3f} | {guard} "
-            f"| {entry['tie_guard']['amortised']:.4%} | {gradients} |"
-        )
-    return "\n".join(lines)
+        facts = [str(entry["rank"]), f"{entry['parameters']:,}", f"{entry['step_seconds']:.3f}"]
+        rows.append([*facts, guard, f"{entry['tie_guard']['amortised']:.4%}", gradients])
+    return markdown_table(rows)
 
 
 def render_page(result: dict[str, Any]) -> str:
@@ -115,23 +113,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="where the JSON goes")
     parser.add_argument("--page", type=Path, metavar="FILE", help="where the page goes, in Markdown")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 32, 128], metavar="R", help="the adapters' ranks")
-    parser.add_argument("--repeats", type=int, default=20, metavar="N", help="rounds that are counted")
-    parser.add_argument("--warmup", type=int, default=2, metavar="N", help="rounds before them that are not")
+    parser.add_argument(
+        "--ranks", type=count, nargs="+", default=[8, 32, 128], metavar="R", help="the adapters' ranks"
+    )
+    parser.add_argument("--repeats", type=count, default=20, metavar="N", help="rounds that are counted")
+    parser.add_argument("--warmup", type=count, default=2, metavar="N", help="rounds before them that are not")
     parser.add_argument("--seed", type=int, default=1234, metavar="N", help="of the weights, the data and the order")
-    for field in dataclasses.fields(Sizes):
-        parser.add_argument(
-            f"--{field.name}", type=int, default=field.default, metavar="N", help=field.metadata["help"]
-        )
+    add_sizes(parser, Sizes())
     options = parser.parse_args(arguments)
-    sizes = Sizes(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Sizes)})
     rounds = {"repeats": options.repeats, "warmup": options.warmup}
-    result = benchmark(sizes, options.ranks, seed=options.seed, every=_default_interval(), **rounds)
+    result = benchmark(sizes_of(options), options.ranks, seed=options.seed, every=_default_interval(), **rounds)
     for path, text in ((options.output, json.dumps(result, indent=1) + "\n"), (options.page, render_page(result))):
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
-            print(f"wrote {path}")
+            write(path, text)
     print(table(result))
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from nemo_tied_lora.versions import git, installed_version
+
 __all__ = ["provenance"]
 
+ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "megatron-core", "nemo_toolkit", "numpy", "nemo_tied_lora")
 
 
@@ -20,29 +21,14 @@ def provenance(threads: int) -> dict[str, Any]:
     """What the JSON of every benchmark begins with."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--", ":/nemo_tied_lora", ":/benchmarks")),
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "commit": git(ROOT, "rev-parse", "HEAD"),
+        "uncommitted_changes": bool(git(ROOT, "status", "--porcelain", "--", "nemo_tied_lora", "benchmarks")),
+        "versions": {"python": platform.python_version()} | {name: installed_version(name) for name in PACKAGES},
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": threads,
         "load_average": os.getloadavg()[0],
     }
-
-
-def _git(*words: str) -> str | None:
-    try:
-        done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True)
-    except OSError:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _processor() -> str:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapted_models import Sizes, adapter_flops, build_variants, frozen_flops, thin_products
+from command_line import add_sizes, count, sizes_of, write
 from provenance import provenance
 from step_overhead_page import render_page, table
 from tqdm import tqdm
@@ -187,15 +188,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if max(options.ranks) > narrowest:
         parser.error(f"--ranks {max(options.ranks)}: more than {narrowest}, the narrowest side of a linear")
     if options.from_json is None:
-        sizes = Sizes(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Sizes)})
+        sizes = sizes_of(options)
         settings = {name: getattr(options, name) for name in ("repeats", "warmup", "seed", "threads")}
         result = benchmark(sizes, options.ranks, keep=options.keep_freed_memory, **settings)
-        _write(options.output, json.dumps(result, indent=1) + "\n")
+        write(options.output, json.dumps(result, indent=1) + "\n")
     else:
         result = json.loads(options.from_json.read_text())
     print(table(result))
     if options.page is not None:
-        _write(options.page, render_page(result))
+        write(options.page, render_page(result))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -208,35 +209,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--page", type=Path, metavar="FILE", help="where the page goes, in Markdown")
     parser.add_argument("--from-json", type=Path, metavar="FILE", help="measure nothing: make the page from this JSON")
     parser.add_argument(
-        "--ranks", type=_count, nargs="+", default=[8, 32, 128], metavar="R", help="the adapters' ranks"
+        "--ranks", type=count, nargs="+", default=[8, 32, 128], metavar="R", help="the adapters' ranks"
     )
-    parser.add_argument("--repeats", type=_count, default=20, metavar="N", help="rounds that are counted")
-    parser.add_argument("--warmup", type=_count, default=2, metavar="N", help="rounds before them that are not")
-    parser.add_argument("--threads", type=_count, default=1, metavar="N", help="CPU threads")
+    parser.add_argument("--repeats", type=count, default=20, metavar="N", help="rounds that are counted")
+    parser.add_argument("--warmup", type=count, default=2, metavar="N", help="rounds before them that are not")
+    parser.add_argument("--threads", type=count, default=1, metavar="N", help="CPU threads")
     parser.add_argument("--seed", type=int, default=1234, metavar="N", help="of the weights, the data and the order")
     parser.add_argument(
         "--keep-freed-memory",
         action="store_true",
         help="no page faults: what the arithmetic takes, not what users wait",
     )
-    for field in dataclasses.fields(Sizes):
-        parser.add_argument(
-            f"--{field.name}", type=_count, default=field.default, metavar="N", help=field.metadata["help"]
-        )
+    add_sizes(parser, Sizes())
     return parser
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}: must be at least 1")
-    return value
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from nemo_tied_lora.tables import markdown_table
+
 __all__ = ["render_page", "table", "verdicts"]
 
 MOST_OF_NEMO = 0.80
@@ -15,17 +17,14 @@ FLOOR_BOUND_FROM_RANK = 32
 
 def table(result: dict[str, Any]) -> str:
     """A Markdown table, a line per rank."""
-    lines = [
-        "| rank | frozen, s | NeMo's layer | ours | floor | added, ours / NeMo's | added, ours / floor | bare products |",
-        "|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
+    head = ["rank", "frozen, s", "NeMo's layer", "ours", "floor", "added, ours / NeMo's", "added, ours / floor"]
+    rows = [[*head, "bare products"]]
     for entry in result["ranks"].values():
-        nemo, ours = (_with_range(entry, name) for name in ("nemo_ratio", "ours_ratio"))
-        lines.append(
-            f"| {entry['rank']} | {entry['frozen_seconds']:.3f} | {nemo} | {ours} | {entry['floor_ratio']:.3f} "
-            f"| {entry['added_over_nemo']:.2f} | {entry['added_over_floor']:.2f} | {1 + entry['products_added']:.3f} |"
-        )
-    return "\n".join(lines)
+        ratios = [*(_with_range(entry, name) for name in ("nemo_ratio", "ours_ratio")), f"{entry['floor_ratio']:.3f}"]
+        added = [f"{entry[name]:.2f}" for name in ("added_over_nemo", "added_over_floor")]
+        seconds, products = f"{entry['frozen_seconds']:.3f}", f"{1 + entry['products_added']:.3f}"
+        rows.append([str(entry["rank"]), seconds, *ratios, *added, products])
+    return markdown_table(rows)
 
 
 def verdicts(result: dict[str, Any]) -> Iterator[str]:

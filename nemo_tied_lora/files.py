@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["file_beside", "replace_file", "replace_folder", "write_atomically", "write_json"]
+__all__ = ["file_beside", "put_in_place", "replace_file", "replace_folder", "write_atomically", "write_json"]
 
 
 def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> Path:
@@ -31,11 +31,16 @@ def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> Path:
         raise OSError(errno.EINVAL, "is no plain file, and would be replaced by one", str(path))
     with file_beside(path) as (file, temporary):
         write(file)
-        file.flush()
-        os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
-        os.replace(temporary, path)
+        put_in_place(file, temporary, path)
     return path
+
+
+def put_in_place(file: IO[bytes], temporary: Path, path: Path) -> None:
+    """Makes what was written durable, and gives the file its name, with the permissions of any new file."""
+    file.flush()
+    os.fsync(file.fileno())
+    temporary.chmod(0o666 & ~_umask())
+    os.replace(temporary, path)
 
 
 @contextmanager

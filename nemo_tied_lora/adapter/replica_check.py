@@ -26,6 +26,7 @@ from megatron.core import parallel_state
 
 from nemo_tied_lora.adapter.full_state import expected_shapes
 from nemo_tied_lora.adapter.injected_adapter import Adapter
+from nemo_tied_lora.adapter.splitmix64 import GOLDEN_GAMMA, mix_
 from nemo_tied_lora.errors import TrainingStopped
 
 __all__ = ["Difference", "TieError", "check_ties", "checksums"]
@@ -104,22 +105,8 @@ def checksums(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     for row, tensor in zip(rows, tensors, strict=True):
         row[:size].copy_(tensor.detach().contiguous().view(-1).view(torch.uint8))
     places = torch.arange(1, words.shape[1] + 1, device=words.device)
-    words.add_(places.mul_(_GOLDEN))
-    for shift, factor in ((30, _MIX_1), (27, _MIX_2)):
-        words.bitwise_xor_(_shift_right(words, shift)).mul_(factor)
-    return words.bitwise_xor_(_shift_right(words, 31)).sum(dim=1)
-
-
-def _signed(word: int) -> int:
-    return word - 2**64 if word >= 2**63 else word
-
-
-_GOLDEN, _MIX_1, _MIX_2 = (_signed(w) for w in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
-
-
-def _shift_right(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """Without the sign bit's copies, which would make the mixing lose it."""
-    return words.bitwise_right_shift(bits).bitwise_and_((1 << (64 - bits)) - 1)
+    words.add_(places.mul_(GOLDEN_GAMMA))
+    return mix_(words).sum(dim=1)
 
 
 def _names(adapter: Adapter) -> dict[str, int]:

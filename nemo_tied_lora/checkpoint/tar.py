@@ -8,15 +8,11 @@ headers claim.
 
 from __future__ import annotations
 
-import io
 import re
 import tarfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO
-
-from nemo_tied_lora.errors import ConfigError
 
 __all__ = [
     "Member",
@@ -26,7 +22,6 @@ __all__ = [
     "has_member",
     "member_header",
     "pad_member",
-    "read_tar",
     "write_tar",
 ]
 
@@ -116,6 +111,13 @@ def end_tar(position: int) -> bytes:
     return b"\0" * (2 * BLOCK + -(position + 2 * BLOCK) % _RECORD)
 
 
+def write_tar(file: IO[bytes], members: Mapping[str, bytes]) -> None:
+    """An uncompressed tar, as NeMo's are."""
+    for name, content in members.items():
+        file.write(member_header(name, len(content)) + content + pad_member(len(content)))
+    file.write(end_tar(file.tell()))
+
+
 def _parse(block: bytes, position: int) -> tarfile.TarInfo:
     try:
         info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
@@ -146,35 +148,3 @@ def _pax_keys(content: bytes) -> list[str]:
         keys.append(length[2].decode("utf-8", "replace"))
         position += int(length[1])
     return keys
-
-
-def write_tar(file: IO[bytes], members: Mapping[str, bytes]) -> None:
-    """An uncompressed tar, as NeMo's are."""
-    with tarfile.open(fileobj=file, mode="w") as tar:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-
-
-def read_tar(path: Path, names: Sequence[str]) -> dict[str, bytes]:
-    """The named members' contents.
-
-    Raises:
-        ConfigError: no tar, or a member is missing, is no plain file, or is shorter than it says.
-    """
-    members: dict[str, bytes] = {}
-    try:
-        with tarfile.open(path, mode="r:*") as tar:
-            for info in tar:
-                name = info.name.removeprefix("./")
-                if name in names and info.isreg() and info.size <= path.stat().st_size:
-                    members[name] = tar.extractfile(info).read()  # type: ignore[union-attr]
-                    if len(members[name]) != info.size:
-                        raise ConfigError([f"{path}: truncated in {info.name!r}"])
-    except (tarfile.TarError, OSError) as error:
-        raise ConfigError([f"{path}: not a whole .nemo file: {error}"]) from error
-    missing = [name for name in names if name not in members]
-    if missing:
-        raise ConfigError([f"{path}: {', '.join(missing)} is missing"])
-    return members

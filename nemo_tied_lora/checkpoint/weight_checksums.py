@@ -25,6 +25,8 @@ from typing import Any
 
 import torch
 
+from nemo_tied_lora.adapter.splitmix64 import GOLDEN_GAMMA, as_int64, mix_
+
 __all__ = ["WeightChecksums", "fingerprint_model"]
 
 
@@ -80,7 +82,7 @@ class WeightChecksums:
         known: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(known, sorted(self._sums))
         keys = sorted({key for rank in known for key in rank})
-        values = torch.tensor([_signed(self._sums.get(key, 0)) for key in keys], dtype=torch.int64, device=device)
+        values = torch.tensor([as_int64(self._sums.get(key, 0)) for key in keys], dtype=torch.int64, device=device)
         torch.distributed.all_reduce(values)
         self._sums = {key: value & _MASK for key, value in zip(keys, values.tolist(), strict=True)}
 
@@ -140,18 +142,7 @@ def _checksum(tensor: torch.Tensor, offset: Sequence[int]) -> int:
 
 @functools.lru_cache(maxsize=64)
 def _multipliers(dim: int, start: int, size: int, device: torch.device) -> torch.Tensor:
-    """An odd pseudo-random number for each place along a dim: splitmix64, whose products wrap around."""
-    x = torch.arange(start + 1, start + size + 1, dtype=torch.int64) * _signed(0x9E3779B97F4A7C15)
-    x += _signed(0xD1B54A32D192ED03 * (dim + 1) & _MASK)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x = (x ^ _shifted(x, shift)) * _signed(factor)
-    return ((x ^ _shifted(x, 31)) | 1).to(device)
-
-
-def _shifted(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """A shift to the right that brings in zeros."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >= 1 << 63 else value
+    """(size,) int64: an odd pseudo-random number for each place along a dim."""
+    seed = as_int64(0xD1B54A32D192ED03 * (dim + 1) & _MASK)
+    places = torch.arange(start + 1, start + size + 1, dtype=torch.int64)
+    return (mix_(places * GOLDEN_GAMMA + seed) | 1).to(device)

@@ -18,6 +18,7 @@ from nemo_tied_lora.config import PRESETS
 from nemo_tied_lora.errors import ConfigError
 from nemo_tied_lora.files import write_atomically, write_json
 from nemo_tied_lora.plots import picture
+from nemo_tied_lora.tables import markdown_table
 
 __all__ = ["SUMMARY", "main"]
 
@@ -139,13 +140,10 @@ def _table(summary: Mapping[str, Any]) -> str:
         each = ", ".join(f"{score:.1%}" for score in scores)
         rate = f"{summary['learning_rates'][preset]:g}"
         rows.append((preset, f"{trained:,}", share, rate, each, f"{statistics.mean(scores):.1%}", spread))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     rank = summary["runs"][0]["rank"]
     base = f"base {summary['base_exact_match']:.1%}"
     head = f"Rank {rank}, {summary['steps']} steps, {summary['test_examples']} held-out numbers, {base}:\n\n"
-    return head + "\n".join(lines) + "\n"
+    return head + markdown_table(rows, padded=True) + "\n"
 
 
 def _draw(path: Path, summary: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ from nemo_tied_lora.commands.local_command import run_composed
 from nemo_tied_lora.config import TiedLoraConfig
 from nemo_tied_lora.errors import ConfigError
 from nemo_tied_lora.planning.base_config import base_model_config
+from nemo_tied_lora.tables import text_table
 
 __all__ = ["SOURCES", "SUMMARY", "main"]
 
@@ -121,13 +122,9 @@ def _table(fits: Mapping[str, Any], errors: Mapping[str, Mapping[int, float]], b
     rows += [[f"layer {layer}", *(f"{by_layer[layer]:.2e}" for by_layer in errors.values())] for layer in layers]
     rows += [["all layers", *(f"{fit.history[-1]:.2e}" for fit in fits.values())]]
     rows += [["bound", *(f"{bounds[target]:.2e}" for target in errors)]]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join([r[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(r[1:], widths[1:], strict=True))]) for r in rows
-    ]
     rounds = ", ".join(f"{target} {len(fit.history) - 1}" for target, fit in fits.items())
     note = "bound: the least that any A of this rank, shared by all layers, could reach"
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], f"{note}; iterations: {rounds}"])
+    return f"{text_table(rows)}\n{note}; iterations: {rounds}"
 
 
 def _check_lora(cfg: Mapping[str, Any]) -> TiedLoraConfig:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from nemo_tied_lora.commands.local_command import run_composed
@@ -16,6 +16,7 @@ from nemo_tied_lora.planning.adapter_cost import Precision, check_numbers, plan,
 from nemo_tied_lora.planning.architecture import Architecture
 from nemo_tied_lora.planning.gpu_memory import Activations, stage_memory
 from nemo_tied_lora.planning.parallel_layout import Layout, check
+from nemo_tied_lora.tables import text_table
 
 __all__ = ["SUMMARY", "main", "plan_of"]
 
@@ -139,14 +140,9 @@ def _tables(result: Mapping[str, Any]) -> str:
     tied = " ".join(adapter["tied"]) or "nothing"
     trained = f"adapter  rank {adapter['rank']}, trained {' '.join(adapter['trained'])}, tied {tied}"
     rows = [("", "this adapter", f"LoRA rank {adapter['rank']}", "share of LoRA"), *_rows(result)]
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    lines = ["  ".join(_aligned(row, widths)).rstrip() for row in rows]
-    lines.insert(1, "-" * len(lines[0]))
-    memory = list(_memory_table(result["memory"], layout["pp_size"]))
+    tables = [text_table(rows), _memory_table(result["memory"], layout["pp_size"]), _several_table(result["several"])]
     notes = [f"- {line}" for line in [*result["assumptions"], *_MEMORY_NOTES]]
-    return "\n".join(
-        [model, ranks, trained, "", *lines, "", *memory, "", *_several_table(result["several"]), "", *notes]
-    )
+    return "\n\n".join(["\n".join([model, ranks, trained]), *tables, "\n".join(notes)])
 
 
 _MEMORY_NOTES = (
@@ -155,34 +151,24 @@ _MEMORY_NOTES = (
 )
 
 
-def _memory_table(memory: Mapping[str, Any] | None, num_stages: int) -> Iterator[str]:
+def _memory_table(memory: Mapping[str, Any] | None, num_stages: int) -> str:
     """What the fullest GPU holds."""
     if memory is None:
-        yield "one GPU's memory: not estimated for a mixture of experts, nor without model.override_vocab_size"
-        return
+        return "one GPU's memory: not estimated for a mixture of experts, nor without model.override_vocab_size"
     where = f"one GPU of stage {memory['stage']}, the fullest of {num_stages}" if num_stages > 1 else "one GPU"
     labels = {"base": "base weights", "adapter": "adapter, gradients, optimizer", "activations": "activations"}
     rows = [[f"{where}, an estimate", ""]]
     rows += [[label, _readable(memory[key])] for key, label in {**labels, "sum": "sum"}.items()]
-    widths = [max(len(row[column]) for row in rows) for column in range(2)]
-    lines = ["  ".join(_aligned(row, widths)).rstrip() for row in rows]
-    yield from (lines[0], "-" * (sum(widths) + 2), *lines[1:])
+    return text_table(rows)
 
 
-def _several_table(several: Mapping[str, Any]) -> Iterator[str]:
+def _several_table(several: Mapping[str, Any]) -> str:
     """The weights of several adapters on one model: on the rank that holds most, and in all."""
     rows = [["adapters on one model, weights alone", *(f"{number:,}" for number in several["numbers"])]]
     for place, key in (("per rank", "bytes_per_rank"), ("all ranks", "bytes")):
         for name, planned in several["adapters"].items():
             rows.append([f"{place}: {name}", *map(_readable, planned[key])])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(_aligned(row, widths)).rstrip() for row in rows]
-    yield from (lines[0], "-" * len(lines[0]), *lines[1:])
-
-
-def _aligned(row: Sequence[str], widths: Sequence[int]) -> list[str]:
-    """The label to the left, the numbers to the right."""
-    return [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+    return text_table(rows)
 
 
 def _rows(result: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:

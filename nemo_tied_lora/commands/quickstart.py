@@ -17,6 +17,7 @@ from nemo_tied_lora.files import write_atomically, write_json
 from nemo_tied_lora.planning.architecture import Architecture
 from nemo_tied_lora.planning.compose import compose_config, plain
 from nemo_tied_lora.planning.parallel_layout import Layout, check
+from nemo_tied_lora.tables import markdown_table
 
 __all__ = ["SUMMARY", "main"]
 
@@ -140,11 +141,7 @@ def _table(examples: Sequence[Mapping[str, str]], before: Sequence[str], after: 
         expected = examples[index]["output"].strip()
         mark = "yes" if after[index].strip() == expected else f"no: {expected}"
         rows.append((examples[index]["input"], before[index].strip(), after[index].strip(), mark))
-    rows = rows[: _SHOWN + 1]
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines)
+    return markdown_table(rows[: _SHOWN + 1], padded=True)
 
 
 if __name__ == "__main__":

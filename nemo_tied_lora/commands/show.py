@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_tied_lora.commands.local_command import run_composed
 from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.tables import text_table
 
 if TYPE_CHECKING:
     from nemo_tied_lora.adapter.update_statistics import LayerFacts
@@ -106,9 +107,9 @@ def _as_text(path: Path, file: AdapterFile, layers: Sequence[LayerFacts]) -> str
         f"config    {_title(file)}, alpha {alpha:g}, dropout {config.dropout:g}, seed {config.seed}",
         *_base_lines(file.yaml),
         "",
-        *_table(_parameter_rows(file)),
+        text_table(_parameter_rows(file), total=True),
         "",
-        *_table(_layer_rows(layers)),
+        text_table(_layer_rows(layers)),
     ]
     return "\n".join(lines)
 
@@ -150,20 +151,6 @@ def _layer_rows(layers: Sequence[LayerFacts]) -> list[tuple[str, ...]]:
             (str(facts.layer), facts.target, *norms, f"{facts.update_norm:.4g}", f"{facts.effective_rank:.2f}")
         )
     return rows
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Words to the left, numbers to the right, a rule under the head."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    words = [not any(ch.isdigit() for ch in rows[1][column][:1]) for column in range(len(widths))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if word else cell.rjust(width)
-            for cell, width, word in zip(row, widths, words, strict=True)
-        ).rstrip()
-        for row in rows
-    ]
-    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
 
 
 if __name__ == "__main__":

@@ -12,21 +12,20 @@ from typing import Any
 import torch
 import yaml
 
-from nemo_tied_lora.checkpoint.tar import read_tar
 from nemo_tied_lora.config import TARGETS
 from nemo_tied_lora.conversion.hf_families import BaseShape
 from nemo_tied_lora.conversion.lora_deltas import LoraDeltas, LowRank
-from nemo_tied_lora.conversion.to_nemo_lora import ADAPTER_MODULES
+from nemo_tied_lora.conversion.to_nemo_lora import ADAPTER_MODULES, read_nemo_lora_members
 from nemo_tied_lora.errors import ConfigError
 
 __all__ = ["read_nemo_lora"]
 
 
 def read_nemo_lora(path: Path, base: Mapping[str, Any] | None) -> LoraDeltas:
-    members = read_tar(path, ("model_config.yaml", "model_weights.ckpt"))
+    config, weights = read_nemo_lora_members(path)
     try:
-        description = yaml.safe_load(members["model_config.yaml"])
-        state = torch.load(io.BytesIO(members["model_weights.ckpt"]), map_location="cpu", weights_only=True)
+        description = yaml.safe_load(config)
+        state = torch.load(io.BytesIO(weights), map_location="cpu", weights_only=True)
         section = description["peft"]["lora_tuning"]
         alpha = section.get("alpha", section["adapter_dim"])
     except Exception as error:  # whatever a damaged or other file raises

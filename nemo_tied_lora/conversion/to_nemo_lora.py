@@ -9,6 +9,7 @@ model_weights.ckpt    model.decoder.layers.<i>.<block>.adapter_layer.<adapter>.l
 from __future__ import annotations
 
 import io
+import tarfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,18 @@ import torch
 import yaml
 
 from nemo_tied_lora.checkpoint.nemo_file_reader import AdapterFile
-from nemo_tied_lora.checkpoint.tar import read_tar, write_tar
+from nemo_tied_lora.checkpoint.tar import write_tar
 from nemo_tied_lora.conversion.hf_families import BaseShape
 from nemo_tied_lora.conversion.untie_to_lora import expand, layers_of, plain_alpha
 from nemo_tied_lora.conversion.verify_export import Difference, largest_difference
 from nemo_tied_lora.errors import ConfigError
 from nemo_tied_lora.files import replace_file
+from nemo_tied_lora.planning.nemo_archive import read_members
 
-__all__ = ["ADAPTER_MODULES", "TARGET_MODULES", "check_nemo_lora", "write_nemo_lora"]
+__all__ = ["ADAPTER_MODULES", "TARGET_MODULES", "check_nemo_lora", "read_nemo_lora_members", "write_nemo_lora"]
 
 _CONFIG, _STATE = "model_config.yaml", "model_weights.ckpt"
+_MAX_CONFIG_BYTES = 4 << 20
 
 ADAPTER_MODULES = {
     "linear_qkv": "self_attention.adapter_layer.lora_kqv_adapter",
@@ -70,9 +73,9 @@ def write_nemo_lora(file: AdapterFile, base: Mapping[str, Any], path: Path) -> P
 
 def check_nemo_lora(path: Path, file: AdapterFile) -> Difference:
     """Reads the `.nemo` back and compares what NeMo's layers compute from it with the tied formula."""
-    members = read_tar(path, (_CONFIG, _STATE))
-    state = torch.load(io.BytesIO(members[_STATE]), map_location="cpu", weights_only=True)
-    section = yaml.safe_load(members[_CONFIG])["peft"]["lora_tuning"]
+    description, weights = read_nemo_lora_members(path)
+    state = torch.load(io.BytesIO(weights), map_location="cpu", weights_only=True)
+    section = yaml.safe_load(description)["peft"]["lora_tuning"]
     scale = section["alpha"] / section["adapter_dim"]
 
     def update(layer: int, target: str, x: torch.Tensor) -> torch.Tensor:
@@ -81,6 +84,22 @@ def check_nemo_lora(path: Path, file: AdapterFile) -> Difference:
         return scale * (B @ (A @ x))
 
     return largest_difference(file, update)
+
+
+def read_nemo_lora_members(path: Path) -> tuple[bytes, bytes]:
+    """(model_config.yaml, model_weights.ckpt) of stock NeMo's LoRA `.nemo`.
+
+    Raises:
+        ConfigError: no tar, or one of the two is missing or cut short, or claims to be larger than the file.
+    """
+    try:
+        members = read_members(path, (_CONFIG, _STATE), max(_MAX_CONFIG_BYTES, path.stat().st_size))
+    except (tarfile.TarError, OSError) as error:
+        raise ConfigError([f"{path}: not a whole .nemo file: {error}"]) from error
+    missing = [name for name in (_CONFIG, _STATE) if name not in members]
+    if missing:
+        raise ConfigError([f"{path}: {', '.join(missing)} is missing"])
+    return members[_CONFIG], members[_STATE]
 
 
 def _module_name(layer: int, target: str) -> str:

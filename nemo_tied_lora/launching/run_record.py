@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from nemo_tied_lora.files import write_atomically, write_json
 from nemo_tied_lora.launching.cluster_config import looks_secret
+from nemo_tied_lora.versions import git, installed_version
 
 __all__ = ["git_commit", "resolved_yaml", "versions", "write_record"]
 
@@ -48,7 +47,7 @@ def versions() -> dict[str, Any]:
     """Python's, the packages' (null: not installed) and the code's commit."""
     return {
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {name: installed_version(name) for name in _PACKAGES},
         "git_commit": git_commit(),
     }
 
@@ -58,25 +57,8 @@ def git_commit() -> str | None:
     source = Path(__file__).resolve().parents[2]
     if not (source / ".git").exists():
         return None
-    commit = _git(source, "rev-parse", "HEAD")
-    return commit and commit + ("+" if _git(source, "status", "--porcelain", "--untracked-files=no") else "")
-
-
-def _git(folder: Path, *arguments: str) -> str | None:
-    # A checkout on a shared filesystem often belongs to somebody else, in a container to nobody.
-    command = ["git", "-c", f"safe.directory={folder}", "-C", str(folder), *arguments]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    commit = git(source, "rev-parse", "HEAD")
+    return commit and commit + ("+" if git(source, "status", "--porcelain", "--untracked-files=no") else "")
 
 
 def _resolved(node: Any) -> Any:

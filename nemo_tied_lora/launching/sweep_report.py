@@ -12,6 +12,7 @@ from nemo_tied_lora.errors import ConfigError
 from nemo_tied_lora.files import write_atomically, write_json
 from nemo_tied_lora.launching.sweep import read_index
 from nemo_tied_lora.plots import picture
+from nemo_tied_lora.tables import markdown_table
 
 __all__ = ["gather", "table", "write_report"]
 
@@ -60,10 +61,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         values = [_COLUMNS[key][1].format(row[key]) if row.get(key) is not None else "" for key in numbers]
         cells.append([Path(row["folder"]).name, *(row["swept"].get(key, "") for key in swept), *values, row["state"]])
-    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
-    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in cells]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines) + "\n"
+    return markdown_table(cells, padded=True) + "\n"
 
 
 def _row(folder: Path, overrides: Sequence[str]) -> dict[str, Any]:

@@ -3,16 +3,14 @@
 
 from __future__ import annotations
 
-import io
 import os
-import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
 
+from nemo_tied_lora.checkpoint.tensors_only import load_tensors
 from nemo_tied_lora.errors import ConfigError
 
 __all__ = ["tensors_only"]
@@ -37,12 +35,8 @@ def _load(model_weights: str, map_location: Any = None) -> Any:
         RuntimeError: so it does on one of several ranks, which read files of their own: the others are to be told.
     """
     try:
-        # Transformer Engine's extra states are bytes, also none.
-        with torch.serialization.safe_globals([io.BytesIO, bytes]):
-            return torch.load(model_weights, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = " ".join(str(error).rpartition("WeightsUnpickler error: ")[2].split())[:300]
-        problem = f"{model_weights}: cannot be read as tensors alone, and is not run: {reason}"
+        return load_tensors(model_weights, model_weights)
+    except ConfigError as error:
         if os.environ.get("WORLD_SIZE", "1") != "1":
-            raise RuntimeError(problem) from error
-        raise ConfigError([problem]) from error
+            raise RuntimeError(str(error)) from error
+        raise

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from nemo_tied_lora.nemo.legacy_weights import tensors_only
 from nemo_tied_lora.nemo.peft_config import TiedLoraPEFTConfig, register
 from nemo_tied_lora.nemo.stored_tokenizer import StoredTokenizerMixin
 from nemo_tied_lora.planning.training_loop_checks import check_loop
+from nemo_tied_lora.versions import installed_version
 
 __all__ = ["MegatronGPTTiedLoraModel", "TiedLoraModelMixin"]
 
@@ -174,7 +174,7 @@ class TiedLoraModelMixin:
                     **tokenizer_identity(self.tokenizer),  # type: ignore[attr-defined]
                 },
             },
-            "versions": {name: _version(name) for name in names},
+            "versions": {name: installed_version(name) for name in names},
             "training": {
                 "steps": 0 if trainer is None else trainer.global_step,
                 "seed": cfg.get("seed"),
@@ -213,10 +213,3 @@ class _AdapterKeys:
             self._model.use_peft = True
             self._model.adapter_keys = self._model._get_all_keys() - self._base_keys
             self._model.tunable_base_param_keys = set()
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -12,6 +12,7 @@ from nemo_tied_lora.adapter.injected_adapter import Adapter
 from nemo_tied_lora.adapter.param_count import parameter_counts
 from nemo_tied_lora.adapter.shapes import TargetShape
 from nemo_tied_lora.config import TiedLoraConfig
+from nemo_tied_lora.tables import text_table
 
 __all__ = ["base_parameter_count", "parameter_table"]
 
@@ -25,18 +26,12 @@ def parameter_table(adapter: Adapter, base: int) -> str:
         rows.append((target, layers, f"{count:,}", f"{lora[target]:,}", f"{count / lora[target]:.2%}"))
     total, whole = sum(ours.values()), sum(lora.values())
     rows.append(("total", "", f"{total:,}", f"{whole:,}", f"{total / whole:.2%}"))
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    ]
     config = adapter.config
     title = (
         f"Tied-LoRA rank {config.rank}: trained {' '.join(config.trained)}, tied {' '.join(config.tied) or 'nothing'}"
     )
-    rule = "-" * len(lines[0])
     share = f"{total / base:.4%} of the base's {base:,} parameters"
-    return "\n".join([title, lines[0], rule, *lines[1:-1], rule, lines[-1], share])
+    return "\n".join([title, text_table(rows, total=True), share])
 
 
 def base_parameter_count(model: Any) -> int:

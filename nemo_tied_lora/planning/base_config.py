@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import tarfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import yaml
 
 from nemo_tied_lora.config import TiedLoraConfig
 from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.planning.nemo_archive import read_members
 
 __all__ = ["adapter_section", "base_model_config"]
 
@@ -45,7 +45,7 @@ def base_model_config(path: str | os.PathLike | None, key: str = "model.restore_
         config = _read_model_config(Path(str(path)))
     except FileNotFoundError:
         raise ConfigError([f"{key}={path}: no such file"]) from None
-    except (tarfile.TarError, OSError, EOFError, zlib.error, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (tarfile.TarError, OSError, yaml.YAMLError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ConfigError([f"{key}={path}: not a .nemo file: {reason}"]) from None
     if not isinstance(config, dict) or not config:
@@ -55,16 +55,10 @@ def base_model_config(path: str | os.PathLike | None, key: str = "model.restore_
     return config
 
 
-_MAX_CONFIG_BYTES = 4 << 20
+_CONFIG, _MAX_CONFIG_BYTES = "model_config.yaml", 4 << 20
 
 
 def _read_model_config(path: Path) -> Any:
     if path.is_dir():
-        return yaml.safe_load((path / "model_config.yaml").read_text())
-    with tarfile.open(path) as tar:
-        for member in tar:
-            if member.name.removeprefix("./") == "model_config.yaml" and member.isreg():
-                if member.size > _MAX_CONFIG_BYTES:
-                    raise tarfile.ReadError(f"its model_config.yaml claims {member.size} bytes")
-                return yaml.safe_load(tar.extractfile(member).read())  # type: ignore[union-attr]
-    return None
+        return yaml.safe_load((path / _CONFIG).read_bytes())
+    return yaml.safe_load(read_members(path, (_CONFIG,), _MAX_CONFIG_BYTES).get(_CONFIG, b""))

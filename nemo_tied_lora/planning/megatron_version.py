@@ -7,7 +7,7 @@ What is the same in both needs no mention: the flags on parameters (see `gradien
 
 from __future__ import annotations
 
-import importlib.metadata
+from nemo_tied_lora.versions import installed_version
 
 __all__ = ["counts_repeated_gradients", "megatron_version", "splits_query_groups"]
 
@@ -17,10 +17,7 @@ _FIRST_THAT_SPLITS_QUERY_GROUPS = (0, 16)
 
 def megatron_version() -> tuple[int, ...]:
     """(0, 13) of 0.13.1; (0, 0), the most cautious answer, where it is not installed. Megatron is not imported."""
-    try:
-        version = importlib.metadata.version("megatron-core")
-    except importlib.metadata.PackageNotFoundError:
-        return (0, 0)
+    version = installed_version("megatron-core") or "0.0"
     return tuple(int(part) for part in version.split(".")[:2])
 
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import platform
 from collections import Counter
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_tied_lora.resilience.rendezvous import node_name, said_by
+from nemo_tied_lora.versions import installed_version
 
 __all__ = ["differences", "here", "software"]
 
@@ -33,7 +33,8 @@ _PACKAGES = (
 
 def software(configuration: Mapping[str, Any]) -> dict[str, str]:
     """What must be the same on every rank, as texts: versions, this package's code, the composed configuration."""
-    facts = {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
+    facts = {"python": platform.python_version()}
+    facts |= {name: installed_version(name) or "not installed" for name in _PACKAGES}
     facts["nemo_tied_lora's code"] = _code_hash(Path(__file__).resolve().parents[1])
     facts["configuration"] = _short(json.dumps(configuration, sort_keys=True, default=str).encode())
     return facts
@@ -59,13 +60,6 @@ def differences(said: Mapping[int, Mapping[str, Any]]) -> list[str]:
 def here(configuration: Mapping[str, Any]) -> dict[str, Any]:
     """This rank's part of what `differences` compares."""
     return {"node": node_name(), "software": software(configuration)}
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _code_hash(folder: Path) -> str:

@@ -191,3 +191,18 @@ def test_the_checksum_tells_signed_zeros_and_simple_swaps_apart() -> None:
     ]
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         assert len(set(checksums([torch.tensor(row, dtype=dtype) for row in rows]).tolist())) == len(rows)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "first", "second"),
+    [
+        (torch.bfloat16, 0xC3DD1337C14F818E, 0x2BDCF87C91D54562),
+        (torch.float32, 0x0FA7E74B279FF5ED, 0x02EF6652F3430014),
+        (torch.float64, 0x5840C92C50D1B27A, 0x033B55D9391D734D),
+    ],
+    ids=str,
+)
+def test_the_checksum_is_the_same_in_every_version(dtype: torch.dtype, first: int, second: int) -> None:
+    """Nodes that run different versions of this package would accuse each other."""
+    tensor = torch.arange(-7, 8, dtype=torch.float64).reshape(3, 5).to(dtype)
+    assert [value & (2**64 - 1) for value in checksums([tensor, -tensor]).tolist()] == [first, second]

@@ -50,6 +50,16 @@ def _template(tree: ast.Module) -> str:
 
 
 def _heads(tree: ast.Module) -> Iterator[str]:
-    """The first two lines of every table."""
-    texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
-    yield from (text for text in texts if re.fullmatch(r"\|[ -].*\|", text))
+    """The head of every table: the first of the `rows` that a function begins with."""
+    names = {ast.unparse(n.targets[0]): n.value for n in ast.walk(tree) if isinstance(n, ast.Assign)}
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, ast.Assign)
+            and ast.unparse(node.targets[0]) == "rows"
+            and isinstance(node.value, ast.List)
+        ):
+            head = node.value.elts[0]
+            cells = [names[ast.unparse(c.value)] if isinstance(c, ast.Starred) else c for c in head.elts]
+            texts = [ast.literal_eval(cell) for cell in cells]
+            flat = [text for found in texts for text in ([found] if isinstance(found, str) else found)]
+            yield f"| {' | '.join(flat)} |"

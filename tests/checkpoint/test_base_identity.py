@@ -93,6 +93,23 @@ def test_what_stands_elsewhere_is_not_the_same() -> None:
     assert pieces.as_dict()["value"] == checksum(tensor)
 
 
+def test_a_fingerprint_is_the_same_in_every_version() -> None:
+    """It stands in files: another version of this package must know the base again."""
+    sums = WeightChecksums()
+    sums.add("model.decoder.layers.3.mlp.linear_fc1.weight", torch.arange(-7.0, 8.0).reshape(3, 5), (4, 10))
+    sums.add("model.embedding.word_embeddings.weight", torch.arange(6, dtype=torch.bfloat16).reshape(2, 3), (0, 0))
+    sums.add("a.bias", torch.ones(4), (2,))
+    assert sums.as_dict(7) == {
+        "value": "b2d59cfabf1ba57d0edf271951686083",
+        "vocab_rows": 7,
+        "weights": {
+            "a.bias": "328d1d60a8a8a200",
+            "decoder.layers.mlp.linear_fc1.weight": "1b25b53462007000",
+            "embedding.word_embeddings.weight": "4c349ff534e9e7a0",
+        },
+    }
+
+
 def test_a_base_loaded_in_another_precision_is_the_same_base() -> None:
     whole = build_gpt(dtype=torch.float32)
     half = build_gpt(dtype=torch.bfloat16)

@@ -225,8 +225,8 @@ def test_a_base_whose_config_is_a_bomb_is_refused(
 def test_merge_needs_a_few_of_the_bases_tensors_in_memory_not_the_model(tmp_path: Path) -> None:
     """The base is some 260 MB on two ranks; its largest tensor 6 MB; parts of at most 16 MB are read.
 
-    Measured: 65 to 75 MB, what the allocator and the page cache's mappings keep included; the whole model would be
-    260 and more.
+    Measured: 95 to 100 MB, what torch imports to load without contents and what the allocator and the page cache's
+    mappings keep included; the whole model would be 260 and more.
     """
     base, specs, total = tmp_path / "base", specs_of(WIDE, WIDE_LAYERS), 0
     for rank in range(2):

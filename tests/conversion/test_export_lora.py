@@ -17,9 +17,9 @@ import transformers
 import yaml
 from safetensors import safe_open
 
-from nemo_tied_lora.checkpoint import nemo_file_writer
 from nemo_tied_lora.checkpoint.base_identity import recorded_model_keys
 from nemo_tied_lora.checkpoint.nemo_file_reader import AdapterFile
+from nemo_tied_lora.checkpoint.nemo_file_writer import write_adapter
 from nemo_tied_lora.commands.main import main
 from nemo_tied_lora.config import TARGETS
 from nemo_tied_lora.conversion.hf_families import FAMILIES, BaseShape, join_rows, split_rows
@@ -271,14 +271,10 @@ def test_a_record_in_megatrons_words_is_read_as_nemos_keys() -> None:
     assert recorded_model_keys({}) == {}
 
 
-def write_adapter(path: Path, file: AdapterFile) -> Path:
-    """The `.nemo` of an adapter that was never on a model."""
-    return nemo_file_writer.write_adapter(path, file.config, file.specs, file.state, file.yaml)
-
-
 @pytest.mark.parametrize("to", ["hf-peft", "nemo-lora", "safetensors"])
 def test_the_command_writes_and_checks(tmp_path: Path, to: str, capsys: pytest.CaptureFixture[str]) -> None:
-    adapter = write_adapter(tmp_path / "adapter.nemo", random_adapter(LLAMA, preset="tl6"))
+    file = random_adapter(LLAMA, preset="tl6")
+    adapter = write_adapter(tmp_path / "adapter.nemo", file.config, file.specs, file.state, file.yaml)
     assert main(["export", f"adapter={adapter}", f"to={to}", f"output={tmp_path / 'out'}"]) == 0
     out = capsys.readouterr().out
     assert f"written: {tmp_path / 'out'}" in out

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import re
@@ -163,6 +164,29 @@ def test_nothing_in_a_nemo_file_is_unpickled_beyond_tensors(tmp_path: Path) -> N
     with pytest.raises(ConfigError, match="single-rank form"):
         read_lora(path, None)
     assert not (tmp_path / "proof").exists()
+
+
+@pytest.mark.parametrize("form", ["tar", "gzip"])
+def test_a_nemo_file_that_is_cut_short_is_refused(tmp_path: Path, form: str) -> None:
+    path = write_nemo_lora(random_adapter(LLAMA, preset="tl6"), LLAMA, tmp_path / "lora.nemo")
+    whole = path.read_bytes() if form == "tar" else gzip.compress(path.read_bytes())
+    path.write_bytes(whole)
+    assert read_lora(path, None).deltas
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ConfigError, match=rf"^{path}: not a whole \.nemo file: [^\n]+$"):
+        read_lora(path, None)
+
+
+def test_a_nemo_file_that_claims_to_be_larger_than_it_is_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.nemo"
+    with gzip.open(path, "wb") as file:
+        write_tar(file, {"model_config.yaml": b"a: 1", "model_weights.ckpt": bytes(64 << 20)})
+    with pytest.raises(ConfigError, match=r"its model_weights\.ckpt claims 67108864 bytes"):
+        read_lora(path, None)
+    with path.open("wb") as file:
+        write_tar(file, {"model_config.yaml": b"a: 1"})
+    with pytest.raises(ConfigError, match=r"bomb\.nemo: model_weights\.ckpt is missing"):
+        read_lora(path, None)
 
 
 class Evil:

@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Mapping
 
+from nemo_tied_lora.tables import markdown_table
 from tests.harness.paths import ROOT
 from tests.parity.cells import NEWER, OLDER, Table, tables
 from tests.parity.recording import RUNS
@@ -75,13 +76,8 @@ def unproven(outcomes: Mapping[str, str], release: tuple[int, ...]) -> list[str]
 
 def _section(table: Table) -> str:
     lines = ["", f"## {table.title}", "", *([table.intro, ""] if table.intro else [])]
-    lines += [_line("", table.columns), _line("---", ["---"] * len(table.columns))]
-    lines += [_line(label, [cell.text for cell in row]) for label, row in table.rows.items()]
-    return "\n".join(lines) + "\n"
-
-
-def _line(label: str, cells: tuple[str, ...] | list[str]) -> str:
-    return f"| {' | '.join([label, *cells])} |"
+    rows = [["", *table.columns], *([label, *(cell.text for cell in row)] for label, row in table.rows.items())]
+    return "\n".join([*lines, markdown_table(rows)]) + "\n"
 
 
 def _problems(name: str, release: tuple[int, ...]) -> list[str]:

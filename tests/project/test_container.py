@@ -70,7 +70,6 @@ class Imitation:
             shutil.copytree(path, site / path.name)
         for name in ("wheels", "index", "context", "sources"):
             (folder / name).mkdir()
-        shutil.copy(ROOT / "constraints.txt", folder / "context")
         for name, (version, requires) in INDEX.items():
             empty_wheel(folder / "index", name, version, requires)
 
@@ -90,10 +89,16 @@ class Imitation:
         self._run("-m", "pip", "install", "--no-deps", "--no-index", *map(str, wheels)).check_returncode()
 
     def install(self, change: tuple[str, str] = ("", "")) -> subprocess.CompletedProcess[str]:
-        """The second stage's installation, one text in it changed."""
-        (script,) = re.findall(r"^RUN python - <<'SCRIPT'\n(.*?)^SCRIPT$", dockerfile(), flags=re.M | re.S)
-        assert change[0] in script
-        return self._run("-c", script.replace("/tmp/tied-lora", str(self.folder / "context")).replace(*change))
+        """The second stage's installation, with the Dockerfile's own line, one text of the script changed."""
+        context, stage = self.folder / "context", dockerfile().partition("FROM ${BASE}\n")[2]
+        for name in " ".join(re.findall(r"^COPY (?!--)(.+) /tmp/tied-lora/$", stage, flags=re.M)).split():
+            shutil.copy(ROOT / name, context)
+        (line,) = re.findall(r"^RUN python (/tmp/tied-lora/.*)$", stage, flags=re.M)
+        script, *words = (word.replace("/tmp/tied-lora", str(context)) for word in line.split())
+        text = Path(script).read_text()
+        assert change[0] in text
+        Path(script).write_text(text.replace(*change))
+        return self._run(script, *words)
 
     def versions(self) -> dict[str, str]:
         listed = self._run("-m", "pip", "list", "--format=freeze").stdout
@@ -131,6 +136,15 @@ def test_nothing_that_the_container_brought_changes_its_version(imitation: Imita
     tempted = imitation.install(('"--no-deps", *what', '"--upgrade", "--upgrade-strategy", "eager", *what'))
     assert tempted.returncode == 1
     assert "the installation changed what the container brought: numpy 1.26.4 -> 2.1.0" in tempted.stderr
+
+
+def test_all_that_the_dockerfile_copies_travels_to_the_builder() -> None:
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    copied = " ".join(re.findall(r"^COPY (?!--)(.+) \S+$", dockerfile(), flags=re.M)).split()
+    assert "launch/container/install.py" in copied
+    for name in copied:
+        assert (ROOT / name).exists()
+        assert any(f"!{folder}" in lines for folder in (name, *map(str, Path(name).parents))), name
 
 
 def test_the_installed_command_is_the_entry_and_knows_its_configs(imitation: Imitation) -> None:

@@ -134,9 +134,9 @@ def stopped_by_a_guard() -> int:
 def another_version() -> int:
     if only_on(2):
         os.environ["SLURMD_NODENAME"] = "n2"
-        replace(version_check, "_version", lambda name: "0.0.1" if name == "torch" else "1")
+        replace(version_check, "installed_version", lambda name: "0.0.1" if name == "torch" else "1")
     else:
-        replace(version_check, "_version", lambda name: "1")
+        replace(version_check, "installed_version", lambda name: "1")
     return train(preflight=True)
 
 

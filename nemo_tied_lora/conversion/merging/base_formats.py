@@ -23,9 +23,9 @@ from typing import IO, Any
 
 import torch
 
+from nemo_tied_lora.conversion.merging.dcp_metadata import read_dcp_metadata
 from nemo_tied_lora.conversion.merging.shards import Members, Piece
-from nemo_tied_lora.conversion.merging.strict_pickle import StoredTensor, read_dcp_metadata, read_state_description
-from nemo_tied_lora.conversion.merging.torch_archive import records_of
+from nemo_tied_lora.conversion.merging.torch_archive import Record, StoredState, records_of
 from nemo_tied_lora.errors import ConfigError
 
 __all__ = ["find_pieces"]
@@ -131,32 +131,29 @@ def _legacy(
     stage_layers = model["num_layers"] // pp_size
     for name, (tp_rank, pp_rank) in sorted(places.items()):
         start, size = _member(members, name)
-        records = records_of(file, start, size)
-        content = records["data.pkl"]
-        file.seek(content.position)
-        for full_name, tensor in read_state_description(file.read(content.size)).items():
-            key = _short(full_name)
-            found = _LINEAR.match(key)
-            if found is None or not isinstance(tensor, StoredTensor):
+        state = StoredState(file, start, size, f"base: {name}")
+        for full_name, tensor in state.tensors.items():
+            found = _LINEAR.match(_short(full_name))
+            if found is None:
                 continue
             layer = int(found[1]) + pp_rank * stage_layers
             key = f"decoder.layers.{layer}.{found[2]}.weight"
             blocks = 2 if gated and key.endswith("linear_fc1.weight") else 1
-            yield from _legacy_pieces(key, tensor, records[tensor.record], tp_rank, tp_size, blocks)
+            yield from _legacy_pieces(key, tensor, state.record(full_name), tp_rank, tp_size, blocks)
 
 
 def _legacy_pieces(
-    key: str, tensor: StoredTensor, record: Any, tp_rank: int, tp_size: int, blocks: int
+    key: str, tensor: torch.Tensor, record: Record, tp_rank: int, tp_size: int, blocks: int
 ) -> Iterator[Piece]:
     """A rank's shard of one linear (rows, columns), in as many pieces as it has blocks."""
-    rows, columns = tensor.shape
-    if tensor.stride != (columns, 1):
+    if tensor.ndim != 2 or not tensor.is_contiguous():
         raise ConfigError([f"base: {key} does not lie in the checkpoint row by row"])
+    rows, columns = tensor.shape
     by_rows = any(target in key for target in _ROWS_SPLIT)
     height = rows // blocks
     for block in range(blocks):
         offset = ((block * tp_size + tp_rank) * height, 0) if by_rows else (0, tp_rank * columns)
-        first = tensor.offset + block * height * columns
+        first = int(tensor.storage_offset()) + block * height * columns
         position = record.position + first * tensor.dtype.itemsize
         yield Piece(key, tensor.dtype, offset, (height, columns), position, record.crc)
 

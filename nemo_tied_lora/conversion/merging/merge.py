@@ -8,7 +8,6 @@ written back into its place. The copy gets its name when everything was checked.
 from __future__ import annotations
 
 import gzip
-import os
 import tarfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +26,7 @@ from nemo_tied_lora.conversion.merging.adapter_updates import Updates
 from nemo_tied_lora.conversion.merging.base_formats import find_pieces
 from nemo_tied_lora.conversion.merging.shards import CrcField, Piece, members_of
 from nemo_tied_lora.errors import ConfigError
-from nemo_tied_lora.files import file_beside
+from nemo_tied_lora.files import file_beside, put_in_place
 
 __all__ = ["MergeReport", "merge_into"]
 
@@ -70,19 +69,19 @@ def merge_into(
     """
     updates = Updates(adapters)
     with file_beside(output, ".nemo") as (file, temporary):
-        _copy(base, file)
-        pieces = find_pieces(file, members_of(file), model)
+        try:
+            _copy(base, file)
+            members = members_of(file)
+        except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise ConfigError([f"base={base}: not a whole .nemo file: {error}"]) from error
+        pieces = find_pieces(file, members, model)
         report = _rewrite(file, pieces, updates, _vocab_rows(adapters))
         updates.check_all_were_met()
         for name, adapter, _ in adapters:
             _check_base(name, adapter, report.fingerprint, allow_other_base)
         file.flush()
-        os.fsync(file.fileno())
         yield temporary, report
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        os.replace(temporary, output)
+        put_in_place(file, temporary, output)
 
 
 def _copy(base: Path, file: IO[bytes]) -> None:

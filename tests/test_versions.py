@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pure Python: what is said of a package's version and of a checkout."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from nemo_tied_lora.versions import git, installed_version
+
+
+def test_the_version_of_a_package_that_is_installed() -> None:
+    assert installed_version("torch") == torch.__version__
+    assert installed_version("Megatron_Core") == installed_version("megatron-core")
+
+
+def test_a_package_that_is_absent_has_no_version() -> None:
+    assert installed_version("a-package-that-nobody-has") is None
+
+
+def test_git_says_what_it_knows_of_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert git(tmp_path, "rev-parse", "HEAD") is None
+    subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
+    (tmp_path / "new").touch()
+    assert git(tmp_path, "status", "--porcelain") == "?? new"
+    monkeypatch.setenv("PATH", "")
+    assert git(tmp_path, "status", "--porcelain") is None
