@@ -9,7 +9,7 @@ from nemo_tied_lora.errors import ConfigError
 if TYPE_CHECKING:
     from nemo_tied_lora.adapter.inject import inject
     from nemo_tied_lora.adapter.injected_adapter import Adapter
-    from nemo_tied_lora.checkpoint.save_load import load_adapter, save_adapter
+    from nemo_tied_lora.checkpoint.save_load_on_any_layout import load_adapter, save_adapter
     from nemo_tied_lora.multi_adapter import Adapters
     from nemo_tied_lora.planning.training_loop_checks import check_ddp
 
@@ -29,8 +29,8 @@ _LAZY = {
     "Adapters": "nemo_tied_lora.multi_adapter",
     "check_ddp": "nemo_tied_lora.planning.training_loop_checks",
     "inject": "nemo_tied_lora.adapter.inject",
-    "load_adapter": "nemo_tied_lora.checkpoint.save_load",
-    "save_adapter": "nemo_tied_lora.checkpoint.save_load",
+    "load_adapter": "nemo_tied_lora.checkpoint.save_load_on_any_layout",
+    "save_adapter": "nemo_tied_lora.checkpoint.save_load_on_any_layout",
 }
 
 

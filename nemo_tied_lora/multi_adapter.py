@@ -22,7 +22,7 @@ from torch import nn
 from nemo_tied_lora.adapter.inject import inject
 from nemo_tied_lora.adapter.injected_adapter import Adapter
 from nemo_tied_lora.adapter.tied_factors import share_frozen
-from nemo_tied_lora.checkpoint.save_load import load_adapter
+from nemo_tied_lora.checkpoint.save_load_on_any_layout import load_adapter
 from nemo_tied_lora.config import TiedLoraConfig
 from nemo_tied_lora.errors import ConfigError
 

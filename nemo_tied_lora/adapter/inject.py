@@ -14,9 +14,9 @@ from nemo_tied_lora.adapter.experts import groups_of, is_routed, linear_of, refu
 from nemo_tied_lora.adapter.grad_allreduce import mark_parameters
 from nemo_tied_lora.adapter.injected_adapter import Adapter, Chunk
 from nemo_tied_lora.adapter.shapes import TargetSpec
-from nemo_tied_lora.adapter.target_modules import Site, find_sites, gpt_model
+from nemo_tied_lora.adapter.target_modules import AdaptableLinear, find_adaptable_linears, gpt_model
 from nemo_tied_lora.adapter.tied_factors import ChunkFactors
-from nemo_tied_lora.adapter.tied_linear import TiedLoraLink, swap_in
+from nemo_tied_lora.adapter.tied_linear import LinearAdapter, attach_to_linear
 from nemo_tied_lora.config import TiedLoraConfig
 from nemo_tied_lora.errors import ConfigError
 
@@ -44,7 +44,7 @@ def inject(model: nn.Module | Sequence[nn.Module], config: TiedLoraConfig) -> Ad
     bodies = [gpt_model(chunk) for chunk in wrapped]
     if any(hasattr(body.decoder, "tied_lora") for body in bodies):
         raise RuntimeError("model: it has a Tied-LoRA adapter already; call adapter.remove() first")
-    scans = [find_sites(body, config.targets) for body in bodies]
+    scans = [find_adaptable_linears(body, config.targets) for body in bodies]
     sites = [scan[0] for scan in scans]
     problems = [problem for scan in scans for problem in scan[1]]
     problems += _refused_layouts(bodies[0].config, [site.group for chunk in sites for site in chunk])
@@ -70,7 +70,7 @@ def _refused_layouts(config: Any, groups: Iterable[str]) -> list[str]:
 
 
 def _agree_on_specs(
-    sites: Sequence[Site], problems: list[str], num_layers: int, config: TiedLoraConfig
+    sites: Sequence[AdaptableLinear], problems: list[str], num_layers: int, config: TiedLoraConfig
 ) -> dict[str, TargetSpec]:
     """Whole shapes and layers of every target, gathered over the pipeline so that all stages decide alike."""
     stages = _gather_over_pipeline((_found_groups(sites, problems), problems))
@@ -93,7 +93,7 @@ def _agree_on_specs(
     return specs
 
 
-def _found_groups(sites: Sequence[Site], problems: list[str]) -> dict[str, tuple[tuple, set[int]]]:
+def _found_groups(sites: Sequence[AdaptableLinear], problems: list[str]) -> dict[str, tuple[tuple, set[int]]]:
     """Group to (kind, in, out, blocks, experts), whole, and the layers of this stage that have it."""
     tp_size = parallel_state.get_tensor_model_parallel_world_size()
     names: dict[str, set[str]] = {}
@@ -148,7 +148,7 @@ def _gather_over_pipeline(value: object) -> list:
 def _inject_chunk(
     outer: nn.Module,
     body: Any,
-    sites: Sequence[Site],
+    sites: Sequence[AdaptableLinear],
     specs: dict[str, TargetSpec],
     config: TiedLoraConfig,
     chunk_rank: int,
@@ -173,7 +173,7 @@ def _inject_chunk(
     for site in sites:
         tied, own = factors.tied(site.target), factors.of_layer(site.layer, site.target)
         expert = is_routed(site.target)
-        swap_in(site.module, TiedLoraLink(config, site.kind, tied, own, tp_size, sequence_parallel, expert))
+        attach_to_linear(site.module, LinearAdapter(config, site.kind, tied, own, tp_size, sequence_parallel, expert))
     chunk = Chunk(outer=outer, body=body, factors=factors, sites=tuple(sites), was_trained=frozenset(was_trained))
     chunk.prepare_base()
     return chunk

@@ -16,11 +16,11 @@ from nemo_tied_lora.adapter.grad_allreduce import reduce_over_pipeline, reduce_o
 from nemo_tied_lora.adapter.param_count import parameter_counts
 from nemo_tied_lora.adapter.shapes import TargetShape, TargetSpec
 from nemo_tied_lora.adapter.tied_factors import ChunkFactors, own_frozen
-from nemo_tied_lora.adapter.tied_linear import TiedLoraLink, swap_in, swap_out
+from nemo_tied_lora.adapter.tied_linear import LinearAdapter, attach_to_linear, detach_from_linear
 from nemo_tied_lora.config import TiedLoraConfig
 
 if TYPE_CHECKING:
-    from nemo_tied_lora.adapter.target_modules import Site
+    from nemo_tied_lora.adapter.target_modules import AdaptableLinear
 
 __all__ = ["Adapter", "Chunk"]
 
@@ -32,12 +32,12 @@ class Chunk:
     outer: nn.Module
     body: Any
     factors: ChunkFactors
-    sites: tuple[Site, ...]
+    sites: tuple[AdaptableLinear, ...]
     was_trained: frozenset[str]
     had_cond_embedder: bool | None = None
     hooks: list[Any] = field(default_factory=list)
     originals: dict[nn.Module, torch.Tensor] = field(default_factory=dict)
-    detached_links: dict[nn.Module, TiedLoraLink] | None = None
+    detached_links: dict[nn.Module, LinearAdapter] | None = None
 
     def detach(self) -> None:
         """The base as it was, with the factors kept for `attach`. No tensor is copied."""
@@ -52,7 +52,7 @@ class Chunk:
         self.outer.requires_grad_(False)
         self.body.decoder.tied_lora = self.factors
         for module, link in self.detached_links.items():
-            swap_in(module, link)
+            attach_to_linear(module, link)
         self.detached_links = None
         self.prepare_base()
 
@@ -86,7 +86,7 @@ class Chunk:
     def restore_base(self) -> None:
         """Swaps the classes back, drops the factors, and thaws what was trained before."""
         for site in self.sites:
-            swap_out(site.module)
+            detach_from_linear(site.module)
         del self.body.decoder.tied_lora
         if self.had_cond_embedder is None:
             del self.body.config.has_cond_embedder
@@ -244,7 +244,7 @@ def _require_grad(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch
 
 
 def _merged_weight(module: nn.Module) -> torch.Tensor:
-    link: TiedLoraLink = module.tied_lora  # type: ignore[assignment]
+    link: LinearAdapter = module.tied_lora  # type: ignore[assignment]
     weight: torch.Tensor = module.weight.data  # type: ignore[assignment]
     with torch.no_grad():
         A, h_scale, B = link.folded(torch.promote_types(weight.dtype, torch.float32))

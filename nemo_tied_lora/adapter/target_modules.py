@@ -14,11 +14,11 @@ from nemo_tied_lora.adapter.tied_linear import linear_kind
 from nemo_tied_lora.config import TARGETS
 from nemo_tied_lora.errors import ConfigError
 
-__all__ = ["Site", "find_sites", "gpt_model"]
+__all__ = ["AdaptableLinear", "find_adaptable_linears", "gpt_model"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Site:
+class AdaptableLinear:
     """One linear that can be adapted.
 
     layer: global number from 0. target: its name, "linear_qkv" or "experts.5.linear_fc1" (see `experts`).
@@ -37,12 +37,12 @@ class Site:
         return group_of(self.target)
 
 
-def find_sites(body: Any, targets: Iterable[str] = TARGETS) -> tuple[list[Site], list[str]]:
+def find_adaptable_linears(body: Any, targets: Iterable[str] = TARGETS) -> tuple[list[AdaptableLinear], list[str]]:
     """The adaptable linears of one chunk (a module with a `decoder`), and what stands in the way, a line each.
 
     A linear that has a target's name but cannot be adapted is a problem, never skipped.
     """
-    sites: list[Site] = []
+    sites: list[AdaptableLinear] = []
     problems: list[str] = []
     seen = set()
     for layer in body.decoder.layers:
@@ -63,7 +63,7 @@ def find_sites(body: Any, targets: Iterable[str] = TARGETS) -> tuple[list[Site],
             else:
                 seen.add((number, name))
                 gated = target == "linear_fc1" and bool(getattr(body.config, "gated_linear_unit", False))
-                sites.append(Site(number, name, module, kind, 2 if gated else 1))
+                sites.append(AdaptableLinear(number, name, module, kind, 2 if gated else 1))
     return sites, problems
 
 

@@ -45,7 +45,7 @@ from torch.nn import functional
 
 from nemo_tied_lora.config import TiedLoraConfig
 
-__all__ = ["TiedLoraLink", "TiedLoraMixin", "linear_kind", "swap_in", "swap_out"]
+__all__ = ["LinearAdapter", "TiedLoraMixin", "attach_to_linear", "detach_from_linear", "linear_kind"]
 
 
 def linear_kind(module: nn.Module) -> str | None:
@@ -60,7 +60,7 @@ def linear_kind(module: nn.Module) -> str | None:
 
 
 @dataclass
-class TiedLoraLink:
+class LinearAdapter:
     """What one linear needs to reach its factors. It refers to modules, not to parameters, and registers none."""
 
     config: TiedLoraConfig
@@ -125,7 +125,7 @@ class TiedLoraMixin:
     The linear's weights keep their names; the factors hang on `tied_lora`, an attribute that is no submodule.
     """
 
-    tied_lora: TiedLoraLink
+    tied_lora: LinearAdapter
 
     def forward(self, input_: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         link = self.tied_lora
@@ -157,7 +157,7 @@ class TiedLoraMixin:
         return _SecondProduct.apply(output, link.across_ranks(h, h_scale), B), bias
 
 
-def swap_in(module: nn.Module, link: TiedLoraLink) -> None:
+def attach_to_linear(module: nn.Module, link: LinearAdapter) -> None:
     """Makes the linear add its update, in place."""
     cls = type(module)
     if cls not in _mixed:
@@ -166,7 +166,7 @@ def swap_in(module: nn.Module, link: TiedLoraLink) -> None:
     module.__dict__["tied_lora"] = link
 
 
-def swap_out(module: nn.Module) -> None:
+def detach_from_linear(module: nn.Module) -> None:
     """The linear's own class again."""
     module.__class__ = type(module).__bases__[1]
     del module.__dict__["tied_lora"]

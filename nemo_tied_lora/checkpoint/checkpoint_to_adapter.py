@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_tied_lora.adapter.shapes import TargetSpec
-from nemo_tied_lora.checkpoint.nemo_file_format import order_of_writing
-from nemo_tied_lora.checkpoint.nemo_file_writer import write_adapter
+from nemo_tied_lora.checkpoint.nemo_adapter_format import order_of_writing
 from nemo_tied_lora.checkpoint.training_checkpoint import CheckpointError, read_description, read_tensors
+from nemo_tied_lora.checkpoint.write_nemo_adapter import write_adapter
 from nemo_tied_lora.config import TiedLoraConfig
 
 __all__ = ["describe", "differences", "write_adapter_of"]

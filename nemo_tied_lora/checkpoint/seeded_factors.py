@@ -17,7 +17,7 @@ import torch
 from nemo_tied_lora.adapter.full_state import expected_shapes
 from nemo_tied_lora.adapter.shapes import TargetSpec
 from nemo_tied_lora.adapter.tied_factors import initial_tensor
-from nemo_tied_lora.checkpoint.nemo_file_format import raw_bytes
+from nemo_tied_lora.checkpoint.nemo_adapter_format import raw_bytes
 from nemo_tied_lora.config import TiedLoraConfig
 from nemo_tied_lora.errors import ConfigError
 

@@ -6,7 +6,7 @@
     random_states.safetensors   per rank: "3/torch", ...
 
 It is written beside its place and renamed, and renamed away before it is removed. A run that is killed at any moment
-leaves whole checkpoints and hidden remains; `settle` sweeps the remains.
+leaves whole checkpoints and hidden remains; `remove_leftovers` sweeps the remains.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = [
     "read_description",
     "read_tensors",
     "remove",
-    "settle",
+    "remove_leftovers",
     "slots",
 ]
 
@@ -155,7 +155,7 @@ def remove(path: Path) -> None:
     shutil.rmtree(_hide(path), ignore_errors=True)
 
 
-def settle(folder: Path, *, first: bool, timeout: float = 120.0) -> None:
+def remove_leftovers(folder: Path, *, first: bool, timeout: float = 120.0) -> None:
     """Makes a folder of checkpoints fit to resume from, whatever the last run was doing when it was killed.
 
     Remains are swept; markers beside checkpoints of this kind are dropped, for those are whole; of several "-last"

@@ -75,7 +75,7 @@ def _checked_report(checkpoint: Path, output: Path, step: int) -> str:
     """Reads the file back and compares it with the checkpoint, bit for bit."""
     import torch
 
-    from nemo_tied_lora.checkpoint.nemo_file_reader import read_adapter
+    from nemo_tied_lora.checkpoint.read_nemo_adapter import read_adapter
     from nemo_tied_lora.checkpoint.training_checkpoint import read_tensors
 
     written, kept = read_adapter(output).state, read_tensors(checkpoint, "adapter")

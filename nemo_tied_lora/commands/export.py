@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
 
 def _run(cfg: Mapping[str, Any]) -> int:
     _check(cfg)
-    from nemo_tied_lora.checkpoint.nemo_file_reader import read_adapter
+    from nemo_tied_lora.checkpoint.read_nemo_adapter import read_adapter
     from nemo_tied_lora.conversion.to_nemo_lora import check_nemo_lora, write_nemo_lora
     from nemo_tied_lora.conversion.to_peft_lora import check_hf_peft, write_hf_peft
     from nemo_tied_lora.conversion.to_safetensors import check_full_state, write_full_state

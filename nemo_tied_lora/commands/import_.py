@@ -47,7 +47,7 @@ def _fit(cfg: Mapping[str, Any]) -> int:
     config = _check_lora(cfg)
     from tqdm import tqdm
 
-    from nemo_tied_lora.checkpoint.nemo_file_writer import write_adapter
+    from nemo_tied_lora.checkpoint.write_nemo_adapter import write_adapter
     from nemo_tied_lora.conversion.lora_to_tied import fit_adapter, read_lora
 
     base = None if cfg["base"] is None else base_model_config(cfg["base"], key="base")
@@ -77,7 +77,7 @@ def _fit(cfg: Mapping[str, Any]) -> int:
 
 def _check_written(path: Path, lora: Any, fits: Mapping[str, Any]) -> int:
     """Reads the file back: it must be as close to the LoRA as the fit was, to float32's rounding."""
-    from nemo_tied_lora.checkpoint.nemo_file_reader import read_adapter
+    from nemo_tied_lora.checkpoint.read_nemo_adapter import read_adapter
     from nemo_tied_lora.conversion.lora_to_tied import errors_of_file
 
     found = errors_of_file(lora, read_adapter(path))

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_tied_lora.commands.local_command import parser
 from nemo_tied_lora.errors import ConfigError, report
 from nemo_tied_lora.launching.submit import Launch, prepare, print_launch, run_here, submit
-from nemo_tied_lora.launching.sweep import written_out
+from nemo_tied_lora.launching.sweep import expand_short_keys
 from nemo_tied_lora.planning.compose import compose_config, plain
 
 __all__ = ["SUMMARY", "main"]
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
     """Returns 0, 2 where something is refused, or the exit code of a run on this machine."""
     groups = ("cluster", "model", "layout", "preset", "data", "optim", "recipe")
     options = parser("launch", SUMMARY, _EXAMPLES, groups).parse_intermixed_args(argv)
-    own, arguments = _split([written_out(argument) for argument in options.overrides])
+    own, arguments = _split([expand_short_keys(argument) for argument in options.overrides])
     try:
         settings = compose_config("launch", own, options.config_dir)
         if options.cfg:

@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
 
 def _run(cfg: dict[str, Any], argv: list[str]) -> int:
     model, layout = _check_settings(cfg)
-    from nemo_tied_lora.checkpoint.nemo_file_reader import read_adapter
+    from nemo_tied_lora.checkpoint.read_nemo_adapter import read_adapter
     from nemo_tied_lora.conversion.merging.merge import merge_into
 
     base, output = Path(cfg["base"]), Path(cfg["output"])

@@ -16,7 +16,7 @@ from nemo_tied_lora.tables import text_table
 
 if TYPE_CHECKING:
     from nemo_tied_lora.adapter.update_statistics import LayerFacts
-    from nemo_tied_lora.checkpoint.nemo_file_reader import AdapterFile
+    from nemo_tied_lora.checkpoint.read_nemo_adapter import AdapterFile
 
 __all__ = ["SUMMARY", "main"]
 
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
 def _run(cfg: dict[str, Any]) -> int:
     picture = _picture_path(cfg)
     from nemo_tied_lora.adapter.update_statistics import inspect_layers
-    from nemo_tied_lora.checkpoint.nemo_file_reader import read_adapter
+    from nemo_tied_lora.checkpoint.read_nemo_adapter import read_adapter
 
     path = Path(cfg["adapter"])
     file = read_adapter(path)

@@ -13,7 +13,7 @@ import torch
 
 from nemo_tied_lora.adapter.shapes import TargetSpec, factor_shape
 from nemo_tied_lora.adapter.tied_factors import initial_tensor
-from nemo_tied_lora.checkpoint.nemo_file_reader import AdapterFile
+from nemo_tied_lora.checkpoint.read_nemo_adapter import AdapterFile
 from nemo_tied_lora.config import TiedLoraConfig
 from nemo_tied_lora.conversion.closest_tied_factors import Fit, fit_target, relative_errors, row_space_bound
 from nemo_tied_lora.conversion.from_nemo_lora import read_nemo_lora

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import yaml
 
-from nemo_tied_lora.checkpoint.nemo_file_reader import AdapterFile
+from nemo_tied_lora.checkpoint.read_nemo_adapter import AdapterFile
 from nemo_tied_lora.checkpoint.tar import write_tar
 from nemo_tied_lora.conversion.hf_families import BaseShape
 from nemo_tied_lora.conversion.untie_to_lora import expand, layers_of, plain_alpha

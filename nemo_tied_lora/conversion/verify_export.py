@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from nemo_tied_lora.adapter.full_state import factors_of_layer
-from nemo_tied_lora.checkpoint.nemo_file_reader import AdapterFile
+from nemo_tied_lora.checkpoint.read_nemo_adapter import AdapterFile
 
 __all__ = ["Difference", "largest_difference"]
 

@@ -25,8 +25,8 @@ from nemo_tied_lora.launching.sweep import Point, index_file, points, split_swee
 from nemo_tied_lora.launching.torchrun import start_ranks
 from nemo_tied_lora.planning.architecture import Architecture
 from nemo_tied_lora.planning.base_config import adapter_section, base_model_config
-from nemo_tied_lora.planning.cluster_fit import seconds_to_save
 from nemo_tied_lora.planning.compose import compose_config, plain
+from nemo_tied_lora.planning.layout_fits_cluster import seconds_to_save
 from nemo_tied_lora.planning.parallel_layout import Layout, check
 from nemo_tied_lora.planning.preflight import check_finetuning
 

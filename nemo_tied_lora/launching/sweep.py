@@ -14,7 +14,7 @@ from hydra.errors import HydraException
 from nemo_tied_lora.errors import ConfigError
 from nemo_tied_lora.launching.cluster_config import looks_secret
 
-__all__ = ["Point", "index_file", "points", "read_index", "split_sweep", "written_out"]
+__all__ = ["Point", "expand_short_keys", "index_file", "points", "read_index", "split_sweep"]
 
 # What a user may write short, in `tied-lora launch` only: a sweep is mostly over these.
 _SHORT = {"rank": "model.peft.tied_lora.rank"}
@@ -29,7 +29,7 @@ class Point:
     overrides: tuple[str, ...]
 
 
-def written_out(argument: str) -> str:
+def expand_short_keys(argument: str) -> str:
     """`rank=8` as `model.peft.tied_lora.rank=8`; all else unchanged."""
     key, sign, value = argument.partition("=")
     return f"{_SHORT[key]}={value}" if sign and key in _SHORT else argument

@@ -18,10 +18,11 @@ from omegaconf import open_dict
 from nemo_tied_lora.adapter.inject import inject
 from nemo_tied_lora.adapter.injected_adapter import Adapter
 from nemo_tied_lora.checkpoint.base_identity import tokenizer_identity
-from nemo_tied_lora.checkpoint.nemo_file_reader import is_adapter_file
-from nemo_tied_lora.checkpoint.save_load import load_adapter, save_adapter
+from nemo_tied_lora.checkpoint.read_nemo_adapter import is_adapter_file
+from nemo_tied_lora.checkpoint.save_load_on_any_layout import load_adapter, save_adapter
 from nemo_tied_lora.checkpoint.training_checkpoint import is_checkpoint, read_description
 from nemo_tied_lora.nemo.guarded_training import GuardedTrainingMixin
+from nemo_tied_lora.nemo.learning_rate_groups import learning_rate_groups
 from nemo_tied_lora.nemo.legacy_weights import tensors_only
 from nemo_tied_lora.nemo.peft_config import TiedLoraPEFTConfig, register
 from nemo_tied_lora.nemo.stored_tokenizer import StoredTokenizerMixin
@@ -96,11 +97,11 @@ class TiedLoraModelMixin:
             self.tied_lora, self.use_peft = None, False
 
     def setup_optimizer_param_groups(self) -> None:
-        """Each trained tensor once. A stage without any gets an empty group and still takes part in every sum."""
+        """NeMo's groups for the base, ours for an adapter."""
         if self.tied_lora is None:
             super().setup_optimizer_param_groups()  # type: ignore[misc]
             return
-        self._optimizer_param_groups = ({"params": list(self.tied_lora.parameters())},)
+        self._optimizer_param_groups = learning_rate_groups(self.tied_lora)
 
     def configure_optimizers(self) -> Any:
         """NeMo's, but O2 sums over data parallelism once, after the backward pass.

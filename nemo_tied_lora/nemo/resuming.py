@@ -45,13 +45,13 @@ class KeepRandomStates(Callback):
 
 
 def settle_checkpoints(cfg: DictConfig) -> None:
-    """Before exp_manager looks into the run's folder for a checkpoint to resume from; see `folder.settle`."""
+    """Runs before exp_manager looks for a checkpoint to resume from; see `training_checkpoint.remove_leftovers`."""
     run, params = run_folder(cfg), cfg.exp_manager.get("checkpoint_callback_params") or {}
     if run is None:
         return
     checkpoints = Path(params.get("dirpath") or run / "checkpoints")
     if cfg.exp_manager.get("resume_if_exists") and checkpoints.is_dir():
-        training_checkpoint.settle(checkpoints, first=is_global_rank_zero())
+        training_checkpoint.remove_leftovers(checkpoints, first=is_global_rank_zero())
 
 
 @contextmanager

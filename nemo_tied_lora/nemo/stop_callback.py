@@ -13,7 +13,7 @@ from nemo_tied_lora.nemo.status_callback import StatusCallback, saved_checkpoint
 from nemo_tied_lora.resilience.current_run import RankRun, current_run
 from nemo_tied_lora.resilience.restarts import Preempted
 
-__all__ = ["StopCallback", "answer_alone", "settle", "survival_callbacks"]
+__all__ = ["StopCallback", "answer_alone", "restore_status_file", "survival_callbacks"]
 
 
 def survival_callbacks() -> list[Callback]:
@@ -22,7 +22,7 @@ def survival_callbacks() -> list[Callback]:
     return [] if run is None else [StatusCallback(run), StopCallback(run)]
 
 
-def settle(trainer: Trainer) -> None:
+def restore_status_file(trainer: Trainer) -> None:
     """After exp_manager, which moves what lay in the run's folder out of the way: the status file is there again.
 
     The groups that NeMo makes get the configured limit, `watchdog.stuck_s`, in place of Lightning's 30 minutes.

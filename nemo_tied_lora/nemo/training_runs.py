@@ -24,7 +24,7 @@ from nemo_tied_lora.nemo.process_groups import ensure_process_groups
 from nemo_tied_lora.nemo.resume_check import check_settings
 from nemo_tied_lora.nemo.resuming import launch_kept, settle_checkpoints, skip_one_validation
 from nemo_tied_lora.nemo.run_recorder import RunRecorder, draw_losses, peak_memory_bytes
-from nemo_tied_lora.nemo.stop_callback import settle, survival_callbacks
+from nemo_tied_lora.nemo.stop_callback import restore_status_file, survival_callbacks
 from nemo_tied_lora.planning.run_settings import GuardSettings
 
 __all__ = ["finetune", "pretrain"]
@@ -87,7 +87,7 @@ def _prepare(cfg: DictConfig) -> tuple[Trainer, RunRecorder, Path]:
     settle_checkpoints(cfg)
     with launch_kept(cfg):
         folder = exp_manager(trainer, cfg.exp_manager)
-    settle(trainer)
+    restore_status_file(trainer)
     skip_one_validation(trainer)
     logging.info(f"run folder: {folder}")
     check_settings(cfg, trainer)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from nemo_tied_lora.config import TiedLoraConfig
 from nemo_tied_lora.errors import ConfigError
-from nemo_tied_lora.planning import cluster_fit
+from nemo_tied_lora.planning import layout_fits_cluster
 from nemo_tied_lora.planning.architecture import Architecture
 from nemo_tied_lora.planning.base_config import adapter_section, base_model_config
 from nemo_tied_lora.planning.data_checks import batch_problems, data_problems, jsonl_problems, template_fields
@@ -65,7 +65,7 @@ def check_finetuning(cfg: Mapping[str, Any]) -> None:
     _attempt(problems, GuardSettings.from_mapping, cfg.get("guards"))
     _attempt(problems, _precision, cfg["trainer"])
     problems += data_problems(cfg)
-    problems += cluster_fit.folder_problems(cfg)
+    problems += layout_fits_cluster.folder_problems(cfg)
     problems += _allocation_problems(cfg, base, config)
     problems += _output_problems(cfg, [model.get("restore_from_path"), start])
     if problems:
@@ -91,7 +91,7 @@ def check_pretraining(cfg: Mapping[str, Any]) -> None:
     _attempt(problems, GuardSettings.from_mapping, cfg.get("guards"))
     _attempt(problems, _precision, cfg["trainer"])
     problems += data_problems(cfg)
-    problems += cluster_fit.folder_problems(cfg)
+    problems += layout_fits_cluster.folder_problems(cfg)
     problems += _allocation_problems(cfg, cfg["model"], None)
     problems += _output_problems(cfg, [tokenizer])
     if problems:
@@ -179,7 +179,7 @@ def _layout_problems(
     yield from problems
     if layout is not None:
         yield from check_ranks(layout) if arch is None else check(arch, layout, config)
-        yield from cluster_fit.slurm_problems(layout)
+        yield from layout_fits_cluster.slurm_problems(layout)
 
 
 def _allocation_problems(
@@ -196,8 +196,8 @@ def _allocation_problems(
         return
     yield from batch_problems(cfg, base or {}, layout)
     if config is not None or not tuned:
-        yield from cluster_fit.room_problems(cfg, arch, layout, config)
-        yield from cluster_fit.time_problems(cfg, arch, layout, config)
+        yield from layout_fits_cluster.room_problems(cfg, arch, layout, config)
+        yield from layout_fits_cluster.time_problems(cfg, arch, layout, config)
 
 
 def _checkpoint_problems(exp_manager: Mapping[str, Any]) -> Iterator[str]:

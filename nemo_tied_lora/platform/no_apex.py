@@ -15,8 +15,8 @@ import torch
 
 from nemo_tied_lora.platform import detect
 from nemo_tied_lora.platform.group_step_adam import GroupStepAdam, GroupStepAdamW
+from nemo_tied_lora.platform.no_gpu_norm import allow_sequence_parallel
 from nemo_tied_lora.platform.patching import Patch, apply
-from nemo_tied_lora.platform.sequence_parallel_norm import allow_sequence_parallel
 
 __all__ = ["MEGATRON_PATCHES", "NEMO_PATCHES", "enable"]
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from nemo_tied_lora.platform import cpu_rng, detect
-from nemo_tied_lora.platform.cpu_torch import cpu_torch, no_streams, stand_in, with_cuda_type_names
+from nemo_tied_lora.platform import detect, no_gpu_rng
+from nemo_tied_lora.platform.no_gpu_torch import no_gpu_torch, no_streams, stand_in, with_cuda_type_names
 from nemo_tied_lora.platform.patching import Patch, apply
 
 __all__ = ["MEGATRON_PATCHES", "NEMO_PATCHES", "TORCH_PATCHES", "enable"]
@@ -48,7 +48,7 @@ def _stay(tensor: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
 
 
 def _cpu_torch(_torch: Any) -> Any:
-    return cpu_torch()
+    return no_gpu_torch()
 
 
 def _cpu_autocast(decorate: Callable[..., Any]) -> Callable[[Any], Any]:
@@ -140,26 +140,26 @@ MEGATRON_PATCHES: tuple[Patch, ...] = (
         name="torch",
         make=lambda torch_: stand_in(
             torch_,
-            cuda=stand_in(torch_.cuda, get_rng_state=torch_.get_rng_state, manual_seed=cpu_rng.seed_cpu),
+            cuda=stand_in(torch_.cuda, get_rng_state=torch_.get_rng_state, manual_seed=no_gpu_rng.seed_cpu),
         ),
         reason="seeds the GPU's generator, which torch otherwise keeps for a GPU that never comes",
     ),
     Patch(
         owner="megatron.core.tensor_parallel.random",
         name="_get_cuda_rng_state",
-        make=_always(cpu_rng.get_state),
+        make=_always(no_gpu_rng.get_state),
         reason="reads the GPU's generator, for dropout and for activation recompute",
     ),
     Patch(
         owner="megatron.core.tensor_parallel.random",
         name="_set_cuda_rng_state",
-        make=_always(cpu_rng.set_state),
+        make=_always(no_gpu_rng.set_state),
         reason="writes the GPU's generator",
     ),
     Patch(
         owner="megatron.core.tensor_parallel.random:CudaRNGStatesTracker",
         name="fork",
-        make=_always(cpu_rng.fork),
+        make=_always(no_gpu_rng.fork),
         reason="warns at every use that the CPU's generator moved, which is here what it is for",
     ),
     Patch(

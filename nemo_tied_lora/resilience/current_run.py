@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from nemo_tied_lora.resilience.status_file import RunStatus
 
 if TYPE_CHECKING:  # it imports torch
-    from nemo_tied_lora.resilience.rank_watchdog import Watchdog
+    from nemo_tied_lora.resilience.dead_rank_watchdog import Watchdog
 
 __all__ = ["RankRun", "current_run", "set_current_run"]
 

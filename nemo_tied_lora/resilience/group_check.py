@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 
 from nemo_tied_lora.planning.parallel_layout import Layout
-from nemo_tied_lora.resilience.rendezvous import Meeting, node_name, said_by
+from nemo_tied_lora.resilience.rendezvous import Rendezvous, name_ranks, node_name
 
-__all__ = ["GROUPS", "check_groups", "contribution", "group_ranks", "here", "report"]
+__all__ = ["GROUPS", "check_groups", "contribution", "group_ranks", "local_report", "report"]
 
 GROUPS = {"tp": "tensor parallel", "pp": "pipeline parallel", "dp": "data parallel", "cp": "context parallel"}
 _ELEMENTS = {"cuda": 16 * 2**20, "cpu": 2**18}
@@ -39,10 +39,12 @@ def group_ranks(layout: Layout, kind: str, *, pipeline_before_data: bool = False
     return RankGenerator(ep=1, order=order, **sizes).get_ranks(kind)
 
 
-def check_groups(meeting: Meeting, groups: Mapping[str, Sequence[Sequence[int]]], device: torch.device) -> list[Any]:
+def check_groups(
+    rendezvous: Rendezvous, groups: Mapping[str, Sequence[Sequence[int]]], device: torch.device
+) -> list[Any]:
     """This rank's all-reduce over each group that it is in; called by every rank, the default process group set up.
 
-    A group that does not finish within the meeting's time is a problem; the groups after it are not tried.
+    A group that does not finish within the rendezvous's time is a problem; the groups after it are not tried.
 
     Returns:
         {"kind", "ranks", "bytes", "seconds", "problem"} for each.
@@ -50,8 +52,8 @@ def check_groups(meeting: Meeting, groups: Mapping[str, Sequence[Sequence[int]]]
     results: list[Any] = []
     for kind, of_kind in groups.items():
         for ranks in of_kind:
-            if meeting.rank in ranks and len(ranks) > 1:
-                results.append({"kind": kind, "ranks": list(ranks), **_all_reduce(meeting, kind, ranks, device)})
+            if rendezvous.rank in ranks and len(ranks) > 1:
+                results.append({"kind": kind, "ranks": list(ranks), **_all_reduce(rendezvous, kind, ranks, device)})
                 if results[-1]["seconds"] is None:
                     return results
     return results
@@ -67,7 +69,7 @@ def report(said: Mapping[int, Iterable[Mapping[str, Any]]], nodes: Mapping[int, 
             for result in of_rank:
                 if result["kind"] == kind and result["problem"]:
                     having.setdefault(f"{result['problem']} of ranks {result['ranks']}", []).append(rank)
-        problems += [f"all-reduce, {name}: {text} (on {said_by(of, nodes)})" for text, of in having.items()]
+        problems += [f"all-reduce, {name}: {text} (on {name_ranks(of, nodes)})" for text, of in having.items()]
         timed = [(_bandwidth(result), result["ranks"]) for result in results if result["seconds"]]
         if timed:
             slowest, ranks = min(timed)
@@ -83,17 +85,17 @@ def contribution(rank: int, elements: int, device: torch.device) -> torch.Tensor
     return pattern + (rank % _MODULUS + 1)
 
 
-def _all_reduce(meeting: Meeting, kind: str, ranks: Sequence[int], device: torch.device) -> dict[str, Any]:
+def _all_reduce(rendezvous: Rendezvous, kind: str, ranks: Sequence[int], device: torch.device) -> dict[str, Any]:
     elements = _ELEMENTS[device.type]
-    limit = timedelta(seconds=2 * meeting.timeout_s)  # ours comes first, with a message
+    limit = timedelta(seconds=2 * rendezvous.timeout_s)  # ours comes first, with a message
     size = 4 * elements
     try:
         # Only the members call it: with thousands of ranks there are thousands of groups.
         group = dist.new_group(list(ranks), timeout=limit, use_local_synchronization=True)
-        _timed(contribution(meeting.rank, elements, device), group, meeting.timeout_s)  # connects
-        values = contribution(meeting.rank, elements, device)
-        seconds = _timed(values, group, meeting.timeout_s)
-        problem = None if seconds else f"not finished within {meeting.timeout_s:.0f} s"
+        _timed(contribution(rendezvous.rank, elements, device), group, rendezvous.timeout_s)  # connects
+        values = contribution(rendezvous.rank, elements, device)
+        seconds = _timed(values, group, rendezvous.timeout_s)
+        problem = None if seconds else f"not finished within {rendezvous.timeout_s:.0f} s"
         if seconds:
             problem = _wrong(values, ranks)
             dist.destroy_process_group(group)
@@ -132,6 +134,6 @@ def _bandwidth(result: Mapping[str, Any]) -> float:
     return 2 * (size - 1) / size * result["bytes"] / result["seconds"]
 
 
-def here(results: Iterable[Any]) -> dict[str, Any]:
+def local_report(results: Iterable[Any]) -> dict[str, Any]:
     """This rank's part of what `report` reads."""
     return {"node": node_name(), "results": list(results)}

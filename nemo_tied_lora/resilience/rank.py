@@ -25,7 +25,7 @@ from nemo_tied_lora.resilience.status_file import RunStatus, read_status
 from nemo_tied_lora.resilience.stop_signals import answered_by, ignore_from_now
 
 if TYPE_CHECKING:
-    from nemo_tied_lora.resilience.rendezvous import Meeting
+    from nemo_tied_lora.resilience.rendezvous import Rendezvous
 
 __all__ = ["STOPPED", "finished_already", "preempted_code", "run_as_rank"]
 
@@ -50,10 +50,10 @@ def run_as_rank(command: str, values: Mapping[str, Any], problems: list[str], wo
     started = _meet(command, values, problems)
     if isinstance(started, int):
         return started
-    meeting, run = started
+    rendezvous, run = started
     with answered_by(_on_signal) if "preemption" in values else nullcontext():
         code = _work(command, run, work)
-    del meeting  # rank 0 holds the store until here
+    del rendezvous  # rank 0 holds the store until here
     return code
 
 
@@ -74,42 +74,42 @@ def preempted_code(values: Mapping[str, Any], code: int) -> int:
     return preemption["exit_code"] if preemption and status and status.get("state") == "preempted" else code
 
 
-def _meet(command: str, values: Mapping[str, Any], problems: list[str]) -> int | tuple[Meeting | None, RankRun]:
+def _meet(command: str, values: Mapping[str, Any], problems: list[str]) -> int | tuple[Rendezvous | None, RankRun]:
     """An exit code, or the run that is about to begin."""
     first, several = os.environ["RANK"] == "0", os.environ["WORLD_SIZE"] != "1"
-    meeting: Meeting | None = None
+    rendezvous: Rendezvous | None = None
     try:
         if several:
-            from nemo_tied_lora.resilience.rendezvous import Meeting
+            from nemo_tied_lora.resilience.rendezvous import Rendezvous
 
             seconds = float((values.get("watchdog") or {}).get("start_s", _START_S))
-            meeting = Meeting.join(seconds)
-            problems = meeting.agree(problems)
+            rendezvous = Rendezvous.join(seconds)
+            problems = rendezvous.agree(problems)
         if problems:
             raise ConfigError(problems)
         said = finished_already(values) if first else None
-        said = meeting.announce("finished", said) if meeting else said
+        said = rendezvous.broadcast("finished", said) if rendezvous else said
         if said is not None:
             if first:
                 print(f"tied-lora {command}: {said}", flush=True)
-            if meeting:
-                _wait_for_all(meeting)
+            if rendezvous:
+                _wait_for_all(rendezvous)
             return 0
-        run = _begin(values, meeting, first=first)
+        run = _begin(values, rendezvous, first=first)
         if values.get("preflight", False):
             run.status.update(state="preflight")
-            _preflight(values, meeting, first=first)
+            _preflight(values, rendezvous, first=first)
             if values["preflight"] == "only":
                 _leave(run)
                 return 0
     except ConfigError as error:
-        code = report(command, error) if first or meeting is None else 2
-        _refuse(error, meeting, first=first)
+        code = report(command, error) if first or rendezvous is None else 2
+        _refuse(error, rendezvous, first=first)
         return code
-    return meeting, run
+    return rendezvous, run
 
 
-def _refuse(error: ConfigError, meeting: Meeting | None, *, first: bool) -> None:
+def _refuse(error: ConfigError, rendezvous: Rendezvous | None, *, first: bool) -> None:
     """Ends what has begun. With a process group, this process too: a collective that hangs cannot be taken back."""
     ignore_from_now()
     run = current_run()
@@ -117,15 +117,15 @@ def _refuse(error: ConfigError, meeting: Meeting | None, *, first: bool) -> None
         run.status.fail("; ".join(error.problems))
     if run is not None and run.watchdog is not None:
         run.watchdog.stop()
-    if meeting:
-        _wait_for_all(meeting)
+    if rendezvous:
+        _wait_for_all(rendezvous)
     if "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(2)
 
 
-def _begin(values: Mapping[str, Any], meeting: Meeting | None, *, first: bool) -> RankRun:
+def _begin(values: Mapping[str, Any], rendezvous: Rendezvous | None, *, first: bool) -> RankRun:
     """The status file, the watchdog and, on several ranks, the process group with the configured time limits."""
     folder, preemption = run_folder(values), values.get("preemption") or {}
     if "preemption" not in values or values["preflight"] == "only":
@@ -136,7 +136,7 @@ def _begin(values: Mapping[str, Any], meeting: Meeting | None, *, first: bool) -
             counts = restarted(folder, fingerprint(values), preemption["max_restarts"])
         except ConfigError as error:
             counts = list(error.problems)
-    counts = meeting.announce("restarts", counts) if meeting else counts
+    counts = rendezvous.broadcast("restarts", counts) if rendezvous else counts
     if isinstance(counts, list):
         raise ConfigError(counts)
     from nemo_tied_lora.resilience.rendezvous import connect, node_name
@@ -149,24 +149,24 @@ def _begin(values: Mapping[str, Any], meeting: Meeting | None, *, first: bool) -
     watching = values.get("watchdog") or {}
     run = RankRun(status, preemption.get("exit_code", 1), watching.get("stuck_s", 0))
     set_current_run(run)
-    if meeting and watching.get("timeout_s"):
-        from nemo_tied_lora.resilience.rank_watchdog import Watchdog
+    if rendezvous and watching.get("timeout_s"):
+        from nemo_tied_lora.resilience.dead_rank_watchdog import Watchdog
 
         store = connect(watching["timeout_s"], client=True)
         run.watchdog = Watchdog(
             store,
-            meeting.rank,
-            meeting.world_size,
+            rendezvous.rank,
+            rendezvous.world_size,
             timeout_s=watching["timeout_s"],
             stuck_s=watching["stuck_s"],
             on_end=lambda reason, code: _record_end(status, reason, code, run),
         )
         run.watchdog.start()
-        _make_process_group(values, meeting, watching["stuck_s"] or watching["timeout_s"])
+        _make_process_group(values, rendezvous, watching["stuck_s"] or watching["timeout_s"])
     return run
 
 
-def _make_process_group(values: Mapping[str, Any], meeting: Meeting, seconds: float) -> None:
+def _make_process_group(values: Mapping[str, Any], rendezvous: Rendezvous, seconds: float) -> None:
     """Before Lightning does, which then uses it: with the configured time limit, over the ranks' store."""
     import torch
     from torch.distributed import PrefixStore
@@ -177,57 +177,59 @@ def _make_process_group(values: Mapping[str, Any], meeting: Meeting, seconds: fl
     limit = datetime.timedelta(seconds=seconds)
     torch.distributed.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        store=PrefixStore("process_group", meeting.store),
-        rank=meeting.rank,
-        world_size=meeting.world_size,
+        store=PrefixStore("process_group", rendezvous.store),
+        rank=rendezvous.rank,
+        world_size=rendezvous.world_size,
         timeout=limit,
     )
 
 
-def _preflight(values: Mapping[str, Any], meeting: Meeting | None, *, first: bool) -> None:
+def _preflight(values: Mapping[str, Any], rendezvous: Rendezvous | None, *, first: bool) -> None:
     """The same software everywhere, and every group's all-reduce.
 
     Raises:
         ConfigError: on every rank, what any rank found.
     """
     lines = []
-    if meeting:
+    if rendezvous:
         from nemo_tied_lora.resilience import version_check
 
-        meeting.say("software", version_check.here(values))
-        found = version_check.differences(meeting.hear("software")) if first else []
-        found = meeting.announce("software/all", found)
+        rendezvous.put("software", version_check.local_report(values))
+        found = version_check.differences(rendezvous.gather("software")) if first else []
+        found = rendezvous.broadcast("software/all", found)
         if found:
             raise ConfigError(found)
-        lines = [f"the same software and configuration on all {meeting.world_size} ranks"]
-        lines += _check_collectives(values, meeting)
+        lines = [f"the same software and configuration on all {rendezvous.world_size} ranks"]
+        lines += _check_collectives(values, rendezvous)
     if first:
         print("\n".join([f"pre-flight: {line}" for line in [*lines, "all is well"]]), flush=True)
 
 
-def _check_collectives(values: Mapping[str, Any], meeting: Meeting) -> list[str]:
+def _check_collectives(values: Mapping[str, Any], rendezvous: Rendezvous) -> list[str]:
     import torch
 
     from nemo_tied_lora.platform.devices import collective_device
     from nemo_tied_lora.resilience import group_check
 
     if not torch.distributed.is_initialized():  # watchdog.timeout_s=0
-        _make_process_group(values, meeting, meeting.timeout_s)
-    seconds = values["watchdog"]["timeout_s"] or meeting.timeout_s
-    meeting = dataclasses.replace(meeting, timeout_s=float(seconds))
+        _make_process_group(values, rendezvous, rendezvous.timeout_s)
+    seconds = values["watchdog"]["timeout_s"] or rendezvous.timeout_s
+    rendezvous = dataclasses.replace(rendezvous, timeout_s=float(seconds))
     layout = Layout.from_config(values)
     swapped = bool(values["model"].get("use_tp_pp_dp_mapping"))
     groups = {kind: group_check.group_ranks(layout, kind, pipeline_before_data=swapped) for kind in group_check.GROUPS}
-    meeting.say("collectives", group_check.here(group_check.check_groups(meeting, groups, collective_device())))
+    rendezvous.put(
+        "collectives", group_check.local_report(group_check.check_groups(rendezvous, groups, collective_device()))
+    )
     lines: list[str] = []
     problems: list[str] = []
-    if meeting.rank == 0:
-        said = meeting.hear("collectives")
+    if rendezvous.rank == 0:
+        said = rendezvous.gather("collectives")
         nodes = {rank: one["node"] for rank, one in said.items()}
         lines, problems = group_check.report({rank: one["results"] for rank, one in said.items()}, nodes)
-        silent = sorted(set(range(meeting.world_size)) - said.keys())
+        silent = sorted(set(range(rendezvous.world_size)) - said.keys())
         problems += [f"all-reduce: ranks {silent} did not come back from it"] if silent else []
-    problems = meeting.announce("collectives/all", problems)
+    problems = rendezvous.broadcast("collectives/all", problems)
     if problems:
         raise ConfigError(problems)
     return lines
@@ -304,15 +306,15 @@ def _leave(run: RankRun) -> None:
         torch.distributed.destroy_process_group()
 
 
-def _wait_for_all(meeting: Meeting) -> None:
+def _wait_for_all(rendezvous: Rendezvous) -> None:
     """No rank goes before all have heard; rank 0, which holds the store, goes when all are about to.
 
     Each is deaf to signals by now: a launcher that ends the others when the first has gone changes no exit code.
     """
     deadline = time.monotonic() + _GONE_S
     with suppress(RuntimeError):  # rank 0 has gone, so that all have heard
-        meeting.store.add("gone", 1)
-        while meeting.store.add("gone", 0) < meeting.world_size and time.monotonic() < deadline:
+        rendezvous.store.add("gone", 1)
+        while rendezvous.store.add("gone", 0) < rendezvous.world_size and time.monotonic() < deadline:
             time.sleep(0.1)
 
 

@@ -16,7 +16,7 @@ from torch.distributed import PrefixStore, Store, TCPStore
 
 from nemo_tied_lora.errors import ConfigError
 
-__all__ = ["Meeting", "connect", "node_name", "said_by"]
+__all__ = ["Rendezvous", "connect", "name_ranks", "node_name"]
 
 _POLL_S = 0.2
 _NAMED = 8
@@ -29,7 +29,7 @@ def node_name() -> str:
 
 
 @dataclass(frozen=True)
-class Meeting:
+class Rendezvous:
     """The ranks of a launcher, reached through a TCPStore; every method is called by all of them.
 
     The store is torchrun's where it has one, else rank 0 holds it, at MASTER_ADDR:MASTER_PORT.
@@ -41,7 +41,7 @@ class Meeting:
     timeout_s: float
 
     @classmethod
-    def join(cls, timeout_s: float, environment: Mapping[str, str] = os.environ) -> Meeting:
+    def join(cls, timeout_s: float, environment: Mapping[str, str] = os.environ) -> Rendezvous:
         """Joins the other ranks.
 
         Raises:
@@ -50,11 +50,11 @@ class Meeting:
         rank, world_size = (_whole(environment, name) for name in ("RANK", "WORLD_SIZE"))
         return cls(connect(timeout_s, environment), rank, world_size, timeout_s)
 
-    def say(self, topic: str, message: Any) -> None:
+    def put(self, topic: str, message: Any) -> None:
         """Leaves this rank's message, anything that JSON holds."""
         self.store.set(f"{topic}/{self.rank}", json.dumps(message))
 
-    def hear(self, topic: str) -> dict[int, Any]:
+    def gather(self, topic: str) -> dict[int, Any]:
         """Every rank's message, as far as they come within `timeout_s`."""
         keys = [f"{topic}/{rank}" for rank in range(self.world_size)]
         deadline = time.monotonic() + self.timeout_s
@@ -63,7 +63,7 @@ class Meeting:
         there = [rank for rank, key in enumerate(keys) if self.store.check([key])]
         return {rank: json.loads(self.store.get(keys[rank])) for rank in there}
 
-    def announce(self, topic: str, message: Any = None) -> Any:
+    def broadcast(self, topic: str, message: Any = None) -> Any:
         """Rank 0's message, on every rank.
 
         Raises:
@@ -85,9 +85,9 @@ class Meeting:
 
         A rank that does not come is a problem too.
         """
-        self.say(topic, {"node": node_name(), "problems": list(problems)})
-        found = _merged(self.hear(topic), self.world_size, self.timeout_s) if self.rank == 0 else None
-        return list(self.announce(f"{topic}/all", found))
+        self.put(topic, {"node": node_name(), "problems": list(problems)})
+        found = _merged(self.gather(topic), self.world_size, self.timeout_s) if self.rank == 0 else None
+        return list(self.broadcast(f"{topic}/all", found))
 
 
 def connect(timeout_s: float, environment: Mapping[str, str] = os.environ, *, client: bool = False) -> Store:
@@ -111,7 +111,7 @@ def connect(timeout_s: float, environment: Mapping[str, str] = os.environ, *, cl
     return PrefixStore(f"tied_lora/{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
-def said_by(ranks: Sequence[int], nodes: Mapping[int, str]) -> str:
+def name_ranks(ranks: Sequence[int], nodes: Mapping[int, str]) -> str:
     """'node n2 (ranks 4 to 7)', each node once."""
     of_node: dict[str, list[int]] = {}
     for rank in sorted(ranks):
@@ -134,7 +134,7 @@ def _merged(answers: Mapping[int, Any], world_size: int, timeout_s: float) -> li
         for problem in answer["problems"]:
             having.setdefault(problem, []).append(rank)
     merged = [
-        problem if len(ranks) == len(answers) else f"{problem} (on {said_by(ranks, nodes)})"
+        problem if len(ranks) == len(answers) else f"{problem} (on {name_ranks(ranks, nodes)})"
         for problem, ranks in having.items()
     ]
     missing = sorted(set(range(world_size)) - answers.keys())

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_tied_lora.resilience.rendezvous import node_name, said_by
+from nemo_tied_lora.resilience.rendezvous import name_ranks, node_name
 from nemo_tied_lora.versions import installed_version
 
-__all__ = ["differences", "here", "software"]
+__all__ = ["differences", "local_report", "software"]
 
 _PACKAGES = (
     "torch",
@@ -53,11 +53,13 @@ def differences(said: Mapping[int, Mapping[str, Any]]) -> list[str]:
         usual, _ = Counter(values.values()).most_common(1)[0]
         for value in sorted(set(values.values()) - {usual}):
             ranks = [rank for rank, found in values.items() if found == value]
-            problems.append(f"{name}: {value} on {said_by(ranks, nodes)}, {usual} on the others; make them the same")
+            problems.append(
+                f"{name}: {value} on {name_ranks(ranks, nodes)}, {usual} on the others; make them the same"
+            )
     return problems
 
 
-def here(configuration: Mapping[str, Any]) -> dict[str, Any]:
+def local_report(configuration: Mapping[str, Any]) -> dict[str, Any]:
     """This rank's part of what `differences` compares."""
     return {"node": node_name(), "software": software(configuration)}
 

@@ -31,7 +31,7 @@ from nemo_tied_lora.adapter.experts import group_of
 from nemo_tied_lora.adapter.full_state import expected_shapes
 from nemo_tied_lora.adapter.injected_adapter import Adapter
 from nemo_tied_lora.adapter.shapes import TargetSpec, factor_shape
-from nemo_tied_lora.platform.cpu_torch import stand_in
+from nemo_tied_lora.platform.no_gpu_torch import stand_in
 from tests.harness.tiny_gpt import SEQUENCE, VOCAB, build_gpt, full_tensor
 
 __all__ = [

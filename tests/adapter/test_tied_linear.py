@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from nemo_tied_lora.adapter.tied_factors import Factors, is_stored
-from nemo_tied_lora.adapter.tied_linear import TiedLoraLink, linear_kind, swap_in, swap_out
+from nemo_tied_lora.adapter.tied_linear import LinearAdapter, attach_to_linear, detach_from_linear, linear_kind
 from nemo_tied_lora.config import FACTORS, TiedLoraConfig
 from tests.harness.ranks import single_process
 from tests.harness.tiny_gpt import full_tensor
@@ -55,7 +55,7 @@ def make_linear(
     return linear.requires_grad_(False)
 
 
-def attach(linear: nn.Module, kind: str, **fields: Any) -> TiedLoraLink:
+def attach(linear: nn.Module, kind: str, **fields: Any) -> LinearAdapter:
     """Swaps the update in; every factor that is stored is random, so that none hides another's error."""
     config = TiedLoraConfig(rank=RANK, **fields)
     shapes = {"A": (RANK, IN), "B": (OUT, RANK), "u": (RANK,), "v": (OUT,)}
@@ -63,12 +63,12 @@ def attach(linear: nn.Module, kind: str, **fields: Any) -> TiedLoraLink:
     tensors = {f: full_tensor(f, shapes[f], 1.0).to(dtype) for f in FACTORS if is_stored(f, config)}  # type: ignore[arg-type]
     tied = Factors({f: t for f, t in tensors.items() if f in config.tied}, config.trained)
     own = Factors({f: t for f, t in tensors.items() if f not in config.tied}, config.trained)
-    link = TiedLoraLink(config, kind, tied, own, 1, False)
-    swap_in(linear, link)
+    link = LinearAdapter(config, kind, tied, own, 1, False)
+    attach_to_linear(linear, link)
     return link
 
 
-def stored(link: TiedLoraLink) -> dict[str, nn.Parameter]:
+def stored(link: LinearAdapter) -> dict[str, nn.Parameter]:
     """The link's factors by name."""
     return {**dict(link.tied.named_parameters()), **dict(link.own.named_parameters())}
 
@@ -232,7 +232,7 @@ def test_a_link_that_is_off_gives_the_base_and_swapping_out_gives_the_class_back
     assert not torch.equal(linear(sample())[0], base)
     link.enabled = False
     assert torch.equal(linear(sample())[0], base)
-    swap_out(linear)
+    detach_from_linear(linear)
     assert type(linear) is cls
     assert "tied_lora" not in vars(linear)
     assert torch.equal(linear(sample())[0], base)
@@ -466,7 +466,7 @@ def test_a_fused_norm_feeds_the_update_and_is_hidden_from_the_caller(te_return_b
     got = gradients(output, wanting_grad({**stored(link), "x": x}))
     for name, gradient in gradients(expected, wanting_grad({**twins, "x": twin_x})).items():
         torch.testing.assert_close(got[name], gradient, **EXACT)
-    swap_out(linear)
+    detach_from_linear(linear)
     base, _ = linear(x)
     assert isinstance(base, torch.Tensor)
     assert type(linear) is FusedNormLinear

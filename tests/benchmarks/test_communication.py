@@ -52,7 +52,7 @@ from nemo_tied_lora.adapter.injected_adapter import Adapter
 
 forward, across, summed, reduce = (
     tied_linear.TiedLoraMixin.forward,
-    tied_linear.TiedLoraLink.across_ranks,
+    tied_linear.LinearAdapter.across_ranks,
     grad_allreduce._all_reduce_coalesced,
     Adapter.reduce_gradients,
 )
@@ -77,7 +77,7 @@ def plan_is_wrong(*args):
 
 places = {{
     "full_width_exchange": patch.object(tied_linear.TiedLoraMixin, "forward", full_width_exchange),
-    "exchanged_twice": patch.object(tied_linear.TiedLoraLink, "across_ranks", exchanged_twice),
+    "exchanged_twice": patch.object(tied_linear.LinearAdapter, "across_ranks", exchanged_twice),
     "sum_tensor_by_tensor": patch.object(grad_allreduce, "_all_reduce_coalesced", sum_tensor_by_tensor),
     "sum_forgotten": patch.object(Adapter, "reduce_gradients", lambda self: None),
     "sum_twice": patch.object(Adapter, "reduce_gradients", sum_twice),

@@ -13,7 +13,7 @@ from megatron.core.models.gpt import GPTModel
 
 from nemo_tied_lora import ConfigError, TiedLoraConfig, inject, load_adapter, save_adapter
 from nemo_tied_lora.checkpoint.base_identity import BaseMismatchError, check_weights, describe_base, tokenizer_identity
-from nemo_tied_lora.checkpoint.nemo_file_reader import read_adapter
+from nemo_tied_lora.checkpoint.read_nemo_adapter import read_adapter
 from nemo_tied_lora.checkpoint.weight_checksums import WeightChecksums, fingerprint_model
 from nemo_tied_lora.planning.megatron_version import splits_query_groups
 from tests.harness.ranks import run_ranks, single_process

@@ -17,8 +17,8 @@ from nemo_tied_lora import TiedLoraConfig, inject, load_adapter, save_adapter
 from nemo_tied_lora.adapter.full_state import expected_shapes
 from nemo_tied_lora.adapter.injected_adapter import Adapter
 from nemo_tied_lora.adapter.tied_factors import initial_tensor
-from nemo_tied_lora.checkpoint.nemo_file_reader import AdapterFileError, read_adapter
-from nemo_tied_lora.checkpoint.nemo_file_writer import write_adapter
+from nemo_tied_lora.checkpoint.read_nemo_adapter import AdapterFileError, read_adapter
+from nemo_tied_lora.checkpoint.write_nemo_adapter import write_adapter
 from nemo_tied_lora.config import TARGETS
 from tests.harness.adapter_files import tiny_adapter
 from tests.harness.llama_adapter import LAYERS, LLAMA, RANK, STATE, YAML, assert_same, build, members_of
@@ -216,7 +216,7 @@ def raise_no_space(*args: Any, **kwargs: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "failing", ["os.replace", "os.fsync", "nemo_tied_lora.checkpoint.nemo_file_format.StateWriter.add"]
+    "failing", ["os.replace", "os.fsync", "nemo_tied_lora.checkpoint.nemo_adapter_format.StateWriter.add"]
 )
 def test_a_failed_write_leaves_the_older_file_and_nothing_else(
     saved: Path, failing: str, monkeypatch: pytest.MonkeyPatch

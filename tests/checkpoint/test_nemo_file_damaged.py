@@ -18,8 +18,8 @@ import pytest
 import torch
 import yaml
 
-from nemo_tied_lora.checkpoint.nemo_file_format import seal
-from nemo_tied_lora.checkpoint.nemo_file_reader import AdapterFile, AdapterFileError, is_adapter_file, read_adapter
+from nemo_tied_lora.checkpoint.nemo_adapter_format import seal
+from nemo_tied_lora.checkpoint.read_nemo_adapter import AdapterFile, AdapterFileError, is_adapter_file, read_adapter
 from nemo_tied_lora.config import TiedLoraConfig
 from tests.harness.adapter_files import CONFIG, STATE, header, member_offsets, members_of, tiny_adapter, write_tar
 
@@ -190,7 +190,7 @@ def test_a_safetensors_header_of_any_content_is_refused(
 
 def resealed(members: dict[str, bytes], state: bytes | None = None, **changes: Any) -> dict[str, bytes]:
     """Members with other content whose checksums are right: whoever edits a file can make them again."""
-    from nemo_tied_lora.checkpoint.nemo_file_format import content_facts
+    from nemo_tied_lora.checkpoint.nemo_adapter_format import content_facts
 
     description = yaml.safe_load(members[CONFIG])
     description.pop("checksum")

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_tied_lora.checkpoint.nemo_file_reader import AdapterFile, read_adapter
-from nemo_tied_lora.checkpoint.nemo_file_writer import write_adapter
+from nemo_tied_lora.checkpoint.read_nemo_adapter import AdapterFile, read_adapter
+from nemo_tied_lora.checkpoint.write_nemo_adapter import write_adapter
 from nemo_tied_lora.files import replace_file
 from tests.harness.adapter_files import tiny_adapter
 

@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 from nemo_tied_lora import TiedLoraConfig, inject, load_adapter, save_adapter
 from nemo_tied_lora.adapter import full_state
 from nemo_tied_lora.adapter.injected_adapter import Adapter
-from nemo_tied_lora.checkpoint.nemo_file_reader import read_adapter
+from nemo_tied_lora.checkpoint.read_nemo_adapter import read_adapter
 from tests.harness.live_tensors import peak_of
 from tests.harness.llama_adapter import LLAMA, assert_same, build
 from tests.harness.ranks import run_ranks, single_process

@@ -16,8 +16,8 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
 from nemo_tied_lora import load_adapter, save_adapter
-from nemo_tied_lora.checkpoint.nemo_file_format import content_facts, seal
-from nemo_tied_lora.checkpoint.nemo_file_reader import AdapterFileError, read_adapter
+from nemo_tied_lora.checkpoint.nemo_adapter_format import content_facts, seal
+from nemo_tied_lora.checkpoint.read_nemo_adapter import AdapterFileError, read_adapter
 from tests.harness.adapter_files import write_tar
 from tests.harness.llama_adapter import LAYERS, LLAMA, RANK, STATE, YAML, Members, assert_same, build, members_of
 from tests.harness.ranks import single_process

@@ -188,9 +188,9 @@ def test_settling_leaves_one_last_checkpoint_and_no_remains(tmp_path: Path) -> N
     theirs.mkdir()
     (tmp_path / "theirs-unfinished").touch()
     with pytest.raises(CheckpointError, match="rank 0 does not clear it"):
-        training_checkpoint.settle(tmp_path, first=False, timeout=0.2)
-    training_checkpoint.settle(tmp_path, first=True)
-    training_checkpoint.settle(tmp_path, first=False, timeout=0.0)
+        training_checkpoint.remove_leftovers(tmp_path, first=False, timeout=0.2)
+    training_checkpoint.remove_leftovers(tmp_path, first=True)
+    training_checkpoint.remove_leftovers(tmp_path, first=False, timeout=0.0)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step=6", "step=6-last", "theirs", "theirs-unfinished"]
 
 
@@ -199,7 +199,7 @@ def test_a_checkpoint_that_was_being_replaced_comes_back(tmp_path: Path) -> None
     write(path)
     CheckpointWriter(path)
     path.rename(tmp_path / ".step=6-last.removed")  # as `finish` does, and then is killed
-    training_checkpoint.settle(tmp_path, first=True)
+    training_checkpoint.remove_leftovers(tmp_path, first=True)
     assert [p.name for p in tmp_path.iterdir()] == ["step=6-last"]
     assert training_checkpoint.read_description(path)["step"] == 1
 
@@ -219,7 +219,7 @@ def test_a_damaged_last_checkpoint_is_named_before_a_run_goes_on_from_it(tmp_pat
     write(tmp_path / "step=6-last")
     (tmp_path / "step=6-last" / "linear_qkv.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"step=6-last/linear_qkv.safetensors: has 0 bytes, not \d+"):
-        training_checkpoint.settle(tmp_path, first=True)
+        training_checkpoint.remove_leftovers(tmp_path, first=True)
 
 
 @pytest.mark.parametrize("damage", ["cut", "missing", "json", "version"])

@@ -20,7 +20,7 @@ import torch
 import yaml
 
 from nemo_tied_lora.adapter.update_statistics import inspect_layers
-from nemo_tied_lora.checkpoint.nemo_file_reader import read_adapter
+from nemo_tied_lora.checkpoint.read_nemo_adapter import read_adapter
 from nemo_tied_lora.commands.main import main
 from nemo_tied_lora.commands.show_picture import digits_that_differ, panels_of
 from tests.conversion.test_merge import (

@@ -13,7 +13,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from nemo_tied_lora.checkpoint.nemo_file_reader import AdapterFile, read_adapter
+from nemo_tied_lora.checkpoint.read_nemo_adapter import AdapterFile, read_adapter
 from tests.harness.command_runs import SHORT, finetune, finetune_arguments, tied_lora
 from tests.harness.paths import ROOT
 

@@ -143,7 +143,7 @@ def _error_of(call: Callable[[], Any]) -> str:
 
 def _check_of_a_merge(folder: Path) -> list[str]:
     """What the check says of two adapters' right merge, of one whose weights were swapped, and of the base unmerged."""
-    from nemo_tied_lora.checkpoint.nemo_file_writer import write_adapter
+    from nemo_tied_lora.checkpoint.write_nemo_adapter import write_adapter
     from nemo_tied_lora.commands.main import main as command
     from nemo_tied_lora.conversion.merging.verify_merge import compare_with_merged
     from nemo_tied_lora.planning.base_config import base_model_config
@@ -172,7 +172,7 @@ def _stock_lora(folder: Path) -> dict[str, Any]:
     from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import MegatronGPTSFTModel
     from nemo.collections.nlp.modules.common.megatron.adapters.parallel_adapters import ParallelLinearAdapter
 
-    from nemo_tied_lora.checkpoint.nemo_file_reader import AdapterFile
+    from nemo_tied_lora.checkpoint.read_nemo_adapter import AdapterFile
     from nemo_tied_lora.conversion.to_nemo_lora import ADAPTER_MODULES, write_nemo_lora
     from nemo_tied_lora.planning.base_config import base_model_config
     from tests.harness.random_adapters import delta, random_adapter
@@ -195,8 +195,8 @@ def _stock_lora(folder: Path) -> dict[str, Any]:
 
 def _fitted(folder: Path, file: Any, lora: Path) -> dict[str, Any]:
     """Logits of the base, of the adapter that was exported, and of the one fitted to the export."""
-    from nemo_tied_lora.checkpoint.nemo_file_writer import write_adapter
-    from nemo_tied_lora.checkpoint.save_load import load_adapter
+    from nemo_tied_lora.checkpoint.save_load_on_any_layout import load_adapter
+    from nemo_tied_lora.checkpoint.write_nemo_adapter import write_adapter
     from nemo_tied_lora.commands.main import main as command
     from nemo_tied_lora.conversion.from_hf_base import single_rank_logits
 
@@ -220,7 +220,7 @@ def _train(folder: Path, family: str) -> dict[str, Any]:
     """Base logits, a few steps of Adam with Tied-LoRA, logits with the adapter and merged; the adapter is saved."""
     from nemo_tied_lora import TiedLoraConfig, inject, save_adapter
     from nemo_tied_lora.checkpoint.base_identity import recorded_model_keys
-    from nemo_tied_lora.checkpoint.nemo_file_reader import read_adapter
+    from nemo_tied_lora.checkpoint.read_nemo_adapter import read_adapter
 
     model = _restore(folder / f"{family}.nemo", tp=2, pp=2)
     if family == "llama":

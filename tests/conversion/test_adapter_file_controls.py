@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from nemo_tied_lora import save_adapter
-from nemo_tied_lora.checkpoint import nemo_file_format, nemo_file_reader, nemo_file_writer, seeded_factors, tar
-from nemo_tied_lora.checkpoint.nemo_file_reader import read_adapter
+from nemo_tied_lora.checkpoint import nemo_adapter_format, read_nemo_adapter, seeded_factors, tar, write_nemo_adapter
+from nemo_tied_lora.checkpoint.read_nemo_adapter import read_adapter
 from nemo_tied_lora.conversion.merging import adapter_updates, merge
 from tests.checkpoint import test_nemo_file as file_tests
 from tests.checkpoint import test_nemo_file_damaged as bad_input
@@ -76,14 +76,14 @@ Control = tuple[Any, str, Any, Callable[[Path, pytest.MonkeyPatch], Any], str]
 NOT_REFUSED = "DID NOT RAISE"
 CONTROLS: dict[str, Control] = {
     "a file beside the target, renamed": (
-        nemo_file_writer,
+        write_nemo_adapter,
         "replace_file",
         written_in_place,
         lambda folder, _: durability.test_a_kill_at_any_moment_leaves_the_old_file_or_the_new_one(folder),
         "adapter.nemo: ",  # empty, or cut short: by when it was killed
     ),
     "the tensors' checksum": (
-        nemo_file_format,
+        nemo_adapter_format,
         "content_facts",
         lambda _: _EqualToAll(),
         fuzzed(bad_input.test_a_flipped_bit_anywhere_is_refused_or_harmless),
@@ -111,14 +111,14 @@ CONTROLS: dict[str, Control] = {
         NOT_REFUSED,
     ),
     "names, shapes, dtypes and values of the state": (
-        nemo_file_reader,
+        read_nemo_adapter,
         "check_state",
         nothing,
         with_saved(refusals.test_a_file_with_other_content_is_refused_and_the_model_left_alone, "integers"),
         "is torch.int32, not a",
     ),
     "finite numbers, when they are saved": (
-        nemo_file_format.torch,
+        nemo_adapter_format.torch,
         "isfinite",
         all_finite,
         with_saved(file_tests.test_a_tensor_that_would_not_load_again_is_not_saved),
@@ -133,7 +133,7 @@ CONTROLS: dict[str, Control] = {
     ),
     "each element of a merge once": (
         adapter_updates.Updates,
-        "check_all_were_met",
+        "check_complete",
         nothing,
         lambda folder, _: test_merge.test_a_base_that_lacks_a_layer_is_refused(folder),
         NOT_REFUSED,
@@ -158,6 +158,6 @@ def test_without_the_guard_its_test_goes_red(guard: str, tmp_path: Path, monkeyp
     folder.mkdir()
     with monkeypatch.context() as patch:
         patch.setattr(place, name, instead)
-        reds = (AssertionError, pytest.fail.Exception, nemo_file_reader.AdapterFileError)
+        reds = (AssertionError, pytest.fail.Exception, read_nemo_adapter.AdapterFileError)
         with pytest.raises(reds, match=re.escape(said)):
             test(folder, patch)

@@ -18,8 +18,8 @@ import yaml
 from safetensors import safe_open
 
 from nemo_tied_lora.checkpoint.base_identity import recorded_model_keys
-from nemo_tied_lora.checkpoint.nemo_file_reader import AdapterFile
-from nemo_tied_lora.checkpoint.nemo_file_writer import write_adapter
+from nemo_tied_lora.checkpoint.read_nemo_adapter import AdapterFile
+from nemo_tied_lora.checkpoint.write_nemo_adapter import write_adapter
 from nemo_tied_lora.commands.main import main
 from nemo_tied_lora.config import TARGETS
 from nemo_tied_lora.conversion.hf_families import FAMILIES, BaseShape, join_rows, split_rows

@@ -24,7 +24,7 @@ import torch.distributed.checkpoint as dcp
 import transformers
 
 from nemo_tied_lora.checkpoint.base_identity import recorded_model_keys
-from nemo_tied_lora.checkpoint.nemo_file_reader import read_adapter
+from nemo_tied_lora.checkpoint.read_nemo_adapter import read_adapter
 from nemo_tied_lora.commands.main import main
 from nemo_tied_lora.conversion.hf_config import nemo_keys
 from nemo_tied_lora.conversion.hf_families import BaseShape, family_of_model_type

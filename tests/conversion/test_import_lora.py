@@ -17,9 +17,9 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from nemo_tied_lora.checkpoint.nemo_file_reader import read_adapter
-from nemo_tied_lora.checkpoint.nemo_file_writer import write_adapter
+from nemo_tied_lora.checkpoint.read_nemo_adapter import read_adapter
 from nemo_tied_lora.checkpoint.tar import write_tar
+from nemo_tied_lora.checkpoint.write_nemo_adapter import write_adapter
 from nemo_tied_lora.commands.main import main
 from nemo_tied_lora.conversion.lora_to_tied import read_lora
 from nemo_tied_lora.conversion.to_nemo_lora import write_nemo_lora
@@ -73,7 +73,7 @@ def test_a_file_that_is_further_from_the_lora_than_the_fit_is_told(
         return write_adapter(path, config, specs, state, facts)
 
     folder = write_hf_peft(random_adapter(LLAMA, preset="tl6"), LLAMA, tmp_path / "peft", None)
-    monkeypatch.setattr("nemo_tied_lora.checkpoint.nemo_file_writer.write_adapter", swapped)
+    monkeypatch.setattr("nemo_tied_lora.checkpoint.write_nemo_adapter.write_adapter", swapped)
     words = [f"path={folder}", f"base={base}", f"output={tmp_path / 'back.nemo'}", "rank=3"]
     assert main(["import", "from=lora", *words]) == 1
     assert "further away than the fit: linear_proj" in capsys.readouterr().err

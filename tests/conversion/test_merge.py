@@ -19,8 +19,8 @@ import yaml
 
 from nemo_tied_lora.adapter.shapes import TargetSpec
 from nemo_tied_lora.adapter.sharding import shard
-from nemo_tied_lora.checkpoint.nemo_file_reader import AdapterFile, read_adapter
-from nemo_tied_lora.checkpoint.nemo_file_writer import write_adapter
+from nemo_tied_lora.checkpoint.read_nemo_adapter import AdapterFile, read_adapter
+from nemo_tied_lora.checkpoint.write_nemo_adapter import write_adapter
 from nemo_tied_lora.conversion.merging.merge import merge_into
 from nemo_tied_lora.conversion.untie_to_lora import expand
 from nemo_tied_lora.errors import ConfigError

@@ -13,7 +13,7 @@ import torch
 
 from nemo_tied_lora.adapter.full_state import expected_shapes
 from nemo_tied_lora.adapter.shapes import TargetSpec
-from nemo_tied_lora.checkpoint.nemo_file_writer import write_adapter
+from nemo_tied_lora.checkpoint.write_nemo_adapter import write_adapter
 from nemo_tied_lora.config import TiedLoraConfig
 
 __all__ = ["CONFIG", "STATE", "header", "member_offsets", "members_of", "specs_of", "tiny_adapter", "write_tar"]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from nemo_tied_lora.checkpoint.nemo_file_reader import AdapterFile, read_adapter
+from nemo_tied_lora.checkpoint.read_nemo_adapter import AdapterFile, read_adapter
 from tests.harness.paths import ROOT
 
 __all__ = ["SHORT", "TIMEOUT", "TINY", "finetune", "finetune_arguments", "make_workshop", "tied_lora"]

@@ -10,7 +10,7 @@ import torch
 from nemo_tied_lora import TiedLoraConfig
 from nemo_tied_lora.adapter.full_state import expected_shapes, factors_of_layer
 from nemo_tied_lora.adapter.shapes import TargetSpec
-from nemo_tied_lora.checkpoint.nemo_file_reader import AdapterFile
+from nemo_tied_lora.checkpoint.read_nemo_adapter import AdapterFile
 from nemo_tied_lora.conversion.hf_families import BaseShape
 from tests.harness.tiny_gpt import full_tensor
 

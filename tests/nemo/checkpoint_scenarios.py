@@ -79,7 +79,7 @@ def stopped(name: str, *arguments: str, step: int = 3) -> None:
 
 
 def state(path: Path) -> dict[str, torch.Tensor]:
-    from nemo_tied_lora.checkpoint.nemo_file_reader import read_adapter
+    from nemo_tied_lora.checkpoint.read_nemo_adapter import read_adapter
 
     return read_adapter(path).state
 

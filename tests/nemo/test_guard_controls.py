@@ -61,12 +61,12 @@ CONTROLS = {
     ),
     "loops that NeMo gets wrong, before the start": (
         "nemo_tied_lora.planning.training_loop_checks:loop_problems()",
-        "planning/test_cluster_fit.py::test_what_cannot_be_trained_through_nemo_is_refused[distributed_fused_adam]",
+        "planning/test_layout_fits_cluster.py::test_what_cannot_be_trained_through_nemo_is_refused[distributed_fused_adam]",
         "DID NOT RAISE",
     ),
     "interleaved pipelines and mixtures in NeMo": (
         "nemo_tied_lora.planning.preflight:_layout_problems()",
-        "planning/test_cluster_fit.py::test_what_cannot_be_trained_through_nemo_is_refused",
+        "planning/test_layout_fits_cluster.py::test_what_cannot_be_trained_through_nemo_is_refused",
         "DID NOT RAISE",
     ),
     "a loop of one's own with Megatron's DDP": (
@@ -91,12 +91,12 @@ CONTROLS = {
     ),
     "lengths and batches of the data": (
         "nemo_tied_lora.planning.data_checks:batch_problems()",
-        "planning/test_cluster_fit.py::test_data_that_does_not_fit_the_layout_or_the_base_is_refused",
+        "planning/test_layout_fits_cluster.py::test_data_that_does_not_fit_the_layout_or_the_base_is_refused",
         "DID NOT RAISE",
     ),
     "SLURM's tasks and nodes": (
-        "nemo_tied_lora.planning.cluster_fit:slurm_problems()",
-        "planning/test_cluster_fit.py::test_ranks_that_slurm_did_not_start_are_named",
+        "nemo_tied_lora.planning.layout_fits_cluster:slurm_problems()",
+        "planning/test_layout_fits_cluster.py::test_ranks_that_slurm_did_not_start_are_named",
         "assert 0 == 1",
     ),
     "wrong settings": (

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nemo_tied_lora.checkpoint.nemo_file_reader import read_adapter
+from nemo_tied_lora.checkpoint.read_nemo_adapter import read_adapter
 from tests.harness.command_runs import finetune_arguments, tied_lora
 from tests.harness.paths import ROOT
 

@@ -19,7 +19,7 @@ from lightning.pytorch import Trainer
 
 from nemo_tied_lora.checkpoint.training_checkpoint import read_description
 from nemo_tied_lora.nemo.stop_callback import answer_alone
-from nemo_tied_lora.resilience.rank_watchdog import EXIT_CODE
+from nemo_tied_lora.resilience.dead_rank_watchdog import EXIT_CODE
 from nemo_tied_lora.resilience.status_file import read_status
 from tests.harness.command_runs import SHORT, TIMEOUT, tied_lora
 from tests.harness.paths import ROOT

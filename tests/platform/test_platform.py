@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from nemo_tied_lora.platform import (
-    cpu_torch,
     detect,
     group_step_adam,
     no_apex,
     no_container,
     no_gpu,
+    no_gpu_torch,
     no_transformer_engine,
     patching,
     prepare,
@@ -121,7 +121,7 @@ def test_an_unrelated_package_called_apex_does_not_count(tmp_path: Path, monkeyp
 
 def test_the_stand_in_reads_cuda_as_cpu_and_leaves_torch_alone() -> None:
     factories = {name: getattr(torch, name) for name in ("zeros", "tensor", "empty", "autocast")}
-    stand_in = cpu_torch.cpu_torch()
+    stand_in = no_gpu_torch.no_gpu_torch()
     assert stand_in.zeros(2, device="cuda").device.type == "cpu"
     assert stand_in.tensor([1], device=torch.device("cuda", 0)).device.type == "cpu"
     assert stand_in.empty(2, device="meta").device.type == "meta"
@@ -131,11 +131,11 @@ def test_the_stand_in_reads_cuda_as_cpu_and_leaves_torch_alone() -> None:
 
 def test_cuda_type_names_end_with_the_block() -> None:
     parameter = torch.nn.Parameter(torch.zeros(2))
-    with cpu_torch.cuda_type_names():
+    with no_gpu_torch.cuda_type_names():
         assert parameter.type() == "torch.cuda.FloatTensor"
         assert parameter.type(torch.float64).dtype == torch.float64
     with pytest.raises(ZeroDivisionError):
-        cpu_torch.with_cuda_type_names(lambda: 1 / 0)()
+        no_gpu_torch.with_cuda_type_names(lambda: 1 / 0)()
     assert parameter.type() == "torch.FloatTensor"
 
 
@@ -184,7 +184,7 @@ def test_bf16_autocast_reaches_the_backward_pass_of_megatrons_linears() -> None:
     model = build_gpt(num_layers=1, dtype=torch.float32)
     tokens, positions = torch.zeros(1, SEQUENCE, dtype=torch.long), torch.arange(SEQUENCE).unsqueeze(0)
     mask = torch.ones(SEQUENCE, SEQUENCE, dtype=torch.bool).triu(1)[None, None]
-    with cpu_torch.cpu_torch().autocast("cuda", dtype=torch.bfloat16):
+    with no_gpu_torch.no_gpu_torch().autocast("cuda", dtype=torch.bfloat16):
         logits = model(tokens, positions, mask)
     assert logits.dtype == torch.bfloat16
     logits.float().sum().backward()

@@ -19,7 +19,7 @@ FORBIDDEN = {
     "Rooms import downwards only": ("planning/preflight.py", "from nemo_tied_lora.nemo import model"),
     "No circle, in any room": ("adapter/sharding.py", "from nemo_tied_lora.adapter import tied_factors"),
     "Planning runs without torch": ("planning/parallel_layout.py", "from nemo_tied_lora.adapter import sharding"),
-    "Below nemo/ NeMo is not imported": ("checkpoint/save_load.py", "from nemo.utils import logging"),
+    "Below nemo/ NeMo is not imported": ("checkpoint/save_load_on_any_layout.py", "from nemo.utils import logging"),
     "Only platform/ imports apex and Transformer Engine": ("nemo/model.py", "import apex"),
     "Only platform/ knows what a machine lacks": (
         "adapter/inject.py",

@@ -28,8 +28,8 @@ from nemo_tied_lora.errors import TrainingStopped
 from nemo_tied_lora.resilience import group_check, version_check
 from nemo_tied_lora.resilience import rank as rank_run
 from nemo_tied_lora.resilience.current_run import current_run
-from nemo_tied_lora.resilience.rank_watchdog import Watchdog
-from nemo_tied_lora.resilience.rendezvous import Meeting
+from nemo_tied_lora.resilience.dead_rank_watchdog import Watchdog
+from nemo_tied_lora.resilience.rendezvous import Rendezvous
 
 TIMEOUT_S = 6.0
 CONTROL_S = 40.0
@@ -101,7 +101,7 @@ def stand_still() -> int:
 
     original = rank_run._make_process_group
     # The watchdog is to end it, not the collective's own limit.
-    replace(rank_run, "_make_process_group", lambda values, meeting, seconds: original(values, meeting, 60))
+    replace(rank_run, "_make_process_group", lambda values, rendezvous, seconds: original(values, rendezvous, 60))
     return rank_run.run_as_rank("finetune", cfg, [], work)
 
 
@@ -211,7 +211,7 @@ def without(owner: Any, name: str, instead: Callable[..., Any], entry: Callable[
 def look_away(watchdog: Watchdog, *args: Any) -> None: ...
 
 
-def keep_to_oneself(meeting: Meeting, problems: list[str], topic: str = "problems") -> list[str]:
+def keep_to_oneself(rendezvous: Rendezvous, problems: list[str], topic: str = "problems") -> list[str]:
     return list(problems)
 
 
@@ -240,7 +240,7 @@ SCENARIOS: dict[str, tuple[int, Callable[[], int], Callable[[list[int], Path], N
     "stopped, unwatched": (3, without(Watchdog, "_look", look_away, train), to(1, signal.SIGSTOP)),
     "stopped_rank_0, unjudged": (2, without(Watchdog, "_judge", look_away, train), to(0, signal.SIGSTOP)),
     "standing_still, unwatched": (2, without(Watchdog, "_look_for_standstill", look_away, stand_still), nothing),
-    "problem_on_one, untold": (2, without(Meeting, "agree", keep_to_oneself, problem_on_one), nothing),
+    "problem_on_one, untold": (2, without(Rendezvous, "agree", keep_to_oneself, problem_on_one), nothing),
     "wrong_sum, unchecked": (4, without(group_check, "_wrong", lambda *args: None, wrong_sum), nothing),
     "another_version, uncompared": (
         4,

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from nemo_tied_lora.resilience.dead_rank_watchdog import EXIT_CODE
 from nemo_tied_lora.resilience.rank import STOPPED
-from nemo_tied_lora.resilience.rank_watchdog import EXIT_CODE
 from tests.harness.paths import ROOT
 from tests.resilience.rank_scenarios import SCENARIOS, TIMEOUT_S
 

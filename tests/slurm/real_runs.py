@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from nemo_tied_lora.checkpoint.nemo_file_reader import read_adapter
+from nemo_tied_lora.checkpoint.read_nemo_adapter import read_adapter
 from nemo_tied_lora.checkpoint.training_checkpoint import read_description
 from nemo_tied_lora.resilience.status_file import read_status
 from tests.harness.command_runs import finetune_arguments, tied_lora

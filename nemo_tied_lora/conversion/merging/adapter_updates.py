@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from nemo_tied_lora.adapter.full_state import factors_of_layer
-from nemo_tied_lora.checkpoint.nemo_file_reader import AdapterFile
+from nemo_tied_lora.checkpoint.read_nemo_adapter import AdapterFile
 from nemo_tied_lora.errors import ConfigError
 
 __all__ = ["Updates"]
@@ -78,7 +78,7 @@ class Updates:
             return self._add_layers(target, part, offset).squeeze(0)
         return self._add_layers(target, part, offset)
 
-    def check_all_were_met(self) -> None:
+    def check_complete(self) -> None:
         """That every element of every adapted weight was updated once.
 
         Raises:

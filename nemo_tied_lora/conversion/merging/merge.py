@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from nemo_tied_lora.checkpoint.base_identity import check_weights
-from nemo_tied_lora.checkpoint.nemo_file_reader import AdapterFile
+from nemo_tied_lora.checkpoint.read_nemo_adapter import AdapterFile
 from nemo_tied_lora.checkpoint.weight_checksums import WeightChecksums
 from nemo_tied_lora.conversion.merging.adapter_updates import Updates
 from nemo_tied_lora.conversion.merging.base_formats import find_pieces
@@ -76,7 +76,7 @@ def merge_into(
             raise ConfigError([f"base={base}: not a whole .nemo file: {error}"]) from error
         pieces = find_pieces(file, members, model)
         report = _rewrite(file, pieces, updates, _vocab_rows(adapters))
-        updates.check_all_were_met()
+        updates.check_complete()
         for name, adapter, _ in adapters:
             _check_base(name, adapter, report.fingerprint, allow_other_base)
         file.flush()

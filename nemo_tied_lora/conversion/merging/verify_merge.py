@@ -15,7 +15,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from omegaconf import DictConfig
 
-from nemo_tied_lora.checkpoint.save_load import load_adapter
+from nemo_tied_lora.checkpoint.save_load_on_any_layout import load_adapter
 from nemo_tied_lora.errors import ConfigError
 from nemo_tied_lora.files import write_json
 from nemo_tied_lora.nemo.generation import load_base

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes an adapter's `.nemo` file, without a model; see `nemo_file_format` for what is in it."""
+"""Writes an adapter's `.nemo` file, without a model; see `nemo_adapter_format` for what is in it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 
 from nemo_tied_lora.adapter.full_state import expected_shapes
 from nemo_tied_lora.adapter.shapes import TargetSpec
-from nemo_tied_lora.checkpoint import nemo_file_format
-from nemo_tied_lora.checkpoint.nemo_file_format import (
+from nemo_tied_lora.checkpoint import nemo_adapter_format
+from nemo_tied_lora.checkpoint.nemo_adapter_format import (
     CONFIG_MEMBER,
     FORMAT_VERSION,
     STATE_MEMBER,
@@ -66,11 +66,11 @@ def _write(
     """The tar: the tensors as they arrive, then the YAML, which holds their checksum."""
     shapes = expected_shapes(config, specs)
     frozen = FrozenFactors(config, specs)
-    state: nemo_file_format.StateWriter | None = None
+    state: nemo_adapter_format.StateWriter | None = None
     for name, tensor in tensors:
         if state is None:
-            packed = nemo_file_format.pack({n: shape for n, shape in shapes.items() if n not in frozen.shapes})
-            state = nemo_file_format.StateWriter(file, packed, tensor.dtype)
+            packed = nemo_adapter_format.pack({n: shape for n, shape in shapes.items() if n not in frozen.shapes})
+            state = nemo_adapter_format.StateWriter(file, packed, tensor.dtype)
             file.write(member_header(STATE_MEMBER, state.size))
             state.begin()
         if name in frozen.shapes:
@@ -85,7 +85,7 @@ def _write(
         "state": state.end(),
         **({"frozen_factors": frozen.facts()} if frozen.shapes else {}),
     }
-    content = nemo_file_format.seal({**own, **{key: value for key, value in facts.items() if key not in own}})
+    content = nemo_adapter_format.seal({**own, **{key: value for key, value in facts.items() if key not in own}})
     file.write(pad_member(state.size) + member_header(CONFIG_MEMBER, len(content)) + content)
     file.write(pad_member(len(content)))
     file.write(end_tar(file.tell()))

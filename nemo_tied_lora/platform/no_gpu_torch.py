@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["NoStream", "cpu_torch", "cuda_type_names", "no_streams", "stand_in", "with_cuda_type_names"]
+__all__ = ["NoStream", "cuda_type_names", "no_gpu_torch", "no_streams", "stand_in", "with_cuda_type_names"]
 
 _FACTORIES = ("arange", "as_tensor", "empty", "full", "ones", "tensor", "zeros")
 
@@ -61,7 +61,7 @@ def stand_in(original: ModuleType, **replaced: Any) -> ModuleType:
 
 
 @functools.cache
-def cpu_torch() -> ModuleType:
+def no_gpu_torch() -> ModuleType:
     """``torch`` whose tensor factories and ``autocast`` read ``"cuda"`` as ``"cpu"``, and pin no memory."""
     replaced: dict[str, Any] = {name: _on_cpu(getattr(torch, name)) for name in _FACTORIES}
     return stand_in(torch, autocast=_cpu_autocast, **replaced)

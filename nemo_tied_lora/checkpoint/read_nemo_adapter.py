@@ -18,8 +18,8 @@ from safetensors.torch import load as load_safetensors
 
 from nemo_tied_lora.adapter.full_state import check_state, expected_shapes
 from nemo_tied_lora.adapter.shapes import TargetSpec
-from nemo_tied_lora.checkpoint import nemo_file_format
-from nemo_tied_lora.checkpoint.nemo_file_format import (
+from nemo_tied_lora.checkpoint import nemo_adapter_format
+from nemo_tied_lora.checkpoint.nemo_adapter_format import (
     CONFIG_MEMBER,
     FORMAT_VERSION,
     STATE_MEMBER,
@@ -97,9 +97,9 @@ def _read(file: IO[bytes]) -> AdapterFile:
     missing = {CONFIG_MEMBER, STATE_MEMBER} - members.keys()
     if missing:
         raise TarError(f"{', '.join(sorted(missing))} is missing; this is no tied-LoRA adapter")
-    if members[CONFIG_MEMBER].size > nemo_file_format.MAX_CONFIG_BYTES:
+    if members[CONFIG_MEMBER].size > nemo_adapter_format.MAX_CONFIG_BYTES:
         raise TarError(f"member {CONFIG_MEMBER!r} claims {members[CONFIG_MEMBER].size} bytes")
-    description = nemo_file_format.unseal(_content(file, members[CONFIG_MEMBER]))
+    description = nemo_adapter_format.unseal(_content(file, members[CONFIG_MEMBER]))
     version = description.get("format_version")
     if version not in (1, FORMAT_VERSION) or isinstance(version, bool):
         raise TarError(f"format_version {version!r} is unknown; this version reads 1 and {FORMAT_VERSION}")
@@ -109,13 +109,13 @@ def _read(file: IO[bytes]) -> AdapterFile:
     frozen = FrozenFactors(config, specs)
     shapes = {name: shape for name, shape in expected_shapes(config, specs).items() if name not in frozen.shapes}
     packed = (
-        nemo_file_format.pack(shapes)
+        nemo_adapter_format.pack(shapes)
         if version > 1
         else [Packed(name, shape, (name,)) for name, shape in shapes.items()]
     )
     tensors = _read_tensors(file, members[STATE_MEMBER], packed, description.get("state"), version)
     dtype = next(iter(tensors.values())).dtype
-    state = nemo_file_format.unpack(tensors, packed)
+    state = nemo_adapter_format.unpack(tensors, packed)
     for name in order_of_writing(config, specs):
         if name in frozen.shapes:
             state[name] = frozen.draw(name, dtype)
@@ -127,7 +127,7 @@ def _read_tensors(
     file: IO[bytes], member: Member, packed: Sequence[Packed], recorded: object, version: int
 ) -> dict[str, torch.Tensor]:
     """The file's tensors; their header's and the data's sizes are compared with the config before they are read."""
-    largest = nemo_file_format.data_bytes(packed, torch.float64) + _MAX_STATE_HEADER_BYTES
+    largest = nemo_adapter_format.data_bytes(packed, torch.float64) + _MAX_STATE_HEADER_BYTES
     if member.size > largest:
         raise TarError(f"member {STATE_MEMBER!r} claims {member.size} bytes; the configuration asks for fewer")
     content = _content(file, member)
@@ -140,7 +140,7 @@ def _read_tensors(
     dtypes = {str(tensor.dtype) for tensor in tensors.values()}
     if version > 1 and len(dtypes) > 1:
         problems.append(f"state: tensors of different dtypes: {', '.join(sorted(dtypes))}")
-    if version > 1 and nemo_file_format.content_facts(content) != recorded:
+    if version > 1 and nemo_adapter_format.content_facts(content) != recorded:
         problems.append(f"{STATE_MEMBER} does not have the checksum that {CONFIG_MEMBER} names: damaged")
     if problems:
         raise ConfigError(problems)

@@ -18,7 +18,7 @@ import yaml
 
 from nemo_tied_lora.config import TiedLoraConfig
 from nemo_tied_lora.errors import ConfigError, report
-from nemo_tied_lora.planning import cluster_fit
+from nemo_tied_lora.planning import layout_fits_cluster
 from nemo_tied_lora.planning.adapter_cost import Precision
 from nemo_tied_lora.planning.architecture import Architecture
 from nemo_tied_lora.planning.compose import compose_config, plain
@@ -232,7 +232,7 @@ def test_a_folder_that_cannot_be_entered_is_refused(tmp_path: Path) -> None:
     if root:  # who may enter everywhere
         os.setresuid(65534, 65534, 0)
     try:
-        (problem,) = cluster_fit.folder_problems(
+        (problem,) = layout_fits_cluster.folder_problems(
             {"exp_manager": {"explicit_log_dir": str(tmp_path / "theirs" / "run")}}
         )
     finally:
@@ -297,14 +297,14 @@ def test_a_base_with_rotary_positions_takes_longer_sequences(sound: dict[str, An
 def test_ranks_that_slurm_did_not_start_are_named(
     step: dict[str, str], layout: dict[str, int], said: list[str]
 ) -> None:
-    problems = list(cluster_fit.slurm_problems(Layout(**layout), {**STEP, **step}))
+    problems = list(layout_fits_cluster.slurm_problems(Layout(**layout), {**STEP, **step}))
     assert len(problems) == len(said), problems
     assert all(part in problem for part, problem in zip(said, problems, strict=True))
 
 
 def test_outside_of_a_rank_slurms_step_says_nothing() -> None:
     environment = {name: value for name, value in STEP.items() if name != "RANK"}
-    assert not list(cluster_fit.slurm_problems(Layout(), environment))
+    assert not list(layout_fits_cluster.slurm_problems(Layout(), environment))
 
 
 def test_too_little_room_is_refused_with_what_is_needed(
@@ -320,13 +320,16 @@ def test_too_little_room_is_refused_with_what_is_needed(
 def test_a_checkpoints_estimate_is_an_upper_bound_of_its_tensors() -> None:
     arch, config = Architecture.from_model_config(BASE), TiedLoraConfig.preset("tl6", rank=4)
     precision = Precision.from_names("bf16", amp_O2=True)
-    single = cluster_fit.checkpoint_bytes(arch, Layout(), config, precision)
+    single = layout_fits_cluster.checkpoint_bytes(arch, Layout(), config, precision)
     trained = 4 * (32 + 64) + 4 * (32 + 32) + 4 * (32 + 48) + 4 * (48 + 32)  # A and B
     trained += 4 * (4 * 4 + 64 + 32 + 48 + 32)  # u and v of four layers
     assert single == trained * (2 + 4 + 8)
-    assert cluster_fit.checkpoint_bytes(arch, Layout(tp_size=2, pp_size=2, devices=4), config, precision) >= single
+    assert (
+        layout_fits_cluster.checkpoint_bytes(arch, Layout(tp_size=2, pp_size=2, devices=4), config, precision)
+        >= single
+    )
     assert arch.num_parameters is not None
-    assert cluster_fit.checkpoint_bytes(arch, Layout(), None, precision) == arch.num_parameters * 14
+    assert layout_fits_cluster.checkpoint_bytes(arch, Layout(), None, precision) == arch.num_parameters * 14
 
 
 def test_a_job_that_ends_before_it_could_save_is_refused(
@@ -367,4 +370,4 @@ def test_squeue_is_asked_for_the_time_left_by_one_rank_alone(
     ],
 )
 def test_slurms_times_are_read(text: str, seconds: float | None) -> None:
-    assert cluster_fit._seconds(text) == seconds
+    assert layout_fits_cluster._seconds(text) == seconds
