@@ -8,10 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_tied_lora.checkpoint.base_identity import recorded_model_keys
 from nemo_tied_lora.commands.local_command import run_composed
 from nemo_tied_lora.errors import ConfigError
-from nemo_tied_lora.planning.base_config import base_model_config
+from nemo_tied_lora.planning.base_config import base_model_config, recorded_model_keys
 
 __all__ = ["FORMATS", "SUMMARY", "main"]
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ __all__ = ["SOURCES", "SUMMARY", "main"]
 SUMMARY = "make a base .nemo of a Hugging Face model, or fit a tied adapter to a LoRA"
 SOURCES = ("hf-base", "lora")
 
+_GROUPS = ("preset",)
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _EXAMPLES = """  tied-lora import from=hf-base path=my-hf-folder output=base.nemo
   tied-lora import from=hf-base path=my-hf-folder output=base.nemo dtype=bfloat16 verify=false
@@ -32,15 +34,15 @@ _EXAMPLES = """  tied-lora import from=hf-base path=my-hf-folder output=base.nem
 
 
 def main(argv: list[str]) -> int:
-    """The command; see `run_command` and `run_composed` for what it returns."""
-    if _is_lora(argv):
-        return run_composed("import", argv, _fit, summary=SUMMARY, examples=_EXAMPLES, groups=("preset",))
-    return run_command("import", argv, summary=SUMMARY, examples=_EXAMPLES, groups=("preset",), check=_check, run=_run)
+    """The command; see `run_composed` and `run_command` for what it returns."""
+    return run_composed("import", argv, partial(_import, argv), summary=SUMMARY, examples=_EXAMPLES, groups=_GROUPS)
 
 
-def _is_lora(argv: list[str]) -> bool:
-    """Whether a LoRA is to be fitted: in this very process, without NeMo."""
-    return [value for value in argv if value.startswith("from=")][-1:] == ["from=lora"]
+def _import(argv: list[str], cfg: Mapping[str, Any]) -> int:
+    """Fits a LoRA in this process, without Megatron; converts a base on one rank of NeMo."""
+    if cfg["from"] == "lora":
+        return _fit(cfg)
+    return run_command("import", argv, summary=SUMMARY, examples=_EXAMPLES, groups=_GROUPS, check=_check, run=_run)
 
 
 def _fit(cfg: Mapping[str, Any]) -> int:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The configuration that a base's `.nemo` holds, and the adapter's section of a run's."""
+"""Reads the base's configuration, from its `.nemo` or an adapter's record, and the adapter's section of a run's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nemo_tied_lora.config import TiedLoraConfig
 from nemo_tied_lora.errors import ConfigError
 from nemo_tied_lora.planning.nemo_archive import read_members
 
-__all__ = ["adapter_section", "base_model_config"]
+__all__ = ["adapter_section", "base_model_config", "recorded_model_keys"]
 
 
 def adapter_section(peft: Mapping[str, Any]) -> TiedLoraConfig:
@@ -62,3 +62,28 @@ def _read_model_config(path: Path) -> Any:
     if path.is_dir():
         return yaml.safe_load((path / _CONFIG).read_bytes())
     return yaml.safe_load(read_members(path, (_CONFIG,), _MAX_CONFIG_BYTES).get(_CONFIG, b""))
+
+
+# Megatron's activation function, gated -> NeMo's word. NeMo's LoRA recognizes a gated linear by "fast".
+_GATED_ACTIVATIONS = {"silu": "fast-swiglu", "gelu": "fast-geglu", "relu": "fast-reglu"}
+
+
+def recorded_model_keys(description: Mapping[str, Any]) -> dict[str, Any]:
+    """NeMo's model keys of the base, from an adapter's `model_config.yaml`; empty if it records none.
+
+    The record holds NeMo's own keys, or the architecture under the names of Megatron's config.
+    """
+    record = description.get("base") or {}
+    architecture = dict(record.get("architecture") or {})
+    gated = architecture.pop("gated_linear_unit", None)
+    if gated is not None:
+        activation = str(architecture.get("activation"))
+        architecture["activation"] = _GATED_ACTIVATIONS.get(activation, f"{activation}-glu") if gated else activation
+        architecture["bias"] = architecture.pop("add_bias_linear", None)
+        architecture["qkv_bias"] = architecture.pop("add_qkv_bias", None)
+        architecture["rotary_percentage"] = architecture.pop("rotary_percent", None)
+        architecture["normalization"] = str(architecture.get("normalization")).lower()
+    own = {
+        key: value for key, value in record.items() if key not in ("architecture", "fingerprint", "tokenizer", "name")
+    }
+    return {key: value for key, value in {**own, **architecture}.items() if value is not None}

@@ -219,8 +219,8 @@ def _train_all(folder: Path) -> dict[str, Any]:
 def _train(folder: Path, family: str) -> dict[str, Any]:
     """Base logits, a few steps of Adam with Tied-LoRA, logits with the adapter and merged; the adapter is saved."""
     from nemo_tied_lora import TiedLoraConfig, inject, save_adapter
-    from nemo_tied_lora.checkpoint.base_identity import recorded_model_keys
     from nemo_tied_lora.checkpoint.read_nemo_adapter import read_adapter
+    from nemo_tied_lora.planning.base_config import recorded_model_keys
 
     model = _restore(folder / f"{family}.nemo", tp=2, pp=2)
     if family == "llama":

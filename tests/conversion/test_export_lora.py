@@ -17,7 +17,6 @@ import transformers
 import yaml
 from safetensors import safe_open
 
-from nemo_tied_lora.checkpoint.base_identity import recorded_model_keys
 from nemo_tied_lora.checkpoint.read_nemo_adapter import AdapterFile
 from nemo_tied_lora.checkpoint.write_nemo_adapter import write_adapter
 from nemo_tied_lora.commands.main import main
@@ -27,6 +26,7 @@ from nemo_tied_lora.conversion.to_nemo_lora import check_nemo_lora, write_nemo_l
 from nemo_tied_lora.conversion.to_peft_lora import check_hf_peft, write_hf_peft
 from nemo_tied_lora.conversion.to_safetensors import check_full_state, write_full_state
 from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.planning.base_config import recorded_model_keys
 from tests.harness.random_adapters import GPT2, LLAMA, delta, random_adapter
 
 VOCAB = 40

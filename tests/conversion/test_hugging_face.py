@@ -23,7 +23,6 @@ import torch
 import torch.distributed.checkpoint as dcp
 import transformers
 
-from nemo_tied_lora.checkpoint.base_identity import recorded_model_keys
 from nemo_tied_lora.checkpoint.read_nemo_adapter import read_adapter
 from nemo_tied_lora.commands.main import main
 from nemo_tied_lora.conversion.hf_config import nemo_keys
@@ -31,7 +30,7 @@ from nemo_tied_lora.conversion.hf_families import BaseShape, family_of_model_typ
 from nemo_tied_lora.conversion.hf_weights import HfWeights, megatron_tensors
 from nemo_tied_lora.conversion.to_peft_lora import check_hf_peft, write_hf_peft
 from nemo_tied_lora.errors import ConfigError
-from nemo_tied_lora.planning.base_config import base_model_config
+from nemo_tied_lora.planning.base_config import base_model_config, recorded_model_keys
 from tests.harness.command_runs import tied_lora
 from tests.harness.hugging_face_models import FAMILIES, tokens
 from tests.harness.paths import ROOT
