@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.errors import Problems, is_whole_number
 
 __all__ = ["EXPERT_TIES", "FACTORS", "FROZEN_FACTORS", "INIT_METHODS", "PRESETS", "TARGETS", "TiedLoraConfig"]
 
@@ -114,18 +114,14 @@ class TiedLoraConfig:
                 value = (value,)
             if value is not None and isinstance(value, Iterable):
                 object.__setattr__(self, name, tuple(value))
-        problems = list(self._problems())
-        if problems:
-            raise ConfigError(problems)
+        self._problems().raise_if_any()
         expanded = {name for target in self.targets for name in _TARGET_ALIASES.get(target, (target,))}
         object.__setattr__(self, "targets", tuple(t for t in TARGETS if t in expanded))
         object.__setattr__(self, "trained", tuple(f for f in FACTORS if f in self.trained))
         object.__setattr__(self, "tied", tuple(f for f in ("A", "B") if f in self.tied))
         if self.layers is not None:
             object.__setattr__(self, "layers", tuple(sorted(set(self.layers))))
-        problems = list(self._start_problems())
-        if problems:
-            raise ConfigError(problems)
+        Problems(self._start_problems()).raise_if_any()
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> TiedLoraConfig:
@@ -147,22 +143,16 @@ class TiedLoraConfig:
         """
         given = {key: value for key, value in mapping.items() if value is not None}
         preset = given.pop("preset", "tl6")
-        is_known = isinstance(preset, str) and preset in PRESETS
-        problems = [] if is_known else [f"preset={preset!r}: unknown; choose one of {', '.join(PRESETS)}"]
+        problems = Problems()
+        problems.one_of("preset", preset, PRESETS)
         known = {field.name for field in dataclasses.fields(cls)}
         # A foreign switch that is off asks for nothing.
         for key in [k for k in given if k not in known]:
             value = given.pop(key)
             if not (key == "weight_tying" and value is False):
                 problems.append(_unknown_key(key, value, known))
-        values = {**(PRESETS[preset] if is_known else {}), **given}
-        try:
-            config = cls(**values)
-        except ConfigError as error:
-            raise ConfigError([*problems, *error.problems]) from None
-        if problems:
-            raise ConfigError(problems)
-        return config
+        chosen = PRESETS[preset] if isinstance(preset, str) and preset in PRESETS else {}
+        return problems.build(cls, **{**chosen, **given})
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, ready for YAML or JSON; ``from_mapping`` reads them back."""
@@ -191,27 +181,30 @@ class TiedLoraConfig:
             return "zero" if factor == self.zero_factor else "xavier"
         return 0.0 if factor == self.zero_factor else 1.0
 
-    def _problems(self) -> Iterable[str]:
-        """Fields out of bounds, a line each."""
-        if not _is_int(self.rank) or self.rank < 1:
-            yield f"rank={self.rank!r}: must be a whole number of at least 1"
+    def _problems(self) -> Problems:
+        """Checks each field by itself."""
+        problems = Problems()
+        problems.whole_number("rank", self.rank)
         if self.alpha is not None and (not _is_finite(self.alpha) or self.alpha == 0):
-            yield f"alpha={self.alpha!r}: must be a finite number other than 0 (0 would switch the adapter off)"
+            problems.append(
+                f"alpha={self.alpha!r}: must be a finite number other than 0 (0 would switch the adapter off)"
+            )
         if not _is_finite(self.dropout) or not 0 <= self.dropout < 1:
-            yield f"dropout={self.dropout!r}: must be in [0, 1)"
+            problems.append(f"dropout={self.dropout!r}: must be in [0, 1)")
         if not _is_finite(self.init_std) or self.init_std <= 0:
-            yield f"init_std={self.init_std!r}: must be a finite number greater than 0"
-        if not _is_int(self.seed) or self.seed < 0:
-            yield f"seed={self.seed!r}: must be a whole number of at least 0"
-        if self.frozen_factors not in FROZEN_FACTORS:
-            yield f"frozen_factors={self.frozen_factors!r}: unknown; choose one of {', '.join(FROZEN_FACTORS)}"
-        yield from _unknown_values("targets", self.targets, (*TARGETS, *_TARGET_ALIASES), empty_ok=False)
-        yield from _unknown_values("trained", self.trained, FACTORS, empty_ok=False)
-        yield from _unknown_values("tied", self.tied, ("A", "B"), empty_ok=True)
-        if self.experts not in EXPERT_TIES:
-            yield f"experts={self.experts!r}: unknown; choose one of {', '.join(EXPERT_TIES)}"
-        yield from self._layer_problems()
-        yield from self._init_problems()
+            problems.append(f"init_std={self.init_std!r}: must be a finite number greater than 0")
+        problems.whole_number("seed", self.seed, 0)
+        problems.one_of("frozen_factors", self.frozen_factors, FROZEN_FACTORS)
+        problems += _unknown_values("targets", self.targets, (*TARGETS, *_TARGET_ALIASES), empty_ok=False)
+        problems += _unknown_values("trained", self.trained, FACTORS, empty_ok=False)
+        problems += _unknown_values("tied", self.tied, ("A", "B"), empty_ok=True)
+        problems.one_of("experts", self.experts, EXPERT_TIES)
+        problems += self._layer_problems()
+        for name in ("init_A", "init_B"):
+            if getattr(self, name) is not None:
+                problems.one_of(name, getattr(self, name), INIT_METHODS)
+        problems += self._fill_problems()
+        return problems
 
     def _layer_problems(self) -> Iterable[str]:
         if self.layers is None:
@@ -219,15 +212,11 @@ class TiedLoraConfig:
         if not isinstance(self.layers, tuple) or not self.layers:
             yield f"layers={self.layers!r}: must be a non-empty list of layer numbers from 0, or null for all layers"
             return
-        bad = [layer for layer in self.layers if not _is_int(layer) or layer < 0]
+        bad = [layer for layer in self.layers if not is_whole_number(layer, 0)]
         if bad:
             yield f"layers: {bad} are not layer numbers; layers are counted from 0"
 
-    def _init_problems(self) -> Iterable[str]:
-        for factor in ("A", "B"):
-            method = getattr(self, f"init_{factor}")
-            if method is not None and method not in INIT_METHODS:
-                yield f"init_{factor}={method!r}: unknown; choose one of {', '.join(INIT_METHODS)}"
+    def _fill_problems(self) -> Iterable[str]:
         for factor in ("u", "v"):
             fill = getattr(self, f"init_{factor}")
             if fill is not None and not _is_finite(fill):
@@ -247,10 +236,6 @@ class TiedLoraConfig:
         elif not starts_at_zero:
             zero = self.zero_factor
             yield f"init_{zero}={self.init_of(zero)!r}: the update would not start at 0; leave it unset, or set it to 0"
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_finite(value: object) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 
 from nemo_tied_lora.commands.local_command import run_composed
 from nemo_tied_lora.config import PRESETS
-from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.errors import Problems
 from nemo_tied_lora.files import write_atomically, write_json
 from nemo_tied_lora.plots import picture
 from nemo_tied_lora.tables import markdown_table
@@ -42,24 +42,20 @@ def _checked(cfg: dict[str, Any]) -> int:
 
 
 def _check(cfg: Mapping[str, Any]) -> None:
-    problems = [
+    problems = Problems(
         f"{key}={cfg[key]!r}: must be a non-empty list" for key in ("presets", "seeds") if not _is_list(cfg[key])
-    ]
-    problems += [f"{key}={cfg[key]!r}: must be at least 1" for key in ("at_once", "steps") if not _is_count(cfg[key])]
+    )
+    for key in ("at_once", "steps"):
+        problems.whole_number(key, cfg[key])
     presets = cfg["presets"] if _is_list(cfg["presets"]) else []
     choices = ", ".join(PRESETS)
     problems += [f"presets: {name!r} is unknown; choose from {choices}" for name in presets if name not in PRESETS]
     problems += [f"learning_rates.{name}: missing" for name in presets if name not in cfg["learning_rates"]]
-    if problems:
-        raise ConfigError(problems)
+    problems.raise_if_any()
 
 
 def _is_list(value: object) -> bool:
     return isinstance(value, list) and bool(value)
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _run(cfg: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_tied_lora.commands.local_command import parser
 from nemo_tied_lora.commands.registry import command_module
-from nemo_tied_lora.errors import ConfigError, report
+from nemo_tied_lora.errors import ConfigError, Problems, report
 from nemo_tied_lora.launching.torchrun import is_rank, start_ranks
 from nemo_tied_lora.planning.compose import compose_config, parse_overrides, plain
 from nemo_tied_lora.planning.config_folder import config_folder
@@ -48,17 +48,14 @@ def run_command(
         asked to stop, else the failed rank's exit code.
     """
     options = parser(command, summary, examples, groups).parse_intermixed_args(argv)
-    values: dict[str, Any] = {}
-    problems: list[str] = []
-    try:
-        cfg = compose_config(command, options.overrides, options.config_dir)
-        if options.cfg:
-            print(OmegaConf.to_yaml(cfg, resolve=options.resolve), end="")
-            return 0
-        values = plain(cfg)
-    except ConfigError as error:
-        problems = list(error.problems)
-    problems = problems or _problems(check, values)
+    problems = Problems()
+    cfg = problems.attempt(compose_config, command, options.overrides, options.config_dir)
+    if cfg is not None and options.cfg:
+        print(OmegaConf.to_yaml(cfg, resolve=options.resolve), end="")
+        return 0
+    values = (None if cfg is None else problems.attempt(plain, cfg)) or {}
+    if values:
+        problems.attempt(_check, check, values)
     if is_rank():
         work = partial(
             _run_rank, command, options.overrides, options.config_dir, run, verbose=values.get("verbose", True)
@@ -78,17 +75,10 @@ def run_command(
     return code and preempted_code(values, code)
 
 
-def _problems(check: Callable[[Mapping[str, Any]], None], values: Mapping[str, Any]) -> list[str]:
-    try:
-        check(values)
-        _check_launcher(Layout.from_config(values))
-    except ConfigError as error:
-        return list(error.problems)
-    return []
-
-
-def _check_launcher(layout: Layout) -> None:
-    """A launcher that starts another number of ranks than the configuration names would end in a hang or a traceback."""
+def _check(check: Callable[[Mapping[str, Any]], None], values: Mapping[str, Any]) -> None:
+    """Runs the command's check. On a rank, also refuses a launcher that started another number of ranks."""
+    check(values)
+    layout = Layout.from_config(values)
     if is_rank() and int(os.environ["WORLD_SIZE"]) != layout.world_size:
         started = os.environ["WORLD_SIZE"]
         problem = (

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_tied_lora.commands.local_command import run_composed
-from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.errors import ConfigError, Problems
 from nemo_tied_lora.planning.base_config import base_model_config, recorded_model_keys
 
 __all__ = ["FORMATS", "SUMMARY", "main"]
@@ -66,11 +66,9 @@ def _check(cfg: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: all problems together.
     """
-    problems = []
-    if cfg["to"] not in FORMATS:
-        problems.append(f"to={cfg['to']}: unknown; choose one of {', '.join(FORMATS)}")
-    if cfg["adapter"] is None or not Path(cfg["adapter"]).is_file():
-        problems.append(f"adapter={cfg['adapter']}: no such file; name an adapter's .nemo")
+    problems = Problems()
+    problems.one_of("to", cfg["to"], FORMATS)
+    problems.file("adapter", cfg["adapter"], "name an adapter's .nemo")
     if cfg["output"] is None:
         problems.append("output=null: name the folder (to=hf-peft) or the file to write")
     elif cfg["to"] in FORMATS:
@@ -81,10 +79,9 @@ def _check(cfg: Mapping[str, Any]) -> None:
             problems.append(f"output={output}: is an input; name another")
     if cfg["base_model"] is not None and cfg["to"] in FORMATS and cfg["to"] != "hf-peft":
         problems.append(f"base_model={cfg['base_model']}: only to=hf-peft records it; remove it")
-    if cfg["base"] is not None and not Path(cfg["base"]).is_file():
-        problems.append(f"base={cfg['base']}: no such file; null uses what the adapter says of its base")
-    if problems:
-        raise ConfigError(problems)
+    if cfg["base"] is not None:
+        problems.file("base", cfg["base"], "null uses what the adapter says of its base")
+    problems.raise_if_any()
 
 
 def _base(cfg: Mapping[str, Any], description: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from nemo_tied_lora.commands.distributed_command import run_command
 from nemo_tied_lora.commands.local_command import run_composed
 from nemo_tied_lora.config import TiedLoraConfig
-from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.errors import ConfigError, Problems
 from nemo_tied_lora.planning.base_config import base_model_config
 from nemo_tied_lora.tables import text_table
 
@@ -135,23 +135,16 @@ def _check_lora(cfg: Mapping[str, Any]) -> TiedLoraConfig:
     Raises:
         ConfigError: all problems together.
     """
-    problems = list(_output_problems(cfg))
+    problems = Problems(_output_problems(cfg))
     if cfg["path"] is None or not Path(cfg["path"]).exists():
         problems.append(f"path={cfg['path']}: no such file or folder; name peft's folder or NeMo's LoRA .nemo")
     if cfg["base"] is not None and not Path(cfg["base"]).exists():
         problems.append(f"base={cfg['base']}: no such file")
-    if not isinstance(cfg["max_iterations"], int) or cfg["max_iterations"] < 1:
-        problems.append(f"max_iterations={cfg['max_iterations']}: must be a whole number of at least 1")
+    problems.whole_number("max_iterations", cfg["max_iterations"])
     if not isinstance(cfg["fit_tolerance"], (int, float)) or cfg["fit_tolerance"] < 0:
         problems.append(f"fit_tolerance={cfg['fit_tolerance']}: must be at least 0")
-    try:
-        fields = {"preset": _preset(cfg), "rank": cfg["rank"], "seed": cfg["seed"]}
-        config = TiedLoraConfig.from_mapping(fields)
-    except ConfigError as error:
-        problems += error.problems
-    if problems:
-        raise ConfigError(problems)
-    return config
+    fields = {"preset": _preset(cfg), "rank": cfg["rank"], "seed": cfg["seed"]}
+    return problems.build(TiedLoraConfig.from_mapping, fields)
 
 
 def _preset(cfg: Mapping[str, Any]) -> str:
@@ -189,26 +182,22 @@ def _check(cfg: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: all problems together.
     """
-    problems = []
-    if cfg["from"] not in SOURCES:
-        problems.append(f"from={cfg['from']}: unknown; choose one of {', '.join(SOURCES)}")
+    problems = Problems()
+    problems.one_of("from", cfg["from"], SOURCES)
     if cfg["path"] is None or not Path(cfg["path"]).is_dir():
         problems.append(f"path={cfg['path']}: no such folder; name a Hugging Face model's")
     elif not (Path(cfg["path"]) / "config.json").is_file():
         problems.append(f"path={cfg['path']}: holds no config.json; this is no Hugging Face model")
     problems += _output_problems(cfg)
-    if cfg["dtype"] not in _DTYPES:
-        problems.append(f"dtype={cfg['dtype']}: choose one of {', '.join(_DTYPES)}")
-    if not isinstance(cfg["vocab_multiple"], int) or cfg["vocab_multiple"] < 1:
-        problems.append(f"vocab_multiple={cfg['vocab_multiple']}: must be a whole number of at least 1")
+    problems.one_of("dtype", cfg["dtype"], _DTYPES)
+    problems.whole_number("vocab_multiple", cfg["vocab_multiple"])
     if not isinstance(cfg["tolerance"], (int, float)) or cfg["tolerance"] <= 0:
         problems.append(f"tolerance={cfg['tolerance']}: must be greater than 0")
     if cfg["trainer"]["devices"] != 1 or cfg["trainer"]["num_nodes"] != 1:
         problems.append(
             "trainer.devices, trainer.num_nodes: importing runs on one rank; the .nemo restores on any layout"
         )
-    if problems:
-        raise ConfigError(problems)
+    problems.raise_if_any()
 
 
 def _output_problems(cfg: Mapping[str, Any]) -> Iterator[str]:

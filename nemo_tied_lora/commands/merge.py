@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from nemo_tied_lora.commands.distributed_command import run_command
 from nemo_tied_lora.commands.local_command import run_composed
-from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.errors import ConfigError, Problems
 from nemo_tied_lora.launching.torchrun import is_rank, start_ranks
 from nemo_tied_lora.planning.architecture import Architecture
 from nemo_tied_lora.planning.base_config import base_model_config
@@ -112,40 +112,31 @@ def _check_settings(cfg: Mapping[str, Any]) -> tuple[dict[str, Any], Layout]:
     Raises:
         ConfigError: all problems together.
     """
-    problems: list[str] = []
-    model: dict[str, Any] = {}
-    try:
-        model = base_model_config(cfg["base"], key="base")
-    except ConfigError as error:
-        problems += error.problems
+    problems = Problems()
+    model = problems.attempt(base_model_config, cfg["base"], key="base") or {}
     if (cfg["adapter"] is None) == (cfg["adapters"] is None):
         problems.append("adapter, adapters: give one of them: adapter=a.nemo or adapters=[a.nemo,b.nemo]")
     paths, weights = _adapters(cfg)
-    problems += [
-        f"adapter={path}: no such file; name an adapter's .nemo" for path in paths if not Path(path).is_file()
-    ]
+    for path in paths:
+        problems.file("adapter", path, "name an adapter's .nemo")
     if len(weights) != len(paths) or not all(type(w) in (int, float) and w - w == 0 for w in weights):
         problems.append(f"weights={cfg['weights']}: must hold one finite number for each adapter")
     problems += _output_problems(cfg, [cfg["base"], *paths])
     for key in ("verify", "allow_other_base"):
-        if cfg[key] not in (True, False):
-            problems.append(f"{key}={cfg[key]!r}: must be true or false")
+        problems.flag(key, cfg[key])
     prompts = cfg["prompts"]
     if prompts is not None and not (
         isinstance(prompts, list) and prompts and all(isinstance(p, str) for p in prompts)
     ):
         problems.append(f"prompts={prompts!r}: must be a list of texts")
-    layout = Layout()
-    try:
-        layout = Layout.from_config({"model": cfg["model"], "trainer": cfg["trainer"]})
-        if layout.num_nodes > 1:
-            problems.append("trainer.num_nodes: the check starts its own ranks, on this machine; set it to 1")
-        if model and cfg["verify"]:
-            problems += check(Architecture.from_model_config(model), layout, None)
-    except ConfigError as error:
-        problems += error.problems
-    if problems:
-        raise ConfigError(problems)
+    layout = problems.attempt(Layout.from_config, {"model": cfg["model"], "trainer": cfg["trainer"]})
+    if layout is not None and layout.num_nodes > 1:
+        problems.append("trainer.num_nodes: the check starts its own ranks, on this machine; set it to 1")
+    arch = problems.attempt(Architecture.from_model_config, model) if model and cfg["verify"] else None
+    if layout is not None and arch is not None:
+        problems += check(arch, layout)
+    problems.raise_if_any()
+    assert layout is not None
     return model, layout
 
 
@@ -170,7 +161,7 @@ def _check_shapes(model: Mapping[str, Any], adapters: list[tuple[str, Any, float
 
     arch = Architecture.from_model_config(model)
     shapes = target_shapes(arch, TiedLoraConfig())
-    problems = []
+    problems = Problems()
     for path, file, _ in adapters:
         for target, spec in file.specs.items():
             known = shapes.get(target)
@@ -184,8 +175,7 @@ def _check_shapes(model: Mapping[str, Any], adapters: list[tuple[str, Any, float
             problems.append(
                 f"{path}: it has an update for layer {deepest}; this base has layers 0 to {arch.num_layers - 1}"
             )
-    if problems:
-        raise ConfigError(problems)
+    problems.raise_if_any()
 
 
 def _adapters(cfg: Mapping[str, Any]) -> tuple[list[str], list[float]]:

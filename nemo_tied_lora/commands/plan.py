@@ -6,14 +6,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from nemo_tied_lora.commands.local_command import run_composed
-from nemo_tied_lora.config import TiedLoraConfig
-from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.errors import Problems
 from nemo_tied_lora.planning.adapter_cost import Precision, check_numbers, plan, several_adapters
 from nemo_tied_lora.planning.architecture import Architecture
+from nemo_tied_lora.planning.base_config import adapter_section
 from nemo_tied_lora.planning.gpu_memory import Activations, stage_memory
 from nemo_tied_lora.planning.parallel_layout import Layout, check
 from nemo_tied_lora.tables import text_table
@@ -57,72 +57,39 @@ def _print_plan(values: dict[str, Any]) -> int:
     return 0
 
 
-_Part = TypeVar("_Part")
-
-
 def plan_of(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """The plan's numbers.
 
     Raises:
         ConfigError: everything wrong with the format, adapter, model, layout and precision, and with their fit.
     """
-    problems: list[str] = []
-
-    def attempt(build: Callable[[Any], _Part], section: Any) -> _Part | None:
-        try:
-            return build(section)
-        except ConfigError as error:
-            problems.extend(error.problems)
-            return None
-
-    if cfg.get("format") not in _FORMATS:
-        problems.append(f"format={cfg.get('format')!r}: unknown; choose one of {', '.join(_FORMATS)}")
-    model, trainer = (attempt(_section(name), cfg) or {} for name in ("model", "trainer"))
-    config = attempt(_adapter_config, model)
-    arch = attempt(Architecture.from_model_config, model)
-    layout = attempt(Layout.from_config, {"model": model, "trainer": trainer})
-    precision = attempt(_precision, {"model": model, "trainer": trainer})
-    activations = attempt(Activations.from_model_config, model)
-    numbers = attempt(check_numbers, cfg.get("adapters"))
+    problems = Problems()
+    problems.one_of("format", cfg.get("format"), _FORMATS)
+    model, trainer = (problems.section(name, cfg.get(name)) for name in ("model", "trainer"))
+    peft = problems.section("model.peft", model.get("peft"))
+    if peft.get("peft_scheme") != "tied_lora":
+        problems.append(f"model.peft.peft_scheme={peft.get('peft_scheme')!r}: only tied_lora can be planned")
+    config = problems.attempt(adapter_section, peft)
+    arch = problems.attempt(Architecture.from_model_config, model)
+    layout = problems.attempt(Layout.from_config, {"model": model, "trainer": trainer})
+    names = trainer.get("precision", 32), bool(model.get("megatron_amp_O2"))
+    precision = problems.attempt(Precision.from_names, *names)
+    activations = problems.attempt(Activations.from_model_config, model)
+    numbers = problems.attempt(check_numbers, cfg.get("adapters"))
     if arch is not None and layout is not None:
         problems += check(arch, layout, config)
-    if problems or arch is None or layout is None or config is None or precision is None or numbers is None:
-        raise ConfigError(problems)
-    assert activations is not None
+    problems.raise_if_any()
+    assert arch
+    assert layout
+    assert config
+    assert precision
+    assert activations
+    assert numbers
     result = plan(arch, layout, config, precision)
     adapter_bytes = result["numbers"]["bytes_per_rank"]
     memory = stage_memory(arch, layout, config, precision, activations, adapter_bytes)
     several = several_adapters(arch, layout, config, precision, numbers)
     return {**result, "several": several, "memory": memory and memory.as_dict()}
-
-
-def _section(path: str) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
-    """Reads a part that must be a mapping, or null for an empty one."""
-
-    def read(cfg: Mapping[str, Any]) -> Mapping[str, Any]:
-        section = cfg.get(path.rpartition(".")[2]) or {}
-        if not isinstance(section, Mapping):
-            raise ConfigError([f"{path}={section!r}: must be a section with keys of its own"])
-        return section
-
-    return read
-
-
-def _adapter_config(model: Mapping[str, Any]) -> TiedLoraConfig:
-    peft = _section("model.peft")(model)
-    scheme = peft.get("peft_scheme")
-    wrong = [] if scheme == "tied_lora" else [f"model.peft.peft_scheme={scheme!r}: only tied_lora can be planned"]
-    try:
-        config = TiedLoraConfig.from_mapping(_section("model.peft.tied_lora")(peft))
-    except ConfigError as error:
-        raise ConfigError([*wrong, *error.problems]) from None
-    if wrong:
-        raise ConfigError(wrong)
-    return config
-
-
-def _precision(cfg: Mapping[str, Any]) -> Precision:
-    return Precision.from_names(cfg["trainer"].get("precision", 32), bool(cfg["model"].get("megatron_amp_O2")))
 
 
 def _tables(result: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_tied_lora.commands.local_command import run_composed
-from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.errors import Problems
 from nemo_tied_lora.files import write_atomically, write_json
 from nemo_tied_lora.planning.architecture import Architecture
 from nemo_tied_lora.planning.compose import compose_config, plain
@@ -47,11 +47,10 @@ def _check(cfg: Mapping[str, Any]) -> None:
     """Raises ConfigError where the layout does not fit the quickstart's model."""
     model = plain(compose_config("pretrain", []))["model"]
     sizes = {"trainer": cfg["trainer"], "model": {**cfg["model"], **_BATCH}}
-    problems = check(Architecture.from_model_config(model), Layout.from_config(sizes))
+    problems = Problems(check(Architecture.from_model_config(model), Layout.from_config(sizes)))
     if cfg["trainer"]["num_nodes"] > 1:
         problems.append("layout: the quickstart runs on one machine; choose single, tp2, pp2 or tp2pp2")
-    if problems:
-        raise ConfigError(problems)
+    problems.raise_if_any()
 
 
 def _run(cfg: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_tied_lora.commands.local_command import run_composed
-from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.errors import ConfigError, Problems
 from nemo_tied_lora.tables import text_table
 
 if TYPE_CHECKING:
@@ -62,15 +62,12 @@ def _picture_path(cfg: Mapping[str, Any]) -> Path | None:
     Raises:
         ConfigError: all problems together.
     """
-    problems = []
-    if cfg["format"] not in _FORMATS:
-        problems.append(f"format={cfg['format']!r}: unknown; choose one of {', '.join(_FORMATS)}")
-    if cfg["adapter"] is None or not Path(cfg["adapter"]).is_file():
-        problems.append(f"adapter={cfg['adapter']}: no such file; name an adapter's .nemo")
+    problems = Problems()
+    problems.one_of("format", cfg["format"], _FORMATS)
+    problems.file("adapter", cfg["adapter"], "name an adapter's .nemo")
     if cfg["output"] is not None and Path(str(cfg["output"])).suffix != ".png":
         problems.append(f"output={cfg['output']}: must end in .png; null draws nothing")
-    if problems:
-        raise ConfigError(problems)
+    problems.raise_if_any()
     return None if cfg["output"] is None else Path(cfg["output"])
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_tied_lora.commands.local_command import run_composed
-from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.errors import Problems
 from nemo_tied_lora.resilience.status_file import ENDED, STALE_S, read_status
 
 __all__ = ["SUMMARY", "main"]
@@ -29,16 +29,14 @@ def main(argv: list[str]) -> int:
 
 
 def _show(cfg: dict[str, Any]) -> int:
-    problems = []
+    problems = Problems()
     if cfg["run"] is None:
         problems.append("run: missing; name the run's folder: run=runs/tied_lora")
-    if cfg["format"] not in ("text", "json"):
-        problems.append(f"format={cfg['format']!r}: choose text or json")
+    problems.one_of("format", cfg["format"], ("text", "json"))
     status = read_status(Path(str(cfg["run"]))) if cfg["run"] is not None else {}
     if status is None:
         problems.append(f"run={cfg['run']}: no status.json in it; is it a run's folder?")
-    if problems:
-        raise ConfigError(problems)
+    problems.raise_if_any()
     assert status is not None
     age = (datetime.now(timezone.utc) - datetime.fromisoformat(status["updated"])).total_seconds()
     alive = status["state"] in ENDED or age <= STALE_S

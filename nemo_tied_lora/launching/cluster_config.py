@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.errors import ConfigError, Problems
 
 __all__ = ["Cluster", "Container", "looks_secret", "seconds"]
 
@@ -18,6 +18,7 @@ _SECRET = re.compile(
 )
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _DAY = 24 * 3600
+_LEAST = {"nodes": 1, "gpus_per_node": 1, "cpus_per_task": 1, "save_seconds": 1, "max_requeues": 0, "at_once": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,15 +32,14 @@ class Container:
     workdir: str | None = None
 
     def __post_init__(self) -> None:
-        problems = [
+        problems = Problems(
             f"cluster.container.mounts: {mount!r}: write SOURCE:TARGET, or SOURCE:TARGET:FLAGS, both absolute"
             for mount in self.mounts
             if not re.fullmatch(r"/[^:,]*:/[^:,]*(:[^:,]+)?", str(mount))
-        ]
+        )
         if self.image is None and (self.mounts or self.workdir):
             problems.append("cluster.container.image=null: mounts and workdir mean nothing without one")
-        if problems:
-            raise ConfigError(problems)
+        problems.raise_if_any()
 
     def host_path(self, path: str) -> str | None:
         """Where a path of the container lies outside; None where no mount shows it."""
@@ -88,53 +88,34 @@ class Cluster:
     environment: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        problems = [*self._size_problems(), *self._time_problems(), *self._environment_problems()]
-        if self.kind not in ("slurm", "local"):
-            problems.append(f"cluster.kind={self.kind!r}: choose slurm or local")
-        if self.gpu_request not in (None, "gpus-per-node", "gres"):
-            problems.append(f"cluster.gpu_request={self.gpu_request!r}: choose gpus-per-node, gres or null")
+        problems = Problems()
+        for name, least in _LEAST.items():
+            if getattr(self, name) is not None or name in ("save_seconds", "max_requeues", "at_once"):
+                problems.whole_number(f"cluster.{name}", getattr(self, name), least)
+        problems += [*self._time_problems(), *self._environment_problems()]
+        problems.one_of("cluster.kind", self.kind, ("slurm", "local"))
+        problems.one_of("cluster.gpu_request", self.gpu_request, ("gpus-per-node", "gres", None))
         if self.kind == "local" and (self.nodes or 1) > 1:
             problems.append(f"cluster.nodes={self.nodes}: cluster=local is one machine; several need cluster=slurm")
-        if problems:
-            raise ConfigError(problems)
+        problems.raise_if_any()
 
     @classmethod
     def from_mapping(cls, section: Mapping[str, Any]) -> Cluster:
         """From the composed section; unknown keys are problems, and so is a list where a word belongs."""
-        known = {field.name for field in fields(cls)}
-        problems = [
-            f"cluster.{key}: not a key of cluster; choose from {', '.join(sorted(known))}"
-            for key in section.keys() - known
-        ]
-        values = {key: value for key, value in section.items() if key in known}
+        problems = Problems()
+        values = problems.known_keys("cluster", section, sorted(field.name for field in fields(cls)))
         for key in ("srun", "setup"):
-            values[key] = _attempt(problems, lambda k: _words(f"cluster.{k}", values.get(k)), key)
+            values[key] = problems.attempt(_words, f"cluster.{key}", values.get(key))
         for key in ("sbatch", "environment"):
-            values[key] = _attempt(problems, lambda k: _table(f"cluster.{k}", values.get(k)), key)
-        values["container"] = _attempt(problems, _container, section.get("container"))
-        if problems:
-            raise ConfigError(problems)
+            values[key] = problems.section(f"cluster.{key}", values.get(key))
+        values["container"] = problems.attempt(_container, values.get("container"))
+        problems.raise_if_any()
         return cls(**values)
 
     @property
     def exported(self) -> dict[str, str]:
         """The environment's variables that are set here."""
         return {name: str(value) for name, value in (self.environment or {}).items() if value is not None}
-
-    def _size_problems(self) -> Iterator[str]:
-        bounds = {
-            "nodes": 1,
-            "gpus_per_node": 1,
-            "cpus_per_task": 1,
-            "save_seconds": 1,
-            "max_requeues": 0,
-            "at_once": 1,
-        }
-        for name, least in bounds.items():
-            value = getattr(self, name)
-            given = value is not None or name in ("save_seconds", "max_requeues", "at_once")
-            if given and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-                yield f"cluster.{name}={value!r}: must be a whole number of at least {least}"
 
     def _time_problems(self) -> Iterator[str]:
         if self.time is None:
@@ -184,25 +165,8 @@ def _words(key: str, value: Any) -> tuple[str, ...]:
     return tuple(str(word) for word in value or ())
 
 
-def _table(key: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value or {}, Mapping):
-        raise ConfigError([f"{key}={value!r}: must be a section with keys of its own"])
-    return dict(value or {})
-
-
 def _container(section: Any) -> Container:
-    values = _table("cluster.container", section)
-    unknown = values.keys() - {field.name for field in fields(Container)}
-    if unknown:
-        raise ConfigError(
-            [f"cluster.container.{key}: not a key of it; it has image, mounts, workdir" for key in unknown]
-        )
-    return Container(**{**values, "mounts": _words("cluster.container.mounts", values.get("mounts"))})
-
-
-def _attempt(problems: list[str], build: Callable[[Any], Any], value: Any) -> Any:
-    try:
-        return build(value)
-    except ConfigError as error:
-        problems.extend(error.problems)
-        return None
+    problems, name = Problems(), "cluster.container"
+    values = problems.known_keys(name, problems.section(name, section), [field.name for field in fields(Container)])
+    mounts = problems.attempt(_words, f"{name}.mounts", values.get("mounts"))
+    return problems.build(Container, **{**values, "mounts": mounts or ()})

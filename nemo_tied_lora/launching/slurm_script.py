@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 
-from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.errors import Problems
 from nemo_tied_lora.launching.cluster_config import Cluster
 
 __all__ = ["Job", "render"]
@@ -40,13 +40,11 @@ class Job:
     """Runs of a sweep. None: one run, no sweep."""
 
     def __post_init__(self) -> None:
-        problems = [
+        Problems(
             f"{key}={value!r}: quotes, backslashes and line breaks cannot stand in an #SBATCH line"
             for key, value in _words(self)
             if re.search(r"[\"'\\\n`$]", str(value))
-        ]
-        if problems:
-            raise ConfigError(problems)
+        ).raise_if_any()
 
     @property
     def index(self) -> str | None:

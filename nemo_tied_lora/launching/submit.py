@@ -16,7 +16,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.errors import ConfigError, Problems
 from nemo_tied_lora.files import write_atomically
 from nemo_tied_lora.launching.cluster_config import Cluster, Container
 from nemo_tied_lora.launching.run_record import write_record
@@ -80,7 +80,7 @@ def prepare(settings: Mapping[str, Any], arguments: Sequence[str], config_dir: s
     folder = str(first["exp_manager"]["explicit_log_dir"] or Path(first["exp_manager"]["exp_dir"], str(first["name"])))
     if not re.fullmatch(r"[\w./+@-]+", folder):
         raise ConfigError([f"exp_manager.explicit_log_dir={folder!r}: letters, digits and ./_+-@ only"])
-    problems = list(_launch_problems(fixed, swept, folder, nodes, cluster))
+    problems = Problems(_launch_problems(fixed, swept, folder, nodes, cluster))
     configs = []
     for run in runs:
         place = (
@@ -90,8 +90,7 @@ def prepare(settings: Mapping[str, Any], arguments: Sequence[str], config_dir: s
         found = list(_run_problems(plain(configs[-1]), cluster.container, settings.get("model")))
         found += _save_problems(plain(configs[-1]), cluster)
         problems += [f"{run.name}: {problem}" if swept else problem for problem in found]
-    if problems:
-        raise ConfigError(problems)
+    problems.raise_if_any()
     job = Job(
         name=str(first["name"]),
         folder=folder,
@@ -183,11 +182,8 @@ def _launch_problems(
 def _run_problems(values: dict[str, Any], container: Container, expected: Mapping[str, Any] | None) -> Iterator[str]:
     """What `tied-lora finetune` would refuse, as far as it can be seen from here, and a base of other sizes."""
     unseen = _to_host(values["model"], container)
-    problems: Sequence[str] = ()
-    try:
-        check_finetuning(values)
-    except ConfigError as error:
-        problems = error.problems
+    problems = Problems()
+    problems.attempt(check_finetuning, values)
     yield from (problem for problem in problems if not any(path in problem for path in unseen))
     base = values["model"].get("restore_from_path")
     if not expected or base in unseen:

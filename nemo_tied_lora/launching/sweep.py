@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.errors import Problems
 from nemo_tied_lora.launching.cluster_config import looks_secret
 
 __all__ = ["Point", "expand_short_keys", "index_file", "points", "read_index", "split_sweep"]
@@ -41,7 +41,7 @@ def split_sweep(arguments: Sequence[str]) -> tuple[list[str], list[list[str]]]:
     Raises:
         ConfigError: an override that cannot be read or written down, or a secret; all together.
     """
-    fixed, swept, problems = [], [], []
+    fixed, swept, problems = [], [], Problems()
     for argument in arguments:
         try:
             parsed = OverridesParser.create().parse_override(argument)
@@ -59,8 +59,7 @@ def split_sweep(arguments: Sequence[str]) -> tuple[list[str], list[list[str]]]:
             swept.append([f"{parsed.get_key_element()}={value}" for value in values])
         else:
             fixed.append(argument)
-    if problems:
-        raise ConfigError(problems)
+    problems.raise_if_any()
     return fixed, swept
 
 

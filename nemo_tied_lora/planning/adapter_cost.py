@@ -30,7 +30,7 @@ from nemo_tied_lora.adapter.experts import is_routed, linear_of, own_names
 from nemo_tied_lora.adapter.param_count import factor_numel, parameter_counts, stored_counts, tied_copies
 from nemo_tied_lora.adapter.shapes import TargetShape
 from nemo_tied_lora.config import FACTORS, PRESETS, TiedLoraConfig
-from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.errors import ConfigError, is_whole_number
 from nemo_tied_lora.planning.architecture import Architecture, selected_groups, target_shapes
 from nemo_tied_lora.planning.parallel_layout import Layout, stage_layers
 
@@ -286,10 +286,8 @@ def check_numbers(numbers: object) -> tuple[int, ...]:
     Raises:
         ConfigError: not a list of whole numbers of at least 1.
     """
-    if isinstance(numbers, Sequence) and not isinstance(numbers, str):
-        wrong = [number for number in numbers if type(number) is not int or number < 1]
-        if numbers and not wrong:
-            return tuple(numbers)
+    if isinstance(numbers, (list, tuple)) and numbers and all(map(is_whole_number, numbers)):
+        return tuple(numbers)
     raise ConfigError([f"adapters={numbers!r}: must be a list of whole numbers of at least 1, such as [1, 10, 1000]"])
 
 

@@ -7,16 +7,16 @@ The keys are NeMo's (``model.num_layers``), and so are the meanings of absent an
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeGuard, TypeVar
+from typing import Any
 
 from nemo_tied_lora.adapter.experts import groups_of
 from nemo_tied_lora.adapter.shapes import LinearGroup, TargetShape
 from nemo_tied_lora.config import TiedLoraConfig
-from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.errors import Problems, is_whole_number
 
-__all__ = ["Architecture", "Mixture", "built", "divisors", "is_size", "selected_groups", "target_shapes"]
+__all__ = ["Architecture", "Mixture", "divisors", "selected_groups", "target_shapes"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,18 +60,16 @@ class Architecture:
     """The experts in the place of some layers' MLP. None: a dense model."""
 
     def __post_init__(self) -> None:
-        problems = [
-            f"model.{_NEMO_NAME.get(name, name)}={value!r}: must be a whole number of at least 1"
-            for name, value in vars(self).items()
-            if not is_size(value) and (name in _SIZES or (name == "vocab_size" and value is not None))
-        ]
+        problems = Problems()
+        for name, value in vars(self).items():
+            if name in _SIZES or (name == "vocab_size" and value is not None):
+                problems.whole_number(f"model.{_NEMO_NAME.get(name, name)}", value)
         if not problems and self.num_attention_heads % self.num_query_groups:
             problems.append(
                 f"model.num_query_groups={self.num_query_groups}: must divide model.num_attention_heads="
                 f"{self.num_attention_heads}; use one of {divisors(self.num_attention_heads)}"
             )
-        if problems:
-            raise ConfigError(problems)
+        problems.raise_if_any()
 
     @classmethod
     def from_model_config(cls, cfg: Mapping[str, Any]) -> Architecture:
@@ -83,27 +81,24 @@ class Architecture:
         Raises:
             ConfigError: all missing keys and bad values together.
         """
-        problems = [
+        problems = Problems(
             f"model.{key}: missing; set it to the base model's value"
             for key in ("num_layers", "hidden_size", "num_attention_heads", "encoder_seq_length")
             if cfg.get(key) is None
-        ]
-        problems += [
-            f"model.{key}={cfg[key]!r}: such a model is not supported; use a dense GPT and remove the key"
-            for key in ("multi_latent_attention",)
-            if cfg.get(key)
-        ]
+        )
+        key = "multi_latent_attention"
+        if cfg.get(key):
+            problems.append(
+                f"model.{key}={cfg[key]!r}: such a model is not supported; use a dense GPT and remove the key"
+            )
         hidden, heads = _hidden_and_heads(cfg)
         if cfg.get("kv_channels") is None and hidden % heads:
             problems.append(
                 f"model.hidden_size={hidden}: not divisible by model.num_attention_heads={heads}; "
                 f"set model.kv_channels, or use one of {divisors(hidden)} heads"
             )
-        try:
-            mixture = Mixture.from_model_config(cfg)
-        except ConfigError as refused:
-            mixture, problems = None, [*problems, *refused.problems]
-        return built(cls, {**_sizes_of(cfg), **_options_of(cfg), "mixture": mixture}, problems)
+        mixture = problems.attempt(Mixture.from_model_config, cfg)
+        return problems.build(cls, **_sizes_of(cfg), **_options_of(cfg), mixture=mixture)
 
     @property
     def num_parameters(self) -> int | None:
@@ -145,20 +140,6 @@ _SIZES = tuple(field.name for field in dataclasses.fields(Architecture) if field
 _NEMO_NAME = {"seq_length": "encoder_seq_length", "vocab_size": "override_vocab_size"}
 
 
-_Checked = TypeVar("_Checked")
-
-
-def built(build: Callable[..., _Checked], values: Mapping[str, Any], problems: list[str]) -> _Checked:
-    """``build(**values)``; what it refuses is reported together with the problems found before."""
-    try:
-        done = build(**values)
-    except ConfigError as refused:
-        raise ConfigError([*problems, *refused.problems]) from None
-    if problems:
-        raise ConfigError(problems)
-    return done
-
-
 def _linear_shapes(arch: Architecture) -> dict[str, tuple[int, int]]:
     """Target name to (in, out)."""
     attention = arch.kv_channels * arch.num_attention_heads
@@ -193,7 +174,7 @@ def _sizes_of(cfg: Mapping[str, Any]) -> dict[str, Any]:
 def _hidden_and_heads(cfg: Mapping[str, Any]) -> tuple[int, int]:
     """hidden_size and num_attention_heads; both 1 where either is not a size, which is reported by name."""
     hidden, heads = cfg.get("hidden_size"), cfg.get("num_attention_heads")
-    return (hidden, heads) if is_size(hidden) and is_size(heads) else (1, 1)
+    return (hidden, heads) if is_whole_number(hidden) and is_whole_number(heads) else (1, 1)
 
 
 def _options_of(cfg: Mapping[str, Any]) -> dict[str, Any]:
@@ -208,10 +189,6 @@ def _options_of(cfg: Mapping[str, Any]) -> dict[str, Any]:
         "learned_positions": cfg.get("position_embedding_type", "learned_absolute") == "learned_absolute",
         "shared_output": bool(cfg.get("share_embeddings_and_output_weights", True)),
     }
-
-
-def is_size(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def divisors(number: int) -> str:
@@ -241,25 +218,22 @@ class Mixture:
         if cfg.get("num_moe_experts") is None:
             return None
         hidden, ffn = cfg.get("hidden_size"), cfg.get("ffn_hidden_size")
-        width = cfg.get("moe_ffn_hidden_size") or ffn or 4 * (hidden if _is_size(hidden) else 1)
+        width = cfg.get("moe_ffn_hidden_size") or ffn or 4 * (hidden if is_whole_number(hidden) else 1)
         sizes = {"num_moe_experts": cfg["num_moe_experts"], "moe_ffn_hidden_size": width}
         shared = cfg.get("moe_shared_expert_intermediate_size")
         if shared is not None:
             sizes["moe_shared_expert_intermediate_size"] = shared
-        problems = [
-            f"model.{name}={value!r}: must be a whole number of at least 1"
-            for name, value in sizes.items()
-            if not _is_size(value)
-        ]
+        problems = Problems()
+        for name, value in sizes.items():
+            problems.whole_number(f"model.{name}", value)
         num_layers = cfg.get("num_layers")
-        layers = _layers_with_experts(cfg.get("moe_layer_freq"), num_layers if _is_size(num_layers) else 1)
-        if layers is None and _is_size(num_layers):
+        layers = _layers_with_experts(cfg.get("moe_layer_freq"), num_layers if is_whole_number(num_layers) else 1)
+        if layers is None and is_whole_number(num_layers):
             problems.append(
                 f"model.moe_layer_freq={cfg['moe_layer_freq']!r}: must be a whole number of at least 1, or a list of "
                 f"num_layers={num_layers} zeros and ones"
             )
-        if problems:
-            raise ConfigError(problems)
+        problems.raise_if_any()
         return cls(
             num_experts=sizes["num_moe_experts"],
             ffn_hidden_size=width,
@@ -286,12 +260,8 @@ def _layers_with_experts(freq: object, num_layers: int) -> tuple[int, ...] | Non
     """None where the value means nothing to megatron-core."""
     if freq is None:
         freq = 1
-    if _is_size(freq):
+    if is_whole_number(freq):
         return tuple(range(0, num_layers, freq))
     if isinstance(freq, list) and len(freq) == num_layers and all(has in (0, 1) for has in freq):
         return tuple(layer for layer, has in enumerate(freq) if has)
     return None
-
-
-def _is_size(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

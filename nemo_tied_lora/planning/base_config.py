@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from nemo_tied_lora.config import TiedLoraConfig
-from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.errors import ConfigError, Problems
 from nemo_tied_lora.planning.nemo_archive import read_members
 
 __all__ = ["adapter_section", "base_model_config", "recorded_model_keys"]
@@ -24,10 +24,8 @@ def adapter_section(peft: Mapping[str, Any]) -> TiedLoraConfig:
     Raises:
         ConfigError: all its problems together.
     """
-    section = peft.get("tied_lora") or {}
-    if not isinstance(section, Mapping):
-        raise ConfigError([f"model.peft.tied_lora={section!r}: must be a section with keys of its own"])
-    return TiedLoraConfig.from_mapping(section)
+    problems = Problems()
+    return problems.build(TiedLoraConfig.from_mapping, problems.section("model.peft.tied_lora", peft.get("tied_lora")))
 
 
 def base_model_config(path: str | os.PathLike | None, key: str = "model.restore_from_path") -> dict[str, Any]:

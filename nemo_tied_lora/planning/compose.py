@@ -15,7 +15,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.errors import ConfigError, Problems
 from nemo_tied_lora.planning.config_folder import config_folder
 
 __all__ = ["compose_config", "parse_overrides", "plain"]
@@ -47,8 +47,7 @@ def compose_config(name: str, arguments: Sequence[str], config_dir: str | None =
         except _NOT_COMPOSED as error:
             alone = [problem for o in overrides for problem in _problem_alone(name, o, search)]
             raise ConfigError([*problems, *(alone or [_first_line(error)])]) from None
-    if problems:
-        raise ConfigError(problems)
+    problems.raise_if_any()
     return cfg
 
 
@@ -66,9 +65,9 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
 
 
-def parse_overrides(name: str, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+def parse_overrides(name: str, arguments: Sequence[str]) -> tuple[list[str], Problems]:
     """(overrides for Hydra, problems). Unknown keys of adapters are let through: `preflight` knows what to say."""
-    overrides, problems = [], []
+    overrides, problems = [], Problems()
     for argument in arguments:
         try:
             parsed = OverridesParser.create().parse_override(argument)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from nemo_tied_lora.errors import is_whole_number
 from nemo_tied_lora.planning.parallel_layout import Layout
 
 __all__ = ["batch_problems", "data_problems", "jsonl_problems", "template_fields"]
@@ -53,9 +54,9 @@ def _generation_problems(name: str, section: Mapping[str, Any], model: Mapping[s
 
 def _batch_problems(name: str, section: Mapping[str, Any]) -> Iterator[str]:
     micro, whole = section.get("micro_batch_size"), section.get("global_batch_size")
-    if not all(isinstance(size, int) and size > 0 for size in (micro, whole)):
+    if not (is_whole_number(micro) and is_whole_number(whole)):
         yield f"model.data.{name}: micro_batch_size={micro!r} and global_batch_size={whole!r} must be at least 1"
-    elif whole % micro:  # type: ignore[operator]
+    elif whole % micro:
         yield f"model.data.{name}.global_batch_size={whole}: must be divisible by micro_batch_size={micro}"
 
 
@@ -114,7 +115,7 @@ def batch_problems(cfg: Mapping[str, Any], base: Mapping[str, Any], layout: Layo
 
 def _split_batch_problems(key: str, section: Mapping[str, Any], dp_size: int) -> Iterator[str]:
     micro, whole = section.get("micro_batch_size"), section.get("global_batch_size")
-    if not (isinstance(micro, int) and isinstance(whole, int) and micro > 0 and whole > 0 and dp_size > 0):
+    if not (is_whole_number(micro) and is_whole_number(whole) and dp_size > 0):
         return  # said elsewhere
     if whole % micro == 0 and whole % (micro * dp_size):
         step = micro * dp_size
@@ -125,7 +126,7 @@ def _split_batch_problems(key: str, section: Mapping[str, Any], dp_size: int) ->
 
 
 def _length_problems(key: str, length: object, base: Mapping[str, Any], layout: Layout) -> Iterator[str]:
-    if not isinstance(length, int) or isinstance(length, bool) or length < 1:
+    if not is_whole_number(length):
         yield f"{key}={length!r}: must be a whole number of at least 1"
         return
     positions = base.get("max_position_embeddings") or base.get("encoder_seq_length")

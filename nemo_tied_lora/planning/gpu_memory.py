@@ -33,7 +33,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from nemo_tied_lora.config import TiedLoraConfig
-from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.errors import Problems
 from nemo_tied_lora.planning.adapter_cost import Precision
 from nemo_tied_lora.planning.architecture import Architecture, selected_groups
 from nemo_tied_lora.planning.parallel_layout import Layout, stage_layers
@@ -61,19 +61,12 @@ class Activations:
     """hidden_dropout is not 0."""
 
     def __post_init__(self) -> None:
-        problems = []
-        if self.granularity not in (None, "selective", "full"):
-            problems.append(
-                f"model.activations_checkpoint_granularity={self.granularity!r}: choose selective, full or null"
-            )
+        problems, prefix = Problems(), "model.activations_checkpoint"
+        problems.one_of(f"{prefix}_granularity", self.granularity, ("selective", "full", None))
         if self.granularity == "full" and self.method not in ("uniform", "block"):
-            problems.append(f"model.activations_checkpoint_method={self.method!r}: full needs uniform or block")
-        if not isinstance(self.num_layers, int) or isinstance(self.num_layers, bool) or self.num_layers < 1:
-            problems.append(
-                f"model.activations_checkpoint_num_layers={self.num_layers!r}: must be a whole number of at least 1"
-            )
-        if problems:
-            raise ConfigError(problems)
+            problems.append(f"{prefix}_method={self.method!r}: full needs uniform or block")
+        problems.whole_number(f"{prefix}_num_layers", self.num_layers)
+        problems.raise_if_any()
 
     @classmethod
     def from_model_config(cls, model: Mapping[str, Any]) -> Activations:

@@ -15,8 +15,8 @@ from typing import Any
 
 from nemo_tied_lora.adapter.experts import refused_layouts
 from nemo_tied_lora.config import TiedLoraConfig
-from nemo_tied_lora.errors import ConfigError
-from nemo_tied_lora.planning.architecture import Architecture, built, divisors, is_size, selected_groups, target_shapes
+from nemo_tied_lora.errors import Problems
+from nemo_tied_lora.planning.architecture import Architecture, divisors, selected_groups, target_shapes
 
 __all__ = ["Architecture", "Layout", "check", "check_ranks", "selected_groups", "stage_layers", "target_shapes"]
 
@@ -50,15 +50,12 @@ class Layout:
 
     def __post_init__(self) -> None:
         optional = ("dp_size", "virtual_pp_size", "micro_batch_size", "global_batch_size")
-        problems = [
-            f"{_LAYOUT_KEYS[name]}={value!r}: must be a whole number of at least 1"
-            for name, value in vars(self).items()
-            if name != "sequence_parallel" and not is_size(value) and not (value is None and name in optional)
-        ]
-        if self.sequence_parallel not in (True, False):
-            problems.append(f"model.sequence_parallel={self.sequence_parallel!r}: must be true or false")
-        if problems:
-            raise ConfigError(problems)
+        problems = Problems()
+        for name, value in vars(self).items():
+            if name != "sequence_parallel" and not (value is None and name in optional):
+                problems.whole_number(_LAYOUT_KEYS[name], value)
+        problems.flag("model.sequence_parallel", self.sequence_parallel)
+        problems.raise_if_any()
 
     @classmethod
     def from_config(cls, cfg: Mapping[str, Any]) -> Layout:
@@ -74,12 +71,12 @@ class Layout:
         devices = values.get("devices")
         if isinstance(devices, Sequence) and not isinstance(devices, str):  # Lightning also takes their numbers
             values["devices"] = len(devices)
-        problems = [
+        problems = Problems(
             f"model.{key}={sections['model'][key]!r}: stages of unequal size are not supported; remove it"
             for key in _UNEQUAL_STAGES
             if sections["model"].get(key)
-        ]
-        return built(cls, values, problems)
+        )
+        return problems.build(cls, **values)
 
     @property
     def world_size(self) -> int:

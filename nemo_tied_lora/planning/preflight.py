@@ -7,12 +7,12 @@ Neither torch nor NeMo is imported.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from nemo_tied_lora.config import TiedLoraConfig
-from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.errors import ConfigError, Problems
 from nemo_tied_lora.planning import layout_fits_cluster
 from nemo_tied_lora.planning.architecture import Architecture
 from nemo_tied_lora.planning.base_config import adapter_section, base_model_config
@@ -24,7 +24,6 @@ from nemo_tied_lora.planning.training_loop_checks import loop_problems
 __all__ = ["check_finetuning", "check_generation", "check_pretraining"]
 
 
-_Part = TypeVar("_Part")
 _OPTIMIZERS = ("fused_adam", "adamw", "adam", "sgd", "mcore_distributed_optim")
 _PRECISIONS = ("bf16", "bf16-mixed", "16", "16-mixed", "32")
 
@@ -51,25 +50,20 @@ def check_finetuning(cfg: Mapping[str, Any]) -> None:
         )
     problems += _checkpoint_problems(cfg.get("exp_manager") or {})
     problems += _optimizer_problems(model["optim"].get("name"))
-    config = _attempt(problems, adapter_section, model["peft"])
-    base = _attempt(problems, base_model_config, model.get("restore_from_path"))
+    config = problems.attempt(adapter_section, model["peft"])
+    base = problems.attempt(base_model_config, model.get("restore_from_path"))
     start = model["peft"].get("restore_from_path")
-    problems += _flag_problems("model.peft.allow_other_base", model["peft"].get("allow_other_base", False))
-    if start is not None and not Path(start).is_file():
-        problems.append(f"model.peft.restore_from_path={start}: no such file")
+    problems.flag("model.peft.allow_other_base", model["peft"].get("allow_other_base", False))
+    if start is not None:
+        problems.file("model.peft.restore_from_path", start)
     given = [key for key, value in (model["peft"].get("tied_lora") or {}).items() if value is not None]
     if start is not None and given:
         fix = "the adapter of restore_from_path has its own; remove these keys"
         problems.append(f"model.peft.tied_lora ({', '.join(given)}): {fix}")
     problems += _layout_problems(cfg, {**(base or {}), **_layout_keys(model)} if base else None, config)
-    _attempt(problems, GuardSettings.from_mapping, cfg.get("guards"))
-    _attempt(problems, _precision, cfg["trainer"])
-    problems += data_problems(cfg)
-    problems += layout_fits_cluster.folder_problems(cfg)
-    problems += _allocation_problems(cfg, base, config)
+    problems += _run_problems(cfg, base, config)
     problems += _output_problems(cfg, [model.get("restore_from_path"), start])
-    if problems:
-        raise ConfigError(problems)
+    problems.raise_if_any()
 
 
 def check_pretraining(cfg: Mapping[str, Any]) -> None:
@@ -85,17 +79,11 @@ def check_pretraining(cfg: Mapping[str, Any]) -> None:
             "model.peft.tied_lora: pretrain trains every parameter, without an adapter; remove preset=, peft="
         )
     tokenizer = cfg["model"]["tokenizer"].get("model")
-    if tokenizer is None or not Path(tokenizer).is_file():
-        problems.append(f"model.tokenizer.model={tokenizer}: no such file; name a sentencepiece model")
+    problems.file("model.tokenizer.model", tokenizer, "name a sentencepiece model")
     problems += _layout_problems(cfg, cfg["model"], None)
-    _attempt(problems, GuardSettings.from_mapping, cfg.get("guards"))
-    _attempt(problems, _precision, cfg["trainer"])
-    problems += data_problems(cfg)
-    problems += layout_fits_cluster.folder_problems(cfg)
-    problems += _allocation_problems(cfg, cfg["model"], None)
+    problems += _run_problems(cfg, cfg["model"], None)
     problems += _output_problems(cfg, [tokenizer])
-    if problems:
-        raise ConfigError(problems)
+    problems.raise_if_any()
 
 
 def check_generation(cfg: Mapping[str, Any]) -> None:
@@ -104,14 +92,14 @@ def check_generation(cfg: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: all problems together.
     """
-    problems: list[str] = []
-    base = _attempt(problems, lambda path: base_model_config(path, key="base"), cfg.get("base"))
+    problems = Problems()
+    base = problems.attempt(base_model_config, cfg.get("base"), key="base")
     adapter = cfg.get("adapter")
-    if adapter is not None and not Path(adapter).is_file():
-        problems.append(f"adapter={adapter}: no such file; adapter=null generates with the base alone")
+    if adapter is not None:
+        problems.file("adapter", adapter, "adapter=null generates with the base alone")
     if (cfg.get("prompts") is None) == (cfg.get("prompts_file") is None):
         problems.append("prompts, prompts_file: give one of them: prompts=['...'] or prompts_file=questions.jsonl")
-    problems += _flag_problems("allow_other_base", cfg.get("allow_other_base", False))
+    problems.flag("allow_other_base", cfg.get("allow_other_base", False))
     prompts, prompts_file = cfg.get("prompts"), cfg.get("prompts_file")
     if prompts is not None and not (
         isinstance(prompts, list) and prompts and all(isinstance(p, str) for p in prompts)
@@ -120,41 +108,31 @@ def check_generation(cfg: Mapping[str, Any]) -> None:
     if prompts_file is not None:
         problems += jsonl_problems("prompts_file", Path(str(prompts_file)), template_fields(cfg["prompt_template"]))
     for key in ("tokens_to_generate", "batch_size"):
-        value = cfg.get(key)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            problems.append(f"{key}={value!r}: must be a whole number of at least 1")
+        problems.whole_number(key, cfg.get(key))
     temperature = cfg.get("temperature")
     if temperature is not None and (not isinstance(temperature, (int, float)) or temperature <= 0):
         problems.append(f"temperature={temperature!r}: must be greater than 0; null picks the likeliest token")
-    _attempt(problems, _precision, cfg["trainer"])
+    problems.one_of("trainer.precision", str(cfg["trainer"].get("precision")), _PRECISIONS)
     problems += _output_problems(cfg, [cfg.get("base"), adapter, prompts_file], suffix=None)
     problems += _layout_problems(cfg, {**(base or {}), **_layout_keys(cfg["model"])} if base else None, None)
-    if problems:
-        raise ConfigError(problems)
+    problems.raise_if_any()
 
 
 def _require_sections(cfg: Mapping[str, Any], *names: str) -> None:
-    wrong = [f"model.{n}={cfg['model'].get(n)!r}" for n in names if not isinstance(cfg["model"].get(n), Mapping)]
-    if wrong:
-        raise ConfigError([f"{section}: must be a section with keys of its own" for section in wrong])
+    model = cfg["model"]
+    wrong = [name for name in names if not isinstance(model.get(name), Mapping)]
+    Problems(f"model.{name}={model.get(name)!r}: must be a section of keys" for name in wrong).raise_if_any()
 
 
-def _flag_problems(key: str, value: object) -> Iterator[str]:
-    if value not in (True, False):
-        yield f"{key}={value!r}: must be true or false"
-
-
-def _precision(trainer: Mapping[str, Any]) -> None:
-    if str(trainer.get("precision")) not in _PRECISIONS:
-        raise ConfigError([f"trainer.precision={trainer.get('precision')!r}: choose one of {', '.join(_PRECISIONS)}"])
-
-
-def _attempt(problems: list[str], build: Callable[[Any], _Part], value: Any) -> _Part | None:
-    try:
-        return build(value)
-    except ConfigError as error:
-        problems.extend(error.problems)
-        return None
+def _run_problems(cfg: Mapping[str, Any], base: Mapping[str, Any] | None, config: TiedLoraConfig | None) -> Problems:
+    """Checks what every training run has: guards, precision, data, folder, and room and time on the cluster."""
+    problems = Problems()
+    problems.attempt(GuardSettings.from_mapping, cfg.get("guards"))
+    problems.one_of("trainer.precision", str(cfg["trainer"].get("precision")), _PRECISIONS)
+    problems += data_problems(cfg)
+    problems += layout_fits_cluster.folder_problems(cfg)
+    problems += _allocation_problems(cfg, base, config)
+    return problems
 
 
 def _layout_keys(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -173,9 +151,9 @@ def _layout_problems(
         fix = "adapt it on plain megatron-core, with nemo_tied_lora.inject"
         yield f"model.num_moe_experts={model['num_moe_experts']!r}: a mixture is not tested through NeMo yet; {fix}"
         return
-    problems: list[str] = []
-    layout = _attempt(problems, Layout.from_config, {"model": cfg["model"], "trainer": cfg["trainer"]})
-    arch = None if model is None else _attempt(problems, Architecture.from_model_config, model)
+    problems = Problems()
+    layout = problems.attempt(Layout.from_config, {"model": cfg["model"], "trainer": cfg["trainer"]})
+    arch = None if model is None else problems.attempt(Architecture.from_model_config, model)
     yield from problems
     if layout is not None:
         yield from check_ranks(layout) if arch is None else check(arch, layout, config)

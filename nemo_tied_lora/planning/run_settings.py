@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.errors import Problems
 
 __all__ = ["MOST_SKIPPED_IN_A_ROW", "NONFINITE_POLICIES", "GuardSettings", "run_folder", "survival_problems"]
 
@@ -37,16 +37,10 @@ class GuardSettings:
     """Where a gradient is NaN or infinite. stop: end the run, all ranks; skip: leave the step out, and count it."""
 
     def __post_init__(self) -> None:
-        problems = []
-        steps, policy = self.tie_guard_every_n_steps, self.nonfinite_gradients
-        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
-            problems.append(
-                f"guards.tie_guard_every_n_steps={steps!r}: must be a whole number of at least 0; 0 turns it off"
-            )
-        if policy not in NONFINITE_POLICIES:
-            problems.append(f"guards.nonfinite_gradients={policy!r}: must be one of {', '.join(NONFINITE_POLICIES)}")
-        if problems:
-            raise ConfigError(problems)
+        problems = Problems()
+        problems.whole_number("guards.tie_guard_every_n_steps", self.tie_guard_every_n_steps, 0, "; 0 turns it off")
+        problems.one_of("guards.nonfinite_gradients", self.nonfinite_gradients, NONFINITE_POLICIES)
+        problems.raise_if_any()
 
     @classmethod
     def from_mapping(cls, section: Mapping[str, Any] | None) -> GuardSettings:
@@ -55,21 +49,15 @@ class GuardSettings:
         Raises:
             ConfigError: an unknown key or a wrong value.
         """
-        if section is not None and not isinstance(section, Mapping):
-            raise ConfigError([f"guards={section!r}: must be a section with keys of its own"])
-        known = [field.name for field in fields(cls)]
-        given = {str(key): value for key, value in (section or {}).items() if value is not None}
-        unknown = [key for key in given if key not in known]
-        if unknown:
-            raise ConfigError([f"guards.{key}: not a key of guards; they are {', '.join(known)}" for key in unknown])
-        return cls(**given)
+        problems = Problems()
+        given = {key: value for key, value in problems.section("guards", section).items() if value is not None}
+        return problems.build(cls, **problems.known_keys("guards", given, [field.name for field in fields(cls)]))
 
 
-def survival_problems(cfg: Mapping[str, Any]) -> list[str]:
-    """What is wrong with `preflight`, `watchdog` and `preemption`, a line each."""
-    problems = []
-    if cfg.get("preflight") not in (True, False, "only"):
-        problems.append(f"preflight={cfg.get('preflight')!r}: must be true, false or only")
+def survival_problems(cfg: Mapping[str, Any]) -> Problems:
+    """Checks `preflight`, `watchdog` and `preemption`."""
+    problems = Problems()
+    problems.one_of("preflight", cfg.get("preflight"), (True, False, "only"))
     for key, (low, high) in _BOUNDS.items():
         section, _, name = key.partition(".")
         value = (cfg.get(section) or {}).get(name)

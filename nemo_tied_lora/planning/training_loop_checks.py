@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.errors import ConfigError, Problems, is_whole_number
 from nemo_tied_lora.planning.megatron_version import counts_repeated_gradients
 
 __all__ = ["check_ddp", "check_loop", "loop_problems"]
@@ -31,7 +31,7 @@ def loop_problems(model: Mapping[str, Any]) -> Iterator[str]:
             "model.optim.name=distributed_fused_adam: not possible; it would leave tied gradients unsummed over pipeline "
             "stages; use mcore_distributed_optim, or fused_adam"
         )
-    if model.get("megatron_amp_O2") and not distributed and _more_than_one(cp_size):
+    if model.get("megatron_amp_O2") and not distributed and is_whole_number(cp_size, 2):
         # NeMo multiplies the loss by the context-parallel size, and this optimizer's sums do not divide by it.
         yield (
             f"model.megatron_amp_O2=true: not possible with context_parallel_size={cp_size}; NeMo's O2 optimizer would make "
@@ -51,9 +51,7 @@ def check_loop(model: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: all of them together.
     """
-    problems = list(loop_problems(model))
-    if problems:
-        raise ConfigError(problems)
+    Problems(loop_problems(model)).raise_if_any()
 
 
 def check_ddp(transformer_config: Any, ddp_config: Any) -> None:
@@ -86,7 +84,3 @@ def _repeats_gradients(granularity: Any, modules: Any) -> bool:
     if counts_repeated_gradients():
         return False
     return granularity == "full" or (granularity == "selective" and bool({"mlp", "moe"} & set(modules)))
-
-
-def _more_than_one(size: Any) -> bool:
-    return isinstance(size, int) and size > 1

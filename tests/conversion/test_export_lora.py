@@ -284,5 +284,10 @@ def test_the_command_writes_and_checks(tmp_path: Path, to: str, capsys: pytest.C
 def test_the_command_reports_every_problem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", "to=gguf", "adapter=none.nemo", "base=base.nemo"]) == 2
     said = capsys.readouterr().err
-    for part in ("to=gguf: unknown", "adapter=none.nemo: no such file", "output=null", "base=base.nemo: no such file"):
+    for part in (
+        "to='gguf': unknown",
+        "adapter=none.nemo: no such file",
+        "output=null",
+        "base=base.nemo: no such file",
+    ):
         assert part in said

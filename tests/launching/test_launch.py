@@ -155,7 +155,7 @@ def test_every_problem_is_reported_at_once(folder: Path, capsys: pytest.CaptureF
         (["cluster.time=5", "cluster.save_seconds=300"], "not longer than cluster.save_seconds=300"),
         (["cluster.save_seconds=20"], "told to save, which takes about 30 s; raise it"),
         (["+cluster.gpus=8"], "cluster.gpus: not a key of cluster"),
-        (["cluster.gpu_request=gpus"], "choose gpus-per-node, gres or null"),
+        (["cluster.gpu_request=gpus"], "choose one of gpus-per-node, gres, null"),
         (["+cluster.environment.HF_TOKEN=abc"], "HF_TOKEN: a secret"),
         (["+exp_manager.wandb_logger_kwargs.api_key=abc"], "api_key: a secret"),
         (["cluster.container.mounts=[/data:/data]"], "mounts and workdir mean nothing without one"),

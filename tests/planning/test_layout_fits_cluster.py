@@ -265,7 +265,7 @@ def test_one_message_has_all_problems(
         "is not a multiple of tensor 3",
         "none.jsonl: no such file",
         "alpha=0",
-        "precision=8",
+        "precision='8'",
         "must end in .nemo",
         "mem is no folder",
     ):

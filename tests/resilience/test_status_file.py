@@ -118,13 +118,13 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path, capsys: pytest.Captur
     assert command.main([f"run={tmp_path}", "format=xml"]) == 2
     said = capsys.readouterr().err
     assert "no status.json in it" in said
-    assert "choose text or json" in said
+    assert "choose one of text, json" in said
 
 
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("preflight=perhaps", "preflight='perhaps': must be true, false or only"),
+        ("preflight=perhaps", "preflight='perhaps': unknown; choose one of true, false, only"),
         ("watchdog.timeout_s=-1", "watchdog.timeout_s=-1: must be a number of at least 0"),
         ("preemption.exit_code=256", "preemption.exit_code=256: must be a number from 0 to 255"),
         ("preemption.max_restarts=null", "preemption.max_restarts=None: must be a number of at least 0"),
