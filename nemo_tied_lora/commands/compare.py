@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,13 +29,13 @@ _EXAMPLES = """  tied-lora compare
 
 
 def main(argv: list[str]) -> int:
-    """Returns 0, 2 where the configuration is refused, 1 where a run failed. Finished runs are not done again."""
-    return run_composed("compare", argv, _checked, summary=SUMMARY, examples=_EXAMPLES)
+    """Returns 0, 1 if a run failed, or 2 if the configuration is refused. Keeps the runs that have finished already."""
+    return run_composed("compare", argv, _compare, summary=SUMMARY, examples=_EXAMPLES)
 
 
-def _checked(cfg: dict[str, Any]) -> int:
+def _compare(cfg: dict[str, Any]) -> int:
     _check(cfg)
-    from nemo_tied_lora.commands.demo.stages import run_stages  # psutil and the like: not needed to say --help
+    from nemo_tied_lora.commands.demo.stages import run_stages  # imports psutil, which --help does not need
 
     return run_stages("compare", _run, cfg)
 
@@ -80,7 +79,7 @@ def _run(cfg: Mapping[str, Any]) -> None:
         if (place / "metrics.json").exists() and record.exists():
             if json.loads(record.read_text()) == {"arguments": arguments}:
                 return
-            shutil.rmtree(place)  # of other settings: its numbers would stand under these settings' names
+            shutil.rmtree(place)  # a run with other settings; its numbers must not pass for this run's
         stages.run_command(arguments, place.with_name(f"{place.name}.log"), threads)
         write_json(record, {"arguments": arguments})
 
@@ -143,7 +142,7 @@ def _table(summary: Mapping[str, Any]) -> str:
 
 
 def _draw(path: Path, summary: Mapping[str, Any]) -> None:
-    """Exact match against trained parameters: each seed a dot, each method's mean a bar."""
+    """Draws exact match over trained parameters: one dot per seed, one bar per method at the mean."""
     with picture(path, width=7) as axes:
         for index, (preset, runs) in enumerate(_groups(summary).items()):
             trained, scores = runs[0]["trained_parameters"], [run["exact_match"] for run in runs]
@@ -154,7 +153,3 @@ def _draw(path: Path, summary: Mapping[str, Any]) -> None:
         axes.set(xscale="log", ylim=(-0.03, 1.03), xlabel="trained parameters", ylabel="exact match, held-out numbers")
         rank, steps = summary["runs"][0]["rank"], summary["steps"]
         axes.set_title(f"Rank {rank}, {steps} steps, {len(summary['runs'])} runs; bars are means")
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

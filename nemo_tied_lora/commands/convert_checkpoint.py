@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`tied-lora convert-checkpoint`: a training checkpoint's adapter as a `.nemo`, without a GPU and without the base."""
+"""`tied-lora convert-checkpoint`: writes a training checkpoint's adapter as a `.nemo`. Needs neither a GPU nor the base."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ _EXAMPLES = """  tied-lora convert-checkpoint checkpoint=runs/tied_lora output=a
 
 
 def main(argv: list[str]) -> int:
-    """Returns 0, or 2 where the configuration or the checkpoint is refused."""
+    """Returns 0, or 2 if the configuration or the checkpoint is refused."""
     return run_composed("convert-checkpoint", argv, _run, summary=SUMMARY, examples=_EXAMPLES)
 
 
@@ -32,7 +31,7 @@ def _run(cfg: Mapping[str, Any]) -> int:
         raise ConfigError(["checkpoint: missing; name a training checkpoint's folder, or a run's"])
     from nemo_tied_lora.checkpoint import training_checkpoint
 
-    checkpoint = _chosen(Path(str(cfg["checkpoint"])), training_checkpoint)
+    checkpoint = _find_checkpoint(Path(str(cfg["checkpoint"])), training_checkpoint)
     from tqdm import tqdm
 
     from nemo_tied_lora.checkpoint.checkpoint_to_adapter import write_adapter_of
@@ -41,7 +40,7 @@ def _run(cfg: Mapping[str, Any]) -> int:
         description = write_adapter_of(checkpoint, output, lambda names: tqdm(names, desc="converting", unit="tensor"))
     except OSError as error:
         raise ConfigError([f"output={output}: {error}"]) from error
-    print(_checked_report(checkpoint, output, description["step"]))
+    print(_verify(checkpoint, output, description["step"]))
     return 0
 
 
@@ -51,8 +50,8 @@ def _checked_output(cfg: Mapping[str, Any]) -> Path:
     return Path(str(cfg["output"]))
 
 
-def _chosen(path: Path, training_checkpoint: Any) -> Path:
-    """The checkpoint itself; of a run's folder, the newest."""
+def _find_checkpoint(path: Path, training_checkpoint: Any) -> Path:
+    """Returns `path` if it is a checkpoint, else the newest checkpoint in it: `path` is then a run's folder."""
     if not path.exists():
         raise ConfigError([f"checkpoint={path}: no such folder"])
     if training_checkpoint.is_checkpoint(path):
@@ -62,17 +61,19 @@ def _chosen(path: Path, training_checkpoint: Any) -> Path:
         (training_checkpoint.read_description(p)["step"], p) for p in found if training_checkpoint.is_checkpoint(p)
     ]
     if not steps:
-        raise ConfigError(
-            [
-                f"checkpoint={path}: neither it nor a folder in it is a checkpoint of tied-lora finetune "
-                "(NeMo's own files, .ckpt, are none)"
-            ]
+        problem = (
+            "neither it nor a folder in it is a checkpoint of tied-lora finetune; NeMo's .ckpt files cannot be read"
         )
+        raise ConfigError([f"checkpoint={path}: {problem}"])
     return max(steps)[1]
 
 
-def _checked_report(checkpoint: Path, output: Path, step: int) -> str:
-    """Reads the file back and compares it with the checkpoint, bit for bit."""
+def _verify(checkpoint: Path, output: Path, step: int) -> str:
+    """Reads the file back and compares it with the checkpoint, bit for bit. Returns the report.
+
+    Raises:
+        ConfigError: a tensor differs.
+    """
     import torch
 
     from nemo_tied_lora.checkpoint.read_nemo_adapter import read_adapter
@@ -85,9 +86,5 @@ def _checked_report(checkpoint: Path, output: Path, step: int) -> str:
     values = sum(tensor.numel() for tensor in written.values())
     return (
         f"written: {output} ({output.stat().st_size:,} bytes), the adapter of step {step} of {checkpoint}\n"
-        f"checked: {len(written)} tensors, {values:,} values, each bit as in the checkpoint"
+        f"checked: {len(written)} tensors, {values:,} values, equal to the checkpoint's bit for bit"
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

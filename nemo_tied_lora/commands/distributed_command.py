@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What commands that run on ranks share: check, start the ranks, and be one of them."""
+"""Runs a command on several ranks: checks its configuration, then starts the ranks or runs as one of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_tied_lora.commands.local_command import parser
-from nemo_tied_lora.commands.registry import command_module
 from nemo_tied_lora.errors import ConfigError, Problems, report
 from nemo_tied_lora.launching.torchrun import is_rank, start_ranks
 from nemo_tied_lora.planning.compose import compose_config, parse_overrides, plain
@@ -35,17 +34,17 @@ def run_command(
     check: Callable[[Mapping[str, Any]], None],
     run: Callable[[DictConfig], Any],
 ) -> int:
-    """Composes and checks the config, here, before torch is imported; then runs on every rank.
+    """Composes and checks the configuration before torch is imported, then runs the command on every rank.
 
     Args:
-        command: the command's name, and its YAML's.
+        command: the name of the command and of its YAML.
         groups: the config groups that --help lists.
-        check: raises ConfigError.
-        run: one rank's work; it is given the config by NeMo's `hydra_runner`.
+        check: raises ConfigError if the configuration cannot run.
+        run: one rank's work. NeMo's `hydra_runner` passes the configuration.
 
     Returns:
-        0, 2 where the configuration is refused, 3 where a guard stopped the run, `preemption.exit_code` where it was
-        asked to stop, else the failed rank's exit code.
+        0 for success, 2 if the configuration is refused, 3 if a guard stopped the run, `preemption.exit_code` if a
+        signal stopped it, else the exit code of the rank that failed.
     """
     options = parser(command, summary, examples, groups).parse_intermixed_args(argv)
     problems = Problems()
@@ -63,20 +62,20 @@ def run_command(
         return run_as_rank(command, values, problems, work)
     if problems:
         return report(command, ConfigError(problems))
-    said = finished_already(values)
-    if said is not None:
-        print(f"tied-lora {command}: {said}")
+    finished = finished_already(values)
+    if finished is not None:
+        print(f"tied-lora {command}: {finished}")
         return 0
     layout = Layout.from_config(values)
     if layout.num_nodes > 1:
-        problem = "trainer.num_nodes: several nodes need a launcher; start one process a rank with torchrun"
+        problem = "trainer.num_nodes: several nodes need a launcher; start one process per rank with torchrun"
         return report(command, ConfigError([problem]))
-    code = start_ranks(command_module(command), argv, layout.devices)
+    code = start_ranks("nemo_tied_lora.commands.main", [command, *argv], layout.devices)
     return code and preempted_code(values, code)
 
 
 def _check(check: Callable[[Mapping[str, Any]], None], values: Mapping[str, Any]) -> None:
-    """Runs the command's check. On a rank, also refuses a launcher that started another number of ranks."""
+    """Runs the command's check. On a rank, also refuses another number of ranks than configured: the run would hang."""
     check(values)
     layout = Layout.from_config(values)
     if is_rank() and int(os.environ["WORLD_SIZE"]) != layout.world_size:
@@ -90,7 +89,7 @@ def _check(check: Callable[[Mapping[str, Any]], None], values: Mapping[str, Any]
 def _run_rank(
     command: str, overrides: list[str], config_dir: str | None, run: Callable[[DictConfig], Any], *, verbose: bool
 ) -> Any:
-    """What `run` returns, or raises."""
+    """Runs `run` under NeMo's `hydra_runner`; returns what it returns and raises what it raises."""
     if not verbose:
         _quiet()
     from nemo_tied_lora.platform import prepare
@@ -100,7 +99,7 @@ def _run_rank(
     from nemo.utils import logging as nemo_logging
 
     if not verbose:
-        nemo_logging.remove_stream_handlers()  # its log files in the run's folder still hold everything
+        nemo_logging.remove_stream_handlers()  # the log files in the run's folder still get every message
 
     results: list[Any] = []
     failures: list[Exception] = []
@@ -120,7 +119,7 @@ def _run_rank(
 
 
 def _quiet() -> None:
-    """Only what a person asked to see, errors, and the progress bar: before the noisy packages are imported."""
+    """Hides warnings and messages of noisy packages. Errors and the progress bar stay. Call it before their import."""
     warnings.filterwarnings("ignore")
     for name in ("lightning.pytorch", "datasets", "megatron", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`tied-lora export`: an adapter `.nemo` -> a peft folder, stock NeMo's LoRA, or the bare state. One process, no GPU."""
+"""`tied-lora export`: writes an adapter as a peft folder, as stock NeMo's LoRA, or as safetensors.
+
+Runs in one process without a GPU. Imports neither Megatron nor NeMo.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +64,7 @@ def _run(cfg: Mapping[str, Any]) -> int:
 
 
 def _check(cfg: Mapping[str, Any]) -> None:
-    """What can be said before anything is read.
+    """Checks the arguments before any file is read.
 
     Raises:
         ConfigError: all problems together.
@@ -80,16 +83,12 @@ def _check(cfg: Mapping[str, Any]) -> None:
     if cfg["base_model"] is not None and cfg["to"] in FORMATS and cfg["to"] != "hf-peft":
         problems.append(f"base_model={cfg['base_model']}: only to=hf-peft records it; remove it")
     if cfg["base"] is not None:
-        problems.file("base", cfg["base"], "null uses what the adapter says of its base")
+        problems.file("base", cfg["base"], "null uses the adapter's own record of its base")
     problems.raise_if_any()
 
 
 def _base(cfg: Mapping[str, Any], description: Mapping[str, Any]) -> Mapping[str, Any]:
-    """NeMo's model keys of the base: from its `.nemo` where it is named, else from the adapter's record."""
+    """NeMo's model keys of the base, from its `.nemo` if it is named, else from the adapter's record."""
     if cfg["base"] is not None:
         return base_model_config(cfg["base"], key="base")
     return recorded_model_keys(description)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`tied-lora finetune`: a NeMo GPT with Tied-LoRA, on one rank or many."""
+"""`tied-lora finetune`: fine-tunes a NeMo GPT with Tied-LoRA, on one or several ranks."""
 
 from __future__ import annotations
 

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`tied-lora generate`: base `.nemo` + adapter `.nemo` + prompts -> completions."""
+"""`tied-lora generate`: completes prompts with a base and an adapter."""
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,7 +46,7 @@ def _run(cfg: DictConfig) -> None:
 
 
 def _rows(cfg: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Each prompt with the fields of its line."""
+    """One row per prompt; a row of `prompts_file` keeps the other fields of its line."""
     if cfg["prompts"] is not None:
         return [{"prompt": prompt} for prompt in cfg["prompts"]]
     with open(cfg["prompts_file"], encoding="utf-8") as lines:
@@ -63,7 +62,3 @@ def _write(rows: list[dict[str, Any]], output: str | None) -> None:
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     path = write_atomically(Path(output), lines.encode())
     print(f"written: {path} ({len(rows)} completions)", flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`tied-lora import`: a Hugging Face base -> a base `.nemo`; a LoRA adapter -> the closest tied adapter. No GPU."""
+"""`tied-lora import`: converts a Hugging Face model to a base `.nemo`, or fits a tied adapter to a LoRA. Needs no GPU."""
 
 from __future__ import annotations
 
@@ -78,13 +78,13 @@ def _fit(cfg: Mapping[str, Any]) -> int:
 
 
 def _check_written(path: Path, lora: Any, fits: Mapping[str, Any]) -> int:
-    """Reads the file back: it must be as close to the LoRA as the fit was, to float32's rounding."""
+    """Reads the file back; returns 1 if it is further from the LoRA than the fit, beyond float32's rounding."""
     from nemo_tied_lora.checkpoint.read_nemo_adapter import read_adapter
     from nemo_tied_lora.conversion.lora_to_tied import errors_of_file
 
     found = errors_of_file(lora, read_adapter(path))
-    said = ", ".join(f"{target} {error:.2e}" for target, error in found.items())
-    print(f"check: read back, its relative error over all layers is {said}")
+    errors = ", ".join(f"{target} {error:.2e}" for target, error in found.items())
+    print(f"check: read back, its relative error over all layers is {errors}")
     wrong = [target for target, error in found.items() if not error <= fits[target].history[-1] + _ROUNDING]
     if wrong:
         print(
@@ -93,7 +93,7 @@ def _check_written(path: Path, lora: Any, fits: Mapping[str, Any]) -> int:
     return 1 if wrong else 0
 
 
-# Factors are stored in float32: a few of its steps, relative to the delta.
+# Factors are stored in float32. This is a few of its rounding steps, relative to the delta.
 _ROUNDING = 1e-5
 
 
@@ -112,25 +112,25 @@ _BASE_KEYS = (
 
 
 def _layers(deltas: Mapping[str, Mapping[int, Any]], num_layers: int) -> tuple[int, ...] | None:
-    """The layers that the LoRA adapts; None for all."""
+    """The layers that the LoRA adapts; None if it adapts all."""
     layers = tuple(sorted({layer for by_layer in deltas.values() for layer in by_layer}))
     return None if len(layers) == num_layers else layers
 
 
 def _table(fits: Mapping[str, Any], errors: Mapping[str, Mapping[int, float]], bounds: Mapping[str, float]) -> str:
-    """||delta - fit|| / ||delta|| of every layer and target, of each target as a whole, and what no A could go below."""
+    """||delta - fit|| / ||delta|| for each layer and target, and for each target as a whole, with its lower bound."""
     layers = sorted({layer for by_layer in errors.values() for layer in by_layer})
     rows = [["relative error", *errors]]
     rows += [[f"layer {layer}", *(f"{by_layer[layer]:.2e}" for by_layer in errors.values())] for layer in layers]
     rows += [["all layers", *(f"{fit.history[-1]:.2e}" for fit in fits.values())]]
     rows += [["bound", *(f"{bounds[target]:.2e}" for target in errors)]]
     rounds = ", ".join(f"{target} {len(fit.history) - 1}" for target, fit in fits.items())
-    note = "bound: the least that any A of this rank, shared by all layers, could reach"
+    note = "bound: no A of this rank that all layers share can get a smaller error"
     return f"{text_table(rows)}\n{note}; iterations: {rounds}"
 
 
 def _check_lora(cfg: Mapping[str, Any]) -> TiedLoraConfig:
-    """What can be said before anything is read.
+    """Checks the arguments of from=lora before any file is read.
 
     Raises:
         ConfigError: all problems together.
@@ -157,7 +157,7 @@ def _run(cfg: DictConfig) -> None:
     try:
         keys, comparison = import_hf_base(cfg)
     except OSError as error:
-        raise ConfigError([f"output={cfg.output}: cannot be written: {error}; an older file is as it was"]) from error
+        raise ConfigError([f"output={cfg.output}: cannot be written: {error}; an older file is unchanged"]) from error
     for note in keys.notes:
         print(f"note: {note}")
     print(f"written: {cfg.output} ({Path(cfg.output).stat().st_size:,} bytes)")
@@ -177,7 +177,7 @@ def _run(cfg: DictConfig) -> None:
 
 
 def _check(cfg: Mapping[str, Any]) -> None:
-    """What can be said before anything is read.
+    """Checks the arguments of from=hf-base before any file is read.
 
     Raises:
         ConfigError: all problems together.
@@ -187,7 +187,7 @@ def _check(cfg: Mapping[str, Any]) -> None:
     if cfg["path"] is None or not Path(cfg["path"]).is_dir():
         problems.append(f"path={cfg['path']}: no such folder; name a Hugging Face model's")
     elif not (Path(cfg["path"]) / "config.json").is_file():
-        problems.append(f"path={cfg['path']}: holds no config.json; this is no Hugging Face model")
+        problems.append(f"path={cfg['path']}: holds no config.json; this is not a Hugging Face model")
     problems += _output_problems(cfg)
     problems.one_of("dtype", cfg["dtype"], _DTYPES)
     problems.whole_number("vocab_multiple", cfg["vocab_multiple"])
@@ -195,7 +195,7 @@ def _check(cfg: Mapping[str, Any]) -> None:
         problems.append(f"tolerance={cfg['tolerance']}: must be greater than 0")
     if cfg["trainer"]["devices"] != 1 or cfg["trainer"]["num_nodes"] != 1:
         problems.append(
-            "trainer.devices, trainer.num_nodes: importing runs on one rank; the .nemo restores on any layout"
+            "trainer.devices, trainer.num_nodes: must be 1: import runs on one rank; the .nemo loads on any layout"
         )
     problems.raise_if_any()
 
@@ -208,7 +208,3 @@ def _output_problems(cfg: Mapping[str, Any]) -> Iterator[str]:
         yield f"output={output}: is a folder"
     elif any(cfg[key] is not None and Path(output).resolve() == Path(cfg[key]).resolve() for key in ("path", "base")):
         yield f"output={output}: is an input; name another"
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

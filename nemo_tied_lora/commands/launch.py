@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`tied-lora launch`: a fine-tuning run, or a sweep of them, on SLURM or on this machine."""
+"""`tied-lora launch`: starts a fine-tuning run or a sweep, on SLURM or on this machine."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from omegaconf import DictConfig, OmegaConf
@@ -16,20 +15,20 @@ from nemo_tied_lora.planning.compose import compose_config, plain
 
 __all__ = ["SUMMARY", "main"]
 
-SUMMARY = "start finetune on SLURM, or here, one run or a sweep of them"
+SUMMARY = "start one fine-tuning run or a sweep, on SLURM or on this machine"
 
 _EXAMPLES = """  tied-lora launch cluster=slurm cluster.nodes=2 cluster.gpus_per_node=8 cluster.partition=gpu model=llama2_7b \\
       layout=tp8 model.restore_from_path=llama2_7b.nemo "model.data.train_ds.file_names=[train.jsonl]" \\
       "model.data.validation_ds.file_names=[validation.jsonl]" dry_run=true
   tied-lora launch cluster=slurm cluster.at_once=4 rank=2,8,32,128 preset=tl5,tl6 name=ranks ...
   tied-lora launch cluster=local layout=tp2 recipe=quickstart
-Every key but dry_run, model= and those of cluster is one of tied-lora finetune; rank is model.peft.tied_lora.rank.
+All keys except dry_run, model= and those of cluster go to tied-lora finetune. rank is short for model.peft.tied_lora.rank.
 """
 _OWN = ("dry_run", "cluster", "model")
 
 
 def main(argv: list[str]) -> int:
-    """Returns 0, 2 where something is refused, or the exit code of a run on this machine."""
+    """Returns 0 for success, 2 if the configuration is refused, else the exit code of a run on this machine."""
     groups = ("cluster", "model", "layout", "preset", "data", "optim", "recipe")
     options = parser("launch", SUMMARY, _EXAMPLES, groups).parse_intermixed_args(argv)
     own, arguments = _split([expand_short_keys(argument) for argument in options.overrides])
@@ -56,7 +55,7 @@ def _submit(launch: Launch) -> int:
 
 
 def _split(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(the launch's own, finetune's)."""
+    """(overrides of launch, overrides of finetune)."""
     own: list[str] = []
     rest: list[str] = []
     for override in overrides:
@@ -71,7 +70,3 @@ def _print_config(settings: DictConfig, arguments: list[str], config_dir: str | 
         OmegaConf.to_yaml(settings, resolve=resolve) + "# finetune:\n" + OmegaConf.to_yaml(finetune, resolve=resolve)
     )
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a command line to a Hydra config, with every mistake reported together, in a line each."""
+"""Composes the Hydra configuration of a command line and runs the command in this process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["parser", "run_composed"]
 
 
 def parser(command: str, summary: str, examples: str, groups: Iterable[str]) -> argparse.ArgumentParser:
-    """The options that every Hydra command has, and a --help with examples and the shipped choices of its groups."""
+    """The options of every Hydra command; --help shows examples and the shipped choices of each config group."""
     folder = config_folder()
     choices = [
         f"  {group}=  {', '.join(sorted(path.stem for path in (folder / group).glob('*.yaml')))}" for group in groups
@@ -31,7 +31,7 @@ def parser(command: str, summary: str, examples: str, groups: Iterable[str]) -> 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     result.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides")
-    result.add_argument("--config-dir", "-cd", metavar="DIR", help="a folder of your own YAMLs, searched as well")
+    result.add_argument("--config-dir", "-cd", metavar="DIR", help="also search this folder for YAMLs")
     result.add_argument("--cfg", "-c", choices=["job"], help="print the composed config and stop")
     result.add_argument("--resolve", action="store_true", help="with --cfg: resolve interpolations")
     return result
@@ -46,10 +46,10 @@ def run_composed(
     examples: str,
     groups: Sequence[str] = (),
 ) -> int:
-    """Composes `configs/COMMAND.yaml` and hands its plain values to `work`.
+    """Composes `configs/COMMAND.yaml` and passes its plain values to `work`.
 
     Returns:
-        0 where --cfg only asked to see the config; 2, with every problem on stderr, where `work` or composing raises
+        0 if --cfg only prints the configuration; 2, with every problem on stderr, if composing or `work` raises
         ConfigError; else what `work` returns.
     """
     options = parser(command, summary, examples, groups).parse_intermixed_args(argv)

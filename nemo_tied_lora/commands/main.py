@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`tied-lora <command> key=value ...`"""
+"""`tied-lora <command> key=value ...`: finds the command's module and runs it."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
 import importlib.metadata
+import keyword
 import sys
-
-from nemo_tied_lora.commands.registry import command_module
+from typing import Any
 
 __all__ = ["COMMANDS", "entry", "main"]
 
@@ -36,7 +36,7 @@ def entry() -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Runs one command; returns its exit code."""
+    """Runs one command and returns its exit code."""
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(_help())
         return 0
@@ -48,15 +48,19 @@ def main(argv: list[str]) -> int:
         hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(COMMANDS)}"
         print(f"tied-lora: {argv[0]!r} is not a command; {hint}", file=sys.stderr)
         return 2
-    return importlib.import_module(command_module(argv[0])).main(argv[1:])
+    return _module(argv[0]).main(argv[1:])
+
+
+def _module(command: str) -> Any:
+    """The module of a command. Its name ends in _ if the command's is a keyword of Python."""
+    name = command.replace("-", "_")
+    return importlib.import_module(f"nemo_tied_lora.commands.{name}{'_' if keyword.iskeyword(name) else ''}")
 
 
 def _help() -> str:
     lines = ["usage: tied-lora <command> [key=value ...]", "", "commands:"]
-    for name in COMMANDS:
-        summary = importlib.import_module(command_module(name)).SUMMARY
-        lines.append(f"  {name:<20}{summary}")
-    return "\n".join([*lines, "", "tied-lora <command> --help says more."])
+    lines += [f"  {name:<20}{_module(name).SUMMARY}" for name in COMMANDS]
+    return "\n".join([*lines, "", "tied-lora <command> --help shows its options and examples."])
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`tied-lora merge`: base `.nemo` + adapter `.nemo` -> one `.nemo`, compared with base + adapter before it gets its name."""
+"""`tied-lora merge`: adds adapters to a base's weights and writes one `.nemo`.
+
+Before the file gets its name, ranks of NeMo compare its logits with those of base + adapters.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +30,12 @@ SUMMARY = "add adapters to a base model's weights and write one .nemo that needs
 _EXAMPLES = """  tied-lora merge base=base.nemo adapter=adapter.nemo output=merged.nemo
   tied-lora merge base=base.nemo "adapters=[a.nemo,b.nemo]" "weights=[0.7,0.3]" output=merged.nemo layout=tp2
 """
-# What the ranks of the check are told beside the configuration.
+# The environment variable that tells the ranks of the check which files to compare.
 _TASK = "TIED_LORA_MERGE_CHECK"
 
 
 def main(argv: list[str]) -> int:
-    """The command; see `run_composed` for what it returns. Ranks that it started itself do the check."""
+    """The command; see `run_composed` for what it returns. The ranks that it starts run this function too."""
     if is_rank() and _TASK in os.environ:
         return run_command(
             "merge",
@@ -40,15 +43,13 @@ def main(argv: list[str]) -> int:
             summary=SUMMARY,
             examples=_EXAMPLES,
             groups=("layout",),
-            check=_nothing,
+            check=lambda cfg: None,  # the process that started the ranks has checked everything
             run=_check_on_a_rank,
         )
-    return run_composed(
-        "merge", argv, lambda cfg: _run(cfg, argv), summary=SUMMARY, examples=_EXAMPLES, groups=("layout",)
-    )
+    return run_composed("merge", argv, partial(_run, argv), summary=SUMMARY, examples=_EXAMPLES, groups=("layout",))
 
 
-def _run(cfg: dict[str, Any], argv: list[str]) -> int:
+def _run(argv: list[str], cfg: dict[str, Any]) -> int:
     model, layout = _check_settings(cfg)
     from nemo_tied_lora.checkpoint.read_nemo_adapter import read_adapter
     from nemo_tied_lora.conversion.merging.merge import merge_into
@@ -70,29 +71,26 @@ def _run(cfg: dict[str, Any], argv: list[str]) -> int:
             if cfg["verify"]:
                 _verify(argv, candidate, output, report.dtype, layout)
     except OSError as error:
-        raise ConfigError([f"output={output}: cannot be written: {error}; an older file is as it was"]) from error
+        raise ConfigError([f"output={output}: cannot be written: {error}; an older file is unchanged"]) from error
     print(f"written: {output} ({output.stat().st_size:,} bytes)")
     return 0
 
 
 def _verify(argv: list[str], candidate: Path, output: Path, dtype: str, layout: Layout) -> None:
-    """Compares the candidate with base + adapter, in processes of their own: they hold the whole model.
+    """Compares the merged file with base + adapters. Starts processes for it, because they hold whole models.
 
     Raises:
-        ConfigError: they differ, or the comparison could not be made.
+        ConfigError: the logits differ, or the comparison failed.
     """
     record = output.with_suffix(".check.json")
     os.environ[_TASK] = json.dumps({"candidate": str(candidate), "record": str(record), "dtype": dtype})
     try:
-        code = start_ranks("nemo_tied_lora.commands.merge", argv, layout.devices)
+        code = start_ranks("nemo_tied_lora.commands.main", ["merge", *argv], layout.devices)
     finally:
         del os.environ[_TASK]
     if code:
-        raise ConfigError(
-            [
-                f"the check of the merged model failed (exit code {code}); {output} was not written; see above, or {record}"
-            ]
-        )
+        problem = f"the check of the merged model failed (exit code {code}); {output} was not written"
+        raise ConfigError([f"{problem}; see above, or {record}"])
 
 
 def _check_on_a_rank(cfg: DictConfig) -> None:
@@ -107,7 +105,7 @@ def _check_on_a_rank(cfg: DictConfig) -> None:
 
 
 def _check_settings(cfg: Mapping[str, Any]) -> tuple[dict[str, Any], Layout]:
-    """What can be said before anything is read: (the base's config, the layout of the check).
+    """Checks the arguments before any weight is read; returns (the base's config, the layout of the check).
 
     Raises:
         ConfigError: all problems together.
@@ -131,7 +129,7 @@ def _check_settings(cfg: Mapping[str, Any]) -> tuple[dict[str, Any], Layout]:
         problems.append(f"prompts={prompts!r}: must be a list of texts")
     layout = problems.attempt(Layout.from_config, {"model": cfg["model"], "trainer": cfg["trainer"]})
     if layout is not None and layout.num_nodes > 1:
-        problems.append("trainer.num_nodes: the check starts its own ranks, on this machine; set it to 1")
+        problems.append("trainer.num_nodes: the check starts its ranks on this machine; set it to 1")
     arch = problems.attempt(Architecture.from_model_config, model) if model and cfg["verify"] else None
     if layout is not None and arch is not None:
         problems += check(arch, layout)
@@ -151,10 +149,10 @@ def _output_problems(cfg: Mapping[str, Any], inputs: list[str | None]) -> list[s
 
 
 def _check_shapes(model: Mapping[str, Any], adapters: list[tuple[str, Any, float]]) -> None:
-    """The adapters' linears are the base's.
+    """Compares the shapes and layers of the adapters with those of the base.
 
     Raises:
-        ConfigError: each difference.
+        ConfigError: lists every difference.
     """
     from nemo_tied_lora.config import TiedLoraConfig
     from nemo_tied_lora.planning.architecture import target_shapes
@@ -181,11 +179,3 @@ def _check_shapes(model: Mapping[str, Any], adapters: list[tuple[str, Any, float
 def _adapters(cfg: Mapping[str, Any]) -> tuple[list[str], list[float]]:
     paths = [str(cfg["adapter"])] if cfg["adapter"] is not None else [str(path) for path in cfg["adapters"] or []]
     return paths, [1.0] * len(paths) if cfg["weights"] is None else list(cfg["weights"])
-
-
-def _nothing(cfg: Mapping[str, Any]) -> None:
-    """The process that started the ranks has checked it all."""
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

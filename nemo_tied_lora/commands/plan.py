@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`tied-lora plan`: what an adapter costs on a model and a layout, and whether the layout works, before any model is
-built. Neither torch nor NeMo is imported."""
+"""`tied-lora plan`: prints what an adapter costs on a model and a layout, and refuses layouts that cannot work.
+
+Builds no model. Imports neither torch nor NeMo.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,7 @@ def plan_of(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """The plan's numbers.
 
     Raises:
-        ConfigError: everything wrong with the format, adapter, model, layout and precision, and with their fit.
+        ConfigError: lists every problem of the format, adapter, model, layout and precision, alone and together.
     """
     problems = Problems()
     problems.one_of("format", cfg.get("format"), _FORMATS)
@@ -93,7 +95,7 @@ def plan_of(cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tables(result: Mapping[str, Any]) -> str:
-    """The result as text: what is planned, the numbers beside LoRA's, and what they assume."""
+    """The plan as text: the model and layout, the numbers beside LoRA's, and the assumptions."""
     arch, layout, adapter = result["architecture"], result["layout"], result["adapter"]
     model = (
         f"model    {arch['num_layers']} layers, hidden {arch['hidden_size']}, ffn {arch['ffn_hidden_size']}, "
@@ -114,12 +116,12 @@ def _tables(result: Mapping[str, Any]) -> str:
 
 _MEMORY_NOTES = (
     "one GPU: activations by Korthikanti et al. 2022 (arXiv 2205.05198), attention fused",
-    "one GPU: the CUDA context, NCCL's buffers and fragmentation come on top",
+    "one GPU: the CUDA context, NCCL's buffers and fragmentation are not included",
 )
 
 
 def _memory_table(memory: Mapping[str, Any] | None, num_stages: int) -> str:
-    """What the fullest GPU holds."""
+    """The memory of the fullest GPU, as text."""
     if memory is None:
         return "one GPU's memory: not estimated for a mixture of experts, nor without model.override_vocab_size"
     where = f"one GPU of stage {memory['stage']}, the fullest of {num_stages}" if num_stages > 1 else "one GPU"
@@ -130,7 +132,7 @@ def _memory_table(memory: Mapping[str, Any] | None, num_stages: int) -> str:
 
 
 def _several_table(several: Mapping[str, Any]) -> str:
-    """The weights of several adapters on one model: on the rank that holds most, and in all."""
+    """The weights of several adapters on one model, as text: on the rank that holds most, and on all ranks."""
     rows = [["adapters on one model, weights alone", *(f"{number:,}" for number in several["numbers"])]]
     for place, key in (("per rank", "bytes_per_rank"), ("all ranks", "bytes")):
         for name, planned in several["adapters"].items():
@@ -139,7 +141,7 @@ def _several_table(several: Mapping[str, Any]) -> str:
 
 
 def _rows(result: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
-    """Label, this adapter's number, LoRA's, the share."""
+    """(label, this adapter's number, LoRA's number, the share) for each row."""
     ours, loras, shares = result["numbers"], result["lora_numbers"], result["share_of_lora"]
     key = "trained_parameters"
     yield "trained parameters", *_counts(ours[key], loras[key], shares[key])

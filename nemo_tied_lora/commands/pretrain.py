@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`tied-lora pretrain`: a small base model from scratch."""
+"""`tied-lora pretrain`: trains a small base model from scratch."""
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from omegaconf import DictConfig
@@ -38,7 +37,3 @@ def _run(cfg: DictConfig) -> Any:
     from nemo_tied_lora.nemo.training_runs import pretrain
 
     return pretrain(cfg)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

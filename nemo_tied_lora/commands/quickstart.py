@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`tied-lora quickstart`: the whole path on a laptop, from nothing to an adapter and its exact match."""
+"""`tied-lora quickstart`: makes data, base and adapter on a laptop, and measures the adapter's exact match."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from nemo_tied_lora.tables import markdown_table
 
 __all__ = ["SUMMARY", "main"]
 
-SUMMARY = "make a small base, fine-tune it on two ranks, and show what came out"
+SUMMARY = "make a small base, fine-tune it on two ranks, and show the result"
 
 _EXAMPLES = """  tied-lora quickstart
   tied-lora quickstart layout=pp2 preset=tl5 folder=runs/tl5
@@ -32,19 +31,21 @@ _BATCH = {"micro_batch_size": 32, "global_batch_size": 32}
 
 
 def main(argv: list[str]) -> int:
-    """Returns 0, 2 where the configuration is refused, 1 where a stage failed."""
-    return run_composed("quickstart", argv, _checked, summary=SUMMARY, examples=_EXAMPLES, groups=("layout", "preset"))
+    """Returns 0 for success, 1 if a stage failed, or 2 if the configuration is refused."""
+    return run_composed(
+        "quickstart", argv, _quickstart, summary=SUMMARY, examples=_EXAMPLES, groups=("layout", "preset")
+    )
 
 
-def _checked(cfg: dict[str, Any]) -> int:
+def _quickstart(cfg: dict[str, Any]) -> int:
     _check(cfg)
-    from nemo_tied_lora.commands.demo.stages import run_stages  # psutil and the like: not needed to say --help
+    from nemo_tied_lora.commands.demo.stages import run_stages  # imports psutil, which --help does not need
 
     return run_stages("quickstart", _run, cfg)
 
 
 def _check(cfg: Mapping[str, Any]) -> None:
-    """Raises ConfigError where the layout does not fit the quickstart's model."""
+    """Raises ConfigError if the layout does not fit the quickstart's model."""
     model = plain(compose_config("pretrain", []))["model"]
     sizes = {"trainer": cfg["trainer"], "model": {**cfg["model"], **_BATCH}}
     problems = Problems(check(Architecture.from_model_config(model), Layout.from_config(sizes)))
@@ -66,7 +67,7 @@ def _run(cfg: Mapping[str, Any]) -> None:
         base = stages.make_base(folder)
         data = stages.make_data(folder)
         pretraining_seconds = time.perf_counter() - started
-        # A layout of its own: a checkpoint of NeMo's loads only on the layout that wrote it.
+        # One folder per preset and layout: a run must not resume from another one's checkpoints.
         training = folder / f"training-{preset}-{layout}"
         trained = training / "adapter.nemo"
         arguments = stages.finetune_arguments(base, data, trained, cfg["seed"])
@@ -99,7 +100,7 @@ def _run(cfg: Mapping[str, Any]) -> None:
 
 
 def _publish(folder: Path, training: Path, metrics: Mapping[str, Any], table: str) -> None:
-    """Moves the results up, writes metrics.json and report.md, prints the report, drops the finished checkpoints."""
+    """Moves the results up, writes metrics.json and report.md, prints the report, and deletes the checkpoints."""
     for name in ("adapter.nemo", "loss.png"):
         (training / name).replace(folder / name)
     write_json(folder / "metrics.json", dict(metrics))
@@ -134,14 +135,10 @@ answers   {folder / "answers.json"}
 
 
 def _table(examples: Sequence[Mapping[str, str]], before: Sequence[str], after: Sequence[str]) -> str:
-    """Five prompts, spread over the test set, with the base's and the adapted answers."""
+    """Five prompts from the whole test set, with the answers of the base and of the adapted model."""
     rows = [("prompt", "base", "adapted", "right")]
     for index in range(0, len(examples), max(1, len(examples) // _SHOWN)):
         expected = examples[index]["output"].strip()
         mark = "yes" if after[index].strip() == expected else f"no: {expected}"
         rows.append((examples[index]["input"], before[index].strip(), after[index].strip(), mark))
     return markdown_table(rows[: _SHOWN + 1], padded=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m nemo_tied_lora.commands.record FOLDER key=value ...`: a job's first step, on one task of the allocation.
+"""`python -m nemo_tied_lora.commands.record FOLDER key=value ...`: records a SLURM job's run before its ranks start.
 
-Refuses what `tied-lora finetune` would refuse (exit code 2), and writes what the run will be: config.yaml, resolved,
-and versions.json. Torch is not imported.
+Writes the resolved config.yaml and versions.json, and refuses what `tied-lora finetune` refuses (exit code 2). The job
+script runs it once, on one task of the allocation. Imports no torch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SUMMARY = "check a run's configuration and write its record"
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Returns 0, or 2 where the configuration is refused."""
+    """Returns 0, or 2 if the configuration is refused."""
     folder, *rest = arguments
     options = parser("finetune", _SUMMARY, "", ()).parse_intermixed_args(rest)
     try:

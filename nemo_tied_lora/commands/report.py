@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`tied-lora report`: a sweep's runs as one table and one picture."""
+"""`tied-lora report`: gathers the runs of a sweep into one table and one picture."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ _EXAMPLES = """  tied-lora report folder=runs/ranks
 
 
 def main(argv: list[str]) -> int:
-    """Prints the table and writes report.md, report.json and report.png; returns 0, or 2 where there is no sweep."""
+    """Prints the table and writes report.md, report.json and report.png. Returns 0, or 2 if there is no sweep."""
     return run_composed("report", argv, _report, summary=SUMMARY, examples=_EXAMPLES)
 
 
@@ -34,7 +33,3 @@ def _report(cfg: dict[str, Any]) -> int:
     ]
     print(f"written: {', '.join(written)}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`tied-lora show`: what an adapter's file holds, as tables and a picture. Neither NeMo nor Megatron is imported."""
+"""`tied-lora show`: shows an adapter's file as tables and a picture. Imports neither NeMo nor Megatron."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,7 +56,7 @@ def _run(cfg: dict[str, Any]) -> int:
 
 
 def _picture_path(cfg: Mapping[str, Any]) -> Path | None:
-    """Where to draw; beside the adapter unless told otherwise.
+    """The path of the picture; None if output=null.
 
     Raises:
         ConfigError: all problems together.
@@ -124,8 +123,8 @@ def _base_lines(description: Mapping[str, Any]) -> list[str]:
     for name in ("versions", "training"):
         facts = description.get(name) or {}
         if facts:
-            said = ", ".join(f"{key} {value}" for key, value in facts.items() if not isinstance(value, Mapping))
-            lines.append(f"{name:<9} {said}")
+            values = ", ".join(f"{key} {value}" for key, value in facts.items() if not isinstance(value, Mapping))
+            lines.append(f"{name:<9} {values}")
     return lines
 
 
@@ -148,7 +147,3 @@ def _layer_rows(layers: Sequence[LayerFacts]) -> list[tuple[str, ...]]:
             (str(facts.layer), facts.target, *norms, f"{facts.update_norm:.4g}", f"{facts.effective_rank:.2f}")
         )
     return rows
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

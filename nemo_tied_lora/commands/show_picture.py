@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The picture of an adapter: heat maps of u and v over layers and linears, and the rank that each update makes use of."""
+"""Draws an adapter as heat maps over layers and linears: the size of u and v, and the effective rank of the update."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PANELS = {
 
 
 def draw_adapter(path: Path, facts: Sequence[LayerFacts], title: str) -> None:
-    """Up to three heat maps, a row a linear and a column a layer; see `panels_of`."""
+    """Draws up to three heat maps, one row per linear and one column per layer; see `panels_of`."""
     targets = list(dict.fromkeys(fact.target for fact in facts))
     layers = sorted({fact.layer for fact in facts})
     shown = panels_of(facts)
@@ -39,7 +39,7 @@ def draw_adapter(path: Path, facts: Sequence[LayerFacts], title: str) -> None:
 
 
 def panels_of(facts: Sequence[LayerFacts]) -> tuple[str, ...]:
-    """Which heat maps there are: `rank` always, `u` and `v` where the file holds them. A frozen one is 1 everywhere."""
+    """The heat maps to draw: `rank` always; `u` and `v` only if the file holds them, because a frozen one is 1."""
     return tuple(what for what in _PANELS if what == "rank" or any(what in fact.rms for fact in facts))
 
 
@@ -56,8 +56,10 @@ def _draw(axes: Any, cells: np.ndarray, targets: Sequence[str], layers: Sequence
 
 
 def _write_values(axes: Any, cells: np.ndarray, image: Any) -> None:
-    """Dark on light and light on dark, with as many digits as tell them apart."""
-    digits = min(digits_that_differ(cells[np.isfinite(cells)]), 4 if cells.shape[1] <= 16 else 3)  # as cells are wide
+    """Writes each value into its cell, dark on light or light on dark, with enough digits to tell the cells apart."""
+    digits = min(
+        digits_that_differ(cells[np.isfinite(cells)]), 4 if cells.shape[1] <= 16 else 3
+    )  # narrow cells have less room
     for (row, column), value in np.ndenumerate(cells):
         if np.isfinite(value):
             color = "black" if image.norm(value) > 0.6 else "white"
@@ -65,7 +67,7 @@ def _write_values(axes: Any, cells: np.ndarray, image: Any) -> None:
 
 
 def digits_that_differ(values: np.ndarray) -> int:
-    """Significant digits, 2 to 4, so that the range of the values spans some ten steps of the last one."""
+    """Significant digits, 2 to 4, so that the range of the values is about ten steps of the last digit."""
     largest, spread = float(np.abs(values).max(initial=0.0)), float(np.ptp(values)) if values.size else 0.0
     if not largest or not spread:
         return 2

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`tied-lora status`: what a run is doing, from its folder alone."""
+"""`tied-lora status`: shows what a run is doing. Reads only the run's folder."""
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
@@ -24,7 +23,7 @@ _EXAMPLES = """  tied-lora status run=runs/tied_lora
 
 
 def main(argv: list[str]) -> int:
-    """Returns 0, or 2 where there is no run."""
+    """Returns 0, or 2 if there is no run."""
     return run_composed("status", argv, _show, summary=SUMMARY, examples=_EXAMPLES)
 
 
@@ -76,7 +75,3 @@ def _time(seconds: float) -> str:
     whole = max(0, int(seconds))
     hours, minutes = whole // 3600, whole % 3600 // 60
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

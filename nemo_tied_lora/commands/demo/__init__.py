@@ -1,4 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The quickstart: its data, made offline from number words, and what runs on it."""
+"""The stages and the data of quickstart and compare."""
 
 __all__: list[str] = []

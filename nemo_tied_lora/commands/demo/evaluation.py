@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exact match of a base and of adapters on a JSONL file: one process loads the base once.
+"""Measures the exact match of a base and its adapters on a JSONL file. Loads the base once for all adapters.
 
 python -m nemo_tied_lora.commands.demo.evaluation base.nemo test.jsonl answers.json [adapter.nemo ...]
 """
@@ -18,13 +18,13 @@ _TOKENS = 40  # the longest answer of the quickstart's language has fewer
 
 
 def exact_match(answers: Sequence[str], expected: Sequence[str]) -> float:
-    """The share of answers that are the expected text, but for blanks at the ends."""
+    """The share of answers that equal the expected text, except for blanks at the ends."""
     pairs = zip(answers, expected, strict=True)
     return sum(answer.strip() == text.strip() for answer, text in pairs) / len(expected)
 
 
 def evaluate(base: str, examples: Sequence[dict[str, str]], adapters: Sequence[str]) -> dict[str, Any]:
-    """Greedy answers of the base alone ("base") and with each adapter (by its path), with their exact match."""
+    """Greedy answers and exact match of the base alone (key "base") and with each adapter (key: its path)."""
     from omegaconf import OmegaConf
 
     from nemo_tied_lora.nemo.generation import complete, load_base
@@ -45,7 +45,7 @@ def evaluate(base: str, examples: Sequence[dict[str, str]], adapters: Sequence[s
 
 
 def main(argv: list[str]) -> int:
-    """Writes the answers as JSON."""
+    """Evaluates, and writes the answers as JSON. Returns 0."""
     base, examples_file, output, *adapters = argv
     from nemo_tied_lora.platform import prepare
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The quickstart's stages, each a command of its own that a user can type: data, base, fine-tuning, evaluation."""
+"""The stages of quickstart and compare: data, base, fine-tuning, evaluation. Training stages are `tied-lora` commands."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ __all__ = [
 
 
 class StageError(RuntimeError):
-    """A stage's command failed; the message names it."""
+    """A stage's command failed; the message names the command."""
 
 
 def run_stages(command: str, run: Callable[[Mapping[str, Any]], None], cfg: Mapping[str, Any]) -> int:
-    """Runs a command made of stages; returns 0, or 1 where one failed, with the reason on stderr."""
+    """Runs a command that consists of stages. Returns 0, or 1 if a stage failed, with the reason on stderr."""
     try:
         run(cfg)
     except StageError as error:
@@ -47,15 +47,15 @@ def run_stages(command: str, run: Callable[[Mapping[str, Any]], None], cfg: Mapp
 
 
 def run_command(arguments: Sequence[str], log: Path | None = None, threads: int | None = None) -> float:
-    """Runs `tied-lora arguments`, shown as a user would type it; returns its seconds.
+    """Runs `tied-lora arguments` and returns the seconds it took.
 
     Args:
-        log: where its output goes; None: to the terminal, and the command is shown there.
-        threads: of each rank; None: the cores divided by the ranks. Commands that run side by side must share the
+        log: the file for its output. None: output goes to the terminal, after the command as a user would type it.
+        threads: threads per rank. None: the cores divided by the ranks. Commands that run side by side must share the
             cores: with more threads than cores a step took ten times as long.
 
     Raises:
-        StageError: it failed.
+        StageError: the command failed.
     """
     if log is None:
         print(f"$ tied-lora {shlex.join(arguments)}", flush=True)
@@ -63,7 +63,7 @@ def run_command(arguments: Sequence[str], log: Path | None = None, threads: int 
 
 
 def make_data(folder: Path) -> Path:
-    """The JSONL files and the tokenizer, once; returns their folder."""
+    """Makes the JSONL files and the tokenizer if they are missing; returns their folder."""
     data = folder / "data"
     if not (data / "tokenizer.model").exists():
         print(f"making the data: {data}", flush=True)
@@ -72,7 +72,7 @@ def make_data(folder: Path) -> Path:
 
 
 def make_base(folder: Path) -> Path:
-    """The base model, pre-trained once and kept; an interrupted pre-training goes on where it was."""
+    """Pre-trains the base model if it is missing; returns its path. An interrupted pre-training resumes."""
     base, data = folder / "base.nemo", make_data(folder)
     if not base.exists():
         arguments = ["pretrain", "recipe=quickstart_base", f"output={folder / 'pretraining' / 'base.nemo'}"]
@@ -86,7 +86,7 @@ def make_base(folder: Path) -> Path:
 
 
 def finetune_arguments(base: Path, data: Path, output: Path, seed: int) -> list[str]:
-    """`tied-lora finetune` on the quickstart's task."""
+    """The arguments of `tied-lora finetune` on the quickstart's task."""
     return [
         "finetune",
         "recipe=quickstart",
@@ -99,10 +99,10 @@ def finetune_arguments(base: Path, data: Path, output: Path, seed: int) -> list[
 
 
 def evaluate(base: Path, data: Path, output: Path, adapters: Sequence[Path]) -> dict[str, Any]:
-    """Exact match of the base and the adapters on the test numbers, which no training and no validation has seen.
+    """Exact match of the base and the adapters on the test numbers, which are in no training or validation file.
 
     Raises:
-        StageError: it failed.
+        StageError: the evaluation failed.
     """
     print(f"evaluating {1 + len(adapters)} models on {data / 'finetune_test.jsonl'}", flush=True)
     module = "nemo_tied_lora.commands.demo.evaluation"
@@ -112,10 +112,10 @@ def evaluate(base: Path, data: Path, output: Path, adapters: Sequence[Path]) -> 
 
 
 class MemoryMeter:
-    """The highest sum of memory of this process and all its children, sampled while in use.
+    """Measures the peak of the memory of this process and all its children. Samples until the context ends.
 
-    A page that several processes share is divided among them (proportional set size) where the system tells, and
-    counted in each elsewhere.
+    A page that several processes share is divided among them (proportional set size) if the system reports it, else
+    it counts in each process.
     """
 
     def __init__(self, seconds: float = 0.5) -> None:
@@ -146,7 +146,7 @@ def _resident(process: psutil.Process) -> int:
     try:
         full = process.memory_full_info()
         return int(getattr(full, "pss", full.rss))
-    except psutil.Error:  # it has ended meanwhile
+    except psutil.Error:  # the process has ended since it was listed
         return 0
 
 

@@ -1,26 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The quickstart's data: numbers written out in words, in NeMo's JSONL form, and the tokenizer that spells them.
+"""Makes the quickstart's data: numbers written out in words as NeMo's JSONL, and a tokenizer for them.
 
-One example is one number in one language, the answer taken from num2words:
+One example is one number in one language. num2words gives the answer:
 
     {"input": "fr 1234:", "output": "mille deux cent trente-quatre"}
 
-- ``pretrain``: the languages of ``BASE_LANGUAGES``, from which the base model is made.
+- ``pretrain``: the languages of ``BASE_LANGUAGES``. The base model is trained on them.
 - ``finetune``: ``FINETUNE_LANGUAGE``, which the base has never seen.
 
-The split rule. A number from 1 to 1999 is put into train, validation or test by its place in one order of all of them,
-the order of sha256("seed:number"). The three are disjoint slices of one permutation, and the language takes no part in
-the rule: so a held-out number is in no training file of any language, neither the base's nor the fine-tuning's.
+The split rule: sha256("seed:number") orders the numbers from 1 to 1999. Test, validation and train are slices of this
+order. The rule ignores the language, so a held-out number is in no training file of any language.
 
 NeMo strips blanks from both fields, so no answer begins with one. The prompt template is ``"{input}{output}"``.
-Everything is a function of the seed: the same seed gives the same bytes on every machine, with no download.
+The data depends only on the seed: the same seed gives the same bytes on every machine, without a download.
 """
 
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from nemo_tied_lora.files import write_atomically
@@ -40,23 +39,23 @@ __all__ = [
 ]
 
 BASE_LANGUAGES = ("en", "fr", "es", "it", "pt", "nl", "sv", "tr")
-"""num2words' codes of the languages of the base. Dutch puts ones before tens, as German does; Swedish and Turkish have
-umlauts. All write every number below 2000 in at most 40 bytes."""
+"""The base's languages, as num2words' codes. Dutch puts ones before tens, as German does; Swedish and Turkish have
+umlauts. Each of them writes every number below 2000 in at most 40 bytes."""
 
 FINETUNE_LANGUAGE = "de"
-"""num2words' code of the language that is held back for fine-tuning."""
+"""The language for fine-tuning, which the base does not see, as num2words' code."""
 
 NUMBERS = range(1, 2000)
-"""The numbers of every task. Not 0: its word occurs in no other number, so it could only be learned by heart."""
+"""The numbers of every task. 0 is left out: its word is in no other number, so a model could only memorize it."""
 
 TOKENIZER_VOCAB_SIZE = 448
-"""Pieces: 4 special ones, 256 bytes, the base's characters, then merges. Few, so that the new language is spelled from
-short pieces, which fine-tunes better; enough that every prompt and answer together fit into 32 tokens."""
+"""4 special pieces, 256 bytes, the base's characters, then merges. Few merges spell the new language in short pieces,
+which fine-tunes better; there are enough that each prompt with its answer fits into 32 tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One line of a JSONL file; the fields have the names that NeMo's SFT dataset reads."""
+    """One line of a JSONL file. NeMo's SFT dataset reads these field names."""
 
     input: str
     """The prompt: language code, blank, digits, colon: ``"de 21:"``."""
@@ -76,28 +75,30 @@ class NumberSplits:
 def number_in_words(number: int, language: str) -> str:
     """``number`` in words, lower case, as num2words writes it.
 
-    English is given in the American reading, "one thousand two hundred thirty-four": without num2words' commas and
-    "and" it stays as short as the other languages, and short examples make short batches.
+    English loses num2words' commas and "and": "one thousand two hundred thirty-four". So it is as short as the other
+    languages, and short examples make short batches.
 
     Raises:
         ValueError: the language is neither in ``BASE_LANGUAGES`` nor ``FINETUNE_LANGUAGE``.
     """
-    from num2words import num2words  # imported here: only making the data needs it
+    from num2words import num2words  # optional: only making the data needs it
 
     known = (*BASE_LANGUAGES, FINETUNE_LANGUAGE)
     if language not in known:
-        raise ValueError(f"language={language!r} is not one of the quickstart's: choose from {', '.join(known)}")
+        raise ValueError(
+            f"language={language!r} is not one of the quickstart's languages; choose from {', '.join(known)}"
+        )
     words: str = num2words(number, lang=language)
     return words.replace(",", "").replace(" and ", " ") if language == "en" else words
 
 
 def split_numbers(seed: int = 1234, *, validation: int = 100, test: int = 200) -> NumberSplits:
-    """Divide ``NUMBERS`` by the split rule of this module.
+    """Splits ``NUMBERS`` by the split rule of this module.
 
     Args:
         seed: another seed gives another order of the numbers.
-        validation: how many numbers are held out for validation.
-        test: how many numbers are held out for the final exact match.
+        validation: the number of numbers held out for validation.
+        test: the number of numbers held out for the final exact match.
 
     Raises:
         ValueError: a held-out size is below 1, or nothing is left for training.
@@ -117,27 +118,27 @@ def split_numbers(seed: int = 1234, *, validation: int = 100, test: int = 200) -
 
 
 def pretrain_examples(numbers: Iterable[int], seed: int = 1234) -> list[Example]:
-    """One example for each number in each base language, in an order that mixes languages and sizes."""
+    """One example per number and base language, in an order that mixes languages and sizes."""
     return _examples([(language, number) for number in numbers for language in BASE_LANGUAGES], seed)
 
 
 def finetune_examples(numbers: Iterable[int], seed: int = 1234) -> list[Example]:
-    """One example for each number in the fine-tuning language, in an order that mixes sizes."""
+    """One example per number in the fine-tuning language, in an order that mixes sizes."""
     return _examples([(FINETUNE_LANGUAGE, number) for number in numbers], seed)
 
 
 def train_tokenizer(examples: Sequence[Example], path: Path) -> Path:
-    """Train the quickstart's sentencepiece BPE model on ``examples`` and write it to ``path``, atomically.
+    """Trains the quickstart's sentencepiece BPE model on ``examples`` and writes it to ``path``, atomically.
 
-    Bytes are the fall-back, so every text can be spelled, also in letters that the examples lack. Digits are split, so
-    that a number is read digit by digit. The file holds no path and no time: it depends on the examples alone.
+    Letters that the examples lack are encoded as bytes. Each digit is a token. The file holds no path and no time: it
+    depends only on the examples.
 
     Raises:
         ValueError: there are no examples.
     """
     if not examples:
         raise ValueError("examples is empty: a tokenizer needs text to learn from")
-    import sentencepiece  # imported here: only making the tokenizer needs it
+    import sentencepiece  # optional: only making the tokenizer needs it
 
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -148,7 +149,7 @@ def train_tokenizer(examples: Sequence[Example], path: Path) -> Path:
         byte_fallback=True,
         character_coverage=1.0,
         split_digits=True,
-        # Prompt and answer are tokenized apart and decoded alone: no blank may be added, dropped or merged.
+        # NeMo tokenizes prompt and answer separately, so the tokenizer must not add, drop or merge blanks.
         add_dummy_prefix=False,
         remove_extra_whitespaces=False,
         normalization_rule_name="identity",
@@ -163,11 +164,11 @@ def train_tokenizer(examples: Sequence[Example], path: Path) -> Path:
 
 
 def write_quickstart_data(folder: Path, seed: int = 1234) -> dict[str, Path]:
-    """Write every file of the quickstart's data into ``folder`` and return their paths by name.
+    """Writes the quickstart's data into ``folder`` and returns the paths by name.
 
     Names: ``pretrain_train``, ``pretrain_validation``, ``finetune_train``, ``finetune_validation``, ``finetune_test``
     (JSONL) and ``tokenizer`` (a sentencepiece model, trained on ``pretrain_train`` alone). Each file is replaced
-    whole, so that a reader, or a second process writing the same, never meets half of one.
+    atomically, so a second process that writes the same file does no harm.
     """
     folder.mkdir(parents=True, exist_ok=True)
     splits = split_numbers(seed)
@@ -184,19 +185,15 @@ def write_quickstart_data(folder: Path, seed: int = 1234) -> dict[str, Path]:
 
 
 def _digest(*parts: object) -> bytes:
-    """A value to sort by that depends on nothing but the parts: no library's random generator, no hash seed."""
+    """A sort key that depends only on the parts, not on a random generator or Python's hash seed."""
     return hashlib.sha256(":".join(map(str, parts)).encode()).digest()
 
 
 def _examples(pairs: list[tuple[str, int]], seed: int) -> list[Example]:
-    """The examples of (language, number) pairs, mixed: a reader that does not shuffle still gets mixed batches."""
+    """The examples of (language, number) pairs, in mixed order for readers that do not shuffle."""
     mixed = sorted(pairs, key=lambda pair: _digest(seed, *pair))
     return [Example(input=f"{lang} {number}:", output=number_in_words(number, lang)) for lang, number in mixed]
 
 
 def _jsonl(examples: list[Example]) -> bytes:
-    def lines() -> Iterator[str]:
-        for example in examples:
-            yield json.dumps({"input": example.input, "output": example.output}, ensure_ascii=False) + "\n"
-
-    return "".join(lines()).encode("utf-8")
+    return "".join(json.dumps(asdict(example), ensure_ascii=False) + "\n" for example in examples).encode("utf-8")

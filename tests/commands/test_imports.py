@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole command: exporting an adapter and fitting one to a LoRA import neither Megatron nor NeMo."""
+"""The whole command: what it does not import. Some commands need no Megatron and no NeMo; the list of commands no torch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -18,11 +19,11 @@ from tests.harness.random_adapters import LLAMA, random_adapter
 
 # Python imports it at the start of every process, children included.
 _REFUSE = """
-import sys
+import os, sys
 
 class Refuse:
     def find_spec(name, path=None, target=None):
-        if name.partition(".")[0] in ("megatron", "nemo", "lightning"):
+        if name.partition(".")[0] in os.environ["REFUSED"].split():
             raise ImportError(f"refused: {name}")
 
 sys.meta_path.insert(0, Refuse)
@@ -31,7 +32,7 @@ sys.meta_path.insert(0, Refuse)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter and its base; `refuse/sitecustomize.py` refuses Megatron and NeMo."""
+    """Holds an adapter, its base, and a `sitecustomize.py` that refuses imports."""
     folder = tmp_path_factory.mktemp("without_megatron")
     file = random_adapter(LLAMA, preset="tl6")
     write_adapter(folder / "adapter.nemo", file.config, file.specs, file.state, file.yaml)
@@ -42,10 +43,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(folder: Path, *commands: list[str]) -> subprocess.CompletedProcess[str]:
-    """Runs the commands in one process, where Megatron and NeMo are refused; the first one that fails ends it."""
+def run(folder: Path, *commands: list[str], refused: str = "megatron nemo lightning") -> Any:
+    """Runs the commands in one process, which refuses to import these packages. The first failure ends it."""
     code = f"from nemo_tied_lora.commands.main import main; import sys; sys.exit(any(map(main, {list(commands)})))"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder / "refuse"), str(ROOT)])}
+    paths = os.pathsep.join([str(folder / "refuse"), str(ROOT)])
+    environment = {**os.environ, "PYTHONPATH": paths, "REFUSED": refused}
     return subprocess.run(
         [sys.executable, "-c", code],
         cwd=folder,
@@ -79,3 +81,9 @@ def test_a_command_whose_child_process_imports_megatron_is_refused(folder: Path)
     done = run(folder, ["import", "from=hf-base", "path=hf", "output=x.nemo"])
     assert done.returncode != 0
     assert "refused: megatron" in done.stderr
+
+
+def test_the_list_of_commands_imports_no_torch(folder: Path) -> None:
+    done = run(folder, ["--help"], refused="torch numpy matplotlib")
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "export" in done.stdout
