@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The NeMo side: `peft_scheme: tied_lora`, a model mixin, and what a fine-tuning run records."""
+"""Tied-LoRA in NeMo: the PEFT scheme, the model, the trainer's checkpoints and the callbacks of a run."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training checkpoints of an adapter in NeMo: layout-free folders in place of one file a rank.
+"""Writes and reads training checkpoints of an adapter in NeMo, as folders that load on any layout.
 
-NeMo's exp_manager and NeMoModelCheckpoint decide when a checkpoint is made, under which name, and which are removed;
-here stands what is in one. Every other scheme, and training without an adapter, goes NeMo's way.
+NeMo's exp_manager and NeMoModelCheckpoint decide when to write a checkpoint, how to name it, and which ones to remove.
+This module decides what a checkpoint holds. Other PEFT schemes, and training without an adapter, use NeMo's format.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ from nemo_tied_lora.nemo.resuming import KeepRandomStates, whole_steps
 __all__ = ["AdapterCheckpointStrategy", "TiedLoraTrainerBuilder"]
 
 _RANDOM = "random_states"
-# Of Lightning's dictionary: tensors that are kept otherwise, and the model's config, which the run has.
-_KEPT_OTHERWISE = (
+# Keys of Lightning's dictionary that a checkpoint leaves out: the tensors have files of their own, and the run has the
+# model's config.
+_NOT_IN_JSON = (
     "state_dict",
     "sharded_state_dict",
     "optimizer_states",
@@ -51,11 +52,11 @@ _SCHEDULE_LENGTH = ("max_steps", "warmup_steps", "constant_steps", "decay_steps"
 
 
 class TiedLoraTrainerBuilder(MegatronLMPPTrainerBuilder):
-    """NeMo's builder, with the strategy below, and random states that resuming finds again."""
+    """NeMo's builder with `AdapterCheckpointStrategy` and `KeepRandomStates`."""
 
     def _training_strategy(self) -> Any:
         strategy = super()._training_strategy()
-        if type(strategy) is NLPDDPStrategy:  # keeps the arguments that NeMo gave it
+        if type(strategy) is NLPDDPStrategy:  # a change of class keeps the arguments that NeMo passed
             strategy.__class__ = AdapterCheckpointStrategy
         return strategy
 
@@ -64,16 +65,19 @@ class TiedLoraTrainerBuilder(MegatronLMPPTrainerBuilder):
 
 
 class AdapterModelCheckpoint(NeMoModelCheckpoint):
-    """NeMo's callback, where `always_save_nemo` and `save_best_model` meet: it would read the best file by torch."""
+    """NeMo's callback, except if both `always_save_nemo` and `save_best_model` are set.
+
+    NeMo's own would then read the best checkpoint with `torch.load`, but ours is a folder.
+    """
 
     previous_best_path: str
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> Any:
-        """Keeps the `.nemo` the best checkpoint's, or the current adapter's (NeMo's own way)."""
+        """Writes the `.nemo` from the best checkpoint. Unless both settings are on, leaves it to NeMo."""
         if not (self.always_save_nemo and self.save_best_model):
             return super().on_save_checkpoint(trainer, pl_module, checkpoint)
         best: str = self.best_model_path
-        # The best may be the one that is being written: it is saved with the next, as in NeMo.
+        # The best checkpoint may still be in writing. As in NeMo, its .nemo then comes with the next checkpoint.
         if (
             best
             and best != self.previous_best_path
@@ -88,33 +92,33 @@ class AdapterModelCheckpoint(NeMoModelCheckpoint):
 
 
 class AdapterCheckpointStrategy(NLPDDPStrategy):
-    """NeMo's strategy, whose checkpoints of a Tied-LoRA run hold the adapter, not the base, for any layout."""
+    """NeMo's strategy; checkpoints of a Tied-LoRA run hold the adapter, not the base, and load on any layout."""
 
     saves: list[dict[str, float]]
-    """{"seconds", "bytes"} of every checkpoint that this process took part in."""
+    """{"seconds", "bytes"} of every checkpoint that this process has helped to write."""
     _base: dict[str, Any] | None = None
 
     def setup(self, trainer: Trainer) -> None:
-        """NeMo's; and its checkpoint callback learns to find the best adapter."""
+        """NeMo's, then makes NeMo's checkpoint callback an `AdapterModelCheckpoint`."""
         super().setup(trainer)
-        self.saves = getattr(self, "saves", [])  # set up again for a test after training
+        self.saves = getattr(self, "saves", [])  # a test after training calls setup a second time
         if self._adapter() is not None:
             for callback in trainer.checkpoint_callbacks:
                 if type(callback) is NeMoModelCheckpoint:
                     callback.__class__ = AdapterModelCheckpoint
-                    # A killed run may have left later checkpoints than the one that it goes on from. They are made
-                    # again: under their own names, in their own places, not beside themselves as "-v1".
+                    # A killed run may have left checkpoints newer than the one that it resumes from. The resumed run
+                    # overwrites them; a version counter would write a second copy, "-v1".
                     callback._enable_version_counter &= trainer.ckpt_path is None
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """Nothing: `save_checkpoint` gathers it, and asking a distributed optimizer twice costs a collective."""
+        """Empty for an adapter: `save_checkpoint` gathers the state, and a second call would cost a collective."""
         return super().optimizer_state(optimizer) if self._adapter() is None else {}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Writes a folder. All ranks call it; rank 0 writes.
+        """Writes the checkpoint's folder. All ranks call it; rank 0 writes.
 
         Raises:
-            OSError: on every rank, where rank 0 could not write; older checkpoints are as they were.
+            OSError: rank 0 could not write. Raised on every rank; older checkpoints are unchanged.
         """
         adapter = self._adapter()
         if adapter is None:
@@ -132,10 +136,10 @@ class AdapterCheckpointStrategy(NLPDDPStrategy):
             "consumed_samples": self._consumed_samples(),
             "layout": _layout(),
             "optimizer": encode({"options": options, "scalars": scalars}, "optimizer"),
-            "lightning": {k: encode(v, k) for k, v in whole_steps(checkpoint).items() if k not in _KEPT_OTHERWISE},
+            "lightning": {k: encode(v, k) for k, v in whole_steps(checkpoint).items() if k not in _NOT_IN_JSON},
         }
         path = _dir(filepath)
-        write = _Writing(path, first=self.is_global_zero)
+        write = _RankZeroWriter(path, is_rank_zero=self.is_global_zero)
         for target, tensors in gather_tensors(adapter, state):
             write.add(target, tensors)
         write.add(_RANDOM, self._gather_random_states())
@@ -143,10 +147,10 @@ class AdapterCheckpointStrategy(NLPDDPStrategy):
         self._record(path, time.perf_counter() - started)
 
     def load_checkpoint(self, checkpoint_path: Any, load_optimizer_states: bool = True) -> dict[str, Any]:
-        """Lightning's dictionary; the adapter's and the optimizer's tensors follow in the two functions below.
+        """Returns Lightning's dictionary. The two methods below load the tensors of the adapter and the optimizer.
 
         Raises:
-            ConfigError: it is damaged, or of another adapter or base.
+            ConfigError: the checkpoint is damaged, or belongs to another adapter or base.
         """
         adapter = self._adapter()
         if adapter is None or not training_checkpoint.is_checkpoint(_dir(checkpoint_path)):
@@ -158,13 +162,13 @@ class AdapterCheckpointStrategy(NLPDDPStrategy):
             raise training_checkpoint.CheckpointError(problems)
         state = {key: decode(value) for key, value in description["lightning"].items()}
         if "lr_schedulers" in state:
-            state["lr_schedulers"] = self._with_this_length(state["lr_schedulers"])
+            state["lr_schedulers"] = self._with_new_length(state["lr_schedulers"])
         if load_optimizer_states and description["optimizer"]["options"]:
             state["optimizer_states"] = [description]
         return {**state, "state_dict": {}, "adapter_checkpoint": str(path)}
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """This rank's part of the adapter."""
+        """Loads this rank's part of the adapter."""
         adapter, path = self._adapter(), checkpoint.get("adapter_checkpoint")
         if adapter is None or path is None:
             super().load_model_state_dict(checkpoint, strict)
@@ -172,7 +176,7 @@ class AdapterCheckpointStrategy(NLPDDPStrategy):
             adapter.load_full_state(training_checkpoint.read_tensors(path, "adapter"))
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """This rank's part of the optimizer's state; and, on the layout that wrote them, the random states."""
+        """Loads this rank's part of the optimizer's state, and the random states if the layout is unchanged."""
         adapter, path = self._adapter(), checkpoint.get("adapter_checkpoint")
         if adapter is None or path is None:
             super().load_optimizer_state_dict(checkpoint)
@@ -192,7 +196,7 @@ class AdapterCheckpointStrategy(NLPDDPStrategy):
         self._restore_random_states(path, description["layout"])
 
     def remove_checkpoint(self, filepath: Any) -> None:
-        """Removes it, in one move for every onlooker."""
+        """Removes a checkpoint atomically: others see the whole folder or none."""
         path = _dir(filepath)
         if not training_checkpoint.is_checkpoint(path):
             super().remove_checkpoint(filepath)
@@ -203,7 +207,7 @@ class AdapterCheckpointStrategy(NLPDDPStrategy):
         return getattr(self.lightning_module, "tied_lora", None)
 
     def _describe(self, adapter: Adapter) -> dict[str, Any]:
-        """All ranks call it. The base is frozen, and so read once in a run."""
+        """Describes the adapter and its base. All ranks call it. The base is frozen, so its description is cached."""
         facts = self.lightning_module._facts()
         if self._base is None:
             tokenizer = facts["base"].get("tokenizer")
@@ -218,8 +222,8 @@ class AdapterCheckpointStrategy(NLPDDPStrategy):
         model: Any = self.lightning_module
         return int(model.compute_consumed_samples(model.trainer.global_step - model.init_global_step))
 
-    def _with_this_length(self, saved: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """A run that was given more steps goes on along the schedule of its new length; the old one has ended."""
+    def _with_new_length(self, saved: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The saved schedules, with this run's length if its number of steps has changed: the old schedule has ended."""
         schedules = []
         for old, config in zip(saved, self.lightning_module.trainer.lr_scheduler_configs, strict=True):
             new = config.scheduler.state_dict()
@@ -227,16 +231,16 @@ class AdapterCheckpointStrategy(NLPDDPStrategy):
                 logging.info(f"the learning rate's schedule: max_steps={new['max_steps']}, was {old['max_steps']}")
                 old = {**old, **{key: new[key] for key in _SCHEDULE_LENGTH if key in new}}
                 config.scheduler.load_state_dict(old)
-                old["_last_lr"] = list(config.scheduler.get_lr())  # of the next step; the old one may be the end's
+                old["_last_lr"] = list(config.scheduler.get_lr())  # the saved rate may be the old schedule's last
             schedules.append(old)
         return schedules
 
-    def _random_states(self) -> KeepRandomStates | None:
+    def _random_state_keeper(self) -> KeepRandomStates | None:
         callbacks = self.lightning_module.trainer.callbacks
         return next((callback for callback in callbacks if isinstance(callback, KeepRandomStates)), None)
 
     def _gather_random_states(self) -> dict[str, torch.Tensor]:
-        keeper = self._random_states()
+        keeper = self._random_state_keeper()
         own = None if keeper is None else keeper.states
         own = rng_state.capture(self.lightning_module.device) if own is None else own
         ranks: list[Any] = [own] * self.world_size
@@ -246,12 +250,12 @@ class AdapterCheckpointStrategy(NLPDDPStrategy):
     def _restore_random_states(self, path: str, layout: Mapping[str, int]) -> None:
         if layout != _layout():
             logging.warning(
-                f"{path}: was written on {layout}, this run has {_layout()}: random states cannot be continued on "
-                "another layout; where there is dropout, its masks are others than those of the uninterrupted run"
+                f"{path}: was written on {layout}, this run has {_layout()}: random states do not fit another layout, "
+                "so dropout masks will differ from those of an uninterrupted run"
             )
             return
         states = training_checkpoint.read_tensors(path, str(self.global_rank))
-        keeper = self._random_states()
+        keeper = self._random_state_keeper()
         if keeper is None:
             rng_state.restore(states, self.lightning_module.device)
         else:
@@ -263,13 +267,13 @@ class AdapterCheckpointStrategy(NLPDDPStrategy):
         logging.info(f"checkpoint {path.name}: {size:,} bytes in {seconds:.2f} s")
 
 
-class _Writing:
-    """Rank 0 writes; the others only take part. A failure is kept until every collective is through."""
+class _RankZeroWriter:
+    """Writes on rank 0, does nothing on other ranks. Holds a failure back until all collectives are done."""
 
-    def __init__(self, path: Path, *, first: bool) -> None:
+    def __init__(self, path: Path, *, is_rank_zero: bool) -> None:
         self._path = path
         self._writer: training_checkpoint.CheckpointWriter | None = None
-        self._failure = _attempt(self._open) if first else None
+        self._failure = _attempt(self._open) if is_rank_zero else None
 
     def add(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         writer = self._writer
@@ -297,17 +301,17 @@ def _attempt(step: Callable[[], Any]) -> Exception | None:
 
 
 def _raise_on_every_rank(failure: Exception | None, what: str) -> None:
-    """Rank 0 tells the others how its write ended: they would wait for it for ever, or go on without a file."""
-    told = [f"{type(failure).__name__}: {failure}" if failure else None]
-    torch.distributed.broadcast_object_list(told, src=0)
+    """Broadcasts the result of rank 0's write. Without it, other ranks would hang or continue without a file."""
+    result = [f"{type(failure).__name__}: {failure}" if failure else None]
+    torch.distributed.broadcast_object_list(result, src=0)
     if failure is not None:
         raise failure
-    if told[0] is not None:
-        raise OSError(f"{what}: rank 0 could not write it: {told[0]}")
+    if result[0] is not None:
+        raise OSError(f"{what}: rank 0 could not write it: {result[0]}")
 
 
 def _dir(path: Any) -> Path:
-    """The folder for one of NeMo's file names."""
+    """The checkpoint's folder for one of NeMo's file names."""
     return ckpt_to_dir(path) if str(path).endswith(".ckpt") else Path(path)
 
 

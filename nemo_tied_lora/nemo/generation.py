@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Completions from a base `.nemo` and an adapter `.nemo`, on any layout."""
+"""Loads a base on any layout and completes prompts."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ __all__ = ["complete", "load_base"]
 
 
 def load_base(cfg: DictConfig) -> MegatronGPTTiedLoraModel:
-    """The base of `cfg.base` on the layout of `cfg.model` and `cfg.trainer`, ready to generate. All ranks call it."""
+    """Loads the base `cfg.base` on the layout of `cfg.model` and `cfg.trainer`, for inference. All ranks call it."""
     trainer: Trainer = MegatronLMPPTrainerBuilder(cfg).create_trainer()
     model_cfg = MegatronGPTTiedLoraModel.restore_from(cfg.base, trainer=trainer, return_config=True)
     with open_dict(model_cfg):
         for key, value in cfg.model.items():
             model_cfg[key] = value
-        # NeMo asks a model that has a `peft` section for its scheme; a base need not have either.
+        # NeMo reads the scheme of any model that has a `peft` section; a base may have neither.
         if OmegaConf.select(model_cfg, "peft.peft_scheme") is None:
             OmegaConf.update(model_cfg, "peft.peft_scheme", None, force_add=True)
         OmegaConf.update(model_cfg, "peft.allow_other_base", bool(cfg.get("allow_other_base")), force_add=True)
@@ -48,10 +48,10 @@ def complete(
     top_k: int = 0,
     top_p: float = 0.9,
 ) -> list[str]:
-    """What the model writes after each prompt, up to the end-of-text token. All ranks call it and get the same.
+    """Completes each prompt, up to the end-of-text token. All ranks call it and get the same texts.
 
     Args:
-        tokens_to_generate: at most so many tokens for each prompt.
+        tokens_to_generate: the largest number of tokens per prompt.
         temperature: None picks the likeliest token each time.
     """
     model.eval()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guards in NeMo's training loop: replicas that drift apart, and gradients that are not finite."""
+"""Guards in NeMo's training loop: they find replicas that drift apart and gradients that are not finite."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ __all__ = ["GuardedTrainingMixin"]
 
 
 class GuardedTrainingMixin:
-    """In front of a NeMo Megatron model. Set `guards` before the run; the defaults are on.
+    """A mixin in front of a NeMo Megatron model. All guards are on by default; set `guards` before the run to change that.
 
-    Tie guard: after every `tie_guard_every_n_steps`-th step and before each checkpoint all ranks compare what they
-    share (`tie_guard.check_ties`). A difference raises on every rank, before anything is written.
+    Tie guard: after every `tie_guard_every_n_steps`-th step and before each checkpoint, all ranks compare the tensors
+    that they share (`replica_check.check_ties`). A difference raises on every rank, before anything is written.
 
-    Gradients: NeMo's `training_step` leaves them summed over every group, in O1, in O2 and with
-    `mcore_distributed_optim` alike; Lightning then unscales (float16), clips, and steps. In between this looks at all
-    of them. Where float16's loss scaler is at work it looks on: the scaler overflows on purpose to find its scale,
-    skips those steps itself, on all ranks, and the schedule with them.
+    Gradients: after NeMo's `training_step`, gradients are summed over every group, in O1, in O2 and with
+    `mcore_distributed_optim`. Lightning then unscales them (float16), clips, and steps. The guard checks them all
+    before that. It is off while float16's loss scaler is on: the scaler overflows on purpose to find its scale, and
+    skips those steps and the schedule on all ranks.
     """
 
     guards: GuardSettings = GuardSettings()
     tied_lora: Adapter | None = None
     skipped: NonfiniteGradient | None = None
-    """What made the last step be left out; None where it was taken."""
+    """The reason why the last step was skipped; None if it was not."""
     _skipped_in_a_row: int = 0
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any]) -> None:
-        """Lightning's hook. Forward and backward first, then the look at the gradients, then the step or none.
+        """Lightning's hook: runs forward and backward, checks the gradients, then steps or skips the step.
 
-        A step that is left out touches no parameter, no moment and no step count, on any rank.
+        A skipped step changes no parameter, no moment and no step count, on any rank.
 
         Raises:
-            TrainingStopped: on every rank; a gradient is not finite, and the policy is to stop, or too many steps
-                in a row had to be left out.
+            TrainingStopped: a gradient is not finite, and the policy is to stop, or too many steps in a row were
+                skipped. Raised on every rank.
         """
         loss = optimizer_closure()
         self.skipped = None if self._has_loss_scaler() else find_nonfinite(self._trained())
@@ -56,28 +56,28 @@ class GuardedTrainingMixin:
         self._skipped_in_a_row += 1
         step = self.trainer.global_step + 1  # type: ignore[attr-defined]
         if self.guards.nonfinite_gradients == "stop":
-            remedy = "guards.nonfinite_gradients=skip would leave such steps out; a lower learning rate may avoid them"
+            remedy = "guards.nonfinite_gradients=skip skips such steps; a lower learning rate may avoid them"
             raise TrainingStopped(f"step {step}: {self.skipped}. {remedy}")
         if self._skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
-            raise TrainingStopped(f"step {step}: {self._skipped_in_a_row} steps in a row left out: {self.skipped}")
-        logging.warning(f"step {step} is left out: {self.skipped}")
+            raise TrainingStopped(f"step {step}: {self._skipped_in_a_row} steps in a row skipped: {self.skipped}")
+        logging.warning(f"step {step} is skipped: {self.skipped}")
         if self.trainer.global_rank == 0:  # type: ignore[attr-defined]
-            print(f"step {step} is left out: {self.skipped}", file=sys.stderr, flush=True)
+            print(f"step {step} is skipped: {self.skipped}", file=sys.stderr, flush=True)
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        """Lightning's hook. The schedule does not move on without a step, as in NeMo's own handling of float16."""
+        """Lightning's hook: a skipped step does not advance the schedule, as in NeMo's own handling of float16."""
         if self.skipped is None:
             super().lr_scheduler_step(scheduler, metric)  # type: ignore[misc]
 
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        """Lightning's hook: the tie guard, every so many steps."""
+        """Lightning's hook: runs the tie guard every `tie_guard_every_n_steps` steps."""
         super().on_train_batch_end(*args, **kwargs)  # type: ignore[misc]
         every, step = self.guards.tie_guard_every_n_steps, self.trainer.global_step  # type: ignore[attr-defined]
         if every and step % every == 0:
             self._compare_replicas(f"after step {step}: ")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Lightning's hook, before anything of a checkpoint is written: the tie guard."""
+        """Lightning's hook before a checkpoint is written: runs the tie guard."""
         self._compare_replicas(f"before the checkpoint of step {self.trainer.global_step}: ")  # type: ignore[attr-defined]
         super().on_save_checkpoint(checkpoint)  # type: ignore[misc]
 
@@ -102,5 +102,5 @@ class GuardedTrainingMixin:
 
 
 def _with_global_layer(name: str, first: int) -> str:
-    """ "decoder.layers.2.mlp..." of a stage that begins with layer 4: "decoder.layers.6.mlp..."."""
+    """The name with the layer's global number: "decoder.layers.2.mlp" on a stage from layer 4 is layer 6."""
     return re.sub(r"^(decoder\.layers\.)(\d+)", lambda match: f"{match[1]}{int(match[2]) + first}", name)

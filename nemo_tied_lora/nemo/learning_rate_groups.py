@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The optimizer's parameter groups of an adapter: one learning rate for all of its factors."""
+"""The optimizer's parameter groups of an adapter: all factors share one learning rate."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ __all__ = ["learning_rate_groups"]
 
 
 def learning_rate_groups(adapter: Adapter) -> tuple[dict[str, Any], ...]:
-    """Returns one group with each trained tensor once, in the form that NeMo's `_optimizer_param_groups` has.
+    """Returns one group that lists each trained tensor once, in the form of NeMo's `_optimizer_param_groups`.
 
-    A tied tensor that is listed once per layer would be stepped once per layer. A pipeline stage that trains nothing
-    gets an empty group, so that it still takes part in every sum.
+    If a tied tensor were listed once per layer, the optimizer would step it once per layer. A pipeline stage that
+    trains nothing gets an empty group, so that it still takes part in every collective.
     """
     return ({"params": list(adapter.parameters())},)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Legacy checkpoints, a base's or a stock adapter's `model_weights.ckpt`, unpickled without pickle's power to run code."""
+"""Makes NeMo read legacy weights (`model_weights.ckpt`) without running code from their pickle."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["tensors_only"]
 
 @contextmanager
 def tensors_only() -> Iterator[None]:
-    """Within it NeMo reads legacy weights with `weights_only=True`; NeMo 2.4 itself asks torch for the opposite."""
+    """Inside this context NeMo reads legacy weights with `weights_only=True`. NeMo 2.4 itself uses False."""
     theirs = SaveRestoreConnector._load_state_dict_from_disk
     SaveRestoreConnector._load_state_dict_from_disk = staticmethod(_load)
     try:
@@ -28,11 +28,11 @@ def tensors_only() -> Iterator[None]:
 
 
 def _load(model_weights: str, map_location: Any = None) -> Any:
-    """The state dict, on the CPU as NeMo has it.
+    """The state dict, on the CPU as in NeMo.
 
     Raises:
-        ConfigError: it holds more than tensors and plain values, or is damaged.
-        RuntimeError: so it does on one of several ranks, which read files of their own: the others are to be told.
+        ConfigError: the file holds more than tensors and plain values, or is damaged; only one rank runs.
+        RuntimeError: the same, and several ranks run. Each rank reads its own file, so the others do not know of it.
     """
     try:
         return load_tensors(model_weights, model_weights)

@@ -35,28 +35,29 @@ register()
 
 
 class TiedLoraModelMixin:
-    """In front of a NeMo model that has `NLPAdapterModelMixin`: adds the scheme `tied_lora`, leaves the others alone.
+    """A mixin in front of a NeMo model with `NLPAdapterModelMixin`: adds the scheme `tied_lora`, keeps all others.
 
-    Its gradients are complete after the forward and backward passes, before NeMo clips them: with
-    `mcore_distributed_optim` megatron-core sums the tied ones itself, reading the parameters' flags; otherwise
-    `training_step_fwd_bwd_step_call` does. NeMo sums what sequence parallelism and data parallelism leave partial.
+    Gradients are complete before NeMo clips them. With `mcore_distributed_optim`, megatron-core sums the tied ones by
+    the parameters' flags; otherwise `training_step_fwd_bwd_step_call` does. NeMo sums what sequence parallelism and
+    data parallelism leave partial.
     """
 
     tied_lora: Adapter | None = None
     tokens_seen: int = 0
-    """Tokens that this rank's microbatches have held so far, padding included."""
+    """The number of tokens in this rank's microbatches so far, padding included."""
 
     @classmethod
     def restore_from(cls, *args: Any, **kwargs: Any) -> Any:
-        """NeMo's, but a legacy base is read with `weights_only=True`."""
+        """NeMo's, except that a legacy base is read with `weights_only=True`."""
         with tensors_only():
             return super().restore_from(*args, **kwargs)  # type: ignore[misc]
 
     def add_adapter(self, peft_cfgs: PEFTConfig | list[PEFTConfig]) -> None:
-        """NeMo's entry. A `TiedLoraPEFTConfig` is injected into every chunk and stage; the base is frozen.
+        """NeMo's entry point. Injects a `TiedLoraPEFTConfig` into every chunk and freezes the base.
 
         Raises:
-            ConfigError: it does not fit the model. ValueError: it is combined with another scheme.
+            ConfigError: the configuration does not fit the model.
+            ValueError: it is combined with another scheme.
         """
         configs = peft_cfgs if isinstance(peft_cfgs, list) else [peft_cfgs]
         tied = [config for config in configs if isinstance(config, TiedLoraPEFTConfig)]
@@ -69,12 +70,12 @@ class TiedLoraModelMixin:
             self.tied_lora = inject(self._unwrap_model_list(), tied[0].tied_lora)  # type: ignore[attr-defined]
 
     def load_adapters(self, filepath: str, peft_cfgs: Any = None, map_location: str | None = None) -> None:
-        """NeMo's entry. A Tied-LoRA `.nemo`, written on any layout, is injected and loaded; others go to NeMo.
+        """NeMo's entry point. Injects and loads a Tied-LoRA `.nemo` from any layout; leaves other adapters to NeMo.
 
         Raises:
-            AdapterFileError: it is damaged, or made for a base with other shapes.
-            BaseMismatchError: it was trained on a base with another architecture, other weights or another tokenizer;
-                the last two are let through where `model.peft.allow_other_base` is true.
+            AdapterFileError: the file is damaged, or made for a base with other shapes.
+            BaseMismatchError: the adapter was trained on a base with another architecture, other weights or another
+                tokenizer. `model.peft.allow_other_base=true` allows other weights and another tokenizer.
         """
         asked = peft_cfgs if isinstance(peft_cfgs, list) else [peft_cfgs]
         tied = any(isinstance(config, TiedLoraPEFTConfig) for config in asked)
@@ -91,24 +92,24 @@ class TiedLoraModelMixin:
             )
 
     def remove_adapter(self) -> None:
-        """The base alone again."""
+        """Removes the adapter; the base stays."""
         if self.tied_lora is not None:
             self.tied_lora.remove()
             self.tied_lora, self.use_peft = None, False
 
     def setup_optimizer_param_groups(self) -> None:
-        """NeMo's groups for the base, ours for an adapter."""
+        """Sets `learning_rate_groups` for an adapter, and NeMo's groups without one."""
         if self.tied_lora is None:
             super().setup_optimizer_param_groups()  # type: ignore[misc]
             return
         self._optimizer_param_groups = learning_rate_groups(self.tied_lora)
 
     def configure_optimizers(self) -> Any:
-        """NeMo's, but O2 sums over data parallelism once, after the backward pass.
+        """NeMo's, except that O2 sums over data-parallel ranks once, after the backward pass.
 
-        While it runs, NeMo's O2 starts an all-reduce each time a parameter's gradient arrives and waits for none: with
-        several microbatches one may still run when the next gradient is added; and it counts arrivals, so that a tied
-        tensor, whose gradient arrives once per layer under recomputation, would never be summed at all.
+        By default NeMo's O2 starts an all-reduce whenever a gradient arrives, during the backward pass, and waits for
+        none. With several microbatches, one may still run when the next gradient is added. NeMo also counts arrivals.
+        Under recomputation a tied tensor's gradient arrives once per layer, so it would never be summed.
         """
         if self.tied_lora is not None:
             with open_dict(self.cfg):  # type: ignore[attr-defined]
@@ -116,7 +117,7 @@ class TiedLoraModelMixin:
         return super().configure_optimizers()  # type: ignore[misc]
 
     def training_step_fwd_bwd_step_call(self, dataloader_iter: Any, forward_only: bool) -> Any:
-        """Forward and backward over the microbatches, then the pipeline's sum of the tied gradients."""
+        """Runs forward and backward over the microbatches, then sums tied gradients over pipeline stages."""
         loss = super().training_step_fwd_bwd_step_call(dataloader_iter, forward_only)  # type: ignore[misc]
         if self.tied_lora is not None and not self.use_mcore_dist_optim:  # type: ignore[attr-defined]
             in_main_grad = any(hasattr(parameter, "main_grad") for parameter in self.tied_lora.parameters())
@@ -124,10 +125,10 @@ class TiedLoraModelMixin:
         return loss
 
     def build_data_loader(self, dataset: Any, data_cfg: Any, consumed_samples: int = 0) -> Any:
-        """NeMo's, but a resumed run goes on behind the samples that it has consumed.
+        """NeMo's, except that a resumed run continues after the samples that it has consumed.
 
-        NeMo's sampler counts the remaining batches while Lightning's counter starts at the restored one, so that a
-        resumed epoch ends early and the batches after the resume point come a second time.
+        NeMo's sampler counts the remaining batches, but Lightning's counter starts at the restored batch. A resumed
+        epoch would end early, and the batches after the resume point would come twice.
         """
         loader = super().build_data_loader(dataset, data_cfg, consumed_samples)  # type: ignore[misc]
         if consumed_samples and type(loader.batch_sampler) is MegatronPretrainingBatchSampler:
@@ -135,13 +136,13 @@ class TiedLoraModelMixin:
         return loader
 
     def _extract_consumed_samples_from_ckpt(self, ckpt_path: str) -> int:
-        """From the checkpoint itself; NeMo reads the file's name, which a run may be told to format otherwise."""
+        """Reads the number from the checkpoint. NeMo parses the file's name, whose format a run can change."""
         if is_checkpoint(ckpt_path):
             return int(read_description(ckpt_path)["consumed_samples"])
         return super()._extract_consumed_samples_from_ckpt(ckpt_path)  # type: ignore[misc]
 
     def save_to(self, save_path: str) -> None:
-        """With an adapter: the adapter's `.nemo`, layout-free. Without: NeMo's, the whole model."""
+        """Writes the adapter's `.nemo`, which loads on any layout. Without an adapter, NeMo writes the whole model."""
         if self.tied_lora is None:
             super().save_to(save_path)  # type: ignore[misc]
         else:
@@ -161,7 +162,7 @@ class TiedLoraModelMixin:
         return _AdapterKeys(self)
 
     def _facts(self) -> dict[str, Any]:
-        """What the adapter's YAML says beyond the adapter."""
+        """Facts for the adapter's YAML: the base, the versions and the training."""
         cfg: Any = self.cfg  # type: ignore[attr-defined]
         trainer: Any = getattr(self, "_trainer", None)
         metrics = {} if trainer is None else {key: float(value) for key, value in trainer.callback_metrics.items()}
@@ -187,21 +188,21 @@ class TiedLoraModelMixin:
 
 
 class MegatronGPTTiedLoraModel(StoredTokenizerMixin, TiedLoraModelMixin, GuardedTrainingMixin, MegatronGPTSFTModel):
-    """`MegatronGPTSFTModel` that knows `peft_scheme: tied_lora`.
+    """`MegatronGPTSFTModel` with `peft_scheme: tied_lora`.
 
-    Its config is NeMo's, with `model.peft.tied_lora` beside NeMo's own sections.
+    Its config is NeMo's, plus the section `model.peft.tied_lora`.
     """
 
 
 class _WholeRunSampler(MegatronPretrainingBatchSampler):
-    """Counts all batches of the run, also those before the resume point."""
+    """Counts all batches of the run, including those before the resume point."""
 
     def __len__(self) -> int:
         return self.total_samples // self.global_batch_size
 
 
 class _AdapterKeys:
-    """NeMo's bookkeeping around an injection: which state-dict keys are the adapter's."""
+    """A context around an injection that records, for NeMo, which state-dict keys belong to the adapter."""
 
     def __init__(self, model: Any) -> None:
         self._model = model

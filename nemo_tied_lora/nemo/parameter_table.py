@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of trained parameters that a run prints."""
+"""Makes the table of trained parameters that a run prints."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from nemo_tied_lora.adapter.shapes import TargetShape
 from nemo_tied_lora.config import TiedLoraConfig
 from nemo_tied_lora.tables import text_table
 
-__all__ = ["base_parameter_count", "parameter_table"]
+__all__ = ["base_parameter_count", "lora_counts", "parameter_table"]
 
 
 def parameter_table(adapter: Adapter, base: int) -> str:
-    """Trained parameters per target and in total, as a share of the base and of LoRA at the same rank."""
-    ours, lora = adapter.num_parameters(), _lora_counts(adapter)
+    """Trained parameters per target and in total, with their share of the base and of LoRA at the same rank."""
+    ours, lora = adapter.num_parameters(), lora_counts(adapter)
     rows = [("target", "layers", "trained", "LoRA's", "of LoRA")]
     for target, count in ours.items():
         layers = str(len(adapter.specs[target].layers))
@@ -35,7 +35,7 @@ def parameter_table(adapter: Adapter, base: int) -> str:
 
 
 def base_parameter_count(model: Any) -> int:
-    """Parameters of the whole base over all ranks, shared and replicated ones once."""
+    """The number of the base's parameters over all ranks. Counts shared and replicated ones once."""
     first = parallel_state.get_tensor_model_parallel_rank() == 0
     modules = model.model if isinstance(model.model, list) else [model.model]
     counted = [
@@ -51,7 +51,8 @@ def base_parameter_count(model: Any) -> int:
     return int(total.item())
 
 
-def _lora_counts(adapter: Adapter) -> dict[str, int]:
+def lora_counts(adapter: Adapter) -> dict[str, int]:
+    """Target to the parameters that LoRA of the adapter's rank would train."""
     shapes = {
         t: TargetShape(s.in_features, s.out_features, len(s.layers), s.num_experts) for t, s in adapter.specs.items()
     }

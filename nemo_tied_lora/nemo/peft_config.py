@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`model.peft.peft_scheme=tied_lora` in NeMo's own map of PEFT schemes."""
+"""Registers `model.peft.peft_scheme=tied_lora` in NeMo's map of PEFT schemes."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ SCHEME = "tied_lora"
 
 
 class TiedLoraPEFTConfig(PEFTConfig):
-    """NeMo's handle on a Tied-LoRA configuration, read from `model.peft.tied_lora`.
+    """The Tied-LoRA configuration of `model.peft.tied_lora`, as one of NeMo's PEFT configs.
 
     Args:
         cfg: the model's config.
 
     Raises:
-        ConfigError: every problem of the section together.
+        ConfigError: lists every problem of the section.
     """
 
     def __init__(self, cfg: DictConfig) -> None:
@@ -34,11 +34,7 @@ class TiedLoraPEFTConfig(PEFTConfig):
         super().__init__({}, name_key_to_cfg={})
 
     def get_config_dict(self) -> dict[str, Any]:
-        """Read only by NeMo's own injection, which knows nothing of tensors that all layers share.
-
-        Raises:
-            TypeError: always; NeMo would otherwise train nothing, silently.
-        """
+        """Raises TypeError: only NeMo's own injection calls it, and would silently train nothing."""
         raise TypeError(
             "peft_scheme=tied_lora needs a model with TiedLoraModelMixin: "
             "use nemo_tied_lora.nemo.model.MegatronGPTTiedLoraModel in place of MegatronGPTSFTModel"

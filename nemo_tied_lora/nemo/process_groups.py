@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Megatron's process groups, outside a `Trainer.fit`."""
+"""Sets up Megatron's process groups outside `Trainer.fit`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,9 @@ __all__ = ["ensure_process_groups"]
 
 
 def ensure_process_groups(trainer: Trainer) -> None:
-    """Sets the groups up as NeMo's own `generate` does, where restoring the model has not."""
+    """Sets up the process groups, as NeMo's own `generate` does, unless restoring the model has already done it."""
     if parallel_state.is_initialized():
         return
     if trainer.strategy.launcher is not None:
-        trainer.strategy.launcher.launch(_nothing, trainer=trainer)
+        trainer.strategy.launcher.launch(lambda: None, trainer=trainer)  # it wants a function; there is none to run
     trainer.strategy.setup_environment()
-
-
-def _nothing() -> None:
-    """The launcher starts processes for a function; there is none to run."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A folder's checkpoints belong to the settings that wrote them."""
+"""Refuses to resume a run with settings other than those of its checkpoints."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nemo_tied_lora.files import write_json
 
 __all__ = ["check_settings", "settings_of"]
 
-# How the work is spread and watched, not what is learned: free to change between the parts of a run.
+# Settings that do not affect what is learned. They may change when a run resumes.
 _FREE = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
@@ -38,23 +38,23 @@ _FREE = (
 )
 _FREE_NAMES = (
     "model.data.test_ds",
-    "model.restore_from_path",  # where the base lies; which it is, a checkpoint knows by its fingerprint
+    "model.restore_from_path",  # only a path; the checkpoint identifies the base by its fingerprint
 )
 _OF_THE_TRAINER = ("precision", "gradient_clip_val")
 
 
 def check_settings(cfg: DictConfig, trainer: Trainer) -> None:
-    """Records what is learned, and how, beside the checkpoints; a run that resumes must have the same.
+    """Writes the settings beside the checkpoints of a new run, and compares them when the run resumes.
 
-    Layout, micro-batch and recomputation may change, and so may the number of steps.
+    Layout, micro-batch size, recomputation and the number of steps may change.
 
     Raises:
-        ConfigError: the run would resume from a checkpoint of other settings; a line for each that differs.
+        ConfigError: the run would resume from checkpoints of other settings. Lists each setting that differs.
     """
     callback: Any = trainer.checkpoint_callback
     if callback is None:
         return
-    # Inside the folder of checkpoints: exp_manager moves the files beside it away when a run resumes.
+    # In the checkpoints' folder, because exp_manager moves the files beside that folder away when a run resumes.
     record, settings = Path(callback.dirpath) / "settings.json", settings_of(cfg)
     resumed = trainer.ckpt_path is not None and Path(trainer.ckpt_path).resolve().is_relative_to(
         Path(callback.dirpath).resolve()
@@ -74,7 +74,7 @@ def check_settings(cfg: DictConfig, trainer: Trainer) -> None:
 
 
 def settings_of(cfg: DictConfig) -> dict[str, Any]:
-    """The settings that a resumed run must share, by their dotted keys: the section `model`, and the trainer's few."""
+    """The settings that a resumed run must share, by dotted key: the section `model` and some keys of the trainer."""
     model: Any = OmegaConf.to_container(cfg.model, resolve=True)
     trainer = {key: cfg.trainer.get(key) for key in _OF_THE_TRAINER}
     return dict(_flat(json.loads(json.dumps({"model": model, "trainer": trainer}))))

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a resumed run needs of Lightning and NeMo to be the uninterrupted one, beside what a checkpoint holds."""
+"""Makes a resumed run equal to an uninterrupted one where Lightning and NeMo would not: random states, validations,
+counters, and files that exp_manager moves."""
 
 from __future__ import annotations
 
@@ -18,17 +19,17 @@ from nemo_tied_lora.checkpoint import rng_state, training_checkpoint
 from nemo_tied_lora.files import write_atomically
 from nemo_tied_lora.planning.run_settings import run_folder
 
-__all__ = ["KeepRandomStates", "launch_kept", "settle_checkpoints", "skip_one_validation", "whole_steps"]
+__all__ = ["KeepRandomStates", "launch_kept", "remove_leftover_checkpoints", "skip_one_validation", "whole_steps"]
 
 _LAUNCH = ("job.sbatch", "config.yaml", "versions.json")
 
 
 class KeepRandomStates(Callback):
-    """Training draws from random streams of its own: what runs between two steps takes nothing from them.
+    """Keeps the random states of training separate from anything that runs between two steps.
 
-    Validation and data loaders draw too (a loader's seed, say), and a resumed run sets loaders up anew. Each step
-    starts from the states that the step before left, so neither shows, and the states of a checkpoint are those of
-    its last step, wherever in between it was made.
+    Validation and data loaders draw random numbers too (for a loader's seed, for example), and a resumed run builds
+    its loaders again. Here each step starts from the states at the end of the previous step, so these draws have no
+    effect. A checkpoint holds the states of its last step, whenever it was written.
     """
 
     def __init__(self) -> None:
@@ -44,8 +45,8 @@ class KeepRandomStates(Callback):
         self.states = rng_state.capture(pl_module.device)
 
 
-def settle_checkpoints(cfg: DictConfig) -> None:
-    """Runs before exp_manager looks for a checkpoint to resume from; see `training_checkpoint.remove_leftovers`."""
+def remove_leftover_checkpoints(cfg: DictConfig) -> None:
+    """Removes leftovers of a killed run (see `training_checkpoint.remove_leftovers`). Call it before exp_manager."""
     run, params = run_folder(cfg), cfg.exp_manager.get("checkpoint_callback_params") or {}
     if run is None:
         return
@@ -56,9 +57,10 @@ def settle_checkpoints(cfg: DictConfig) -> None:
 
 @contextmanager
 def launch_kept(cfg: DictConfig) -> Iterator[None]:
-    """Around exp_manager, which moves every file of the run's folder into `run_N`: what `tied-lora launch` left stays.
+    """Keeps the files of `tied-lora launch` in the run's folder. Put it around exp_manager.
 
-    Its script is what a person submits again after `scancel`.
+    When a run resumes, exp_manager moves every file of its folder into `run_N`. But after `scancel` a user submits the
+    job script of the folder again.
     """
     run = run_folder(cfg)
     paths = [run / name for name in _LAUNCH] if run is not None and is_global_rank_zero() else []
@@ -71,14 +73,14 @@ def launch_kept(cfg: DictConfig) -> Iterator[None]:
 
 
 def skip_one_validation(trainer: Trainer) -> None:
-    """After exp_manager: a resumed run leaves out the validation that its checkpoint was made in, and no other."""
+    """A resumed run skips only the validation in which its checkpoint was written. Call it after exp_manager."""
     loop = trainer.fit_loop.epoch_loop
     if type(loop) is SkipResumeTrainingValidationLoop:
         loop.__class__ = _SkipOneValidation
 
 
 class _SkipOneValidation(SkipResumeTrainingValidationLoop):
-    """NeMo's loop takes a run for restarting until after its first step, and leaves out that step's validation too."""
+    """Ends NeMo's `_restarting` state after a step: NeMo keeps it for the first step, and skips its validation too."""
 
     def advance(self, data_fetcher: Any) -> None:
         super().advance(data_fetcher)
@@ -86,11 +88,11 @@ class _SkipOneValidation(SkipResumeTrainingValidationLoop):
 
 
 def whole_steps(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Lightning's dictionary with its counters as they stand between two steps.
+    """Returns Lightning's dictionary with the counters that it has between two steps.
 
-    A checkpoint is made between two optimizer steps, but not always where Lightning has just counted: a callback at a
-    step's end comes before "completed", one at the next step's start after "ready". Resumed so, validations would come
-    at other steps, and a run that was stopped before its last step would end there.
+    A checkpoint is written between two optimizer steps, but Lightning's counters may be out of step then: a callback
+    at the end of a step runs before "completed" counts, one at the next step's start runs after "ready" counts. With
+    such counters a resumed run would validate at other steps, and a run stopped before its last step would end.
     """
     fit = dict(checkpoint["loops"]["fit_loop"])
     progress = fit["epoch_loop.batch_progress"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run leaves beside its adapter: `metrics.json` and `loss.png`, and the numbers logged at each step."""
+"""Records a run: logs numbers at each step, and provides the contents of `metrics.json` and `loss.png`."""
 
 from __future__ import annotations
 
@@ -21,10 +21,9 @@ __all__ = ["RunRecorder", "draw_losses", "peak_memory_bytes"]
 
 
 class RunRecorder(Callback):
-    """Logs step time and tokens per second, and keeps losses, learning rates, gradient norms and validations.
+    """Logs step time and tokens per second; records losses, learning rates, gradient norms and validations.
 
-    The history travels in checkpoints, so that a resumed run's record is whole. Add it before NeMo's checkpoint
-    callback.
+    Checkpoints hold the history, so the record of a resumed run is complete. Add it before NeMo's checkpoint callback.
     """
 
     def __init__(self) -> None:
@@ -39,7 +38,7 @@ class RunRecorder(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if len(state_dict["steps"]) < len(self.steps):
-            return  # NeMo goes back to the best checkpoint at the end; what was done stays done
+            return  # at the end NeMo loads the best checkpoint; the record must keep the later steps
         self.steps, self.validations = list(state_dict["steps"]), list(state_dict["validations"])
         self.wall_seconds = state_dict["wall_seconds"]
 
@@ -92,7 +91,7 @@ class RunRecorder(Callback):
 
 
 def peak_memory_bytes() -> int:
-    """The sum over all ranks of each process's own peak resident memory: an upper bound of the peak of the sum."""
+    """The sum over all ranks of each process's peak resident memory: an upper bound for the peak of their sum."""
     unit = 1 if sys.platform == "darwin" else 1024
     peak = torch.tensor(float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit))
     if torch.distributed.is_initialized():
@@ -102,7 +101,7 @@ def peak_memory_bytes() -> int:
 
 
 def draw_losses(path: Path, summary: dict[str, Any], title: str) -> None:
-    """Training loss per step, its running mean, validation loss, as a PNG."""
+    """Draws training loss per step, its running mean, and validation loss as a PNG."""
     steps = [(point["step"], point["loss"]) for point in summary["steps"] if point.get("loss", 0) > 0]
     validations = [(p["step"], p["validation_loss"]) for p in summary["validations"] if "validation_loss" in p]
     with picture(path) as axes:
@@ -115,7 +114,7 @@ def draw_losses(path: Path, summary: dict[str, Any], title: str) -> None:
 
 
 def _running_mean(points: list[tuple[float, float]], weight: float = 0.9) -> list[tuple[float, float]]:
-    """Exponential, of logarithms as the axis shows them, corrected for its start."""
+    """Exponential running mean of the logarithms, because the axis is logarithmic; corrected for its start."""
     means, total, norm = [], 0.0, 0.0
     for step, value in points:
         total, norm = weight * total + (1 - weight) * math.log(value), weight * norm + (1 - weight)

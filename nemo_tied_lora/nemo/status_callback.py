@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A training run seen from outside: its progress in status.json, its steps for the watchdog."""
+"""Reports a run's progress to status.json and to the watchdog."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SMOOTHING = 0.9
 
 
 class StatusCallback(Callback):
-    """Writes step, loss, tokens per second, time left and the last checkpoint. Add it behind the `RunRecorder`."""
+    """Writes step, loss, tokens per second, time left and the last checkpoint. Add it after the `RunRecorder`."""
 
     def __init__(self, run: RankRun) -> None:
         self._run = run
@@ -62,7 +62,7 @@ class StatusCallback(Callback):
 
 
 def saved_checkpoint(trainer: Trainer) -> dict[str, Any]:
-    """The last checkpoint that was completed, and its step."""
+    """The last complete checkpoint and its step, as fields of status.json; empty if there is none."""
     callback: Any = trainer.checkpoint_callback
     path = getattr(callback, "_last_checkpoint_saved", "") if callback is not None else ""
     return {"last_checkpoint": str(path), "saved_step": callback._last_global_step_saved} if path else {}

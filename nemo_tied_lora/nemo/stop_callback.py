@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stopping on a signal: all ranks save after the same step, whichever rank got it."""
+"""Stops a run on a signal: all ranks save after the same step, no matter which rank got the signal."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ __all__ = ["StopCallback", "answer_alone", "restore_status_file", "survival_call
 
 
 def survival_callbacks() -> list[Callback]:
-    """What a run started by a command of ours needs; nothing in a library's use."""
+    """The callbacks of a run that one of our commands started; none if the package is used as a library."""
     run = current_run()
     return [] if run is None else [StatusCallback(run), StopCallback(run)]
 
 
 def restore_status_file(trainer: Trainer) -> None:
-    """After exp_manager, which moves what lay in the run's folder out of the way: the status file is there again.
+    """Writes the status file again, after exp_manager has moved it away, and sets how this run stops.
 
-    The groups that NeMo makes get the configured limit, `watchdog.stuck_s`, in place of Lightning's 30 minutes.
+    Only `StopCallback` answers SIGTERM. NeMo's process groups get the limit `watchdog.stuck_s`, not Lightning's 30 min.
     """
     run = current_run()
     if run is not None:
@@ -36,19 +36,19 @@ def restore_status_file(trainer: Trainer) -> None:
 
 
 def answer_alone(trainer: Trainer) -> None:
-    """Leaves SIGTERM to `StopCallback`.
+    """Switches Lightning's answer to SIGTERM off, so that only `StopCallback` answers.
 
-    Lightning would end the rank that got it after its step: alone, without a checkpoint, with exit code 0.
+    Lightning would end only the rank that got the signal, after its step, without a checkpoint, with exit code 0.
     """
     connector: Any = trainer._signal_connector
     connector._sigterm_notifier_fn = lambda number, frame: None
 
 
 class StopCallback(Callback):
-    """Asks at the start of each step, with one all-reduce of one number, whether any rank has been told to stop.
+    """At the start of each step, checks with an all-reduce of one number whether any rank got a stop signal.
 
-    Then, and not at the end of the step before, that step's validation is done and Lightning's counters are what a
-    resumed run expects.
+    The check is not at the end of the step before, because at the start that step's validation is done and Lightning's
+    counters are those that a resumed run expects.
 
     Raises:
         Preempted: on every rank, after the checkpoint is written.
@@ -70,7 +70,7 @@ class StopCallback(Callback):
         _save_last(trainer, step)
         self._run.status.update(now=True, **saved_checkpoint(trainer))
         raise Preempted(
-            f"asked to stop: saved after step {step} of {trainer.max_steps}; the same command goes on from there"
+            f"asked to stop: saved after step {step} of {trainer.max_steps}; the same command resumes from there"
         )
 
 
@@ -83,7 +83,7 @@ def _any_rank(asked: bool, device: torch.device) -> bool:
 
 
 def _save_last(trainer: Trainer, step: int) -> None:
-    """The `-last` checkpoint that resuming looks for, unless the one that is there is of this step."""
+    """Writes the `-last` checkpoint that a resumed run looks for, unless there is one of this step already."""
     callback: Any = trainer.checkpoint_callback
     if callback is None or step == 0:
         return

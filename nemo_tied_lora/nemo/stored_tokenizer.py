@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Hugging Face tokenizer whose files travel in the `.nemo`.
+"""Builds a Hugging Face tokenizer from files in the `.nemo`.
 
-NeMo's own `library: huggingface` names a tokenizer of the hub, which a machine without a network cannot fetch, and
-which may have changed since. Its files are kept as artifacts under `tokenizer.stored` instead.
+NeMo's own `library: huggingface` names a tokenizer on the hub. A machine without a network cannot download it, and it
+may have changed. So the `.nemo` holds its files as artifacts under `tokenizer.stored`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ STORED_FILES = {
 
 
 class StoredTokenizerMixin:
-    """In front of a NeMo model: builds the tokenizer from `tokenizer.stored` where there is one."""
+    """A mixin in front of a NeMo model: builds the tokenizer from `tokenizer.stored` if it is set."""
 
     def _build_tokenizer(self) -> None:
         stored = self._cfg.tokenizer.get("stored")  # type: ignore[attr-defined]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training runs on real NeMo: fine-tuning with Tied-LoRA, and pre-training a small base. One rank's part of each."""
+"""Runs one rank of a fine-tuning run with Tied-LoRA, or of the pre-training of a small base, with NeMo's trainer."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from nemo_tied_lora.errors import ConfigError
 from nemo_tied_lora.files import write_json
 from nemo_tied_lora.nemo.checkpoint_strategy import TiedLoraTrainerBuilder
 from nemo_tied_lora.nemo.model import MegatronGPTTiedLoraModel
-from nemo_tied_lora.nemo.parameter_table import _lora_counts, base_parameter_count, parameter_table
+from nemo_tied_lora.nemo.parameter_table import base_parameter_count, lora_counts, parameter_table
 from nemo_tied_lora.nemo.peft_config import TiedLoraPEFTConfig
 from nemo_tied_lora.nemo.process_groups import ensure_process_groups
 from nemo_tied_lora.nemo.resume_check import check_settings
-from nemo_tied_lora.nemo.resuming import launch_kept, settle_checkpoints, skip_one_validation
+from nemo_tied_lora.nemo.resuming import launch_kept, remove_leftover_checkpoints, skip_one_validation
 from nemo_tied_lora.nemo.run_recorder import RunRecorder, draw_losses, peak_memory_bytes
 from nemo_tied_lora.nemo.stop_callback import restore_status_file, survival_callbacks
 from nemo_tied_lora.planning.run_settings import GuardSettings
@@ -33,7 +33,7 @@ __all__ = ["finetune", "pretrain"]
 def finetune(cfg: DictConfig) -> dict[str, Any]:
     """Trains an adapter on `cfg.model.restore_from_path`; writes its `.nemo`, metrics.json and loss.png.
 
-    All ranks call it. Returns what metrics.json holds (the same on every rank but for what only rank 0 logs).
+    All ranks call it. Returns the content of metrics.json, the same on every rank except for what only rank 0 logs.
     """
     trainer, recorder, folder = _prepare(cfg)
     model_cfg = MegatronGPTTiedLoraModel.merge_cfg_with(cfg.model.restore_from_path, cfg)
@@ -46,19 +46,19 @@ def finetune(cfg: DictConfig) -> dict[str, Any]:
         model.add_adapter(TiedLoraPEFTConfig(model_cfg))
     assert model.tied_lora is not None
     model.guards = GuardSettings.from_mapping(cfg.get("guards"))
-    # NeMo's validation would sample: its answers, and exact match, would be another at every run.
+    # By default NeMo samples in validation, so its answers and exact match would differ from run to run.
     model.set_inference_config({"greedy": True})
     if trainer.global_rank == 0:
         print(parameter_table(model.tied_lora, base), flush=True)
     trainer.fit(model)
     if cfg.model.data.test_ds.file_names is not None:
-        trainer.ckpt_path = None  # a resumed run would be tested, and then saved, as it was when it resumed
+        trainer.ckpt_path = None  # else a resumed run would load this checkpoint again, then test and save it
         trainer.test(model)
     facts = {
         "adapter": model.tied_lora.config.as_dict(),
         "trained_parameters": sum(model.tied_lora.num_parameters().values()),
         "parameter_table": parameter_table(model.tied_lora, base),
-        "lora_parameters": sum(_lora_counts(model.tied_lora).values()),
+        "lora_parameters": sum(lora_counts(model.tied_lora).values()),
         "base_parameters": base,
     }
     return _finish(model, trainer, recorder, Path(cfg.output or folder / "adapter.nemo"), facts, cfg)
@@ -84,7 +84,7 @@ def _prepare(cfg: DictConfig) -> tuple[Trainer, RunRecorder, Path]:
     torch.multiprocessing.set_start_method("spawn", force=True)
     recorder = RunRecorder()
     trainer = TiedLoraTrainerBuilder(cfg).create_trainer(callbacks=[recorder, *survival_callbacks()])
-    settle_checkpoints(cfg)
+    remove_leftover_checkpoints(cfg)
     with launch_kept(cfg):
         folder = exp_manager(trainer, cfg.exp_manager)
     restore_status_file(trainer)
@@ -95,7 +95,7 @@ def _prepare(cfg: DictConfig) -> tuple[Trainer, RunRecorder, Path]:
 
 
 def _check_vocabulary(model: Any) -> None:
-    """A token without a row in the embedding would end in an index error, or worse, on the first batch that has it."""
+    """Raises ConfigError if a token has no row in the embedding: its first batch would end in an index error, or worse."""
     rows, pieces = model.padded_vocab_size, model.tokenizer.vocab_size
     if pieces > rows:
         raise ConfigError([f"model.override_vocab_size: the tokenizer has {pieces} pieces, the embedding {rows} rows"])
@@ -107,14 +107,14 @@ def _finish(
     """Writes the `.nemo`, then the record beside it.
 
     Raises:
-        ConfigError: an adapter's `.nemo` cannot be written; its checkpoints are there.
+        ConfigError: an adapter's `.nemo` cannot be written. Its checkpoints are kept.
     """
     try:
         model.save_to(str(output))
     except OSError as error:
         if model.tied_lora is None:
             raise
-        again = "the newest checkpoint holds it: make room and type the command again"
+        again = "the newest checkpoint holds the adapter: free some space and type the command again"
         raise ConfigError([f"output={output}: cannot be written: {error}; {again}"]) from error
     summary = {
         **facts,

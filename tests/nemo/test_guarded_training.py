@@ -57,7 +57,7 @@ def test_by_default_the_run_stops_on_every_rank_with_the_name_and_saves_nothing(
 def test_skipping_ends_when_no_step_is_left_to_take() -> None:
     ranks = both("ten in a row")
     assert ranks[0].failure == ranks[1].failure
-    assert f"{MOST_SKIPPED_IN_A_ROW} steps in a row left out" in str(ranks[0].failure)
+    assert f"{MOST_SKIPPED_IN_A_ROW} steps in a row skipped" in str(ranks[0].failure)
 
 
 DRIFTS = {

@@ -174,7 +174,7 @@ def test_a_run_goes_on_at_other_layouts_to_the_rounding_of_sums(workshop: Path, 
         # float32; Adam divides by small second moments, so reordered sums show in the last digits.
         assert torch.allclose(state[name], tensor, rtol=5e-3, atol=5e-5), name
     log = "".join(path.read_text() for path in (workshop / "layouts").rglob("nemo_log_globalrank-0*.txt"))
-    assert "random states cannot be continued on another layout" in log
+    assert "random states do not fit another layout" in log
 
 
 def claims_that_do_not_hold(folder: Path, *command: str) -> list[str]:
