@@ -19,7 +19,8 @@ from nemo_tied_lora.launching.torchrun import is_rank, start_ranks
 from nemo_tied_lora.planning.compose import compose_config, parse_overrides, plain
 from nemo_tied_lora.planning.config_folder import config_folder
 from nemo_tied_lora.planning.parallel_layout import Layout
-from nemo_tied_lora.resilience.rank import STOPPED, finished_already, preempted_code, run_as_rank
+from nemo_tied_lora.resilience.rank import STOPPED, Rank, run_as_rank
+from nemo_tied_lora.resilience.restarts import finished_already, preempted_code
 
 __all__ = ["STOPPED", "run_command"]
 
@@ -32,7 +33,7 @@ def run_command(
     examples: str,
     groups: tuple[str, ...],
     check: Callable[[Mapping[str, Any]], None],
-    run: Callable[[DictConfig], Any],
+    run: Callable[[DictConfig, Rank], Any],
 ) -> int:
     """Composes and checks the configuration before torch is imported, then runs the command on every rank.
 
@@ -87,7 +88,13 @@ def _check(check: Callable[[Mapping[str, Any]], None], values: Mapping[str, Any]
 
 
 def _run_rank(
-    command: str, overrides: list[str], config_dir: str | None, run: Callable[[DictConfig], Any], *, verbose: bool
+    command: str,
+    overrides: list[str],
+    config_dir: str | None,
+    run: Callable[[DictConfig, Rank], Any],
+    rank: Rank,
+    *,
+    verbose: bool,
 ) -> Any:
     """Runs `run` under NeMo's `hydra_runner`; returns what it returns and raises what it raises."""
     if not verbose:
@@ -106,7 +113,7 @@ def _run_rank(
 
     def guarded(cfg: DictConfig) -> None:
         try:
-            results.append(run(cfg))
+            results.append(run(cfg, rank))
         except Exception as error:  # Hydra would print it and exit
             failures.append(error)
 

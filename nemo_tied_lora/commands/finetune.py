@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from nemo_tied_lora.commands.distributed_command import run_command
 from nemo_tied_lora.planning.preflight import check_finetuning
+from nemo_tied_lora.resilience.rank import Rank
 
 __all__ = ["SUMMARY", "main"]
 
@@ -35,10 +36,10 @@ def main(argv: list[str]) -> int:
     )
 
 
-def _run(cfg: DictConfig) -> Any:
+def _run(cfg: DictConfig, rank: Rank) -> Any:
     from nemo_tied_lora.nemo.training_runs import finetune
 
-    return finetune(cfg)
+    return finetune(cfg, rank)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,13 @@ _EXAMPLES = """  tied-lora generate base=base.nemo adapter=adapter.nemo "prompts
 def main(argv: list[str]) -> int:
     """The command; see `run_command` for what it returns."""
     return run_command(
-        "generate", argv, summary=SUMMARY, examples=_EXAMPLES, groups=("layout",), check=check_generation, run=_run
+        "generate",
+        argv,
+        summary=SUMMARY,
+        examples=_EXAMPLES,
+        groups=("layout",),
+        check=check_generation,
+        run=lambda cfg, rank: _run(cfg),
     )
 
 

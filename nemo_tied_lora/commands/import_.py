@@ -42,7 +42,15 @@ def _import(argv: list[str], cfg: Mapping[str, Any]) -> int:
     """Fits a LoRA in this process, without Megatron; converts a base on one rank of NeMo."""
     if cfg["from"] == "lora":
         return _fit(cfg)
-    return run_command("import", argv, summary=SUMMARY, examples=_EXAMPLES, groups=_GROUPS, check=_check, run=_run)
+    return run_command(
+        "import",
+        argv,
+        summary=SUMMARY,
+        examples=_EXAMPLES,
+        groups=_GROUPS,
+        check=_check,
+        run=lambda cfg, rank: _run(cfg),
+    )
 
 
 def _fit(cfg: Mapping[str, Any]) -> int:

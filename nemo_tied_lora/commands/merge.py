@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
             examples=_EXAMPLES,
             groups=("layout",),
             check=lambda cfg: None,  # the process that started the ranks has checked everything
-            run=_check_on_a_rank,
+            run=lambda cfg, rank: _check_on_a_rank(cfg),
         )
     return run_composed("merge", argv, partial(_run, argv), summary=SUMMARY, examples=_EXAMPLES, groups=("layout",))
 

@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 from nemo_tied_lora.commands.distributed_command import run_command
 from nemo_tied_lora.planning.preflight import check_pretraining
+from nemo_tied_lora.resilience.rank import Rank
 
 __all__ = ["SUMMARY", "main"]
 
@@ -33,7 +34,7 @@ def main(argv: list[str]) -> int:
     )
 
 
-def _run(cfg: DictConfig) -> Any:
+def _run(cfg: DictConfig, rank: Rank) -> Any:
     from nemo_tied_lora.nemo.training_runs import pretrain
 
-    return pretrain(cfg)
+    return pretrain(cfg, rank)

@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from nemo_tied_lora.resilience.current_run import RankRun
+from nemo_tied_lora.resilience.rank import Rank
 
 __all__ = ["StatusCallback", "saved_checkpoint"]
 
@@ -18,14 +18,14 @@ _SMOOTHING = 0.9
 class StatusCallback(Callback):
     """Writes step, loss, tokens per second, time left and the last checkpoint. Add it after the `RunRecorder`."""
 
-    def __init__(self, run: RankRun) -> None:
-        self._run = run
+    def __init__(self, rank: Rank) -> None:
+        self._rank = rank
         self._step_seconds: float | None = None
         self._step_ended: float | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step_ended = None
-        self._run.status.update(state="training", step=trainer.global_step, max_steps=trainer.max_steps)
+        self._rank.status.update(state="training", step=trainer.global_step, max_steps=trainer.max_steps)
         self._moved(f"step {trainer.global_step}")
 
     def on_train_batch_end(
@@ -39,7 +39,7 @@ class StatusCallback(Callback):
             self._step_seconds = seconds if before is None else _SMOOTHING * before + (1 - _SMOOTHING) * seconds
         self._step_ended = now
         left = None if self._step_seconds is None else round((trainer.max_steps - step) * self._step_seconds, 1)
-        self._run.status.update(
+        self._rank.status.update(
             state="training", step=step, seconds_left=left, **_logged(trainer), **saved_checkpoint(trainer)
         )
 
@@ -50,15 +50,15 @@ class StatusCallback(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._moved(f"saving after step {trainer.global_step}")
-        self._run.status.update(state="saving")
+        self._rank.status.update(state="saving")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._moved("after training", watched=False)
-        self._run.status.update(now=True, step=trainer.global_step, **saved_checkpoint(trainer))
+        self._rank.status.update(now=True, step=trainer.global_step, **saved_checkpoint(trainer))
 
     def _moved(self, place: str, *, watched: bool = True) -> None:
-        if self._run.watchdog is not None:
-            self._run.watchdog.moved(place, watched=watched)
+        if self._rank.watchdog is not None:
+            self._rank.watchdog.moved(place, watched=watched)
 
 
 def saved_checkpoint(trainer: Trainer) -> dict[str, Any]:

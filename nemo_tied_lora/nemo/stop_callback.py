@@ -9,30 +9,22 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from nemo_tied_lora.nemo.status_callback import StatusCallback, saved_checkpoint
-from nemo_tied_lora.resilience.current_run import RankRun, current_run
+from nemo_tied_lora.nemo.status_callback import saved_checkpoint
+from nemo_tied_lora.resilience.rank import Rank
 from nemo_tied_lora.resilience.restarts import Preempted
 
-__all__ = ["StopCallback", "answer_alone", "restore_status_file", "survival_callbacks"]
+__all__ = ["StopCallback", "answer_alone", "restore_status_file"]
 
 
-def survival_callbacks() -> list[Callback]:
-    """The callbacks of a run that one of our commands started; none if the package is used as a library."""
-    run = current_run()
-    return [] if run is None else [StatusCallback(run), StopCallback(run)]
-
-
-def restore_status_file(trainer: Trainer) -> None:
+def restore_status_file(trainer: Trainer, rank: Rank) -> None:
     """Writes the status file again, after exp_manager has moved it away, and sets how this run stops.
 
     Only `StopCallback` answers SIGTERM. NeMo's process groups get the limit `watchdog.stuck_s`, not Lightning's 30 min.
     """
-    run = current_run()
-    if run is not None:
-        run.status.update(now=True)
-        answer_alone(trainer)
-        if run.stuck_s:
-            trainer.strategy._timeout = timedelta(seconds=run.stuck_s)
+    rank.status.update(now=True)
+    answer_alone(trainer)
+    if rank.stuck_s:
+        trainer.strategy._timeout = timedelta(seconds=rank.stuck_s)
 
 
 def answer_alone(trainer: Trainer) -> None:
@@ -54,21 +46,21 @@ class StopCallback(Callback):
         Preempted: on every rank, after the checkpoint is written.
     """
 
-    def __init__(self, run: RankRun) -> None:
-        self._run = run
+    def __init__(self, rank: Rank) -> None:
+        self._rank = rank
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._run.can_save = True
+        self._rank.can_save = True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._run.can_save = False
+        self._rank.can_save = False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if not _any_rank(self._run.asked_to_stop is not None, pl_module.device):
+        if not _any_rank(self._rank.asked_to_stop is not None, pl_module.device):
             return
         step = trainer.global_step
         _save_last(trainer, step)
-        self._run.status.update(now=True, **saved_checkpoint(trainer))
+        self._rank.status.update(now=True, **saved_checkpoint(trainer))
         raise Preempted(
             f"asked to stop: saved after step {step} of {trainer.max_steps}; the same command resumes from there"
         )

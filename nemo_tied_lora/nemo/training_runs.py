@@ -24,18 +24,21 @@ from nemo_tied_lora.nemo.process_groups import ensure_process_groups
 from nemo_tied_lora.nemo.resume_check import check_settings
 from nemo_tied_lora.nemo.resuming import launch_kept, remove_leftover_checkpoints, skip_one_validation
 from nemo_tied_lora.nemo.run_recorder import RunRecorder, draw_losses, peak_memory_bytes
-from nemo_tied_lora.nemo.stop_callback import restore_status_file, survival_callbacks
+from nemo_tied_lora.nemo.status_callback import StatusCallback
+from nemo_tied_lora.nemo.stop_callback import StopCallback, restore_status_file
 from nemo_tied_lora.planning.run_settings import GuardSettings
+from nemo_tied_lora.resilience.rank import Rank
 
 __all__ = ["finetune", "pretrain"]
 
 
-def finetune(cfg: DictConfig) -> dict[str, Any]:
+def finetune(cfg: DictConfig, rank: Rank | None = None) -> dict[str, Any]:
     """Trains an adapter on `cfg.model.restore_from_path`; writes its `.nemo`, metrics.json and loss.png.
 
     All ranks call it. Returns the content of metrics.json, the same on every rank except for what only rank 0 logs.
+    Without `rank`, as in a library's use, the run writes no status.json and answers no stop signals.
     """
-    trainer, recorder, folder = _prepare(cfg)
+    trainer, recorder, folder = _prepare(cfg, rank)
     model_cfg = MegatronGPTTiedLoraModel.merge_cfg_with(cfg.model.restore_from_path, cfg)
     model = MegatronGPTTiedLoraModel.restore_from(cfg.model.restore_from_path, model_cfg, trainer=trainer)
     ensure_process_groups(trainer)
@@ -64,9 +67,9 @@ def finetune(cfg: DictConfig) -> dict[str, Any]:
     return _finish(model, trainer, recorder, Path(cfg.output or folder / "adapter.nemo"), facts, cfg)
 
 
-def pretrain(cfg: DictConfig) -> dict[str, Any]:
+def pretrain(cfg: DictConfig, rank: Rank | None = None) -> dict[str, Any]:
     """Trains every parameter of a model built from `cfg.model`; writes the base's `.nemo` and a record beside it."""
-    trainer, recorder, folder = _prepare(cfg)
+    trainer, recorder, folder = _prepare(cfg, rank)
     model_cfg = copy.deepcopy(cfg.model)
     OmegaConf.resolve(model_cfg)
     with open_dict(model_cfg):
@@ -80,14 +83,16 @@ def pretrain(cfg: DictConfig) -> dict[str, Any]:
     return _finish(model, trainer, recorder, Path(cfg.output or folder / "base.nemo"), facts, cfg)
 
 
-def _prepare(cfg: DictConfig) -> tuple[Trainer, RunRecorder, Path]:
+def _prepare(cfg: DictConfig, rank: Rank | None) -> tuple[Trainer, RunRecorder, Path]:
     torch.multiprocessing.set_start_method("spawn", force=True)
     recorder = RunRecorder()
-    trainer = TiedLoraTrainerBuilder(cfg).create_trainer(callbacks=[recorder, *survival_callbacks()])
+    callbacks = [] if rank is None else [StatusCallback(rank), StopCallback(rank)]
+    trainer = TiedLoraTrainerBuilder(cfg).create_trainer(callbacks=[recorder, *callbacks])
     remove_leftover_checkpoints(cfg)
     with launch_kept(cfg):
         folder = exp_manager(trainer, cfg.exp_manager)
-    restore_status_file(trainer)
+    if rank is not None:
+        restore_status_file(trainer, rank)
     skip_one_validation(trainer)
     logging.info(f"run folder: {folder}")
     check_settings(cfg, trainer)

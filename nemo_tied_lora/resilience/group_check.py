@@ -7,6 +7,7 @@ n (i mod 13) + the sum of (rank mod 997) + 1, whole numbers that float32 holds.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
@@ -15,15 +16,48 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from nemo_tied_lora.errors import Problems
 from nemo_tied_lora.planning.parallel_layout import Layout
+from nemo_tied_lora.platform.devices import collective_device
 from nemo_tied_lora.resilience.rendezvous import Rendezvous, name_ranks, node_name
 
-__all__ = ["GROUPS", "check_groups", "contribution", "group_ranks", "local_report", "report"]
+__all__ = ["GROUPS", "check", "check_groups", "contribution", "group_ranks", "report"]
 
 GROUPS = {"tp": "tensor parallel", "pp": "pipeline parallel", "dp": "data parallel", "cp": "context parallel"}
 _ELEMENTS = {"cuda": 16 * 2**20, "cpu": 2**18}
 _PERIOD, _MODULUS = 13, 997
 _POLL_S = 0.005
+
+
+def check(rendezvous: Rendezvous, values: Mapping[str, Any]) -> list[str]:
+    """Tries an all-reduce in every group of the layout. Every rank calls it, with the default process group set up.
+
+    Args:
+        values: the composed configuration.
+
+    Returns:
+        One line per kind of group.
+
+    Raises:
+        ConfigError: on every rank, with what any rank found.
+    """
+    rendezvous = dataclasses.replace(
+        rendezvous, timeout_s=float(values["watchdog"]["timeout_s"] or rendezvous.timeout_s)
+    )
+    layout, swapped = Layout.from_config(values), bool(values["model"].get("use_tp_pp_dp_mapping"))
+    groups = {kind: group_ranks(layout, kind, pipeline_before_data=swapped) for kind in GROUPS}
+    rendezvous.put("groups", {"node": node_name(), "results": check_groups(rendezvous, groups, collective_device())})
+
+    def judge() -> list[str]:
+        answers = rendezvous.gather("groups")
+        nodes = {rank: answer["node"] for rank, answer in answers.items()}
+        lines, problems = report({rank: answer["results"] for rank, answer in answers.items()}, nodes)
+        silent = sorted(set(range(rendezvous.world_size)) - answers.keys())
+        problems += [f"all-reduce: ranks {silent} did not come back from it"] if silent else []
+        Problems(problems).raise_if_any()
+        return lines
+
+    return list(rendezvous.from_rank_0("groups/all", judge))
 
 
 def group_ranks(layout: Layout, kind: str, *, pipeline_before_data: bool = False) -> list[list[int]]:
@@ -132,8 +166,3 @@ def _bandwidth(result: Mapping[str, Any]) -> float:
     """Bytes per second that each rank sends in a ring: 2 (n-1)/n of the tensor."""
     size = len(result["ranks"])
     return 2 * (size - 1) / size * result["bytes"] / result["seconds"]
-
-
-def local_report(results: Iterable[Any]) -> dict[str, Any]:
-    """This rank's part of what `report` reads."""
-    return {"node": node_name(), "results": list(results)}

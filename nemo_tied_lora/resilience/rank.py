@@ -1,342 +1,330 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One rank's run, from meeting the others to its exit code: all ranks refuse, stop and finish together."""
+"""Runs one rank from the rendezvous to its exit code. All ranks refuse, stop and finish together."""
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import os
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from nemo_tied_lora.errors import ConfigError, TrainingStopped, report
-from nemo_tied_lora.planning.parallel_layout import Layout
 from nemo_tied_lora.planning.run_settings import run_folder
-from nemo_tied_lora.resilience.current_run import RankRun, current_run, set_current_run
-from nemo_tied_lora.resilience.restarts import Preempted, fingerprint, finished_before, restarted
-from nemo_tied_lora.resilience.status_file import RunStatus, read_status
+from nemo_tied_lora.resilience.restarts import Preempted, fingerprint, finished_already, restarted
+from nemo_tied_lora.resilience.status_file import RunStatus
 from nemo_tied_lora.resilience.stop_signals import answered_by, ignore_from_now
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # these modules import torch
+    from nemo_tied_lora.resilience.dead_rank_watchdog import Watchdog
     from nemo_tied_lora.resilience.rendezvous import Rendezvous
 
-__all__ = ["STOPPED", "finished_already", "preempted_code", "run_as_rank"]
+__all__ = ["STOPPED", "Finished", "Rank", "Refused", "run_as_rank"]
 
 STOPPED = 3
-"""The exit code of a run that one of its guards has stopped."""
+"""Exit code of a run that a guard stopped."""
 
 _START_S = 300.0
 _GONE_S = 10.0
 
 
-def run_as_rank(command: str, values: Mapping[str, Any], problems: list[str], work: Callable[[], Any]) -> int:
-    """Meets the other ranks, agrees with them whether to start, and does the work under the watchdog.
+class Refused(ConfigError):
+    """The ranks do not start the run. Every rank raises it."""
+
+
+class Finished(Exception):
+    """The same run has finished before and is not repeated. Every rank raises it."""
+
+
+def run_as_rank(command: str, values: Mapping[str, Any], problems: Sequence[str], work: Callable[[Rank], Any]) -> int:
+    """Runs `work` as one rank of a run; `Rank` describes how it ends.
 
     Args:
+        command: the command's name, for messages.
         values: the composed configuration.
-        problems: this rank's own.
-        work: returns the summary whose "output" names the file it wrote; may raise ConfigError or Preempted.
+        problems: what this rank found wrong before it met the others.
+        work: returns a summary; the summary's "output" names the file that the run wrote.
 
     Returns:
-        0; 2 where it is refused; `preemption.exit_code` where it was asked to stop and can be continued.
+        The exit code.
     """
-    started = _meet(command, values, problems)
-    if isinstance(started, int):
-        return started
-    rendezvous, run = started
-    with answered_by(_on_signal) if "preemption" in values else nullcontext():
-        code = _work(command, run, work)
-    del rendezvous  # rank 0 holds the store until here
-    return code
+    with Rank(command, values) as rank:
+        rank.start(problems)
+        if values.get("preflight") != "only":
+            rank.finish(work(rank))
+    return rank.exit_code
 
 
-def finished_already(values: Mapping[str, Any]) -> str | None:
-    """What to say where this very run has finished before; a finished run is not done again."""
-    if values.get("preflight") == "only" or "preemption" not in values:
-        return None
-    output = finished_before(run_folder(values), fingerprint(values))
-    if output is None:
-        return None
-    return f"finished already: {output}; for another run, change the settings, name=, or remove {run_folder(values)}"
+class Rank:
+    """This process as one rank of a run: a context manager around the work.
 
+    Leaving it prints and records how the work ended, waits until all ranks leave, and sets `exit_code`:
 
-def preempted_code(values: Mapping[str, Any], code: int) -> int:
-    """`code`, or that of a run that can be continued: torchrun has one code for all that is not 0."""
-    folder, preemption = run_folder(values), values.get("preemption")
-    status = read_status(folder) if folder is not None and preemption else None
-    return preemption["exit_code"] if preemption and status and status.get("state") == "preempted" else code
+    - 0: the work is done, or `Finished`
+    - 2: `ConfigError`, `Refused` among them
+    - 3 (`STOPPED`): `TrainingStopped`
+    - `preemption.exit_code`: `Preempted`
+    - any other exception: the watchdog ends all ranks with its own code, 70. Without a watchdog: 1
+    """
 
+    def __init__(self, command: str, values: Mapping[str, Any]) -> None:
+        self._command, self._values = command, values
+        self._watching, self._preemption = values.get("watchdog") or {}, values.get("preemption") or {}
+        self._first, self._is_alone = os.environ["RANK"] == "0", os.environ["WORLD_SIZE"] == "1"
+        self._rendezvous: Rendezvous | None = None
+        self._signals = ExitStack()
+        self.exit_code = 0
+        self.status = RunStatus(None, active=False)
+        self.watchdog: Watchdog | None = None
+        self.stuck_s: float = self._watching.get("stuck_s", 0)
+        """Time limit of a collective, in seconds. 0: torch's own."""
+        self.asked_to_stop: str | None = None
+        """The stop signal that this rank received."""
+        self.can_save = False
+        """True from the first step to the last. In this time a stop signal is answered at the start of a step."""
 
-def _meet(command: str, values: Mapping[str, Any], problems: list[str]) -> int | tuple[Rendezvous | None, RankRun]:
-    """An exit code, or the run that is about to begin."""
-    first, several = os.environ["RANK"] == "0", os.environ["WORLD_SIZE"] != "1"
-    rendezvous: Rendezvous | None = None
-    try:
-        if several:
+    def __enter__(self) -> Rank:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        with self._signals:
+            if error is not None and not isinstance(error, Exception):
+                return False
+            self.exit_code = self._end(error)
+        return True
+
+    def start(self, problems: Sequence[str]) -> None:
+        """Meets the other ranks, agrees with them to start, and checks the machines if the pre-flight is on.
+
+        Args:
+            problems: this rank's own.
+
+        Raises:
+            Refused: on every rank, with the problems of all ranks.
+            Finished: on every rank; this run has finished before.
+        """
+        try:
+            self._meet(problems)
+            self._begin()
+            if self._values.get("preflight"):
+                self.status.update(state="preflight")
+                self._preflight()
+        except ConfigError as error:
+            raise Refused(error.problems) from None
+        if "preemption" in self._values:
+            self._signals.enter_context(answered_by(self._on_signal))
+
+    def finish(self, summary: Any) -> None:
+        """Records that the work is done. If `summary` is a mapping, its "output" names the file that was written."""
+        output = summary.get("output") if isinstance(summary, Mapping) else None
+        self.status.update(now=True, state="finished", output=output and str(Path(output).resolve()))
+
+    def _meet(self, problems: Sequence[str]) -> None:
+        if not self._is_alone:
             from nemo_tied_lora.resilience.rendezvous import Rendezvous
 
-            seconds = float((values.get("watchdog") or {}).get("start_s", _START_S))
-            rendezvous = Rendezvous.join(seconds)
-            problems = rendezvous.agree(problems)
+            self._rendezvous = Rendezvous.join(float(self._watching.get("start_s", _START_S)))
+            problems = self._rendezvous.agree(problems)
         if problems:
             raise ConfigError(problems)
-        said = finished_already(values) if first else None
-        said = rendezvous.broadcast("finished", said) if rendezvous else said
-        if said is not None:
-            if first:
-                print(f"tied-lora {command}: {said}", flush=True)
-            if rendezvous:
-                _wait_for_all(rendezvous)
-            return 0
-        run = _begin(values, rendezvous, first=first)
-        if values.get("preflight", False):
-            run.status.update(state="preflight")
-            _preflight(values, rendezvous, first=first)
-            if values["preflight"] == "only":
-                _leave(run)
-                return 0
-    except ConfigError as error:
-        code = report(command, error) if first or rendezvous is None else 2
-        _refuse(error, rendezvous, first=first)
-        return code
-    return rendezvous, run
+        message = self._from_rank_0("finished", lambda: finished_already(self._values))
+        if message is not None:
+            raise Finished(message)
 
+    def _begin(self) -> None:
+        """Starts the status file and, on several ranks, the watchdog and the process group."""
+        from nemo_tied_lora.resilience.rendezvous import node_name
 
-def _refuse(error: ConfigError, rendezvous: Rendezvous | None, *, first: bool) -> None:
-    """Ends what has begun. With a process group, this process too: a collective that hangs cannot be taken back."""
-    ignore_from_now()
-    run = current_run()
-    if run is not None and first:
-        run.status.fail("; ".join(error.problems))
-    if run is not None and run.watchdog is not None:
-        run.watchdog.stop()
-    if rendezvous:
-        _wait_for_all(rendezvous)
-    if "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(2)
+        values, preemption = self._values, self._preemption
+        is_a_run = "preemption" in values and values["preflight"] != "only"
+        folder = run_folder(values) if is_a_run else None
+        facts: dict[str, Any] = {"node": node_name(), "pid": os.getpid()}
+        if preemption:
+            limit = preemption["max_restarts"]
+            facts |= self._from_rank_0("restarts", lambda: restarted(folder, fingerprint(values), limit))
+        if folder is not None:
+            facts |= {"settings": fingerprint(values), "step": 0, "max_steps": values["trainer"]["max_steps"]}
+        self.status = RunStatus(folder, active=self._first, **facts)
+        self.status.start()
+        if self._rendezvous is not None:
+            timeout_s = self._watching.get("timeout_s")
+            if timeout_s:
+                self._start_watchdog(self._rendezvous, timeout_s)
+            self._make_process_group(self._rendezvous, self.stuck_s or timeout_s)
 
-
-def _begin(values: Mapping[str, Any], rendezvous: Rendezvous | None, *, first: bool) -> RankRun:
-    """The status file, the watchdog and, on several ranks, the process group with the configured time limits."""
-    folder, preemption = run_folder(values), values.get("preemption") or {}
-    if "preemption" not in values or values["preflight"] == "only":
-        folder = None
-    counts: dict[str, int] | list[str] = {}
-    if first and preemption:
-        try:
-            counts = restarted(folder, fingerprint(values), preemption["max_restarts"])
-        except ConfigError as error:
-            counts = list(error.problems)
-    counts = rendezvous.broadcast("restarts", counts) if rendezvous else counts
-    if isinstance(counts, list):
-        raise ConfigError(counts)
-    from nemo_tied_lora.resilience.rendezvous import connect, node_name
-
-    facts: dict[str, Any] = {"node": node_name(), "pid": os.getpid(), **counts}
-    if folder is not None:
-        facts |= {"settings": fingerprint(values), "step": 0, "max_steps": values["trainer"]["max_steps"]}
-    status = RunStatus(folder, active=first, **facts)
-    status.start()
-    watching = values.get("watchdog") or {}
-    run = RankRun(status, preemption.get("exit_code", 1), watching.get("stuck_s", 0))
-    set_current_run(run)
-    if rendezvous and watching.get("timeout_s"):
+    def _start_watchdog(self, rendezvous: Rendezvous, timeout_s: float) -> None:
         from nemo_tied_lora.resilience.dead_rank_watchdog import Watchdog
+        from nemo_tied_lora.resilience.rendezvous import connect
 
-        store = connect(watching["timeout_s"], client=True)
-        run.watchdog = Watchdog(
-            store,
+        self.watchdog = Watchdog(
+            connect(timeout_s, client=True),
             rendezvous.rank,
             rendezvous.world_size,
-            timeout_s=watching["timeout_s"],
-            stuck_s=watching["stuck_s"],
-            on_end=lambda reason, code: _record_end(status, reason, code, run),
+            timeout_s=timeout_s,
+            stuck_s=self.stuck_s,
+            on_end=self._record_verdict,
         )
-        run.watchdog.start()
-        _make_process_group(values, rendezvous, watching["stuck_s"] or watching["timeout_s"])
-    return run
+        self.watchdog.start()
 
+    def _make_process_group(self, rendezvous: Rendezvous, seconds: float | None) -> None:
+        """Makes the default process group over the ranks' store, before Lightning does; Lightning then uses it.
 
-def _make_process_group(values: Mapping[str, Any], rendezvous: Rendezvous, seconds: float) -> None:
-    """Before Lightning does, which then uses it: with the configured time limit, over the ranks' store."""
-    import torch
-    from torch.distributed import PrefixStore
+        Lightning would listen at MASTER_PORT, where rank 0 already has the ranks' store unless torchrun holds one.
 
-    from nemo_tied_lora.platform.devices import select_device
+        Args:
+            seconds: time limit of a collective. None or 0: torch's own.
+        """
+        import torch
+        from torch.distributed import PrefixStore
 
-    device = select_device(values["trainer"].get("accelerator"))
-    limit = datetime.timedelta(seconds=seconds)
-    torch.distributed.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=PrefixStore("process_group", rendezvous.store),
-        rank=rendezvous.rank,
-        world_size=rendezvous.world_size,
-        timeout=limit,
-    )
+        from nemo_tied_lora.platform.devices import select_device
 
+        device = select_device(self._values["trainer"].get("accelerator"))
+        torch.distributed.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=PrefixStore("process_group", rendezvous.store),
+            rank=rendezvous.rank,
+            world_size=rendezvous.world_size,
+            timeout=datetime.timedelta(seconds=seconds) if seconds else None,
+        )
 
-def _preflight(values: Mapping[str, Any], rendezvous: Rendezvous | None, *, first: bool) -> None:
-    """The same software everywhere, and every group's all-reduce.
+    def _preflight(self) -> None:
+        """Compares the ranks' software, and tries an all-reduce in every parallel group.
 
-    Raises:
-        ConfigError: on every rank, what any rank found.
-    """
-    lines = []
-    if rendezvous:
-        from nemo_tied_lora.resilience import version_check
+        Raises:
+            ConfigError: on every rank, with what any rank found.
+        """
+        lines = []
+        if self._rendezvous is not None:
+            from nemo_tied_lora.resilience import group_check, version_check
 
-        rendezvous.put("software", version_check.local_report(values))
-        found = version_check.differences(rendezvous.gather("software")) if first else []
-        found = rendezvous.broadcast("software/all", found)
-        if found:
-            raise ConfigError(found)
-        lines = [f"the same software and configuration on all {rendezvous.world_size} ranks"]
-        lines += _check_collectives(values, rendezvous)
-    if first:
-        print("\n".join([f"pre-flight: {line}" for line in [*lines, "all is well"]]), flush=True)
+            version_check.compare(self._rendezvous, self._values)
+            lines = [f"the same software and configuration on all {self._rendezvous.world_size} ranks"]
+            lines += group_check.check(self._rendezvous, self._values)
+        if self._first:
+            print("\n".join([f"pre-flight: {line}" for line in [*lines, "all is well"]]), flush=True)
 
+    def _from_rank_0(self, topic: str, compute: Callable[[], Any]) -> Any:
+        return compute() if self._rendezvous is None else self._rendezvous.from_rank_0(topic, compute)
 
-def _check_collectives(values: Mapping[str, Any], rendezvous: Rendezvous) -> list[str]:
-    import torch
-
-    from nemo_tied_lora.platform.devices import collective_device
-    from nemo_tied_lora.resilience import group_check
-
-    if not torch.distributed.is_initialized():  # watchdog.timeout_s=0
-        _make_process_group(values, rendezvous, rendezvous.timeout_s)
-    seconds = values["watchdog"]["timeout_s"] or rendezvous.timeout_s
-    rendezvous = dataclasses.replace(rendezvous, timeout_s=float(seconds))
-    layout = Layout.from_config(values)
-    swapped = bool(values["model"].get("use_tp_pp_dp_mapping"))
-    groups = {kind: group_check.group_ranks(layout, kind, pipeline_before_data=swapped) for kind in group_check.GROUPS}
-    rendezvous.put(
-        "collectives", group_check.local_report(group_check.check_groups(rendezvous, groups, collective_device()))
-    )
-    lines: list[str] = []
-    problems: list[str] = []
-    if rendezvous.rank == 0:
-        said = rendezvous.gather("collectives")
-        nodes = {rank: one["node"] for rank, one in said.items()}
-        lines, problems = group_check.report({rank: one["results"] for rank, one in said.items()}, nodes)
-        silent = sorted(set(range(rendezvous.world_size)) - said.keys())
-        problems += [f"all-reduce: ranks {silent} did not come back from it"] if silent else []
-    problems = rendezvous.broadcast("collectives/all", problems)
-    if problems:
-        raise ConfigError(problems)
-    return lines
-
-
-def _work(command: str, run: RankRun, work: Callable[[], Any]) -> int:
-    """The work, and what its end means for the other ranks."""
-    try:
-        summary = work()
-    except Preempted as stop:
-        run.status.update(now=True, state="preempted", reason=str(stop))
-        if os.environ["RANK"] == "0":
-            print(f"tied-lora {command}: {stop}", flush=True)
-        _leave(run)
-        return run.exit_code
-    except (ConfigError, TrainingStopped) as error:
-        # Said before the others are met again: a launcher may end this rank as soon as another has gone.
-        code = _report_failure(command, error, run)
-        _leave(run)
+    def _end(self, error: Exception | None) -> int:
+        """Prints and records the end, leaves together with the other ranks, and returns the exit code."""
+        # Prints before it leaves: a launcher may kill this rank as soon as another has gone.
+        if isinstance(error, (ConfigError, TrainingStopped)):
+            code = self._report(error)
+        elif isinstance(error, Preempted):
+            code = self._preemption.get("exit_code", 1)
+            self.status.update(now=True, state="preempted", reason=str(error))
+            self._print(error)
+        elif isinstance(error, Finished):
+            code = 0
+            self._print(error)
+        elif error is not None:
+            self._fail(error)
+            return 1
+        else:
+            code = 0
+        self._leave(refused=isinstance(error, Refused))
         return code
-    except Exception as error:
-        traceback.print_exc()
+
+    def _print(self, message: object, file: Any = None) -> None:
+        if self._first:
+            print(f"tied-lora {self._command}: {message}", file=file, flush=True)
+
+    def _report(self, error: ConfigError | TrainingStopped) -> int:
+        """Prints and records the error on rank 0, because every rank has the same one. Returns the exit code."""
+        problems = error.problems if isinstance(error, ConfigError) else (str(error),)
+        if self._first:
+            self.status.fail("; ".join(problems))
+        if isinstance(error, TrainingStopped):
+            self._print(error, sys.stderr)
+            return STOPPED
+        # A rank that could not reach the others has its own problem, and prints it too.
+        return report(self._command, error) if self._first or self._rendezvous is None else 2
+
+    def _fail(self, error: Exception) -> None:
+        """Prints the traceback and ends the run on all ranks. With a watchdog, it does not return."""
+        traceback.print_exception(error)
         sys.stderr.flush()
-        said = (str(error).strip().splitlines() or [""])[0]
-        reason = f"rank {os.environ['RANK']} failed: {type(error).__name__}: {said}"
-        _fail(run, reason, of_network=_is_of_network(error))
-        return 1
-    output = summary.get("output") if isinstance(summary, Mapping) else None
-    run.status.update(now=True, state="finished", output=output and str(Path(output).resolve()))
-    _leave(run)
-    return 0
+        first_line = (str(error).strip().splitlines() or [""])[0]
+        reason = f"rank {os.environ['RANK']} failed: {type(error).__name__}: {first_line}"
+        if self.watchdog is None:
+            self.status.fail(reason)
+        elif _is_of_network(error):
+            self.watchdog.fail_after_peers(reason)
+        else:
+            self.watchdog.fail(reason)
 
+    def _leave(self, *, refused: bool) -> None:
+        """Waits until all ranks leave: rank 0 holds the store that the others use.
 
-def _report_failure(command: str, failure: ConfigError | TrainingStopped, run: RankRun) -> int:
-    """Rank 0 says it once, for every rank has the same; returns the exit code."""
-    first = os.environ["RANK"] == "0"
-    if first:
-        run.status.fail("; ".join(failure.problems) if isinstance(failure, ConfigError) else str(failure))
-    if isinstance(failure, ConfigError):
-        return report(command, failure) if first else 2
-    if first:
-        print(f"tied-lora {command}: {failure}", file=sys.stderr, flush=True)
-    return STOPPED
+        Args:
+            refused: a collective of the pre-flight may hang, and cannot be cancelled. So no collective is called, and
+                a rank that has a process group exits here.
+        """
+        ignore_from_now()
+        if self.watchdog is not None:
+            self.watchdog.stop()
+        has_group = "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()
+        if has_group and not refused:
+            import torch
 
+            # A rank that exits while its groups' threads run may be aborted, after its work is done.
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
+        elif self._rendezvous is not None:
+            self._wait_for_all(self._rendezvous)
+        if has_group and refused:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(2)
 
-def _fail(run: RankRun, reason: str, *, of_network: bool) -> None:
-    if run.watchdog is None:
-        run.status.fail(reason)
-    elif of_network:
-        run.watchdog.fail_after_peers(reason)
-    else:
-        run.watchdog.fail(reason)
+    def _wait_for_all(self, rendezvous: Rendezvous) -> None:
+        """Waits, for at most `_GONE_S` seconds, until all ranks are about to leave.
+
+        All ranks ignore stop signals by now. So a launcher that ends the others when the first rank leaves changes no
+        exit code.
+        """
+        deadline = time.monotonic() + _GONE_S
+        with suppress(RuntimeError):  # rank 0 has left, so all ranks have been here
+            rendezvous.store.add("gone", 1)
+            while rendezvous.store.add("gone", 0) < rendezvous.world_size and time.monotonic() < deadline:
+                time.sleep(0.1)
+
+    def _record_verdict(self, reason: str, code: int) -> None:
+        """Called by the watchdog on one surviving rank, before it ends the run."""
+        if code == self._preemption.get("exit_code", 1):
+            self.status.update(now=True, state="preempted", reason=reason)
+        else:
+            self.status.fail(reason)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Notes the signal; the run stops at the start of a step. Before the first step it exits: nothing to save."""
+        name = signal.Signals(number).name
+        self.asked_to_stop = name
+        if self.can_save or self.status["state"] not in ("starting", "preflight"):
+            return
+        code = self._preemption["exit_code"]
+        reason = f"{name} before the first step: nothing to save; the same command starts it again"
+        print(f"tied-lora: rank {os.environ['RANK']}: {reason}", file=sys.stderr, flush=True)
+        if self.watchdog is not None:
+            self.watchdog.fail(reason, code)
+        self.status.update(now=True, state="preempted", reason=reason)
+        os._exit(code)
 
 
 def _is_of_network(error: BaseException) -> bool:
-    """Whether it may come of another rank's end: torch raises plain RuntimeErrors for most of them."""
+    """Whether another rank's death may have caused the error. torch raises plain RuntimeErrors for most of these."""
     import torch
 
     marks = ("gloo", "nccl", "connection", "socket", "timed out", "timeout", "peer")
     known = isinstance(error, (RuntimeError, torch.distributed.DistError))
     return known and any(mark in str(error).lower() for mark in marks)
-
-
-def _leave(run: RankRun) -> None:
-    """All ranks, together: then rank 0, whose store the others use, and the rest may go."""
-    import torch
-
-    ignore_from_now()
-    if run.watchdog is not None:
-        run.watchdog.stop()
-    # A rank that exits with its groups' threads running may be aborted, after its work is done.
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-
-
-def _wait_for_all(rendezvous: Rendezvous) -> None:
-    """No rank goes before all have heard; rank 0, which holds the store, goes when all are about to.
-
-    Each is deaf to signals by now: a launcher that ends the others when the first has gone changes no exit code.
-    """
-    deadline = time.monotonic() + _GONE_S
-    with suppress(RuntimeError):  # rank 0 has gone, so that all have heard
-        rendezvous.store.add("gone", 1)
-        while rendezvous.store.add("gone", 0) < rendezvous.world_size and time.monotonic() < deadline:
-            time.sleep(0.1)
-
-
-def _record_end(status: RunStatus, reason: str, code: int, run: RankRun) -> None:
-    if code == run.exit_code:
-        status.update(now=True, state="preempted", reason=reason)
-    else:
-        status.fail(reason)
-
-
-def _on_signal(number: int, frame: FrameType | None) -> None:
-    """Notes the signal for the step's end; before the first step there is nothing to save."""
-    run = current_run()
-    name = signal.Signals(number).name
-    if run is None:
-        os._exit(128 + number)
-    run.asked_to_stop = name
-    if run.can_save or run.status["state"] not in ("starting", "preflight"):
-        return
-    reason = f"{name} before the first step: nothing to save; the same command starts it again"
-    print(f"tied-lora: rank {os.environ['RANK']}: {reason}", file=sys.stderr, flush=True)
-    if run.watchdog is not None:
-        run.watchdog.fail(reason, run.exit_code)
-    run.status.update(now=True, state="preempted", reason=reason)
-    os._exit(run.exit_code)

@@ -8,13 +8,13 @@ import json
 import os
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch.distributed import PrefixStore, Store, TCPStore
 
-from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.errors import ConfigError, Problems
 
 __all__ = ["Rendezvous", "connect", "name_ranks", "node_name"]
 
@@ -79,6 +79,14 @@ class Rendezvous:
                 raise ConfigError([f"rank 0 did not answer within {limit:.0f} s ({topic})"])
             time.sleep(_POLL_S)
         return json.loads(self.store.get(topic))
+
+    def from_rank_0(self, topic: str, compute: Callable[[], Any]) -> Any:
+        """Calls `compute` on rank 0, and returns its result, or raises its `ConfigError`, on every rank."""
+        problems = Problems()
+        result = problems.attempt(compute) if self.rank == 0 else None
+        result, found = self.broadcast(topic, [result, problems])
+        Problems(found).raise_if_any()
+        return result
 
     def agree(self, problems: Sequence[str], topic: str = "problems") -> list[str]:
         """All ranks' problems, the same on every rank; those that only some ranks have name their nodes.

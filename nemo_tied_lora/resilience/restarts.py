@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.planning.run_settings import run_folder
 from nemo_tied_lora.resilience.status_file import STATUS_FILE, read_status
 
-__all__ = ["Preempted", "fingerprint", "finished_before", "restarted"]
+__all__ = ["Preempted", "fingerprint", "finished_already", "finished_before", "preempted_code", "restarted"]
 
 
 # What does not change what is trained, or where the result lies.
@@ -44,6 +45,23 @@ def finished_before(folder: Path | None, settings: str) -> str | None:
         return None
     output = Path(str(status.get("output")))
     return str(output) if output.exists() and output.with_name("metrics.json").exists() else None
+
+
+def finished_already(values: Mapping[str, Any]) -> str | None:
+    """The message to print if this very run has finished before; a finished run is not repeated. None: it has not."""
+    if values.get("preflight") == "only" or "preemption" not in values:
+        return None
+    output = finished_before(run_folder(values), fingerprint(values))
+    if output is None:
+        return None
+    return f"finished already: {output}; for another run, change the settings, name=, or remove {run_folder(values)}"
+
+
+def preempted_code(values: Mapping[str, Any], code: int) -> int:
+    """`code`, or `preemption.exit_code` if the run can be continued: torchrun's own code is 1 for every failure."""
+    folder, preemption = run_folder(values), values.get("preemption")
+    status = read_status(folder) if folder is not None and preemption else None
+    return preemption["exit_code"] if preemption and status and status.get("state") == "preempted" else code
 
 
 def restarted(folder: Path | None, settings: str, allowed: int) -> dict[str, int]:

@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_tied_lora.resilience.rendezvous import name_ranks, node_name
+from nemo_tied_lora.errors import Problems
+from nemo_tied_lora.resilience.rendezvous import Rendezvous, name_ranks, node_name
 from nemo_tied_lora.versions import installed_version
 
-__all__ = ["differences", "local_report", "software"]
+__all__ = ["compare", "differences", "software"]
 
 _PACKAGES = (
     "torch",
@@ -29,6 +30,16 @@ _PACKAGES = (
     "safetensors",
     "hydra-core",
 )
+
+
+def compare(rendezvous: Rendezvous, configuration: Mapping[str, Any]) -> None:
+    """Compares all ranks' software. Every rank calls it.
+
+    Raises:
+        ConfigError: on every rank, with one line per difference.
+    """
+    rendezvous.put("software", {"node": node_name(), "software": software(configuration)})
+    rendezvous.from_rank_0("software/all", lambda: Problems(differences(rendezvous.gather("software"))).raise_if_any())
 
 
 def software(configuration: Mapping[str, Any]) -> dict[str, str]:
@@ -57,11 +68,6 @@ def differences(said: Mapping[int, Mapping[str, Any]]) -> list[str]:
                 f"{name}: {value} on {name_ranks(ranks, nodes)}, {usual} on the others; make them the same"
             )
     return problems
-
-
-def local_report(configuration: Mapping[str, Any]) -> dict[str, Any]:
-    """This rank's part of what `differences` compares."""
-    return {"node": node_name(), "software": software(configuration)}
 
 
 def _code_hash(folder: Path) -> str:

@@ -43,12 +43,13 @@ def arguments(name: str) -> list[str]:
     return [*SHORT, *LONGER, *files, *place, *rank]
 
 
-def start(folder: Path, name: str) -> list[subprocess.Popen[bytes]]:
-    """A process a rank, its log beside the run's folder."""
+def start(folder: Path, name: str, *command: str) -> list[subprocess.Popen[bytes]]:
+    """Starts one process per rank, as srun does; each rank's log is in `folder`. No command: `finetune` in `name`."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    command = [sys.executable, "-W", "ignore", "-m", "nemo_tied_lora.commands.finetune", *arguments(name)]
+    words = [sys.executable, "-W", "ignore", "-m", "nemo_tied_lora.commands.main"]
+    words += command or ("finetune", *arguments(name))
     ranks = []
     for rank in range(2):
         environment = {
@@ -59,7 +60,7 @@ def start(folder: Path, name: str) -> list[subprocess.Popen[bytes]]:
         }
         environment |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         with (folder / f"{name}-{rank}.log").open("ab") as log:
-            ranks.append(subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log))
+            ranks.append(subprocess.Popen(words, cwd=folder, env=environment, stdout=log, stderr=log))
     return ranks
 
 
@@ -171,3 +172,15 @@ def test_when_a_rank_is_killed_the_other_ends_in_time_and_names_it(workshop: Pat
     status = read_status(workshop / "rank-killed") or {}
     assert status["state"] == "failed"
     assert "no sign of life for 15 s" in status["reason"]
+
+
+def test_generate_runs_on_ranks_that_srun_started(workshop: Path) -> None:
+    """No agent holds a store here: rank 0's own is at MASTER_PORT, where Lightning's would be too."""
+    prompts = ["prompts=['1:','2:']", "tokens_to_generate=3", "trainer.precision=32", "output=answers.jsonl"]
+    ranks = start(workshop, "generate", "generate", "base=base.nemo", "layout=tp2", *prompts)
+    try:
+        assert [rank.wait(TIMEOUT) for rank in ranks] == [0, 0], logs(workshop, "generate")
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert len((workshop / "answers.jsonl").read_text().splitlines()) == 2

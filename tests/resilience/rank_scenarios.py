@@ -26,9 +26,8 @@ import torch.distributed as dist
 
 from nemo_tied_lora.errors import TrainingStopped
 from nemo_tied_lora.resilience import group_check, version_check
-from nemo_tied_lora.resilience import rank as rank_run
-from nemo_tied_lora.resilience.current_run import current_run
 from nemo_tied_lora.resilience.dead_rank_watchdog import Watchdog
+from nemo_tied_lora.resilience.rank import Rank, run_as_rank
 from nemo_tied_lora.resilience.rendezvous import Rendezvous
 
 TIMEOUT_S = 6.0
@@ -50,18 +49,16 @@ def values(folder: Path, world_size: int, **changes: Any) -> dict[str, Any]:
     }
 
 
-def steps(forever: bool = True) -> dict[str, Any]:
+def steps(rank: Rank, forever: bool = True) -> dict[str, Any]:
     """A training loop: a sum over all ranks, again and again."""
-    run = current_run()
-    assert run is not None
-    run.status.update(state="training")
+    rank.status.update(state="training")
     count = 0
     while forever or count < 20:
         dist.all_reduce(torch.ones(1))
         count += 1
         Path(f"{os.environ['FOLDER']}/step-{os.environ['RANK']}").touch()
-        if run.watchdog is not None:
-            run.watchdog.moved(f"step {count}")
+        if rank.watchdog is not None:
+            rank.watchdog.moved(f"step {count}")
         time.sleep(0.05)
     (Path(os.environ["FOLDER"]) / "metrics.json").touch()
     output = Path(os.environ["FOLDER"]) / "adapter.nemo"
@@ -72,7 +69,7 @@ def steps(forever: bool = True) -> dict[str, Any]:
 def train(problems: list[str] | None = None, **changes: Any) -> int:
     """A run of `steps` as `tied-lora finetune` would do it."""
     cfg = values(Path(os.environ["FOLDER"]), int(os.environ["WORLD_SIZE"]), **changes)
-    return rank_run.run_as_rank("finetune", cfg, problems or [], steps)
+    return run_as_rank("finetune", cfg, problems or [], steps)
 
 
 def only_on(rank: int) -> bool:
@@ -88,21 +85,19 @@ def stand_still() -> int:
     """Rank 1 stops in its own code, alive; the others wait for it."""
     cfg = values(Path(os.environ["FOLDER"]), 2, watchdog={"start_s": 20, "timeout_s": TIMEOUT_S, "stuck_s": 5})
 
-    def work() -> dict[str, Any]:
-        run = current_run()
-        assert run is not None
-        assert run.watchdog is not None
+    def work(rank: Rank) -> dict[str, Any]:
+        assert rank.watchdog is not None
         for step in range(1000):
-            run.watchdog.moved(f"step {step}")
+            rank.watchdog.moved(f"step {step}")
             if step == 5 and only_on(1):
                 read_the_next_batch()
             dist.all_reduce(torch.ones(1))
         return {}
 
-    original = rank_run._make_process_group
-    # The watchdog is to end it, not the collective's own limit.
-    replace(rank_run, "_make_process_group", lambda values, rendezvous, seconds: original(values, rendezvous, 60))
-    return rank_run.run_as_rank("finetune", cfg, [], work)
+    original = Rank._make_process_group
+    # The watchdog must end it, not the collective's own limit.
+    replace(Rank, "_make_process_group", lambda rank, rendezvous, seconds: original(rank, rendezvous, 60))
+    return run_as_rank("finetune", cfg, [], work)
 
 
 def read_the_next_batch() -> None:
@@ -112,23 +107,23 @@ def read_the_next_batch() -> None:
 def raise_an_error() -> int:
     cfg = values(Path(os.environ["FOLDER"]), 2)
 
-    def work() -> Any:
+    def work(rank: Rank) -> Any:
         if only_on(1):
             time.sleep(1)
             raise ValueError("the data has a hole")
-        return steps()
+        return steps(rank)
 
-    return rank_run.run_as_rank("finetune", cfg, [], work)
+    return run_as_rank("finetune", cfg, [], work)
 
 
 def stopped_by_a_guard() -> int:
     """What a tie guard or a gradient does to a run, the same on every rank."""
 
-    def work() -> Any:
+    def work(rank: Rank) -> Any:
         dist.all_reduce(torch.ones(1))
         raise TrainingStopped("tie guard: linear_qkv.A differs")
 
-    return rank_run.run_as_rank("finetune", values(Path(os.environ["FOLDER"]), 2), [], work)
+    return run_as_rank("finetune", values(Path(os.environ["FOLDER"]), 2), [], work)
 
 
 def another_version() -> int:
@@ -173,9 +168,9 @@ def clean_preflight() -> int:
 
 def finished() -> int:
     cfg = values(Path(os.environ["FOLDER"]), 2)
-    code = rank_run.run_as_rank("finetune", cfg, [], lambda: steps(forever=False))
+    code = run_as_rank("finetune", cfg, [], lambda rank: steps(rank, forever=False))
     os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
-    again = rank_run.run_as_rank("finetune", cfg, [], lambda: sys.exit("it ran a second time"))
+    again = run_as_rank("finetune", cfg, [], lambda rank: sys.exit("it ran a second time"))
     return code or again
 
 

@@ -17,6 +17,7 @@ import os, sys, threading, time
 from pathlib import Path
 
 GATES, RANK, fsync = Path(os.environ["GATES"]), os.environ.get("RANK"), os.fsync
+ranks = []  # the `Rank` of this process, from its first step on
 
 
 def wait_at(gate):
@@ -24,8 +25,7 @@ def wait_at(gate):
         (gate / f".{RANK}").write_text(str(os.getpid()))
         (gate / f".{RANK}").rename(gate / f"rank-{RANK}")
         while gate.is_dir():
-            run = sys.modules["nemo_tied_lora.resilience.current_run"].current_run()
-            if run.asked_to_stop:
+            if ranks and ranks[0].asked_to_stop:
                 (gate / f"asked-{RANK}").touch()
             time.sleep(0.05)
     except FileNotFoundError:  # opened in between
@@ -47,6 +47,7 @@ def plant():
     step_ended = callback.on_train_batch_end
 
     def on_train_batch_end(self, trainer, *arguments):
+        ranks[:] = [self._rank]
         step_ended(self, trainer, *arguments)
         wait_at(GATES / str(trainer.global_step))
 
