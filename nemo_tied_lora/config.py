@@ -165,6 +165,16 @@ class TiedLoraConfig:
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
     @property
+    def stored(self) -> tuple[str, ...]:
+        """The factors that exist as tensors: all except a frozen u or v, which is 1."""
+        return tuple(factor for factor in FACTORS if factor in self.trained or factor in ("A", "B"))
+
+    @property
+    def seeded(self) -> tuple[str, ...]:
+        """The frozen factors that a file holds as their seed."""
+        return tuple(f for f in ("A", "B") if f not in self.trained and self.frozen_factors == "seed")
+
+    @property
     def zero_factor(self) -> str:
         """The one trained factor that starts at 0, so that the update does: v, else B, else u, else A."""
         return next(factor for factor in FACTORS if factor in self.trained)

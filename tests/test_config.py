@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 
-from nemo_tied_lora.adapter.param_count import factor_numel, parameter_counts, stored_counts
-from nemo_tied_lora.adapter.shapes import TargetShape
+from nemo_tied_lora.adapter.factor_names import expected_shapes
+from nemo_tied_lora.adapter.param_count import factor_numel, parameter_counts
+from nemo_tied_lora.adapter.shapes import LinearShape
 from nemo_tied_lora.config import FACTORS, INIT_METHODS, PRESETS, TARGETS, TiedLoraConfig
 from nemo_tied_lora.errors import ConfigError
 
 SUBSETS = [c for n in range(5) for c in itertools.combinations("vBuA", n)]
 TIES = [(), ("A",), ("B",), ("A", "B")]
-LLAMA2_7B_QKV = TargetShape(4096, 3 * 4096, 32)
+LLAMA2_7B_QKV = LinearShape("column", 4096, 3 * 4096, 1, tuple(range(32)))
 
 # paper.md's table: (model, rank) to LoRA, TL6, TL5, VeRA.
 PAPER = [
@@ -56,7 +57,10 @@ def test_counts_of_every_combination_equal_the_formula(trained: tuple[str, ...],
         )
         return
     config = TiedLoraConfig(rank=3, trained=trained, tied=tied)
-    shapes = {"linear_qkv": TargetShape(10, 14, 5), "linear_fc2": TargetShape(40, 10, 5)}
+    shapes = {
+        "linear_qkv": LinearShape("column", 10, 14, 1, tuple(range(5))),
+        "linear_fc2": LinearShape("row", 40, 10, 1, tuple(range(5))),
+    }
     for target, (inputs, outputs) in {"linear_qkv": (10, 14), "linear_fc2": (40, 10)}.items():
         trains, stores = 0, 0
         for factor, numel in (("A", 3 * inputs), ("B", outputs * 3), ("u", 3), ("v", outputs)):
@@ -64,7 +68,8 @@ def test_counts_of_every_combination_equal_the_formula(trained: tuple[str, ...],
             trains += total if factor in trained else 0
             stores += total if factor in trained or factor in "AB" else 0
         assert parameter_counts(shapes, config)[target] == trains
-        assert stored_counts(shapes, config)[target] == stores
+        stored = expected_shapes(config, {target: shapes[target]})
+        assert sum(math.prod(shape) for shape in stored.values()) == stores
 
 
 @pytest.mark.parametrize("tied", TIES)
@@ -83,7 +88,7 @@ def test_every_combination_starts_with_exactly_one_trained_factor_at_zero(
 
 @pytest.mark.parametrize(("hidden", "layers", "rank", "counts"), PAPER)
 def test_presets_reproduce_the_papers_table(hidden: int, layers: int, rank: int, counts: tuple[int, ...]) -> None:
-    shapes = {"linear_qkv": TargetShape(hidden, 3 * hidden, layers)}
+    shapes = {"linear_qkv": LinearShape("column", hidden, 3 * hidden, 1, tuple(range(layers)))}
     for name, expected in zip(("lora", "tl6", "tl5", "vera"), counts, strict=True):
         config = TiedLoraConfig.preset(name, rank=rank, targets=["linear_qkv"])
         assert sum(parameter_counts(shapes, config).values()) == expected, name
@@ -95,7 +100,7 @@ def test_tl6_at_rank_256_is_the_papers_4_60_million() -> None:
 
 
 def test_counting_skips_targets_that_are_not_selected_or_not_in_the_model() -> None:
-    shapes = {"linear_qkv": LLAMA2_7B_QKV, "linear_proj": TargetShape(4096, 4096, 32)}
+    shapes = {"linear_qkv": LLAMA2_7B_QKV, "linear_proj": LinearShape("row", 4096, 4096, 1, tuple(range(32)))}
     assert list(parameter_counts(shapes, TiedLoraConfig(targets=("linear_proj", "linear_fc1")))) == ["linear_proj"]
 
 

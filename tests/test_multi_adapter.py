@@ -15,7 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from nemo_tied_lora import ConfigError, TiedLoraConfig, inject, load_adapter, save_adapter
-from nemo_tied_lora.adapter.full_state import expected_shapes
+from nemo_tied_lora.adapter.factor_names import expected_shapes
 from nemo_tied_lora.multi_adapter import Adapters
 from nemo_tied_lora.planning.adapter_cost import Precision, several_adapters
 from nemo_tied_lora.planning.architecture import Architecture
@@ -36,7 +36,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 def randomize(adapter: Any, name: str) -> None:
     """Trained factors away from zero and different from one adapter to the next; frozen ones as drawn."""
-    shapes = expected_shapes(adapter.config, adapter.specs)
+    shapes = expected_shapes(adapter.config, adapter.shapes)
     drawn = adapter.full_state()
     trained = adapter.config.trained
     random = {key: full_tensor(f"{name} {key}", shape) for key, shape in shapes.items()}
@@ -372,13 +372,13 @@ def test_control_sharing_without_comparing_would_change_outputs(
         test_each_adapter_gives_the_bits_that_it_gives_alone(model, adapters, files)
 
 
-def test_control_a_link_left_behind_would_show(
+def test_control_a_linear_left_detached_would_show(
     model: Any, adapters: Adapters, files: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     attach = type(adapters["lora"].chunks[0]).attach
 
     def attach_all_but_one(chunk: Any) -> None:
-        chunk.detached_links.pop(next(iter(chunk.detached_links)))
+        chunk.detached.pop(next(iter(chunk.detached)))
         attach(chunk)
 
     monkeypatch.setattr("nemo_tied_lora.adapter.injected_adapter.Chunk.attach", attach_all_but_one)

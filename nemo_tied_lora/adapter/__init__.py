@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The adapter itself, on plain megatron-core: shapes, sharding, the adapted linear, gradient sums, injection."""
+"""The adapter on plain megatron-core: shapes, sharding, the adapted linear, gradient sums, injection."""

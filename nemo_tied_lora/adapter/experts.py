@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mixture-of-experts models: what experts' linears are called, what they share, and which layouts are refused.
+"""Mixtures of experts: the names of experts' linears, what experts share, and which layouts are refused.
 
-Linears that may share A and B form a group. A dense layer's MLP, the routed experts and the shared experts are three
-groups each for linear_fc1 and linear_fc2, also where their shapes agree: they do different work.
+Linears that may share A and B form a group. The MLP of dense layers, the routed experts and the shared experts are
+three groups, for linear_fc1 and for linear_fc2, even if their shapes agree: they do different work.
 
 =========================  =============================================  ================================
-group                      linears, in each layer                         linears' names
+group                      linears in each layer                          names of the linears
 =========================  =============================================  ================================
-linear_qkv, linear_fc1     attention; the MLP of a dense layer            the group's
+linear_qkv, linear_fc1     attention; the MLP of a dense layer            same as the group
 experts.linear_fc1         mlp.experts.local_experts.5.linear_fc1, E      experts.5.linear_fc1
-shared_experts.linear_fc1  mlp.shared_experts.linear_fc1                  the group's
+shared_experts.linear_fc1  mlp.shared_experts.linear_fc1                  same as the group
 =========================  =============================================  ================================
 
 Experts are numbered globally from 0. u and v, and an A or B that is not tied, belong to one layer and one expert:
@@ -22,9 +22,9 @@ per_expert      one expert's linears in all layers   experts.5.linear_fc1.A     
 tied            all experts' linears in all layers   experts.linear_fc1.A          r (in + out) + L E (r + out)
 ==============  ===================================  ============================  ==========================
 
-with E experts, L layers that have them, rank r. The router is no target.
+with E experts, L layers that have experts, rank r. The router is not a target.
 
-This module needs neither torch nor Megatron.
+Imports neither torch nor Megatron.
 """
 
 from __future__ import annotations
@@ -51,46 +51,47 @@ _ONE_EXPERT = re.compile(r"^experts\.\d+\.")
 
 
 def linear_of(name: str) -> str:
-    """ "linear_fc1" of a group's or a linear's name."""
+    """The target in the name of a group or a linear: "linear_fc1" in "experts.5.linear_fc1"."""
     return name.rpartition(".")[2]
 
 
 def group_of(name: str) -> str:
-    """The group of a linear's name, or of a tied tensor's holder: "experts.linear_fc1" of "experts.5.linear_fc1"."""
+    """The group of a linear, by its name: "experts.linear_fc1" for "experts.5.linear_fc1"."""
     return _ONE_EXPERT.sub(_ROUTED, name)
 
 
 def groups_of(target: str) -> tuple[str, ...]:
-    """The groups that a configuration's target selects, where a model has them, in the order of the file."""
+    """The groups that a target selects, in the order of the file. A model may lack some of them."""
     return (target, _ROUTED + target, _SHARED + target) if target in _MLP else (target,)
 
 
 def is_routed(name: str) -> bool:
-    """Whether tokens reach the linear through a router and a dispatcher."""
+    """Returns whether a router and a dispatcher send tokens to the linear."""
     return name.startswith(_ROUTED)
 
 
 def own_names(group: str, num_experts: int) -> tuple[str, ...]:
-    """The names of the group's linears in a layer that has them."""
+    """The names of the group's linears in one layer."""
     if not is_routed(group):
         return (group,)
     return tuple(f"{_ROUTED}{expert}.{linear_of(group)}" for expert in range(num_experts))
 
 
 def tied_name(name: str, experts: str) -> str:
-    """Whose tied A and B the linear uses; experts: the configuration's field."""
+    """The name under which the linear's tied A and B are stored. experts: the field of `TiedLoraConfig`."""
     return group_of(name) if experts == "tied" else name
 
 
 def tied_names(group: str, num_experts: int, experts: str) -> tuple[str, ...]:
-    """Every holder of tied tensors in the group."""
+    """All names under which the group's tied tensors are stored."""
     return tuple(dict.fromkeys(tied_name(name, experts) for name in own_names(group, num_experts)))
 
 
 def name_at(path: str) -> str | None:
-    """The linear's name, from a module's path within a layer; None for one in experts of another make.
+    """The name of the linear at a module's path within a layer; None for experts that are not `local_experts`.
 
-    "self_attention.linear_qkv" gives "linear_qkv", "mlp.experts.local_experts.5.linear_fc1" "experts.5.linear_fc1".
+    "self_attention.linear_qkv" gives "linear_qkv"; "mlp.experts.local_experts.5.linear_fc1" gives
+    "experts.5.linear_fc1".
     """
     *parents, linear = path.split(".")
     if "experts" in parents:
@@ -100,11 +101,11 @@ def name_at(path: str) -> str | None:
 
 
 def refused_layouts(config: Any, groups: Iterable[str], *, tp_size: int, ep_size: int, etp_size: int) -> Iterator[str]:
-    """What keeps experts' linears from being adapted, a line each.
+    """Yields one line per reason why the experts' linears cannot be adapted.
 
     Args:
-        config: of the Megatron model.
-        groups: those that the adapter would use.
+        config: the Megatron model's.
+        groups: the groups that the adapter would use.
         tp_size, ep_size, etp_size: tensor, expert and expert tensor parallel sizes.
     """
     groups = list(groups)
@@ -115,12 +116,12 @@ def refused_layouts(config: Any, groups: Iterable[str], *, tp_size: int, ep_size
         return
     if ep_size > 1:
         yield (
-            f"expert_model_parallel_size={ep_size}: experts that lie on different ranks cannot be adapted yet; "
+            f"expert_model_parallel_size={ep_size}: experts on different ranks cannot be adapted yet; "
             f"set it to 1, {drop}"
         )
     if etp_size != tp_size:
         yield (
-            f"expert_tensor_parallel_size={etp_size}: experts must be split as the rest of the model is; set it to "
+            f"expert_tensor_parallel_size={etp_size}: experts must be split like the rest of the model; set it to "
             f"{tp_size}, the tensor_model_parallel_size, {drop}"
         )
     if tp_size > 1 and not config.sequence_parallel:

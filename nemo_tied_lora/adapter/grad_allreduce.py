@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which gradient is summed over which group, and the flags by which Megatron does it itself.
+"""Sums gradients over ranks, and sets the flags that make Megatron sum them itself.
 
 =====================================================  ==========================  ===============================
 gradient                                               partial over                summed by
@@ -9,10 +9,10 @@ A, u of columns; B, u, v of rows; sequence parallel    tensor-parallel ranks    
 everything else                                        nothing                     --
 =====================================================  ==========================  ===============================
 
-Experts' linears follow the same rules: under sequence parallelism, which tensor-parallel experts need, the dispatcher
-gives them every rank's tokens, and what is replicated is partial over the tensor-parallel ranks too, since each has a
-part of the weight. An expert that gets no token in a step has gradients of 0 and takes part in every sum.
-Data-parallel sums are the training loop's own, as for any parameter.
+Experts' linears follow the same rules. Tensor-parallel experts need sequence parallelism; then the dispatcher gives them
+every rank's tokens, and the gradients of replicated factors are partial because each rank has a part of the weight. An
+expert without tokens in a step has zero gradients and takes part in every sum.
+The training loop sums over data-parallel ranks, as for any parameter.
 """
 
 from __future__ import annotations
@@ -25,41 +25,40 @@ from megatron.core import parallel_state
 from torch import nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from nemo_tied_lora.adapter.experts import group_of
-from nemo_tied_lora.adapter.shapes import TargetSpec, sharded_dim
+from nemo_tied_lora.adapter.shapes import LinearShape
 from nemo_tied_lora.adapter.tied_factors import ChunkFactors
 
-__all__ = ["mark_parameters", "reduce_over_pipeline", "reduce_over_tensor_parallel", "take_part"]
+__all__ = ["add_zero_gradients", "mark_parameters", "reduce_over_pipeline", "reduce_over_tensor_parallel"]
 
 
 def mark_parameters(
-    chunk: ChunkFactors, specs: dict[str, TargetSpec], *, first: bool, sequence_parallel: bool
+    chunk: ChunkFactors, shapes: dict[str, LinearShape], *, first: bool, sequence_parallel: bool
 ) -> None:
-    """Sets on each parameter what megatron-core (0.13 to 0.16) and NeMo read from it.
+    """Sets the attributes of parameters that megatron-core (0.13 to 0.16) and NeMo read.
 
     Args:
         chunk: one chunk's factors.
-        specs: the targets.
-        first: whether this is the first stage's first chunk, the one whose copy counts in norms.
+        shapes: group to whole shape.
+        first: whether this is the first chunk of the first stage. Gradient norms count its copy of a tied tensor.
         sequence_parallel: whether activations outside the linears are split over the sequence.
     """
-    for name, factor, parameter in chunk.named_tied():
-        _mark_tensor_parallel(parameter, factor, specs[group_of(name)], sequence_parallel)
+    for name, parameter in chunk.named_factors():
+        _mark_tensor_parallel(parameter, name.factor, shapes[name.group], sequence_parallel)
+        if name.layer is not None:
+            continue
         parameter.zero_out_wgrad = True  # type: ignore[attr-defined]  # fused kernels: used by several layers
         if parameter.requires_grad:
             parameter.pipeline_parallel = True  # type: ignore[attr-defined]  # finalize_model_grads sums over PP
             parameter.shared_embedding = True  # type: ignore[attr-defined]  # DDP: a bucket of its own
             parameter.shared = not first  # type: ignore[attr-defined]  # norms and zero counts: once
-    for _, name, factor, parameter in chunk.named_own():
-        _mark_tensor_parallel(parameter, factor, specs[group_of(name)], sequence_parallel)
 
 
 def reduce_over_pipeline(chunks: Sequence[ChunkFactors], grad_attr: str) -> None:
     """Sums the tied gradients over this stage's chunks, then over the pipeline group: one coalesced all-reduce.
 
-    A stage or chunk without a gradient contributes zeros, and gets the sum. Every stage must call this.
+    A stage or chunk without a gradient contributes zeros and receives the sum. Every stage must call this.
     """
-    copies = [[p for _, _, p in chunk.named_tied() if p.requires_grad] for chunk in chunks]
+    copies = [chunk.tied_parameters() for chunk in chunks]
     if not copies[0]:
         return
     gradients = [[_gradient(parameter, grad_attr) for parameter in chunk] for chunk in copies]
@@ -81,16 +80,16 @@ def reduce_over_tensor_parallel(parameters: Iterable[nn.Parameter], grad_attr: s
         _all_reduce_coalesced(gradients, parallel_state.get_tensor_model_parallel_group())
 
 
-def take_part(output: torch.Tensor, parameters: Sequence[nn.Parameter]) -> torch.Tensor:
-    """The same output; its backward gives each of the parameters, which it does not depend on, a gradient of zeros."""
-    return _TakePart.apply(output, *parameters) if torch.is_grad_enabled() else output
+def add_zero_gradients(output: torch.Tensor, parameters: Sequence[nn.Parameter]) -> torch.Tensor:
+    """Returns `output` unchanged; backward also gives each of `parameters` a zero gradient."""
+    return _ZeroGradients.apply(output, *parameters) if torch.is_grad_enabled() else output
 
 
-class _TakePart(torch.autograd.Function):
+class _ZeroGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, output: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
         ctx.parameters = parameters
-        same = output.new_empty(0)  # no view: Megatron's pipeline frees the memory of what it has sent on
+        same = output.new_empty(0)  # not a view: Megatron's pipeline frees the memory of outputs that it has sent
         same.data = output.data
         return same
 
@@ -99,11 +98,11 @@ class _TakePart(torch.autograd.Function):
         return gradient, *(torch.zeros_like(parameter) for parameter in ctx.parameters)
 
 
-def _mark_tensor_parallel(parameter: nn.Parameter, factor: str, spec: TargetSpec, sequence_parallel: bool) -> None:
-    dim = sharded_dim(factor, spec.kind)
+def _mark_tensor_parallel(parameter: nn.Parameter, factor: str, shape: LinearShape, sequence_parallel: bool) -> None:
+    dim = shape.sharded_dim(factor)
     parameter.tensor_model_parallel = dim is not None  # type: ignore[attr-defined]
     parameter.partition_dim = -1 if dim is None else dim  # type: ignore[attr-defined]
-    parameter.partition_stride = spec.blocks if factor in ("B", "v") else 1  # type: ignore[attr-defined]
+    parameter.partition_stride = shape.blocks_of(factor)  # type: ignore[attr-defined]
     parameter.sequence_parallel = sequence_parallel and dim is None  # type: ignore[attr-defined]
 
 

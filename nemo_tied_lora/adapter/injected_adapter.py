@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An injected adapter: its parameters, the sums of its gradients, merging and removal."""
+"""The adapter that `inject` returns: parameters, gradient sums, whole state, merging, detaching and removal."""
 
 from __future__ import annotations
 
@@ -12,9 +12,14 @@ from megatron.core import parallel_state
 from torch import nn
 
 from nemo_tied_lora.adapter import full_state
-from nemo_tied_lora.adapter.grad_allreduce import reduce_over_pipeline, reduce_over_tensor_parallel, take_part
+from nemo_tied_lora.adapter.factor_names import expected_shapes
+from nemo_tied_lora.adapter.grad_allreduce import (
+    add_zero_gradients,
+    reduce_over_pipeline,
+    reduce_over_tensor_parallel,
+)
 from nemo_tied_lora.adapter.param_count import parameter_counts
-from nemo_tied_lora.adapter.shapes import TargetShape, TargetSpec
+from nemo_tied_lora.adapter.shapes import LinearShape
 from nemo_tied_lora.adapter.tied_factors import ChunkFactors, own_frozen
 from nemo_tied_lora.adapter.tied_linear import LinearAdapter, attach_to_linear, detach_from_linear
 from nemo_tied_lora.config import TiedLoraConfig
@@ -27,66 +32,68 @@ __all__ = ["Adapter", "Chunk"]
 
 @dataclass
 class Chunk:
-    """One model chunk with its factors, and what is needed to give the base back as it was."""
+    """One model chunk with its factors, and what is needed to restore the base."""
 
     outer: nn.Module
     body: Any
     factors: ChunkFactors
-    sites: tuple[AdaptableLinear, ...]
+    linears: tuple[AdaptableLinear, ...]
     was_trained: frozenset[str]
     had_cond_embedder: bool | None = None
     hooks: list[Any] = field(default_factory=list)
     originals: dict[nn.Module, torch.Tensor] = field(default_factory=dict)
-    detached_links: dict[nn.Module, LinearAdapter] | None = None
+    detached: dict[nn.Module, LinearAdapter] | None = None
 
     def detach(self) -> None:
-        """The base as it was, with the factors kept for `attach`. No tensor is copied."""
-        links = {site.module: site.module.tied_lora for site in self.sites}
+        """Restores the base and keeps the factors for `attach`. Copies no tensor."""
+        adapters = {linear.module: linear.module.tied_lora for linear in self.linears}
         self.restore_base()
-        self.detached_links = links
+        self.detached = adapters
 
     def attach(self) -> None:
-        """Undoes `detach`: swaps the classes in again, and freezes whatever the base trains by now."""
-        assert self.detached_links is not None
+        """Undoes `detach`, and freezes all parameters that the base trains now."""
+        assert self.detached is not None
         self.was_trained = frozenset(name for name, p in self.outer.named_parameters() if p.requires_grad)
         self.outer.requires_grad_(False)
         self.body.decoder.tied_lora = self.factors
-        for module, link in self.detached_links.items():
-            attach_to_linear(module, link)
-        self.detached_links = None
+        for module, adapter in self.detached.items():
+            attach_to_linear(module, adapter)
+        self.detached = None
         self.prepare_base()
 
     def prepare_base(self) -> None:
-        """Makes Megatron sum what is tied, and lets gradients reach adapters behind a frozen, recomputed base.
+        """Makes Megatron sum tied gradients, and lets gradients reach adapters behind a frozen, recomputed base.
 
-        `has_cond_embedder` is set on the very config object that the caller may hand to Megatron's DDP, not on a
-        copy: `finalize_model_grads` reads whichever object the wrapper was given, and without the flag the tied
-        gradients are silently wrong. It acts on nothing but parameters marked `pipeline_parallel`.
+        Sets `has_cond_embedder` on the config object itself, not on a copy. The caller may give this object to
+        Megatron's DDP, and `finalize_model_grads` reads it from there; without the flag, tied gradients are silently
+        wrong. The flag affects only parameters marked `pipeline_parallel`.
         """
         config = self.body.config
         self.had_cond_embedder = getattr(config, "has_cond_embedder", None)
         config.has_cond_embedder = True
         self.hooks.append(self.body.decoder.register_forward_pre_hook(lambda *_: self.factors()))
         pipelined = parallel_state.get_pipeline_model_parallel_world_size() > 1
-        # Checkpointed regions give no gradients unless an input requires one; a stage's output must require one
-        # for the pipeline's backward, also where the stage has no linear of the adapter.
-        needed = getattr(config, "recompute_granularity", None) or (pipelined and not self.sites)
+        # A checkpointed region gives no gradients unless an input requires one. And the pipeline's backward needs an
+        # output that requires one, even if the stage has no linear of the adapter.
+        needed = getattr(config, "recompute_granularity", None) or (pipelined and not self.linears)
         embedding = getattr(self.body, "embedding", None)
         if needed and embedding is not None:
             self.hooks.append(embedding.register_forward_hook(_require_grad))
-        # With overlap_grad_reduce, Megatron's DDP starts a sum when the backward pass has reached all its parameters.
+        # With overlap_grad_reduce, Megatron's DDP starts a sum when backward has reached all its parameters.
         if unused := self._tied_without_a_linear():
-            self.hooks.append(self.body.decoder.register_forward_hook(lambda *call: take_part(call[-1], unused)))
+            self.hooks.append(
+                self.body.decoder.register_forward_hook(lambda *call: add_zero_gradients(call[-1], unused))
+            )
 
     def _tied_without_a_linear(self) -> list[nn.Parameter]:
-        """The trained tied tensors that no linear of this chunk uses; it holds them for the sums over stages."""
-        used = {p for site in self.sites for p in self.factors.tied(site.target).parameters()}
-        return [p for _, _, p in self.factors.named_tied() if p.requires_grad and p not in used]
+        """The trained tied tensors that no linear of this chunk uses. The chunk holds them for the sums over stages."""
+        used = {p for linear in self.linears for p in self.factors.tied(linear.name).parameters()}
+        return [p for p in self.factors.tied_parameters() if p not in used]
 
     def restore_base(self) -> None:
-        """Swaps the classes back, drops the factors, and thaws what was trained before."""
-        for site in self.sites:
-            detach_from_linear(site.module)
+        """Restores the linears' classes, removes the factors, and unfreezes what was trained before."""
+        for linear in self.linears:
+            detach_from_linear(linear.module)
         del self.body.decoder.tied_lora
         if self.had_cond_embedder is None:
             del self.body.config.has_cond_embedder
@@ -100,17 +107,17 @@ class Chunk:
 
 
 class Adapter:
-    """A Tied-LoRA adapter on a model; made by `inject`.
+    """A Tied-LoRA adapter on a model, made by `inject`.
 
     Args:
         config: its configuration.
-        specs: the whole shape and the layers of each target, the same on every rank.
+        shapes: group to whole shape and selected layers, the same on every rank.
         chunks: this stage's chunks.
     """
 
-    def __init__(self, config: TiedLoraConfig, specs: Mapping[str, TargetSpec], chunks: Sequence[Chunk]):
+    def __init__(self, config: TiedLoraConfig, shapes: Mapping[str, LinearShape], chunks: Sequence[Chunk]):
         self.config = config
-        self.specs = dict(specs)
+        self.shapes = dict(shapes)
         self.chunks = list(chunks)
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -118,30 +125,26 @@ class Adapter:
         return (parameter for _, parameter in self.named_parameters())
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(name, parameter) of the trainable ones: "linear_qkv.A", "layers.7.linear_qkv.u", one copy a chunk."""
+        """Yields (name, parameter) of the trainable ones, as "layers.7.linear_qkv.u"; tied ones once per chunk."""
         for chunk in self.chunks:
             for name, parameter in chunk.factors.named_parameters():
                 if parameter.requires_grad:
                     yield name, parameter
 
     def num_parameters(self) -> dict[str, int]:
-        """Trained parameters per target (experts' for themselves) over the whole model, by the paper's formula."""
-        shapes = {
-            target: TargetShape(spec.in_features, spec.out_features, len(spec.layers), spec.num_experts)
-            for target, spec in self.specs.items()
-        }
-        return parameter_counts(shapes, self.config)
+        """Trained parameters of the whole model per group, by the paper's formula."""
+        return parameter_counts(self.shapes, self.config)
 
     def reduce_gradients(self, grad_attr: str | None = None, *, tensor_parallel: bool = True) -> None:
-        """Does every sum of gradients that a training loop leaves open (see `gradients`), once after backward.
+        """Does the sums of gradients that a training loop does not do itself (see `grad_allreduce`).
 
-        All ranks must call it. In a loop with Megatron's DDP and `finalize_model_grads` it does nothing: gradients
-        are then in `main_grad`, and summed.
+        All ranks must call it, once after backward. With Megatron's DDP and `finalize_model_grads` it does nothing:
+        the gradients are in `main_grad` and are already summed.
 
         Args:
-            grad_attr: where the gradients are. None: in `grad`, and nothing is done where `main_grad` exists.
-                "main_grad": there, for loops that use it without `finalize_model_grads` (NeMo's O2).
-            tensor_parallel: False where the loop sums parameters marked `sequence_parallel` itself (NeMo's does).
+            grad_attr: the attribute that holds the gradients. None: `grad`, and nothing is done if `main_grad` exists.
+                "main_grad": for loops that use it without `finalize_model_grads` (NeMo's O2).
+            tensor_parallel: False if the loop itself sums parameters marked `sequence_parallel` (NeMo's does).
         """
         if grad_attr is None:
             if any(hasattr(parameter, "main_grad") for parameter in self.parameters()):
@@ -152,44 +155,47 @@ class Adapter:
             reduce_over_tensor_parallel(self.parameters(), grad_attr)
 
     def full_state(self) -> dict[str, torch.Tensor]:
-        """Every stored tensor, whole, on the CPU of every rank, tied ones once; all ranks must call it.
+        """Returns every stored tensor, whole, on the CPU of every rank; tied ones once. All ranks must call it.
 
         "linear_qkv.A" (r, in), "linear_qkv.B" (out, r), "layers.7.linear_qkv.u" (r,), "layers.7.linear_qkv.v" (out,).
         """
         for chunk in self.chunks:
             chunk.factors()
         device = next(self.chunks[0].body.parameters()).device
-        return full_state.gather(self.config, self.specs, [chunk.factors for chunk in self.chunks], device)
+        return full_state.gather(self.config, self.shapes, [chunk.factors for chunk in self.chunks], device)
 
     def load_full_state(self, state: Mapping[str, torch.Tensor]) -> None:
         """Loads what `full_state` returned, on any layout.
 
         Raises:
-            ValueError: lists every missing, unexpected or misshapen tensor and every NaN; nothing is changed then.
+            ValueError: lists every missing, unexpected, misshapen or non-finite tensor. Nothing is changed then.
         """
-        full_state.check_state(state, full_state.expected_shapes(self.config, self.specs))
+        full_state.check_state(state, expected_shapes(self.config, self.shapes))
         for chunk in self.chunks:
             own_frozen(chunk.factors)
-        full_state.load(self.config, self.specs, [chunk.factors for chunk in self.chunks], state)
+        full_state.load(self.config, self.shapes, [chunk.factors for chunk in self.chunks], state)
 
     def merge(self) -> None:
-        """W += (alpha / r) diag(v) B diag(u) A, in float32, then cast; each rank its own shard, nothing is sent.
+        """W += (alpha / r) diag(v) B diag(u) A, in float32, then cast. Each rank merges its own shard; nothing is sent.
 
         Raises:
-            RuntimeError: the adapter is merged already, or detached. ValueError: the merged weight would not be finite.
+            RuntimeError: the adapter is already merged, or detached.
+            ValueError: a merged weight would not be finite. Nothing is changed then.
         """
         if not self.attached:
             raise RuntimeError("merge: the adapter is not attached to the model; call attach() first")
         if any(chunk.originals for chunk in self.chunks):
             raise RuntimeError("merge: the adapter is merged already; call unmerge() first")
-        merged = [(chunk, site.module, _merged_weight(site.module)) for chunk in self.chunks for site in chunk.sites]
+        merged = [
+            (chunk, linear.module, _merged_weight(linear.module)) for chunk in self.chunks for linear in chunk.linears
+        ]
         for chunk, module, weight in merged:
             chunk.originals[module] = module.weight.data
             module.weight.data = weight
             module.tied_lora.enabled = False
 
     def unmerge(self) -> None:
-        """The base's own weights again, bit for bit, with the adapter beside them."""
+        """Restores the base's own weights, bit for bit, and enables the adapter again."""
         for chunk in self.chunks:
             for module, weight in chunk.originals.items():
                 module.weight.data = weight
@@ -198,11 +204,11 @@ class Adapter:
 
     @property
     def attached(self) -> bool:
-        """Whether the model has it: True from `inject` on, until `detach` or `remove`."""
-        return any(chunk.detached_links is None for chunk in self.chunks)
+        """Whether the model has this adapter now: False after `detach` or `remove`."""
+        return any(chunk.detached is None for chunk in self.chunks)
 
     def detach(self) -> None:
-        """Gives the base model back as it was, and keeps the adapter for `attach`. No tensor is copied or moved.
+        """Restores the base model and keeps the adapter for `attach`. Copies and moves no tensor.
 
         Raises:
             RuntimeError: the adapter is merged.
@@ -210,11 +216,11 @@ class Adapter:
         if any(chunk.originals for chunk in self.chunks):
             raise RuntimeError("detach: the adapter is merged; call unmerge() first")
         if self.attached:
-            for chunk in reversed(self.chunks):  # chunks may share a config: the first one knows how it was
+            for chunk in reversed(self.chunks):  # chunks may share a config; the first one has its old value
                 chunk.detach()
 
     def attach(self) -> None:
-        """Puts a detached adapter back, and freezes the base.
+        """Puts a detached adapter back on the model, and freezes the base.
 
         Raises:
             RuntimeError: the adapter was removed, or the model has another adapter.
@@ -229,10 +235,10 @@ class Adapter:
             chunk.attach()
 
     def remove(self) -> None:
-        """Gives the base model back as it was. A merged adapter stays in the weights."""
-        for chunk in reversed(self.chunks):  # chunks may share a config: the first one knows how it was
+        """Restores the base model. A merged adapter stays in the weights."""
+        for chunk in reversed(self.chunks):  # chunks may share a config; the first one has its old value
             chunk.originals.clear()
-            if chunk.detached_links is None:
+            if chunk.detached is None:
                 chunk.restore_base()
         self.chunks = []
 
@@ -244,10 +250,10 @@ def _require_grad(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch
 
 
 def _merged_weight(module: nn.Module) -> torch.Tensor:
-    link: LinearAdapter = module.tied_lora  # type: ignore[assignment]
+    adapter: LinearAdapter = module.tied_lora  # type: ignore[assignment]
     weight: torch.Tensor = module.weight.data  # type: ignore[assignment]
     with torch.no_grad():
-        A, h_scale, B = link.folded(torch.promote_types(weight.dtype, torch.float32))
+        A, h_scale, B = adapter.folded(torch.promote_types(weight.dtype, torch.float32))
         A = A if h_scale is None else A * h_scale.unsqueeze(1)
         merged = (weight.to(A.dtype) + B @ A).to(weight.dtype)
     if not torch.isfinite(merged).all():

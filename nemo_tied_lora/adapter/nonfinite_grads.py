@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether every gradient of every rank is finite, and which one is not."""
+"""Checks that every gradient of every rank is finite, and names the first one that is not."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _BLOCKS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
 @dataclass(frozen=True)
 class NonfiniteGradient:
-    """The first trained tensor, in the order of the backward pass, whose gradient holds NaN or infinity.
-
-    name: global, "layers.7.linear_qkv.u". layer: 7, None for a tied tensor. ranks: those that hold such a gradient of
-    it. tensors: how many trained tensors have one somewhere.
-    """
+    """The first trained tensor, in the order of the backward pass, whose gradient holds NaN or infinity."""
 
     name: str
+    """Global, as "layers.7.linear_qkv.u"."""
     layer: int | None
+    """None for a tied tensor."""
     ranks: tuple[int, ...]
+    """The ranks where its gradient is not finite."""
     tensors: int
+    """How many trained tensors have such a gradient on some rank."""
 
     def __str__(self) -> str:
         where = "shared by all layers" if self.layer is None else f"layer {self.layer}"
@@ -39,16 +39,17 @@ class NonfiniteGradient:
 
 
 def find_nonfinite(named: Iterable[tuple[str, nn.Parameter]]) -> NonfiniteGradient | None:
-    """Looks at `main_grad` where Megatron keeps gradients there, else at `grad`. All ranks must call it.
+    """Finds a gradient that holds NaN or infinity on some rank. All ranks must call it.
 
-    Call it after every sum of gradients and before clipping. With finite gradients one 1-byte all-reduce over all
-    ranks is all that is sent; the names are gathered only where there is something to name.
+    Reads `main_grad` if Megatron keeps gradients there, else `grad`. Call it after all sums of gradients and before
+    clipping. If all gradients are finite, it sends only one 1-byte all-reduce over all ranks; otherwise it also gathers
+    the names.
 
     Args:
         named: this rank's trained parameters under their global names.
 
     Returns:
-        None where every gradient of every rank is finite, else the same answer on every rank.
+        None if every gradient of every rank is finite, else the same result on every rank.
     """
     gradients = ((name, _gradient(parameter)) for name, parameter in named)
     found = [(name, gradient) for name, gradient in gradients if gradient is not None]
@@ -72,10 +73,10 @@ def _first(own: Iterable[str]) -> NonfiniteGradient:
 
 
 def _backward_order(name: str) -> tuple[int, int, str]:
-    """Sorts by when the backward pass reaches a tensor: the last layer's MLP first.
+    """Sort key: the order in which the backward pass reaches the tensors, the last layer's MLP first.
 
-    What is not finite makes everything behind it in the backward pass so: the first is nearest to the cause. A tied
-    tensor adds up all layers, so it says least and comes last.
+    NaN spreads backwards, so the first tensor that has one is closest to the cause. A tied tensor sums over all layers,
+    so it tells least and comes last.
     """
     layer = _layer(name)
     block = next((-index for index, block in enumerate(_BLOCKS) if block in name), 1)
@@ -93,7 +94,7 @@ def _gradient(parameter: nn.Parameter) -> torch.Tensor | None:
 
 
 def _finite(gradients: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    """(n,) whether each is finite, by its largest absolute value: a sum could overflow where no element has."""
+    """(n,) whether each gradient is finite. Uses the largest absolute value, because a sum could overflow."""
     if not gradients:
         return None
     largest = torch._foreach_norm(list(gradients), float("inf"))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ranks that hold the same element hold the same bits: the check of it, by checksums.
+"""Checks by checksums that all ranks that hold the same tensor hold the same bits.
 
-Each stored tensor of the adapter has holders that must agree, frozen tensors included:
+These ranks must agree on the adapter's stored tensors, including frozen ones:
 
 ===============================================  ================  ===============  =========================
 tensor                                           pipeline, chunks  tensor parallel  data and context parallel
@@ -12,8 +12,8 @@ per layer, replicated: u; v of a row             one holder        same bits    
 per layer, sharded: v of a column                one holder        a shard each     same bits
 ===============================================  ================  ===============  =========================
 
-Only checksums cross the network: 16 bytes for each tensor and shard, in one all-reduce over all ranks, which gives
-every rank the same verdict. Who holds which value is gathered after a difference was found, and not before.
+Only checksums cross the network: 16 bytes per tensor and shard, in one all-reduce over all ranks. It gives every rank the
+same verdict. Which rank holds which value is gathered only after a difference was found.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from megatron.core import parallel_state
 
-from nemo_tied_lora.adapter.full_state import expected_shapes
+from nemo_tied_lora.adapter.factor_names import expected_shapes
 from nemo_tied_lora.adapter.injected_adapter import Adapter
 from nemo_tied_lora.adapter.splitmix64 import GOLDEN_GAMMA, mix_
 from nemo_tied_lora.errors import TrainingStopped
@@ -38,15 +38,14 @@ _Key = tuple[str, int | None]
 
 @dataclass(frozen=True)
 class Difference:
-    """A tensor whose holders disagree.
-
-    name: as in the adapter's full state. shard: the tensor-parallel rank whose shard it is, None where every rank
-    holds the whole. ranks: each checksum to the ranks that have it, most ranks first.
-    """
+    """A tensor on whose bits its ranks disagree."""
 
     name: str
+    """As in the adapter's full state."""
     shard: int | None
+    """The tensor-parallel rank whose shard it is; None if every rank holds the whole tensor."""
     ranks: dict[int, tuple[int, ...]]
+    """Checksum to the ranks that have it, most ranks first."""
 
     def __str__(self) -> str:
         name = self.name if self.shard is None else f"{self.name} (shard {self.shard})"
@@ -63,23 +62,23 @@ class TieError(TrainingStopped):
         lines += [f"  {difference}" for difference in differences]
         if total > len(differences):
             lines.append(f"  and {total - len(differences)} more")
-        lines.append("Nothing was saved. Go on from the last checkpoint: it passed this check before it was written")
+        lines.append("Nothing was saved. Resume from the last checkpoint: it passed this check before it was written")
         super().__init__("\n".join(lines))
 
 
 def check_ties(adapter: Adapter, when: str = "") -> None:
-    """Compares every stored tensor's bits over the ranks and chunks that hold it. All ranks must call it.
+    """Compares the bits of every stored tensor over the ranks and chunks that hold it. All ranks must call it.
 
     Call it between an optimizer step and the next forward pass.
 
     Args:
-        when: what to say in the message, as "after step 400: ".
+        when: the start of the error message, as "after step 400: ".
 
     Raises:
-        TieError: on every rank, where any rank differs.
+        TieError: on every rank, if any rank differs.
     """
     names, own = _names(adapter), _own_checksums(adapter)
-    # max(x) and max(~x) = ~min(x) of all holders: each the other's complement exactly where all have the same x.
+    # Over all holders, max(x) and max(~x) = ~min(x) are complements of each other only if all have the same x.
     shape = (2, len(names), parallel_state.get_tensor_model_parallel_world_size())
     extremes = torch.full(shape, _NOTHING, dtype=torch.int64)
     for (name, shard), values in own.items():
@@ -93,11 +92,11 @@ def check_ties(adapter: Adapter, when: str = "") -> None:
 
 
 def checksums(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """(n,) int64 on the tensors' device: a checksum of the bits of each of n tensors of one shape and dtype.
+    """Checksums of the bits of n tensors of one shape and dtype: (n,) int64, on the tensors' device.
 
-    The bytes are read as 64-bit words; each word, with its place, goes through a bijective mixing function
-    (splitmix64's), and the results are added, modulo 2^64. One changed word always changes the sum; words that
-    changed places, or several changed ones, leave it by chance only, 1 in 2^64.
+    Reads the bytes as 64-bit words. Each word, with its place, goes through splitmix64's bijective mixing function, and
+    the results are added modulo 2^64. One changed word always changes the sum. Several changed words, or words that
+    changed places, leave it unchanged with a probability of 2^-64.
     """
     size = tensors[0].numel() * tensors[0].element_size()
     words = torch.zeros(len(tensors), -(-size // 8), dtype=torch.int64, device=tensors[0].device)
@@ -110,23 +109,23 @@ def checksums(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _names(adapter: Adapter) -> dict[str, int]:
-    """Name of every stored tensor of the whole model to its row, the same on every rank."""
-    return {name: row for row, name in enumerate(expected_shapes(adapter.config, adapter.specs))}
+    """Name of every stored tensor of the whole model to its row number, the same on every rank."""
+    return {name: row for row, name in enumerate(expected_shapes(adapter.config, adapter.shapes))}
 
 
 def _own_checksums(adapter: Adapter) -> dict[_Key, list[int]]:
-    """(name, shard) of each tensor of this rank to its checksum in each chunk that holds it."""
-    several = parallel_state.get_tensor_model_parallel_world_size() > 1
-    tp_rank = parallel_state.get_tensor_model_parallel_rank() if several else None
-    alike: dict[tuple[torch.Size, torch.dtype], list[tuple[_Key, torch.Tensor]]] = {}
+    """(name, shard) of each tensor of this rank to its checksums, one per chunk that holds it."""
+    is_split = parallel_state.get_tensor_model_parallel_world_size() > 1
+    tp_rank = parallel_state.get_tensor_model_parallel_rank() if is_split else None
+    same_shape: dict[tuple[torch.Size, torch.dtype], list[tuple[_Key, torch.Tensor]]] = {}
     for name, parameter in _named_factors(adapter):
         key = (name, tp_rank if getattr(parameter, "tensor_model_parallel", False) else None)
-        alike.setdefault((parameter.shape, parameter.dtype), []).append((key, parameter))
+        same_shape.setdefault((parameter.shape, parameter.dtype), []).append((key, parameter))
     found: dict[_Key, list[int]] = {}
-    if alike:
-        # One transfer from the device for all.
-        values = torch.cat([checksums([tensor for _, tensor in group]) for group in alike.values()]).tolist()
-        for key, value in zip([key for group in alike.values() for key, _ in group], values, strict=True):
+    if same_shape:
+        # tolist() once: one transfer from the device.
+        values = torch.cat([checksums([tensor for _, tensor in group]) for group in same_shape.values()]).tolist()
+        for key, value in zip([key for group in same_shape.values() for key, _ in group], values, strict=True):
             found.setdefault(key, []).append(value)
     return found
 
@@ -138,7 +137,7 @@ def _named_factors(adapter: Adapter) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _holders(adapter: Adapter, places: Sequence[tuple[int, int]], own: Mapping[_Key, list[int]]) -> list[Difference]:
-    """Who holds which value; all ranks must call it."""
+    """Gathers which ranks hold which value. All ranks must call it."""
     names = _names(adapter)
     held = {(names[name], shard or 0): (shard, values) for (name, shard), values in own.items()}
     everyone: list[dict[tuple[int, int], tuple[int | None, list[int]]]] = [{}] * torch.distributed.get_world_size()
@@ -147,10 +146,10 @@ def _holders(adapter: Adapter, places: Sequence[tuple[int, int]], own: Mapping[_
     for place in places:
         ranks: dict[int, list[int]] = {}
         shards = set()
-        for rank, theirs in enumerate(everyone):
-            if place in theirs:
-                shards.add(theirs[place][0])
-                for value in dict.fromkeys(theirs[place][1]):
+        for rank, values_of_rank in enumerate(everyone):
+            if place in values_of_rank:
+                shards.add(values_of_rank[place][0])
+                for value in dict.fromkeys(values_of_rank[place][1]):
                     ranks.setdefault(value, []).append(rank)
         ordered = sorted(ranks.items(), key=lambda item: (-len(item[1]), item[1]))
         name = next(name for name, row in names.items() if row == place[0])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The linears of a Megatron model that an adapter can use."""
+"""Finds the linears of a Megatron model that an adapter can use."""
 
 from __future__ import annotations
 
@@ -19,30 +19,35 @@ __all__ = ["AdaptableLinear", "find_adaptable_linears", "gpt_model"]
 
 @dataclasses.dataclass(frozen=True)
 class AdaptableLinear:
-    """One linear that can be adapted.
-
-    layer: global number from 0. target: its name, "linear_qkv" or "experts.5.linear_fc1" (see `experts`).
-    blocks: 2 for a gated linear_fc1, else 1.
-    """
+    """One linear that can be adapted."""
 
     layer: int
-    target: str
+    """Numbered globally from 0."""
+    name: str
+    """ "linear_qkv" or "experts.5.linear_fc1" (see `experts`)."""
     module: Any
     kind: str
-    blocks: int
+    """ "column" or "row"."""
+    num_blocks: int
+    """2 for a gated linear_fc1, else 1."""
 
     @property
     def group(self) -> str:
-        """Of the linears that may share A and B."""
-        return group_of(self.target)
+        """The group whose linears may share A and B with this one."""
+        return group_of(self.name)
 
 
 def find_adaptable_linears(body: Any, targets: Iterable[str] = TARGETS) -> tuple[list[AdaptableLinear], list[str]]:
-    """The adaptable linears of one chunk (a module with a `decoder`), and what stands in the way, a line each.
+    """Finds the linears of one chunk that have a target's name.
 
-    A linear that has a target's name but cannot be adapted is a problem, never skipped.
+    Args:
+        body: a module with a `decoder`.
+
+    Returns:
+        The linears, and one line per problem. A linear that has a target's name but cannot be adapted is a problem; it
+        is never skipped.
     """
-    sites: list[AdaptableLinear] = []
+    linears: list[AdaptableLinear] = []
     problems: list[str] = []
     seen = set()
     for layer in body.decoder.layers:
@@ -63,12 +68,12 @@ def find_adaptable_linears(body: Any, targets: Iterable[str] = TARGETS) -> tuple
             else:
                 seen.add((number, name))
                 gated = target == "linear_fc1" and bool(getattr(body.config, "gated_linear_unit", False))
-                sites.append(AdaptableLinear(number, name, module, kind, 2 if gated else 1))
-    return sites, problems
+                linears.append(AdaptableLinear(number, name, module, kind, 2 if gated else 1))
+    return linears, problems
 
 
 def _adaptable_kind(module: nn.Module) -> str | None:
-    """ "column" or "row"; None for what is no parallel linear, or exchanges more than one does."""
+    """ "column" or "row"; None if the module is not a parallel linear, or itself gathers its output or splits its input."""
     whole = getattr(module, "gather_output", False) or not getattr(module, "input_is_parallel", True)
     return None if whole else linear_kind(module)
 
@@ -84,10 +89,10 @@ def _grouped_experts(place: str, module: nn.Module, targets: Iterable[str]) -> I
 
 
 def gpt_model(chunk: nn.Module) -> Any:
-    """The GPTModel inside DDP, Float16Module and the like.
+    """The GPTModel inside wrappers such as DDP and Float16Module.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: the module has no GPTModel.
     """
     body: Any = chunk
     while not hasattr(body, "decoder") and isinstance(getattr(body, "module", None), nn.Module):

@@ -1,14 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tensors of an adapter: tied A and B once per target, u and v (and untied A, B) once per layer.
+"""The parameters of an adapter: tied A and B once per chunk, u and v (and untied A, B) once per layer.
 
-They live in one module per model chunk, at `decoder.tied_lora`, under names that no parallel layout changes:
-
-    decoder.tied_lora.linear_qkv.A              tied
-    decoder.tied_lora.layers.7.linear_qkv.u     per layer, global layer number from 0
-    decoder.tied_lora.experts.5.linear_fc1.A    of experts, see `experts`
-
-The base's own modules register none of them, so base checkpoints keep their keys. A chunk holds the tied tensors
-of every target, also of one that none of its own layers has: every stage must take part in their sums.
+They live in one module per model chunk, at `decoder.tied_lora`, under the names of `factor_names`, which are the same on
+every parallel layout. The base's own modules do not register them, so base checkpoints keep their keys. A chunk holds
+the tied tensors of every group, even if none of its layers has such a linear: every stage takes part in their sums.
 """
 
 from __future__ import annotations
@@ -21,38 +16,27 @@ from typing import Any
 import torch
 from torch import nn
 
-from nemo_tied_lora.adapter.experts import group_of, own_names, tied_name, tied_names
-from nemo_tied_lora.adapter.shapes import TargetSpec, factor_shape, sharded_dim
+from nemo_tied_lora.adapter.experts import own_names, tied_name, tied_names
+from nemo_tied_lora.adapter.factor_names import FactorName
+from nemo_tied_lora.adapter.shapes import LinearShape
 from nemo_tied_lora.adapter.sharding import shard
-from nemo_tied_lora.config import FACTORS, TiedLoraConfig
+from nemo_tied_lora.config import TiedLoraConfig
 
 __all__ = [
     "ChunkFactors",
     "Factors",
     "frozen_parameters",
     "initial_tensor",
-    "is_stored",
     "own_frozen",
     "share_frozen",
-    "tied_factors",
 ]
 
 
-def is_stored(factor: str, config: TiedLoraConfig) -> bool:
-    """Whether the factor exists as a tensor at all: a frozen u or v is 1 and does not."""
-    return factor in ("A", "B") or factor in config.trained
-
-
-def tied_factors(config: TiedLoraConfig) -> tuple[str, ...]:
-    """The factors that exist once per target."""
-    return tuple(factor for factor in FACTORS if factor in config.tied)
-
-
 class Factors(nn.Module):
-    """Some of the four factors of one target: the tied ones, or one layer's own.
+    """Some of the four factors of one linear or group: the tied ones, or one layer's own.
 
     Args:
-        tensors: factor name ("A", "B", "u", "v") to this rank's part (see `sharding` for the shapes).
+        tensors: factor ("A", "B", "u", "v") to this rank's part (local shapes as in `shapes`).
         trained: the factors that get gradients; the others are frozen parameters.
     """
 
@@ -62,26 +46,26 @@ class Factors(nn.Module):
             self.register_parameter(factor, nn.Parameter(tensor, requires_grad=factor in trained))
 
     def forward(self) -> None:
-        """Computes nothing. What must have happened before parameters are read hangs on their module's forward."""
+        """Computes nothing. Exists for the hooks that Megatron's DDP registers on the forward of modules."""
 
 
 class ChunkFactors(nn.Module):
-    """Every factor that one model chunk holds.
+    """All factors that one model chunk holds.
 
     Args:
         config: the adapter's configuration.
-        specs: group (see `experts`; a target's name but for experts) to its whole shape and layers, the same on
-            every rank.
-        own_layers: group to the global layer numbers that lie in this chunk.
+        shapes: group (see `experts`) to its whole shape and layers, the same on every rank.
+        own_layers: group to the global numbers of its layers in this chunk.
         tp_rank, tp_size: this rank's place in the tensor-parallel group.
         device, dtype: of the parameters.
-        chunk_rank: this chunk's place among all chunks of all stages, 0 for the first: tied tensors are saved once.
+        chunk_rank: this chunk's number among all chunks of all stages. Distributed checkpoints save the tied tensors
+            of chunk 0.
     """
 
     def __init__(
         self,
         config: TiedLoraConfig,
-        specs: Mapping[str, TargetSpec],
+        shapes: Mapping[str, LinearShape],
         own_layers: Mapping[str, Sequence[int]],
         *,
         tp_rank: int,
@@ -91,37 +75,35 @@ class ChunkFactors(nn.Module):
         chunk_rank: int = 0,
     ):
         super().__init__()
-        self._specs, self._chunk_rank, self._experts = dict(specs), chunk_rank, config.experts
+        self._shapes, self._chunk_rank, self._experts = dict(shapes), chunk_rank, config.experts
 
-        def build(name: str, factors: Sequence[str], layer: int | None) -> Factors:
-            spec = specs[group_of(name)]
+        def build(layer: int | None, linear: str, shape: LinearShape) -> Factors:
             tensors = {}
-            for factor in factors:
-                if not is_stored(factor, config):
-                    continue
-                full = initial_tensor(factor, name, layer, factor_shape(factor, spec, config.rank), config, device)
-                tensors[factor] = shard(full, factor, spec, tp_rank, tp_size).to(device=device, dtype=dtype)
+            for factor in config.stored:
+                if (factor in config.tied) == (layer is None):
+                    name = FactorName(layer, linear, factor)
+                    full = initial_tensor(name, shape.factor_shape(factor, config.rank), config, device)
+                    tensors[factor] = shard(full, factor, shape, tp_rank, tp_size).to(device=device, dtype=dtype)
             return Factors(tensors, config.trained)
 
-        tied = tied_factors(config)
-        own = tuple(factor for factor in FACTORS if factor not in tied)
-        for group, spec in specs.items():
-            for name in tied_names(group, spec.num_experts, config.experts):
-                _place(self, name, build(name, tied, None))
+        for group, shape in shapes.items():
+            for linear in tied_names(group, shape.num_experts, config.experts):
+                _place(self, linear, build(None, linear, shape))
         self.layers = nn.ModuleDict()
         for layer in sorted({layer for layers in own_layers.values() for layer in layers}):
             self.layers[str(layer)] = nn.Module()
-            for group, spec in specs.items():
+            for group, shape in shapes.items():
                 if layer in own_layers.get(group, ()):
-                    for name in own_names(group, spec.num_experts):
-                        _place(self.layers[str(layer)], name, build(name, own, layer))
+                    for linear in own_names(group, shape.num_experts):
+                        _place(self.layers[str(layer)], linear, build(layer, linear, shape))
 
     def forward(self) -> None:
-        """Makes the parameters current: with `overlap_param_gather`, Megatron's DDP gathers what the optimizer of other
-        ranks has stepped when the module that owns a parameter runs forward. All data-parallel ranks must call it.
+        """Makes the parameters current. All data-parallel ranks must call it.
 
-        Called before the decoder runs, for linears read the factors without running these modules, and a chunk may
-        hold tied tensors that none of its linears uses; and before the factors are compared or saved.
+        With `overlap_param_gather`, Megatron's DDP gathers the values that other ranks' optimizers have stepped when
+        the module that owns a parameter runs forward. Linears read the factors without running these modules, and a
+        chunk may hold tied tensors that none of its linears uses. So this runs before the decoder, and before the
+        factors are compared or saved.
         """
         if any(hasattr(parameter, "main_grad") for parameter in self.parameters()):
             for module in self.modules():
@@ -129,33 +111,28 @@ class ChunkFactors(nn.Module):
                     module()
 
     def tied(self, name: str) -> Factors:
-        """The tied factors that the linear of this name uses."""
+        """The tied factors that a linear uses."""
         return self.get_submodule(tied_name(name, self._experts))  # type: ignore[return-value]
 
     def of_layer(self, layer: int, name: str) -> Factors:
-        """One layer's own factors of the linear of this name."""
+        """The factors that one linear of one layer has for itself."""
         return self.layers.get_submodule(f"{layer}.{name}")  # type: ignore[return-value]
 
-    def named_tied(self) -> Iterator[tuple[str, str, nn.Parameter]]:
-        """(name, factor, parameter) of every tied tensor, in the same order on every rank."""
-        for path, parameter in self.named_parameters():
-            if not path.startswith("layers."):
-                name, _, factor = path.rpartition(".")
-                yield name, factor, parameter
+    def named_factors(self) -> Iterator[tuple[FactorName, nn.Parameter]]:
+        """Yields (name, parameter): the tied ones, in the same order on every rank, then the layers' own."""
+        return ((FactorName.parse(path), parameter) for path, parameter in self.named_parameters())
 
-    def named_own(self) -> Iterator[tuple[int, str, str, nn.Parameter]]:
-        """(layer, name, factor, parameter) of every per-layer tensor of this chunk."""
-        for path, parameter in self.layers.named_parameters():
-            name, _, factor = path.rpartition(".")
-            layer, _, name = name.partition(".")
-            yield int(layer), name, factor, parameter
+    def tied_parameters(self) -> list[nn.Parameter]:
+        """The trained tied tensors, in the same order on every rank."""
+        return [p for name, p in self.named_factors() if name.layer is None and p.requires_grad]
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
-        """For megatron-core's dist_checkpointing: sharded tensors by their rule, tied ones once for all chunks.
+        """The state for megatron-core's dist_checkpointing; a tied tensor is stored once for all chunks.
 
-        `replica_id` is (chunk for a tied tensor, tensor-parallel rank for a replicated one, data-parallel rank).
+        `replica_id` is (chunk if the tensor is tied, else 0; tensor-parallel rank if it is replicated, else 0;
+        data-parallel rank).
         """
         from megatron.core import parallel_state
         from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
@@ -164,22 +141,23 @@ class ChunkFactors(nn.Module):
         tp_rank = parallel_state.get_tensor_model_parallel_rank()
         dp_rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
         state: dict[str, Any] = {}
-        tied = [(name, f"{name}.{factor}", factor, p, self._chunk_rank) for name, factor, p in self.named_tied()]
-        own = [(name, f"layers.{layer}.{name}.{factor}", factor, p, 0) for layer, name, factor, p in self.named_own()]
-        for name, path, factor, parameter, chunk in tied + own:
-            spec, key = self._specs[group_of(name)], f"{prefix}{path}"
-            dim = sharded_dim(factor, spec.kind)
+        for name, parameter in self.named_factors():
+            shape, key, chunk = (
+                self._shapes[name.group],
+                f"{prefix}{name}",
+                self._chunk_rank if name.layer is None else 0,
+            )
+            dim = shape.sharded_dim(name.factor)
             if dim is None:
                 state[key] = make_sharded_tensor_for_checkpoint(parameter, key, replica_id=(chunk, tp_rank, dp_rank))
                 continue
-            shard_ = make_tp_sharded_tensor_for_checkpoint(parameter, key, dim, replica_id=(chunk, 0, dp_rank))
-            gated = spec.blocks == 2 and factor in ("B", "v")
-            state[key] = apply_swiglu_sharded_factory(shard_, ()) if gated else shard_
+            part = make_tp_sharded_tensor_for_checkpoint(parameter, key, dim, replica_id=(chunk, 0, dp_rank))
+            state[key] = apply_swiglu_sharded_factory(part, ()) if shape.blocks_of(name.factor) == 2 else part
         return state
 
 
 def _place(root: nn.Module, path: str, module: nn.Module) -> None:
-    """Registers the module at a dotted path."""
+    """Registers a module at a dotted path."""
     *parents, name = path.split(".")
     for parent in parents:
         if parent not in root._modules:
@@ -189,29 +167,24 @@ def _place(root: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def initial_tensor(
-    factor: str,
-    target: str,
-    layer: int | None,
-    shape: tuple[int, ...],
-    config: TiedLoraConfig,
-    device: torch.device | None = None,
+    name: FactorName, shape: tuple[int, ...], config: TiedLoraConfig, device: torch.device | None = None
 ) -> torch.Tensor:
     """The whole initial tensor, float32 on the CPU (empty on the meta device).
 
-    Random values depend on the seed, the target, the factor and the layer (None where tied) and on nothing else:
-    pipeline stages seed differently and ranks draw in different orders, yet every layout starts from the same bits.
+    Random values depend on the seed and the name alone. Pipeline stages seed differently, and ranks draw in different
+    orders, but every layout starts from the same bits.
 
     Returns:
-        normal: N(0, init_std). xavier: normal with variance 2 / (fan_in + fan_out). kaiming: uniform within
-        1 / sqrt(fan_in), LoRA's usual A. zero: zeros. A number: filled with it.
+        By `config.init_of`. normal: N(0, init_std). xavier: normal with variance 2 / (fan_in + fan_out). kaiming:
+        uniform within 1 / sqrt(fan_in), as LoRA's A usually is. zero: zeros. A number: filled with it.
     """
     if device is not None and device.type == "meta":
         return torch.empty(shape, device=device)
-    start = config.init_of(factor)
+    start = config.init_of(name.factor)
     tensor = torch.empty(shape, dtype=torch.float32)
     if not isinstance(start, str):
         return tensor.fill_(start)
-    digest = hashlib.sha256(f"{config.seed}/{target}/{factor}/{layer}".encode()).digest()
+    digest = hashlib.sha256(f"{config.seed}/{name.linear}/{name.factor}/{name.layer}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     if start == "normal":
         return tensor.normal_(0.0, config.init_std, generator=generator)
@@ -223,10 +196,10 @@ def initial_tensor(
 
 
 def share_frozen(factors: nn.Module, others: Iterable[nn.Module]) -> None:
-    """Replaces each frozen parameter by that of another adapter of the same name, dtype, device, shape and bits.
+    """Replaces each frozen parameter by the identical one of another adapter: same name, dtype, device, shape and bits.
 
     Args:
-        factors: one model chunk's factors; its parameters are exchanged, never changed.
+        factors: one model chunk's factors. Parameters are replaced; their values do not change.
         others: the other adapters' factors for the same chunk.
     """
     known = [{path: parameter for path, _, _, parameter in frozen_parameters(other)} for other in others]
@@ -240,7 +213,7 @@ def share_frozen(factors: nn.Module, others: Iterable[nn.Module]) -> None:
 
 
 def own_frozen(factors: nn.Module) -> None:
-    """Gives the adapter copies of what it shares, so that values may be loaded into it without changing others."""
+    """Replaces shared frozen parameters by copies, so that loading values does not change other adapters."""
     for _, holder, name, parameter in list(frozen_parameters(factors)):
         if getattr(parameter, "is_shared_by_adapters", False):
             copy = nn.Parameter(parameter.detach().clone(), requires_grad=False)
@@ -250,7 +223,7 @@ def own_frozen(factors: nn.Module) -> None:
 
 
 def frozen_parameters(factors: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
-    """(whole name, the module that holds it, its name there, parameter) of every frozen one."""
+    """Yields (full name, module that holds it, name in that module, parameter) of every frozen parameter."""
     for prefix, holder in factors.named_modules():
         for name, parameter in list(holder.named_parameters(recurse=False)):
             if not parameter.requires_grad:
@@ -258,10 +231,10 @@ def frozen_parameters(factors: nn.Module) -> Iterator[tuple[str, nn.Module, str,
 
 
 def _same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
-    alike = (first.shape, first.dtype, first.device) == (second.shape, second.dtype, second.device)
-    return alike and torch.equal(_bits(first), _bits(second))
+    comparable = (first.shape, first.dtype, first.device) == (second.shape, second.dtype, second.device)
+    return comparable and torch.equal(_bits(first), _bits(second))
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """As bytes: 0.0 and -0.0 differ."""
+    """The tensor as bytes, in which 0.0 and -0.0 differ."""
     return tensor.detach().contiguous().view(torch.uint8)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The maths: one Megatron linear becomes linear + update.
+"""The maths: adds the update to the output of a Megatron linear.
 
     y = W x + (alpha / r) diag(v) B diag(u) A x
 
@@ -16,13 +16,12 @@ column, expert     (tokens, in), replicated    --                               
 row, expert        (tokens, in/T)              --                               --
 =================  ==========================  ===============================  ========================
 
-An expert's linears exchange nothing: the token dispatcher gathers x over the tensor-parallel ranks and sums y over
-them, and in backward the other way round. Like the base's own products, a row's y and a column's gradient of x are
-that rank's share of the sum, the update's as well. The dispatcher's tokens are none of S x N: some, in the expert's
-order, or none at all.
+An expert's linears exchange nothing. In forward the token dispatcher gathers x over the tensor-parallel ranks and sums
+y over them; in backward it does the reverse. So y of a row and the gradient of x of a column are this rank's share of a
+sum, for the base as for the update. An expert gets only its own tokens, in its own order, and perhaps none.
 
-The factors are scaled, not the activations: v and alpha / r are folded into B; u is folded into the factor that is
-replicated, A of a column and B of a row, where that one gets a gradient anyway, and else multiplies the r-wide h.
+The factors are scaled, not the activations. v and alpha / r are folded into B. u is folded into the replicated factor
+(A of a column, B of a row) if that factor gets a gradient anyway; otherwise u multiplies the r-wide h.
 """
 
 from __future__ import annotations
@@ -49,19 +48,22 @@ __all__ = ["LinearAdapter", "TiedLoraMixin", "attach_to_linear", "detach_from_li
 
 
 def linear_kind(module: nn.Module) -> str | None:
-    """ "column" or "row" for a Megatron or Transformer Engine parallel linear, None for anything else."""
+    """Returns "column" or "row" for a parallel linear of Megatron or Transformer Engine, None for other modules."""
     if isinstance(module, ColumnParallelLinear):
         return "column"
     if isinstance(module, RowParallelLinear):
         return "row"
-    mode = getattr(module, "parallel_mode", None)  # Transformer Engine's linears say it themselves
+    mode = getattr(module, "parallel_mode", None)  # of Transformer Engine's linears
     weight = getattr(module, "weight", None)
     return mode if mode in ("column", "row") and isinstance(weight, torch.Tensor) else None
 
 
 @dataclass
 class LinearAdapter:
-    """What one linear needs to reach its factors. It refers to modules, not to parameters, and registers none."""
+    """The adapter of one linear: its factors and how they are applied.
+
+    It is a plain object, not a module: the factors are registered in `ChunkFactors` alone.
+    """
 
     config: TiedLoraConfig
     kind: str
@@ -73,12 +75,12 @@ class LinearAdapter:
     enabled: bool = True
 
     def factor(self, name: str) -> torch.Tensor | None:
-        """This rank's part of A, B, u or v; None for a u or v that is frozen at 1."""
+        """Returns this rank's part of A, B, u or v; None for a u or v that is frozen at 1."""
         holder = self.tied if name in self.config.tied else self.own
         return getattr(holder, name, None)
 
     def folded(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """(A, what multiplies h or None, B) with u, v and alpha / r folded in, local shapes as in `sharding`."""
+        """Returns (A, scale of h or None, B) with u, v and alpha / r folded in; local shapes as in `shapes`."""
         A, B, u, v = (self.factor(name) for name in "ABuv")
         assert A is not None
         assert B is not None
@@ -93,8 +95,8 @@ class LinearAdapter:
             B = B * self.config.scale
         return A.to(dtype), None if h_scale is None else h_scale.to(dtype), B.to(dtype)
 
-    def to_first_product(self, x: torch.Tensor) -> torch.Tensor:
-        """Dropout on x: the same mask on all ranks where x is replicated, different ones where it is sharded."""
+    def dropped_out(self, x: torch.Tensor) -> torch.Tensor:
+        """Applies dropout to x: with the same mask on all ranks if x is replicated, different masks if it is sharded."""
         if not self.config.dropout:
             return x
         if self.tp_size == 1 or (self.kind == "column" and (self.expert or not self.sequence_parallel)):
@@ -103,7 +105,7 @@ class LinearAdapter:
             return functional.dropout(x, self.config.dropout)
 
     def across_ranks(self, h: torch.Tensor, h_scale: torch.Tensor | None) -> torch.Tensor:
-        """The r-wide exchange of the table above, and the factor u where it acts on h."""
+        """Exchanges h between ranks as in the table above, and scales it by `h_scale`."""
         if self.expert:
             return h if h_scale is None else h * h_scale
         if self.kind == "column":
@@ -120,54 +122,52 @@ class LinearAdapter:
 
 
 class TiedLoraMixin:
-    """In front of a Megatron linear's own class. Takes and returns what that linear does.
+    """Comes before a Megatron linear's own class. Takes and returns what that linear takes and returns.
 
-    The linear's weights keep their names; the factors hang on `tied_lora`, an attribute that is no submodule.
+    The linear's weights keep their names. `tied_lora` is a plain attribute, not a submodule.
     """
 
     tied_lora: LinearAdapter
 
     def forward(self, input_: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        link = self.tied_lora
-        if not link.enabled:
+        adapter = self.tied_lora
+        if not adapter.enabled:
             return super().forward(input_, *args, **kwargs)  # type: ignore[misc]
         if getattr(self, "layer_norm_weight", None) is not None:
             return self._forward_after_fused_norm(input_, *args, **kwargs)
-        A, h_scale, B = link.folded(_compute_dtype(input_))
-        if self.training and link.config.dropout:  # type: ignore[attr-defined]
-            shortcut, h = input_, functional.linear(link.to_first_product(input_).to(A.dtype), A)
+        A, h_scale, B = adapter.folded(_compute_dtype(input_))
+        if self.training and adapter.config.dropout:  # type: ignore[attr-defined]
+            shortcut, h = input_, functional.linear(adapter.dropped_out(input_).to(A.dtype), A)
         else:
             shortcut, h = _first_product(input_, A)
         output, bias = super().forward(shortcut, *args, **kwargs)  # type: ignore[misc]
-        return _SecondProduct.apply(output, link.across_ranks(h, h_scale), B), bias
+        return _SecondProduct.apply(output, adapter.across_ranks(h, h_scale), B), bias
 
     def _forward_after_fused_norm(self, input_: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Transformer Engine's layer norm + linear in one kernel: the update acts on the norm's output."""
-        link = self.tied_lora
+        """For Transformer Engine's fused layer norm and linear: the update acts on the norm's output."""
+        adapter = self.tied_lora
         self.return_layernorm_output = True
         try:
             (output, normed), bias = _fused_norm_outputs(super().forward(input_, *args, **kwargs))  # type: ignore[misc]
         finally:
-            self.return_layernorm_output = (
-                False  # a caller that meets the linear without its update expects two values
-            )
-        A, h_scale, B = link.folded(_compute_dtype(normed))
-        x = link.to_first_product(normed) if self.training else normed  # type: ignore[attr-defined]
+            self.return_layernorm_output = False  # if the update is disabled, callers expect two values
+        A, h_scale, B = adapter.folded(_compute_dtype(normed))
+        x = adapter.dropped_out(normed) if self.training else normed  # type: ignore[attr-defined]
         h = functional.linear(x.to(A.dtype), A)
-        return _SecondProduct.apply(output, link.across_ranks(h, h_scale), B), bias
+        return _SecondProduct.apply(output, adapter.across_ranks(h, h_scale), B), bias
 
 
-def attach_to_linear(module: nn.Module, link: LinearAdapter) -> None:
-    """Makes the linear add its update, in place."""
+def attach_to_linear(module: nn.Module, adapter: LinearAdapter) -> None:
+    """Changes the module's class so that its forward adds the update. Copies no tensor."""
     cls = type(module)
     if cls not in _mixed:
         _mixed[cls] = type(f"TiedLora{cls.__name__}", (TiedLoraMixin, cls), {})
     module.__class__ = _mixed[cls]
-    module.__dict__["tied_lora"] = link
+    module.__dict__["tied_lora"] = adapter
 
 
 def detach_from_linear(module: nn.Module) -> None:
-    """The linear's own class again."""
+    """Gives the module its own class again."""
     module.__class__ = type(module).__bases__[1]
     del module.__dict__["tied_lora"]
 
@@ -184,7 +184,7 @@ def _compute_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def _fused_norm_outputs(outputs: Any) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor | None]:
-    """((y, normed x), bias) from either form that Transformer Engine returns."""
+    """Returns ((y, normed x), bias) from either form that Transformer Engine returns."""
     if len(outputs) == 3:
         output, bias, normed = outputs
         return (output, normed), bias
@@ -192,7 +192,7 @@ def _fused_norm_outputs(outputs: Any) -> tuple[tuple[torch.Tensor, torch.Tensor]
 
 
 def _first_product(x: torch.Tensor, A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x for the base, h = x A^T). Where x needs no gradient, neither does the base's copy of it."""
+    """Returns (x for the base, h = x A^T). If x needs no gradient, the base's x needs none either."""
     if x.requires_grad and torch.is_grad_enabled():
         return _FirstProduct.apply(x, A)
     return x, functional.linear(x.to(A.dtype), A)
@@ -201,9 +201,9 @@ def _first_product(x: torch.Tensor, A: torch.Tensor) -> tuple[torch.Tensor, torc
 class _FirstProduct(torch.autograd.Function):
     """x (..., in) -> x for the base linear, h = x A^T (..., r).
 
-    In backward the gradient of x arrives from the base first; the update's share is accumulated into it by the
-    matrix product itself. That tensor is the base's own fresh product, which nothing else refers to. x is kept for
-    backward only where A gets a gradient.
+    In backward the base computes the gradient of x first. The matrix product of the update adds to that tensor in place;
+    this is safe because the base has just made it and nothing else refers to it. x is kept for backward only if A gets
+    a gradient.
     """
 
     @staticmethod
@@ -227,10 +227,10 @@ class _FirstProduct(torch.autograd.Function):
 
 
 class _SecondProduct(torch.autograd.Function):
-    """y (..., out), h (..., r), B (out, r) -> y + h B^T, accumulated into y's own memory.
+    """y (..., out), h (..., r), B (out, r) -> y + h B^T, computed in y's own memory.
 
-    y is the base linear's fresh output, which nothing else refers to; were it saved for somebody's backward,
-    autograd's version counter would raise an error.
+    The base linear has just made y, and nothing else refers to it. If some backward had saved y, autograd's version
+    counter would raise an error.
     """
 
     @staticmethod
@@ -242,7 +242,7 @@ class _SecondProduct(torch.autograd.Function):
     def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         h, B = ctx.saved_tensors
         flat = grad_y.reshape(-1, B.shape[0]).to(B.dtype)
-        # Contiguous: Megatron's all-reduce silently does nothing to a tensor that is not.
+        # Must be contiguous: Megatron's all-reduce silently ignores other tensors.
         grad_h = (flat @ B).view(*grad_y.shape[:-1], B.shape[1])
         grad_B = None if h is None else _grad_of_second_factor(flat, h.reshape(-1, B.shape[1]))
         return grad_y, grad_h, grad_B
@@ -251,14 +251,14 @@ class _SecondProduct(torch.autograd.Function):
 def _grad_of_second_factor(grad_y: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
     """grad_y (m, out), h (m, r) -> grad_y^T h (out, r).
 
-    With the narrow side first a CPU takes a third of the time at r = 8, and 0.9 of it at r = 32; at r = 128 the same,
-    and then the sums over layers are the slower for the transposed layout.
+    The narrow side goes first if r is small: on a CPU this takes a third of the time at r = 8 and 0.9 of it at r = 32.
+    At r = 128 it saves nothing, and the transposed layout slows the sums over layers.
     """
     return (h.t() @ grad_y).t() if h.shape[1] < 64 else grad_y.t() @ h
 
 
 def _accumulate(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """total (..., n) += left (m, k) @ right (k, n), in total's memory where its layout and dtype allow."""
+    """total (..., n) += left (m, k) @ right (k, n), in total's memory if its layout and dtype allow that."""
     if total.dtype != left.dtype:
         return total + (left @ right).view(total.shape).to(total.dtype)
     return total.reshape(-1, total.shape[-1]).addmm_(left, right).view(total.shape)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which base model an adapter belongs to: architecture, tokenizer, and a fingerprint of the weights (see
-`weight_checksums`)."""
+"""Describes the base model of an adapter, and checks that another model is that base.
+
+The description holds the architecture, the tokenizer's identity, and a fingerprint of the weights (`weight_checksums`).
+"""
 
 from __future__ import annotations
 
@@ -46,18 +48,21 @@ _logger = logging.getLogger(__name__)
 
 
 class BaseMismatchError(ConfigError):
-    """The adapter belongs to another base: a line for each difference."""
+    """The adapter belongs to another base. Has one line per difference."""
 
 
 def describe_base(
     chunks: Sequence[Any], *, tokenizer: Mapping[str, Any] | None = None, name: str | None = None
 ) -> dict[str, Any]:
-    """What an adapter's file says of its base: plain values. All ranks must call it, and get the same.
+    """Returns the description of the base for an adapter's file, as plain values. All ranks must call it.
 
     Args:
-        chunks: a stage's GPTModels (with a `config` and a `decoder`), with an adapter or without.
-        tokenizer: see `tokenizer_identity`; its vocab_size tells which rows of an embedding are padding.
-        name: of the base's file.
+        chunks: a stage's GPTModels (with a `config` and a `decoder`), with or without an adapter.
+        tokenizer: see `tokenizer_identity`. Rows of an embedding beyond its vocab_size are padding.
+        name: the name of the base's file.
+
+    Returns:
+        The same on every rank.
     """
     rows = (tokenizer or {}).get("vocab_size")
     return {
@@ -69,7 +74,7 @@ def describe_base(
 
 
 def describe_architecture(chunk: Any) -> dict[str, Any]:
-    """A GPTModel's sizes and kinds, whole (not one rank's): plain values, the same on every layout."""
+    """Returns a GPTModel's sizes and kinds as plain values, the same on every layout."""
     config = chunk.config
     facts = {name: getattr(config, name, None) for name in _CONFIG_FACTS}
     if not facts["num_moe_experts"]:
@@ -83,8 +88,8 @@ def describe_architecture(chunk: Any) -> dict[str, Any]:
 
 
 def tokenizer_identity(tokenizer: Any) -> dict[str, Any]:
-    """A NeMo tokenizer's kind, size, and a hash of what it was trained to: the model of a sentencepiece one, the
-    vocabulary of any other."""
+    """Returns a NeMo tokenizer's kind and size, and a hash: of its model if it is a sentencepiece one, else of its
+    vocabulary."""
     inner = getattr(tokenizer, "tokenizer", tokenizer)
     if hasattr(inner, "serialized_model_proto"):
         content = inner.serialized_model_proto()
@@ -100,10 +105,14 @@ def tokenizer_identity(tokenizer: Any) -> dict[str, Any]:
 
 
 def check_architecture(recorded: Mapping[str, Any], chunk: Any, who: str) -> None:
-    """Compares what a file says of its base with a model.
+    """Compares the architecture that a file records for its base with a model.
+
+    Args:
+        recorded: the file's `base`.
+        who: the file, for messages.
 
     Raises:
-        BaseMismatchError: a line for each difference.
+        BaseMismatchError: has one line per difference.
     """
     known, found = recorded.get("architecture") or {}, describe_architecture(chunk)
     problems = [
@@ -118,15 +127,16 @@ def check_architecture(recorded: Mapping[str, Any], chunk: Any, who: str) -> Non
 def check_weights(
     recorded: Mapping[str, Any], found: Mapping[str, Any], who: str, *, allow_other_base: bool = False
 ) -> None:
-    """Compares fingerprint and tokenizer, where both are known.
+    """Compares fingerprint and tokenizer, if both sides have them.
 
     Args:
-        recorded: a file's `base`.
-        found: `fingerprint` and `tokenizer` of the base at hand, as `describe_base` gives them.
-        allow_other_base: only warn.
+        recorded: the file's `base`.
+        found: the base's `fingerprint` and `tokenizer`, as `describe_base` returns them.
+        who: the file, for messages.
+        allow_other_base: warn instead of raising.
 
     Raises:
-        BaseMismatchError: which kinds of weights differ, and what to do.
+        BaseMismatchError: names the kinds of weights that differ, and the remedy.
     """
     problems = list(_weight_differences(recorded.get("fingerprint") or {}, found.get("fingerprint") or {}))
     known, own = ((side.get("tokenizer") or {}).get("sha256") for side in (recorded, found))

@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The adapter in a training checkpoint: what it is, whether it is this run's, and how it becomes a `.nemo`."""
+"""Describes the adapter in a training checkpoint, compares it with a run's, and writes it as a `.nemo`."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_tied_lora.adapter.shapes import TargetSpec
-from nemo_tied_lora.checkpoint.nemo_adapter_format import order_of_writing
+from nemo_tied_lora.adapter.shapes import LinearShape
+from nemo_tied_lora.checkpoint.nemo_adapter_packing import order_of_writing
 from nemo_tied_lora.checkpoint.training_checkpoint import CheckpointError, read_description, read_tensors
 from nemo_tied_lora.checkpoint.write_nemo_adapter import write_adapter
 from nemo_tied_lora.config import TiedLoraConfig
@@ -19,23 +18,28 @@ __all__ = ["describe", "differences", "write_adapter_of"]
 
 
 def describe(
-    config: TiedLoraConfig, specs: Mapping[str, TargetSpec], facts: Mapping[str, Any], base: Mapping[str, Any]
+    config: TiedLoraConfig, shapes: Mapping[str, LinearShape], facts: Mapping[str, Any], base: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The adapter's configuration, the base's target shapes, and the facts that its `.nemo` would hold.
+    """Returns the adapter's configuration, the shapes of its linears, and the facts that its `.nemo` would hold.
 
     Args:
-        base: as `base_identity.describe_base` gives it.
+        base: as `base_identity.describe_base` returns it.
     """
     return {
         "adapter": config.as_dict(),
-        "targets": {t: {**dataclasses.asdict(s), "layers": list(s.layers)} for t, s in specs.items()},
+        "targets": {group: shape.to_dict() for group, shape in shapes.items()},
         "facts": {**facts, "base": {**(facts.get("base") or {}), **base}},
     }
 
 
 def differences(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Why the checkpoint is not one of this run, a line each: another adapter, another base."""
-    now = json.loads(json.dumps(now))  # as the saved one went through JSON: tuples are lists
+    """Returns one line per difference between a checkpoint's adapter and base and a run's.
+
+    Args:
+        path: the checkpoint, for messages.
+        saved, now: descriptions by `describe`: the checkpoint's, read from JSON, and the run's.
+    """
+    now = json.loads(json.dumps(now))  # like the saved one: tuples become lists
     pairs = [
         *_changed("model.peft.tied_lora", saved["adapter"], now["adapter"]),
         *_changed("the base's targets", saved["targets"], now["targets"]),
@@ -48,33 +52,33 @@ def differences(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) ->
 def write_adapter_of(
     checkpoint: Path, output: Path, progress: Callable[[list[str]], Iterable[str]] = iter
 ) -> dict[str, Any]:
-    """Writes the checkpoint's adapter as a `.nemo`, with the bits that the run would have saved; one process.
+    """Writes the checkpoint's adapter as a `.nemo`, with the same bits that the run would have saved.
 
-    Needs neither the base nor a GPU.
+    Runs in one process, without the base or a GPU.
 
     Args:
-        progress: goes through the tensors' names as they are written, and may show it.
+        progress: iterates over the tensors' names while they are written, as `tqdm` does.
 
     Returns:
         The checkpoint's description.
 
     Raises:
-        CheckpointError: it is damaged. OSError: the file cannot be written.
+        CheckpointError: the checkpoint is damaged. OSError: the file cannot be written.
     """
     description = read_description(checkpoint)
     try:
         config = TiedLoraConfig.from_mapping(description["adapter"])
-        specs = {t: TargetSpec(**{**s, "layers": tuple(s["layers"])}) for t, s in description["targets"].items()}
+        shapes = {group: LinearShape.from_dict(stored) for group, stored in description["targets"].items()}
         tensors = read_tensors(checkpoint, "adapter")
-        arriving = ((name, tensors[name]) for name in progress(order_of_writing(config, specs)))
-        write_adapter(output, config, specs, arriving, description["facts"])
+        arriving = ((name, tensors[name]) for name in progress(order_of_writing(config, shapes)))
+        write_adapter(output, config, shapes, arriving, description["facts"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError([f"{checkpoint}: damaged: {type(error).__name__}: {error}"]) from error
     return description
 
 
 def _identity(description: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the base, flat; where its file lies does not matter, and one fingerprint stands for all its weights."""
+    """The base's facts, flat. Excludes its file's name, and the checksums that its fingerprint's `value` combines."""
     return {
         key: value
         for key, value in _flat(description["facts"].get("base", {}))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lightning's dictionaries as JSON and back: numbers, texts, lists, tuples, dictionaries, and small tensors."""
+"""Encodes Lightning's dictionaries as JSON: numbers, strings, lists, tuples, dictionaries, and small tensors."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _TAG = "~"
 
 
 def encode(value: Any, where: str = "state") -> Any:
-    """`value` as plain JSON values; `decode` gives it back, bit for bit.
+    """Returns `value` as plain JSON values; `decode` restores it, bit for bit.
 
     Args:
         where: its name, for messages.
 
     Raises:
-        TypeError: it holds something else. Nothing is pickled, so that reading a checkpoint runs no code.
+        TypeError: it holds a value of another type. Nothing is pickled, so reading a checkpoint runs no code.
     """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value.item() if isinstance(value, numpy.generic) else value
@@ -45,7 +45,7 @@ def encode(value: Any, where: str = "state") -> Any:
 
 
 def decode(value: Any) -> Any:
-    """What `encode` was given; tensors come back on the CPU."""
+    """Returns what `encode` was given, with tensors on the CPU."""
     if isinstance(value, list):
         return [decode(item) for item in value]
     if not isinstance(value, dict):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An optimizer's state by model parameter, whoever wraps the optimizer: torch or apex, NeMo's O2, megatron-core's.
+"""Reads and writes an optimizer's state by model parameter: of torch, apex, NeMo's O2 and megatron-core's optimizer.
 
-A slot is one kind of tensor that an optimizer keeps for each parameter, in the parameter's own (local) shape:
-"exp_avg", "exp_avg_sq", and "master", the float32 copy of a 16-bit parameter. A scalar is a number for each
-parameter (torch's "step"). Options are a parameter group's: learning rate, betas, apex's "step".
+A slot is one kind of tensor that an optimizer keeps per parameter, in the parameter's (local) shape: "exp_avg",
+"exp_avg_sq", and "master", the float32 copy of a 16-bit parameter. A scalar is one number per parameter (torch's "step").
+Options belong to a parameter group: learning rate, betas, apex's "step".
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MASTER = "master"
 
 @dataclass
 class LocalState:
-    """What this rank's optimizer holds, keyed by the model's parameters."""
+    """The state of this rank's optimizer, by the model's parameters."""
 
     slots: dict[str, dict[nn.Parameter, torch.Tensor]] = field(default_factory=dict)
     scalars: dict[str, dict[nn.Parameter, float]] = field(default_factory=dict)
@@ -33,12 +33,12 @@ class LocalState:
 
 
 def read_optimizer(optimizer: Any, parameters: Iterable[nn.Parameter]) -> LocalState:
-    """The state of `optimizer` for the adapter's parameters. All ranks call it.
+    """Returns the state of `optimizer` for the adapter's parameters. All ranks must call it.
 
-    With megatron-core's distributed optimizer each tensor is put together from the data-parallel ranks' parts.
+    With megatron-core's distributed optimizer, each tensor is assembled from the parts of the data-parallel ranks.
 
     Raises:
-        ConfigError: it keeps something that is neither a number nor of the parameter's shape.
+        ConfigError: the optimizer keeps something that is neither a number nor a tensor of the parameter's shape.
     """
     if hasattr(optimizer, "mcore_optimizer"):
         return _read_distributed(optimizer.mcore_optimizer, list(parameters))
@@ -51,7 +51,7 @@ def read_optimizer(optimizer: Any, parameters: Iterable[nn.Parameter]) -> LocalS
 
 
 def write_optimizer(optimizer: Any, state: LocalState) -> None:
-    """Gives the optimizer what `read_optimizer` returned, there or on another layout."""
+    """Loads what `read_optimizer` returned, on the same or another layout, into the optimizer."""
     if hasattr(optimizer, "mcore_optimizer"):
         _write_distributed(optimizer.mcore_optimizer, state)
         return
@@ -66,7 +66,7 @@ def write_optimizer(optimizer: Any, state: LocalState) -> None:
 
 
 def _masters(wrapper: Any) -> dict[nn.Parameter, torch.Tensor]:
-    """Model parameter to its float32 copy, which is what the inner optimizer steps (NeMo's O2)."""
+    """Model parameter to its float32 copy, which the inner optimizer steps (NeMo's O2)."""
     groups = zip(wrapper.float16_groups, wrapper.fp32_from_float16_groups, strict=True)
     return {model: master for models, masters in groups for model, master in zip(models, masters, strict=True)}
 
@@ -78,11 +78,11 @@ def _read_torch(optimizer: Any, model_of: Mapping[Any, nn.Parameter]) -> LocalSt
         for stepped, index in zip(group["params"], numbered["params"], strict=True):
             parameter = model_of.get(stepped, stepped)
             for key, value in saved["state"].get(index, {}).items():
-                _sort_in(state, key, parameter, value, optimizer)
+                _add_entry(state, key, parameter, value, optimizer)
     return state
 
 
-def _sort_in(state: LocalState, key: str, parameter: nn.Parameter, value: Any, optimizer: Any) -> None:
+def _add_entry(state: LocalState, key: str, parameter: nn.Parameter, value: Any, optimizer: Any) -> None:
     if value is None:  # SGD without momentum
         return
     if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
@@ -119,7 +119,7 @@ def _parts(optimizer: Any) -> Sequence[Any]:
 
 
 def _owner(optimizer: Any, parameter: nn.Parameter) -> Any:
-    """The part whose shard on this rank holds some of the parameter, or None."""
+    """The chained optimizer whose shard on this rank holds a part of the parameter, or None."""
     return next((part for part in _parts(optimizer) if parameter in getattr(part, "model_param_gbuf_map", {})), None)
 
 
@@ -143,7 +143,7 @@ def _read_distributed(optimizer: Any, parameters: Sequence[nn.Parameter]) -> Loc
 
 
 def _own_shard(optimizer: Any, parameter: nn.Parameter) -> dict[str, tuple[torch.Tensor, int, int]]:
-    """Slot to (this rank's part of the parameter, flat; where it begins; where it ends)."""
+    """Slot to (this rank's part of the flat parameter, its start, its end)."""
     part = _owner(optimizer, parameter)
     if part is None:
         return {}
@@ -164,8 +164,8 @@ def _write_distributed(optimizer: Any, state: LocalState) -> None:
         merged = [{**group, **saved} for group, saved in zip(now, groups, strict=True)]
         if any("step" in group for group in groups):
             part.load_state_dict({"optimizer": {"param_groups": merged}})
-            # megatron-core (0.13, without apex) hands torch one tensor as every parameter's step count: each
-            # parameter's step would then count for all.
+            # megatron-core (0.13, without apex) gives torch one tensor as the step count of all parameters. Each
+            # parameter's step would then increase the count of all.
             for held in part.optimizer.state.values():
                 held.update({key: value.clone() for key, value in held.items() if key == "step"})
     parameters = {parameter for of in state.slots.values() for parameter in of}
@@ -187,7 +187,7 @@ def _data_parallel_group() -> torch.distributed.ProcessGroup:
 
 
 def _union(names: set[str]) -> set[str]:
-    """Over the data-parallel ranks: one may hold nothing of a parameter."""
+    """The names on any data-parallel rank: a rank may hold no part of a parameter."""
     found: list[set[str]] = [set()] * parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     torch.distributed.all_gather_object(found, names, group=_data_parallel_group())
     return set().union(*found)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An adapter's `.nemo` file without a model: a tar of the layout-free state as safetensors, and `model_config.yaml`.
+"""Reads an adapter's `.nemo` file without a model.
 
-Each tied tensor stands in it once, whole. Nothing in it is unpickled, and nothing is unpacked to disk. See
-`adapter_format` for the members, `tar_members` for what the tar may hold. Megatron is not imported.
+The file is a tar of `adapter.safetensors` (whole tensors, tied ones once) and `model_config.yaml`; see
+`nemo_adapter_packing`. Reading unpickles nothing and unpacks nothing to disk. Imports no Megatron.
 """
 
 from __future__ import annotations
@@ -16,23 +16,25 @@ from typing import IO, Any
 import torch
 from safetensors.torch import load as load_safetensors
 
-from nemo_tied_lora.adapter.full_state import check_state, expected_shapes
-from nemo_tied_lora.adapter.shapes import TargetSpec
-from nemo_tied_lora.checkpoint import nemo_adapter_format
-from nemo_tied_lora.checkpoint.nemo_adapter_format import (
+from nemo_tied_lora.adapter.experts import linear_of
+from nemo_tied_lora.adapter.factor_names import expected_shapes
+from nemo_tied_lora.adapter.full_state import check_state
+from nemo_tied_lora.adapter.shapes import LinearShape
+from nemo_tied_lora.checkpoint.nemo_adapter_format import content_facts, unpack, unseal
+from nemo_tied_lora.checkpoint.nemo_adapter_packing import (
     CONFIG_MEMBER,
+    DTYPE_BYTES,
     FORMAT_VERSION,
+    MAX_CONFIG_BYTES,
     STATE_MEMBER,
     Packed,
+    data_bytes,
     order_of_writing,
+    pack,
+    tensors_in_file,
 )
 from nemo_tied_lora.checkpoint.seeded_factors import FrozenFactors
-from nemo_tied_lora.checkpoint.tar import (
-    Member,
-    TarError,
-    find_members,
-    has_member,
-)
+from nemo_tied_lora.checkpoint.tar import Member, TarError, find_members, has_member
 from nemo_tied_lora.config import TiedLoraConfig
 from nemo_tied_lora.errors import ConfigError
 
@@ -40,11 +42,11 @@ __all__ = ["AdapterFile", "AdapterFileError", "is_adapter_file", "read_adapter"]
 
 
 _MAX_STATE_HEADER_BYTES = 1 << 24
-_MAX_SIDE, _MAX_LAYERS = 1 << 24, 1 << 16
+_MAX_SIDE, _MAX_LAYERS, _MAX_EXPERTS = 1 << 24, 1 << 16, 1 << 12
 
 
 class AdapterFileError(ConfigError):
-    """The file is not a whole adapter of a known format, or does not fit the model. The message says which."""
+    """The file is not a complete adapter of a known format, or does not fit the model. The message says which."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message.splitlines())
@@ -52,22 +54,25 @@ class AdapterFileError(ConfigError):
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """What a file holds: the adapter's configuration, the base's target shapes, the state, the whole YAML."""
+    """The contents of an adapter's file."""
 
     config: TiedLoraConfig
-    specs: dict[str, TargetSpec]
+    shapes: dict[str, LinearShape]
+    """Group to whole shape and adapted layers."""
     state: dict[str, torch.Tensor]
+    """Whole tensors by name."""
     yaml: dict[str, Any]
+    """All of `model_config.yaml`."""
 
 
 def read_adapter(path: str | os.PathLike) -> AdapterFile:
     """Reads a `.nemo` adapter without a model.
 
     Raises:
-        AdapterFileError: not a tar, truncated, members missing, an unknown format version, an unreadable part, a
-            configuration out of bounds, tensors that it does not ask for or that are not finite, another checksum than
-            the file names, a frozen factor that this generator draws otherwise.
-        FileNotFoundError: no such file.
+        AdapterFileError: not a tar, truncated, a member missing, an unknown format version, an unreadable part, a
+            configuration out of bounds, tensors that do not fit the configuration or are not finite, a wrong checksum,
+            or a seed from which this version of torch draws another frozen factor.
+        FileNotFoundError: the file does not exist.
     """
     path = Path(path)
     if path.is_dir():
@@ -84,7 +89,7 @@ def read_adapter(path: str | os.PathLike) -> AdapterFile:
 
 
 def is_adapter_file(path: str | os.PathLike) -> bool:
-    """Whether the file is a tar with a tied adapter's state in it; stock NeMo adapters hold other members."""
+    """Returns whether the file is a tar with a tied adapter's state. Stock NeMo adapters have other members."""
     try:
         with open(path, "rb") as file:
             return has_member(file, STATE_MEMBER)
@@ -96,38 +101,33 @@ def _read(file: IO[bytes]) -> AdapterFile:
     members = find_members(file, (CONFIG_MEMBER, STATE_MEMBER))
     missing = {CONFIG_MEMBER, STATE_MEMBER} - members.keys()
     if missing:
-        raise TarError(f"{', '.join(sorted(missing))} is missing; this is no tied-LoRA adapter")
-    if members[CONFIG_MEMBER].size > nemo_adapter_format.MAX_CONFIG_BYTES:
+        raise TarError(f"{', '.join(sorted(missing))} is missing; not a tied-LoRA adapter")
+    if members[CONFIG_MEMBER].size > MAX_CONFIG_BYTES:
         raise TarError(f"member {CONFIG_MEMBER!r} claims {members[CONFIG_MEMBER].size} bytes")
-    description = nemo_adapter_format.unseal(_content(file, members[CONFIG_MEMBER]))
+    description = unseal(_content(file, members[CONFIG_MEMBER]))
     version = description.get("format_version")
     if version not in (1, FORMAT_VERSION) or isinstance(version, bool):
         raise TarError(f"format_version {version!r} is unknown; this version reads 1 and {FORMAT_VERSION}")
     config = TiedLoraConfig.from_mapping(description["peft"]["tied_lora"])
-    specs = {t: TargetSpec(**{**s, "layers": tuple(s["layers"])}) for t, s in description["targets"].items()}
-    _check_specs(config, specs)
-    frozen = FrozenFactors(config, specs)
-    shapes = {name: shape for name, shape in expected_shapes(config, specs).items() if name not in frozen.shapes}
-    packed = (
-        nemo_adapter_format.pack(shapes)
-        if version > 1
-        else [Packed(name, shape, (name,)) for name, shape in shapes.items()]
-    )
+    shapes = {group: LinearShape.from_dict(stored) for group, stored in description["targets"].items()}
+    _check_shapes(config, shapes)
+    frozen, held = FrozenFactors(config, shapes), tensors_in_file(config, shapes)
+    packed = pack(held) if version > 1 else [Packed(name, shape, (name,)) for name, shape in held.items()]
     tensors = _read_tensors(file, members[STATE_MEMBER], packed, description.get("state"), version)
     dtype = next(iter(tensors.values())).dtype
-    state = nemo_adapter_format.unpack(tensors, packed)
-    for name in order_of_writing(config, specs):
-        if name in frozen.shapes:
+    state = unpack(tensors, packed)
+    for name in order_of_writing(config, shapes):
+        if name in frozen.names:
             state[name] = frozen.draw(name, dtype)
     frozen.compare(description.get("frozen_factors"))
-    return AdapterFile(config, specs, {name: state[name] for name in expected_shapes(config, specs)}, description)
+    return AdapterFile(config, shapes, {name: state[name] for name in expected_shapes(config, shapes)}, description)
 
 
 def _read_tensors(
     file: IO[bytes], member: Member, packed: Sequence[Packed], recorded: object, version: int
 ) -> dict[str, torch.Tensor]:
-    """The file's tensors; their header's and the data's sizes are compared with the config before they are read."""
-    largest = nemo_adapter_format.data_bytes(packed, torch.float64) + _MAX_STATE_HEADER_BYTES
+    """Reads the file's tensors, after comparing their size with what the configuration needs."""
+    largest = data_bytes(packed, max(DTYPE_BYTES.values())) + _MAX_STATE_HEADER_BYTES
     if member.size > largest:
         raise TarError(f"member {STATE_MEMBER!r} claims {member.size} bytes; the configuration asks for fewer")
     content = _content(file, member)
@@ -140,30 +140,31 @@ def _read_tensors(
     dtypes = {str(tensor.dtype) for tensor in tensors.values()}
     if version > 1 and len(dtypes) > 1:
         problems.append(f"state: tensors of different dtypes: {', '.join(sorted(dtypes))}")
-    if version > 1 and nemo_adapter_format.content_facts(content) != recorded:
+    if version > 1 and content_facts(content) != recorded:
         problems.append(f"{STATE_MEMBER} does not have the checksum that {CONFIG_MEMBER} names: damaged")
     if problems:
         raise ConfigError(problems)
     return tensors
 
 
-def _check_specs(config: TiedLoraConfig, specs: Mapping[str, TargetSpec]) -> None:
-    """What the YAML's parts say against each other, and sizes that no model has, before anything is made of them."""
+def _check_shapes(config: TiedLoraConfig, shapes: Mapping[str, LinearShape]) -> None:
+    """Refuses parts of the YAML that contradict each other, and sizes that no model has, before they are used."""
     problems = []
-    if tuple(dict.fromkeys(target.rpartition(".")[2] for target in specs)) != tuple(config.targets):
-        names = ", ".join(specs) or "none"
+    if tuple(dict.fromkeys(linear_of(group) for group in shapes)) != tuple(config.targets):
+        names = ", ".join(shapes) or "none"
         problems.append(f"targets: shapes of {names}, but {', '.join(config.targets)} were adapted")
-    for target, spec in specs.items():
-        sides = (spec.in_features, spec.out_features)
-        if spec.kind not in ("column", "row") or spec.blocks not in (1, 2):
-            problems.append(f"targets: {target}: kind {spec.kind!r}, blocks {spec.blocks!r}: unknown")
-        if not all(type(side) is int and config.rank <= side <= _MAX_SIDE for side in sides):
-            problems.append(f"targets: {target}: shape {sides} does not fit rank {config.rank}")
-        layers = spec.layers
+    for target, shape in shapes.items():
+        if shape.kind not in ("column", "row") or shape.num_blocks not in (1, 2):
+            problems.append(f"targets: {target}: kind {shape.kind!r}, blocks {shape.num_blocks!r}: unknown")
+        if not all(type(side) is int and config.rank <= side <= _MAX_SIDE for side in shape.sides):
+            problems.append(f"targets: {target}: shape {shape.sides} does not fit rank {config.rank}")
+        if type(shape.num_experts) is not int or not 1 <= shape.num_experts <= _MAX_EXPERTS:
+            problems.append(f"targets: {target}: num_experts {shape.num_experts!r} is not a number of experts")
+        layers = shape.layers
         if len(layers) > _MAX_LAYERS or not all(type(n) is int and 0 <= n < _MAX_LAYERS for n in layers):
-            problems.append(f"targets: {target}: layers are no layer numbers")
+            problems.append(f"targets: {target}: layers are not layer numbers")
         elif not layers or len(set(layers)) < len(layers):
-            problems.append(f"targets: {target}: layers are missing or stand there twice")
+            problems.append(f"targets: {target}: layers are missing or repeated")
     if problems:
         raise ConfigError(problems)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""This rank's random states, as tensors: torch, the GPU, NumPy, Python, and Megatron's tracker (dropout)."""
+"""Captures and restores this rank's random states: torch, the GPU, NumPy, Python, and Megatron's tracker (dropout)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _TRACKED = "megatron."
 
 
 def capture(device: torch.device) -> dict[str, torch.Tensor]:
-    """Every generator's state, on the CPU. `device`: the model's."""
+    """Returns every generator's state as a tensor on the CPU. `device`: the model's."""
     _, keys, position, has_gauss, gauss = numpy.random.get_state(legacy=True)
     version, numbers, next_gauss = random.getstate()
     states = {
@@ -35,7 +35,7 @@ def capture(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def restore(states: Mapping[str, torch.Tensor], device: torch.device) -> None:
-    """Puts every generator where `capture` found it."""
+    """Sets every generator to the state that `capture` returned."""
     torch.set_rng_state(states["torch"])
     position, has_gauss = states["numpy.position"].tolist()
     numpy.random.set_state(

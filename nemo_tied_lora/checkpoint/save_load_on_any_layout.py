@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model's adapter <-> its `.nemo` file, on any layout; see `adapter_file` for the file, `base_identity` for what ties
-it to a base.
-"""
+"""Saves a model's adapter to a `.nemo` file and loads it, on any layout; checks that the base is the right one."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ from nemo_tied_lora.adapter.injected_adapter import Adapter
 from nemo_tied_lora.adapter.replica_check import check_ties
 from nemo_tied_lora.adapter.target_modules import gpt_model
 from nemo_tied_lora.checkpoint.base_identity import check_architecture, check_weights, describe_base
-from nemo_tied_lora.checkpoint.nemo_adapter_format import FORMAT_VERSION, order_of_writing
+from nemo_tied_lora.checkpoint.nemo_adapter_packing import FORMAT_VERSION, order_of_writing
 from nemo_tied_lora.checkpoint.read_nemo_adapter import AdapterFile, AdapterFileError, is_adapter_file, read_adapter
 from nemo_tied_lora.checkpoint.weight_checksums import fingerprint_model
 from nemo_tied_lora.checkpoint.write_nemo_adapter import write_adapter
@@ -39,21 +37,26 @@ __all__ = [
 def save_adapter(
     adapter: Adapter, path: str | os.PathLike, facts: Mapping[str, Any] | None = None, *, tie_guard: bool = True
 ) -> Path:
-    """Writes the adapter beside `path` and renames it there. All ranks must call it; rank 0 writes.
+    """Writes the adapter to a temporary file and renames it to `path`. All ranks must call it; rank 0 writes.
 
-    The tensors are gathered one at a time and written as they come: no rank holds the whole adapter.
+    The tensors are gathered one at a time and written as they arrive: no rank holds the whole adapter.
 
     Args:
         adapter: on any layout.
-        path: of the `.nemo` file.
-        facts: plain values to keep in the YAML (versions, training), beside the format's own keys. `base` may hold the
-            base's `name` and its `tokenizer` (see `base_identity.tokenizer_identity`).
-        tie_guard: whether the ranks compare what they share first (see `tie_guard`).
+        path: the `.nemo` file.
+        facts: plain values for the YAML (versions, training), beside the format's own keys. `base` may hold the base's
+            `name` and its `tokenizer` (see `base_identity.tokenizer_identity`).
+        tie_guard: whether the ranks first compare what they share (see `replica_check`).
+
+    Returns:
+        The path.
 
     Raises:
-        TieError: ranks that hold the same tensor hold different bits, on every rank; an older file is as it was.
-        OSError: it could not be written. ValueError: a tensor is not finite, or a factor that should be stored as its
-            seed is not what the seed gives. On every rank; an older file is as it was.
+        TieError: ranks that hold the same tensor hold different bits.
+        OSError: the file could not be written.
+        ValueError: a tensor is not finite, the facts are too long, or a factor that should be stored as its seed is not
+            what the seed gives.
+        Each is raised on every rank, and an older file is unchanged.
     """
     path = Path(path)
     if tie_guard:
@@ -63,17 +66,17 @@ def save_adapter(
         described = describe_base([chunk.body for chunk in adapter.chunks], tokenizer=base.get("tokenizer"))
     factors = [chunk.factors for chunk in adapter.chunks]
     device = next(adapter.chunks[0].body.parameters()).device
-    names = order_of_writing(adapter.config, adapter.specs)
-    tensors = full_state.stream(adapter.config, adapter.specs, factors, device, names)
+    names = order_of_writing(adapter.config, adapter.shapes)
+    tensors = full_state.stream(adapter.config, adapter.shapes, factors, device, names)
     failure: Exception | None = None
     if _is_first_rank():
         try:
             write_adapter(
-                path, adapter.config, adapter.specs, tensors, {**(facts or {}), "base": {**base, **described}}
+                path, adapter.config, adapter.shapes, tensors, {**(facts or {}), "base": {**base, **described}}
             )
         except Exception as error:
             failure = error
-    for _ in tensors:  # the other ranks take part in every gathering, and so does a first rank that failed
+    for _ in tensors:  # every rank takes part in gathering every tensor, even a rank 0 that failed
         pass
     _raise_on_every_rank(path, failure)
     return path
@@ -90,14 +93,14 @@ def load_adapter(
 
     Args:
         model: as for `inject`.
-        path: of the `.nemo` file.
-        allow_other_base: load it also where the base's weights or tokenizer are not those that it was trained on, with
-            a warning. The architecture must fit in any case.
-        tokenizer: the base's, as `base_identity.tokenizer_identity` describes it; None: not compared.
+        path: the `.nemo` file.
+        allow_other_base: only warn if the adapter was trained on a base with other weights or another tokenizer. The
+            architecture must always fit.
+        tokenizer: the base's, as `base_identity.tokenizer_identity` returns it. None: not compared.
 
     Raises:
-        AdapterFileError: the file cannot be read as an adapter, or its target shapes are not this model's.
-        BaseMismatchError: another architecture, with each difference; other weights or another tokenizer.
+        AdapterFileError: the file cannot be read as an adapter, or the shapes of its linears are not the model's.
+        BaseMismatchError: the base has another architecture, other weights or another tokenizer.
         ConfigError: as `inject`.
     """
     file = read_adapter(path)
@@ -110,12 +113,12 @@ def load_adapter(
         found["fingerprint"] = fingerprint_model(bodies, recorded["fingerprint"].get("vocab_rows"))
     check_weights(recorded, found, str(path), allow_other_base=allow_other_base)
     adapter = inject(model, file.config)
-    if adapter.specs != file.specs:
+    if adapter.shapes != file.shapes:
         differences = [
-            f"{path}: {target}: the adapter was trained on {file.specs.get(target)}, this model has "
-            f"{adapter.specs.get(target)}"
-            for target in dict.fromkeys((*file.specs, *adapter.specs))
-            if file.specs.get(target) != adapter.specs.get(target)
+            f"{path}: {target}: the adapter was trained on {file.shapes.get(target)}, this model has "
+            f"{adapter.shapes.get(target)}"
+            for target in dict.fromkeys((*file.shapes, *adapter.shapes))
+            if file.shapes.get(target) != adapter.shapes.get(target)
         ]
         adapter.remove()
         raise AdapterFileError("\n".join(differences))
@@ -125,7 +128,7 @@ def load_adapter(
 
 @contextlib.contextmanager
 def _base_weights_in_place(adapter: Adapter) -> Iterator[None]:
-    """The base's own weights also while the adapter is merged into them."""
+    """Gives the model the base's own weights meanwhile, even if the adapter is merged into them."""
     swapped = [(module, weight) for chunk in adapter.chunks for module, weight in chunk.originals.items()]
     merged: list[Any] = [module.weight.data for module, _ in swapped]
     try:
@@ -138,14 +141,14 @@ def _base_weights_in_place(adapter: Adapter) -> Iterator[None]:
 
 
 def _raise_on_every_rank(path: Path, failure: Exception | None) -> None:
-    """Rank 0 tells the others how its write ended: they would wait for it for ever, or go on without a file."""
-    told = [f"{type(failure).__name__}: {failure}" if failure else None]
+    """Broadcasts rank 0's failure, so that no rank waits forever or continues without a file."""
+    reason = [f"{type(failure).__name__}: {failure}" if failure else None]
     if torch.distributed.is_initialized():
-        torch.distributed.broadcast_object_list(told, src=0)
+        torch.distributed.broadcast_object_list(reason, src=0)
     if failure is not None:
         raise failure
-    if told[0] is not None:
-        raise OSError(f"{path}: rank 0 could not write it: {told[0]}")
+    if reason[0] is not None:
+        raise OSError(f"{path}: rank 0 could not write it: {reason[0]}")
 
 
 def _is_first_rank() -> bool:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A frozen random A or B stored as the seed that it was drawn from (`frozen_factors: seed`).
+"""Stores a frozen random A or B as the seed from which it was drawn (`frozen_factors: seed`).
 
-torch does not promise that another release's generator draws the same numbers, so the file holds a checksum of what it
-drew: a different generator is an error, never a different adapter.
+torch does not promise that the generator of another release draws the same numbers. So the file holds a checksum of the
+drawn tensors, and another generator causes an error, never a different adapter.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from nemo_tied_lora.adapter.full_state import expected_shapes
-from nemo_tied_lora.adapter.shapes import TargetSpec
+from nemo_tied_lora.adapter.factor_names import FactorName, factor_names
+from nemo_tied_lora.adapter.shapes import LinearShape
 from nemo_tied_lora.adapter.tied_factors import initial_tensor
 from nemo_tied_lora.checkpoint.nemo_adapter_format import raw_bytes
 from nemo_tied_lora.config import TiedLoraConfig
@@ -27,42 +27,36 @@ _MAX_ELEMENTS = 1 << 32
 
 
 class FrozenFactors:
-    """The tensors that a file holds as their seed; none unless the configuration asks for it.
+    """The tensors that a file holds as their seed; none if the configuration does not ask for it.
 
-    `check` or `draw` must be called for each of `shapes`, in their order, before `facts`.
+    Call `check` or `draw` for each of `names`, in the file's order, before `facts` or `compare`.
     """
 
-    def __init__(self, config: TiedLoraConfig, specs: Mapping[str, TargetSpec]):
-        frozen = [f for f in ("A", "B") if f not in config.trained and config.frozen_factors == "seed"]
-        shapes = expected_shapes(config, specs)
-        self.shapes = {name: shape for name, shape in shapes.items() if name.rpartition(".")[2] in frozen}
-        """Name in the state to whole shape."""
-        self._config = config
+    def __init__(self, config: TiedLoraConfig, shapes: Mapping[str, LinearShape]):
+        self.names = {str(name) for name in factor_names(config, shapes) if name.factor in config.seeded}
+        """Their names in the state."""
+        self._config, self._shapes = config, shapes
         self._hash = hashlib.sha256()
 
     def draw(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """The whole tensor, from the seed.
+        """Draws the whole tensor from the seed.
 
         Raises:
-            ConfigError: larger than any model's.
+            ConfigError: the tensor would be larger than any model's.
         """
-        shape = self.shapes[name]
+        parsed = FactorName.parse(name)
+        shape = self._shapes[parsed.group].factor_shape(parsed.factor, self._config.rank)
         if math.prod(shape) > _MAX_ELEMENTS:
             raise ConfigError([f"frozen_factors=seed: {name} would have shape {shape}: no model has that"])
-        holder, _, factor = name.rpartition(".")
-        layer: int | None = None
-        if holder.startswith("layers."):
-            _, number, holder = holder.split(".", 2)
-            layer = int(number)
-        tensor = initial_tensor(factor, holder, layer, shape, self._config).to(dtype)
+        tensor = initial_tensor(parsed, shape, self._config).to(dtype)
         self._hash.update(raw_bytes(tensor))
         return tensor
 
     def check(self, name: str, tensor: torch.Tensor) -> None:
-        """That the seed stands for this tensor.
+        """Checks that the seed gives this tensor.
 
         Raises:
-            ConfigError: it draws another one.
+            ConfigError: the seed gives another one.
         """
         if not torch.equal(self.draw(name, tensor.dtype), tensor):
             raise ConfigError(
@@ -70,16 +64,16 @@ class FrozenFactors:
             )
 
     def facts(self) -> dict[str, Any]:
-        """What the YAML says of them."""
+        """What the YAML records about them."""
         return {"seed": self._config.seed, "sha256": self._hash.hexdigest()}
 
     def compare(self, recorded: object) -> None:
-        """What was drawn, with what the YAML says.
+        """Compares what was drawn with what the YAML records.
 
         Raises:
-            ConfigError: this generator draws other numbers than the one that the file was made with.
+            ConfigError: the generator of this torch draws other numbers than the one that wrote the file.
         """
-        if self.shapes and self.facts() != recorded:
+        if self.names and self.facts() != recorded:
             raise ConfigError(
                 [
                     f"frozen_factors=seed: torch {torch.__version__} draws other numbers from seed={self._config.seed} "

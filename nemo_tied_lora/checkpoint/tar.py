@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tar with a few plain files, read strictly: what the adapter's format allows, and nothing else that tar knows.
+"""Reads and writes tars of a few regular files; reading is strict.
 
-Links, folders, devices, sparse files, long names, compression and members of the wrong name are refused before a byte
-of their content is read. Nothing is unpacked to disk. Reading costs a seek and 512 bytes a member, whatever sizes the
-headers claim.
+It refuses links, folders, devices, sparse files, long names, compression and members with other names before it reads
+their content. It unpacks nothing to disk. It reads 512 bytes per member, whatever sizes the headers claim.
 """
 
 from __future__ import annotations
 
 import re
 import tarfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import IO
 
@@ -22,6 +21,7 @@ __all__ = [
     "has_member",
     "member_header",
     "pad_member",
+    "tar_bytes",
     "write_tar",
 ]
 
@@ -29,27 +29,27 @@ __all__ = [
 BLOCK, _RECORD = 512, 10240
 _MAX_HEADERS = 16
 _MAX_PAX_BYTES = 64 * 1024
-# Records of an extended header that change nothing about where the content lies.
+# Records of an extended header that do not change where the content is.
 _HARMLESS_PAX = re.compile(r"^(mtime|atime|ctime|comment|uid|gid|uname|gname|SCHILY\.(dev|ino|nlink))$")
 
 
 class TarError(ValueError):
-    """Not a tar of the expected members. The message says why."""
+    """The file is not a tar of the expected members. The message says why."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """Where a file's content lies in the tar."""
+    """Where a member's content is in the tar."""
 
     offset: int
     size: int
 
 
 def find_members(file: IO[bytes], names: Collection[str]) -> dict[str, Member]:
-    """Every member of the tar; each of `names` (with or without a leading "./") may stand in it once, and nothing else.
+    """Finds the members of the tar. It may hold each of `names` (with or without a leading "./") once, and nothing else.
 
     Raises:
-        TarError: a damaged header, an unexpected member, or one that is longer than the file.
+        TarError: a damaged header, an unexpected member, or a member that is longer than the file.
     """
     end = file.seek(0, 2)
     members: dict[str, Member] = {}
@@ -68,16 +68,16 @@ def find_members(file: IO[bytes], names: Collection[str]) -> dict[str, Member]:
         else:
             name = info.name.removeprefix("./")
             if name not in names or info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or name in members:
-                raise TarError(f"unexpected member {info.name[:200]!r}; this is no tied-LoRA adapter")
+                raise TarError(f"unexpected member {info.name[:200]!r}; not a tied-LoRA adapter")
             members[name] = Member(content, info.size)
         if content + info.size > end:
-            raise TarError(f"truncated: {info.name[:200]!r} claims {info.size} bytes, {end - content} are there")
+            raise TarError(f"truncated: {info.name[:200]!r} claims {info.size} bytes, the file has {end - content}")
         position = content + -(-info.size // BLOCK) * BLOCK
-    raise TarError(f"more than {_MAX_HEADERS} members; this is no tied-LoRA adapter")
+    raise TarError(f"more than {_MAX_HEADERS} members; not a tied-LoRA adapter")
 
 
 def has_member(file: IO[bytes], name: str) -> bool:
-    """Whether a member of this name is among the first ones, whatever the others are; False for what is no tar."""
+    """Returns whether one of the first members has this name; False if the file is not a tar."""
     position = 0
     for _ in range(_MAX_HEADERS):
         file.seek(position)
@@ -95,14 +95,14 @@ def has_member(file: IO[bytes], name: str) -> bool:
 
 
 def member_header(name: str, size: int) -> bytes:
-    """The 512 bytes before a member's content: no time, no owner, so that the same content gives the same file."""
+    """The 512 bytes before a member's content, without time and owner: the same content gives the same file."""
     info = tarfile.TarInfo(name)
     info.size = size
     return info.tobuf(format=tarfile.USTAR_FORMAT if size < 8 << 30 else tarfile.GNU_FORMAT)
 
 
 def pad_member(size: int) -> bytes:
-    """The zeros behind a member's content."""
+    """The zeros after a member's content."""
     return b"\0" * (-size % BLOCK)
 
 
@@ -111,8 +111,14 @@ def end_tar(position: int) -> bytes:
     return b"\0" * (2 * BLOCK + -(position + 2 * BLOCK) % _RECORD)
 
 
+def tar_bytes(sizes: Iterable[int]) -> int:
+    """The size of a tar that holds members of these sizes."""
+    position = sum(BLOCK + size + len(pad_member(size)) for size in sizes)
+    return position + len(end_tar(position))
+
+
 def write_tar(file: IO[bytes], members: Mapping[str, bytes]) -> None:
-    """An uncompressed tar, as NeMo's are."""
+    """Writes an uncompressed tar, like NeMo's."""
     for name, content in members.items():
         file.write(member_header(name, len(content)) + content + pad_member(len(content)))
     file.write(end_tar(file.tell()))
@@ -136,7 +142,7 @@ def _check_pax(content: bytes) -> None:
         raise TarError(f"an extended tar header of more than {_MAX_PAX_BYTES} bytes")
     for key in _pax_keys(content):
         if not _HARMLESS_PAX.match(key):
-            raise TarError(f"unexpected extended tar header {key[:100]!r}; this is no tied-LoRA adapter")
+            raise TarError(f"unexpected extended tar header {key[:100]!r}; not a tied-LoRA adapter")
 
 
 def _pax_keys(content: bytes) -> list[str]:

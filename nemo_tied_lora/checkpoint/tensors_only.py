@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `torch.save` wrote, read as tensors and plain values alone: nothing in the file can run."""
+"""Reads files of `torch.save` as tensors and plain values only: no code in the file can run."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ __all__ = ["load_tensors"]
 
 
 def load_tensors(file: str | os.PathLike | IO[bytes], what: str) -> Any:
-    """The object in the file, its tensors on the CPU. Transformer Engine's extra states may be in it.
+    """Returns the object in the file, with its tensors on the CPU. Accepts Transformer Engine's extra states.
 
     Args:
-        what: what the user calls the file, for messages.
+        what: the user's name for the file, for messages.
 
     Raises:
-        ConfigError: it holds more than tensors and plain values, or is damaged. OSError: it cannot be read.
+        ConfigError: the file holds more than tensors and plain values, or is damaged. OSError: it cannot be read.
     """
     try:
         # Transformer Engine's extra states are bytes.
@@ -30,7 +30,7 @@ def load_tensors(file: str | os.PathLike | IO[bytes], what: str) -> Any:
     except (OSError, MemoryError):
         raise
     except Exception as error:  # whatever a damaged or hostile pickle raises
-        # Without torch's advice, which is to allow what the file asks for.
-        said = str(error).rpartition("WeightsUnpickler error: ")[2].partition(" Please use")[0]
-        reason = " ".join(said.split())[:300] or type(error).__name__
+        # Leave out torch's advice, which is to allow what the file asks for.
+        detail = str(error).rpartition("WeightsUnpickler error: ")[2].partition(" Please use")[0]
+        reason = " ".join(detail.split())[:300] or type(error).__name__
         raise ConfigError([f"{what}: cannot be read as tensors alone, and is not run: {reason}"]) from error

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A training checkpoint on disk: a folder that exists under its name only when it is whole.
+"""Writes and reads a training checkpoint: a folder that has its name only while it is complete.
 
-    checkpoint.json             what the run was, its counters, its schedules; no tensors but single numbers
-    linear_qkv.safetensors      per target, whole tensors: "adapter/linear_qkv.A", "exp_avg/linear_qkv.A", ...
+    checkpoint.json             description of the run, counters, schedules, single numbers
+    linear_qkv.safetensors      one file per group, whole tensors: "adapter/linear_qkv.A", "exp_avg/linear_qkv.A", ...
     random_states.safetensors   per rank: "3/torch", ...
 
-It is written beside its place and renamed, and renamed away before it is removed. A run that is killed at any moment
-leaves whole checkpoints and hidden remains; `remove_leftovers` sweeps the remains.
+The folder is written under a hidden name and then renamed; before it is removed, it is hidden again. So a run that is
+killed at any moment leaves complete checkpoints and hidden leftovers, which `remove_leftovers` deletes.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ __all__ = [
 FORMAT_VERSION = 1
 _DESCRIPTION = "checkpoint.json"
 _PARTIAL, _REMOVED = ".partial", ".removed"
-_UNFINISHED = "-unfinished"  # NeMo's marker beside a checkpoint that is being written or removed
+_UNFINISHED = "-unfinished"  # NeMo's marker beside a checkpoint while it is being written or removed
 _LAST = "-last"
 
 
@@ -50,10 +50,10 @@ class CheckpointError(ConfigError):
 
 
 class CheckpointWriter:
-    """Writes one checkpoint; one process. `finish` makes it visible, all at once.
+    """Writes one checkpoint from one process. It becomes visible as a whole in `finish`.
 
     Args:
-        path: the folder to make; one of that name is replaced.
+        path: the folder to write. An existing one is replaced.
     """
 
     def __init__(self, path: Path) -> None:
@@ -63,10 +63,10 @@ class CheckpointWriter:
         self._partial.mkdir(parents=True)
 
     def add(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Adds `name`.safetensors, made durable.
+        """Adds `name`.safetensors and syncs it to disk.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the file cannot be written.
         """
         content = save({key: tensor.contiguous() for key, tensor in tensors.items()})
         write_atomically(self._partial / f"{name}.safetensors", content)
@@ -82,28 +82,29 @@ class CheckpointWriter:
         shutil.rmtree(replaced, ignore_errors=True)
 
     def abandon(self) -> None:
-        """Drops what was written."""
+        """Deletes what was written."""
         shutil.rmtree(self._partial, ignore_errors=True)
 
 
 def is_checkpoint(path: str | os.PathLike) -> bool:
-    """Whether the folder is a checkpoint of this kind; NeMo's own are files, or folders with other contents.
+    """Returns whether the folder is a complete checkpoint of this format.
 
-    What is being written or removed has a hidden name, and is none.
+    NeMo's own checkpoints are files, or folders with other contents. A checkpoint that is being written or removed has
+    a hidden name and does not count.
     """
     hidden = os.path.basename(os.path.abspath(path)).startswith(".")
     return not hidden and (Path(path) / _DESCRIPTION).is_file()
 
 
 def read_description(path: str | os.PathLike) -> dict[str, Any]:
-    """`checkpoint.json`, after the files that it lists were found whole.
+    """Reads `checkpoint.json` and checks that the files it lists exist and have their sizes.
 
     Raises:
-        CheckpointError: no checkpoint, an unknown format, a file missing or cut short.
+        CheckpointError: not a checkpoint, an unknown format, or a file that is missing or truncated.
     """
     folder = Path(path)
     if not is_checkpoint(folder):
-        raise CheckpointError([f"{folder}: is no training checkpoint: {_DESCRIPTION} is missing"])
+        raise CheckpointError([f"{folder}: not a training checkpoint: {_DESCRIPTION} is missing"])
     try:
         description = json.loads((folder / _DESCRIPTION).read_text())
         version, files = description["format_version"], dict(description["files"])
@@ -124,7 +125,7 @@ def read_description(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def read_tensors(path: str | os.PathLike, prefix: str) -> dict[str, torch.Tensor]:
-    """Every tensor "prefix/name" of the checkpoint, by name; other tensors are not read.
+    """Reads every tensor "prefix/name" of the checkpoint; returns them by name. Reads no other tensors.
 
     Raises:
         CheckpointError: a file is damaged.
@@ -142,7 +143,7 @@ def read_tensors(path: str | os.PathLike, prefix: str) -> dict[str, torch.Tensor
 
 
 def slots(path: str | os.PathLike) -> list[str]:
-    """The names before the slash of what the targets' files hold, but for "adapter": an optimizer's slots."""
+    """The optimizer's slots in the checkpoint: the prefixes of its tensors, except "adapter" and the ranks' numbers."""
     found: set[str] = set()
     for file in sorted(Path(path).glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
@@ -151,19 +152,22 @@ def slots(path: str | os.PathLike) -> list[str]:
 
 
 def remove(path: Path) -> None:
-    """Removes a checkpoint, or nothing where there is none; killed in between, it is gone from sight all the same."""
+    """Removes a checkpoint, if there is one. If killed midway, it leaves only a hidden folder."""
     shutil.rmtree(_hide(path), ignore_errors=True)
 
 
 def remove_leftovers(folder: Path, *, first: bool, timeout: float = 120.0) -> None:
-    """Makes a folder of checkpoints fit to resume from, whatever the last run was doing when it was killed.
+    """Cleans a folder of checkpoints, so that a run can resume however the last one was killed.
 
-    Remains are swept; markers beside checkpoints of this kind are dropped, for those are whole; of several "-last"
-    the newest stays (a run may be killed after it wrote one and before it removed the one before). NeMo would refuse
-    to choose, and end the run. All ranks call it before NeMo looks; `first` does the work, the others wait for it.
+    It deletes hidden leftovers, and NeMo's markers beside checkpoints of this format, which are complete. Of several
+    "-last" checkpoints it keeps the newest: a run may be killed after it wrote one and before it removed the older one,
+    and NeMo stops if it finds two. All ranks call it before NeMo reads the folder.
+
+    Args:
+        first: whether this rank does the work; the others wait for it.
 
     Raises:
-        CheckpointError: the first rank did not do it within `timeout` seconds.
+        CheckpointError: the first rank did not finish within `timeout` seconds.
     """
     if first:
         _undo_half_replaced(folder)
@@ -177,12 +181,13 @@ def remove_leftovers(folder: Path, *, first: bool, timeout: float = 120.0) -> No
     started = time.monotonic()
     while _remains(folder) or _idle_markers(folder) or len(_named_last(folder)) > 1:
         if time.monotonic() - started > timeout:
-            raise CheckpointError([f"{folder}: holds what a killed run left, and rank 0 does not clear it; is it up?"])
+            problem = f"holds leftovers of a killed run, and rank 0 has not removed them in {timeout:g} s"
+            raise CheckpointError([f"{folder}: {problem}; check that rank 0 runs"])
         time.sleep(0.1)
 
 
 def _hide(path: Path) -> Path:
-    """Renames a checkpoint, if there is one, out of sight."""
+    """Gives a checkpoint, if there is one, a hidden name; returns the hidden path."""
     hidden = path.with_name(f".{path.name}{_REMOVED}")
     shutil.rmtree(hidden, ignore_errors=True)
     if path.exists():
@@ -191,7 +196,7 @@ def _hide(path: Path) -> Path:
 
 
 def _undo_half_replaced(folder: Path) -> None:
-    """A checkpoint that was hidden for one of its own name, which then was not given it, comes back."""
+    """Restores a checkpoint that was hidden to be replaced, if its replacement did not get its name."""
     for hidden in folder.glob(f".*{_REMOVED}"):
         name = hidden.name.removeprefix(".").removesuffix(_REMOVED)
         if (folder / f".{name}{_PARTIAL}").exists() and not (folder / name).exists():
@@ -203,12 +208,12 @@ def _remains(folder: Path) -> list[Path]:
 
 
 def _idle_markers(folder: Path) -> list[Path]:
-    """Markers whose checkpoint is whole, or was never given its name. Those of NeMo's own checkpoints are kept."""
+    """Markers whose checkpoint is complete, or does not exist. Excludes markers of NeMo's own checkpoints."""
     markers = []
     for marker in folder.glob(f"*{_UNFINISHED}"):
         checkpoint = marker.with_name(marker.name.removesuffix(_UNFINISHED))
-        theirs = [checkpoint] if checkpoint.is_dir() else list(folder.rglob(f"{checkpoint.name}.ckpt"))
-        if is_checkpoint(checkpoint) or not any(path.exists() for path in theirs):
+        of_nemo = [checkpoint] if checkpoint.is_dir() else list(folder.rglob(f"{checkpoint.name}.ckpt"))
+        if is_checkpoint(checkpoint) or not any(path.exists() for path in of_nemo):
             markers.append(marker)
     return markers
 
@@ -218,7 +223,7 @@ def _named_last(folder: Path) -> list[Path]:
 
 
 def _last_checkpoints(folder: Path) -> list[Path]:
-    """Those named "-last", the newest last."""
+    """The checkpoints named "-last", the newest last."""
     return sorted(_named_last(folder), key=lambda path: (read_description(path).get("step", 0), path))
 
 

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A fingerprint of a base's weights.
+"""Computes a fingerprint of a base's weights that is exactly the same on every parallel layout.
 
-It is the same on every parallel layout, exactly. A weight's checksum is
+The checksum of a weight is
 
     sum over its elements of  bits(element) * m0(layer) * m1(row) * m2(column) * ...   modulo 2^64
 
-where `bits` are those of the element rounded to bfloat16, as an integer, and the m are odd numbers drawn from the
-element's place in the whole weight. Integer sums do not depend on their order, so each rank sums its own shards and
-one all-reduce adds the ranks up; replicas are counted once. Odd factors let no single changed element pass unnoticed.
-Rounding makes a float32 base and the same base loaded as bfloat16 agree; a base that was rounded to float16 on the way
-may not. Rows that padding adds to an embedding are zeros, and add nothing.
+`bits` are the bits of the element rounded to bfloat16, as an integer. The m are odd pseudorandom numbers that depend on
+the element's place in the whole weight. Integer sums do not depend on their order, so each rank sums its own shards and
+one all-reduce adds the ranks; replicas are counted once. Because the factors are odd, every single changed element
+changes the sum. Because of the rounding, a float32 base and the same base loaded as bfloat16 agree; a base that was
+once rounded to float16 may not. Rows that padding adds to an embedding are zeros and add nothing.
 
-Every element is read: a GPU does it at the speed of its memory, a CPU core at about 0.1 billion elements a second.
+Every element is read: on a GPU at the speed of its memory, on a CPU core at about 0.1 billion elements per second.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from nemo_tied_lora.adapter.splitmix64 import GOLDEN_GAMMA, as_int64, mix_
 __all__ = ["WeightChecksums", "fingerprint_model"]
 
 
-_SLAB = 1 << 20  # elements at a time: eight bytes each while they are multiplied
+_SLAB = 1 << 20  # elements at a time; each takes eight bytes while it is multiplied
 _LAYER = re.compile(r"(?<=\blayers\.)(\d+)\.")
 _MASK = (1 << 64) - 1
 
 
 def fingerprint_model(chunks: Sequence[Any], vocab_rows: int | None = None) -> dict[str, Any]:
-    """The fingerprint of the base weights of a whole model. All ranks must call it, and get the same.
+    """Returns the fingerprint of the base weights of a whole model, the same on all ranks. All ranks must call it.
 
     Args:
-        chunks: a stage's GPTModels. An adapter's tensors are left out; what Megatron calls a main replica counts.
-        vocab_rows: rows of the embedding and output layer that the tokenizer uses; None: all.
+        chunks: a stage's GPTModels. The adapter's tensors do not count. Of replicas, Megatron's main replica counts.
+        vocab_rows: rows of the embedding and output layer that the tokenizer uses. None: all.
     """
     checksums = WeightChecksums()
     for chunk in chunks:
@@ -53,19 +53,19 @@ def fingerprint_model(chunks: Sequence[Any], vocab_rows: int | None = None) -> d
 
 
 class WeightChecksums:
-    """Adds up the checksums of weights, piece by piece, in any order and from anywhere in the whole weights."""
+    """Sums the checksums of weights, piece by piece, in any order."""
 
     def __init__(self) -> None:
         self._sums: dict[str, int] = {}
 
     def add(self, key: str, tensor: torch.Tensor, offset: Sequence[int]) -> None:
-        """Counts one piece.
+        """Adds one piece.
 
         Args:
-            key: the weight's name in a distributed checkpoint; a layer's number in it becomes the first coordinate.
+            key: the weight's name in a distributed checkpoint. A layer's number in it becomes the first coordinate.
             tensor: the piece.
-            offset: where its first element lies in the whole weight, with as many numbers as the weight has dims:
-                more than `tensor` has where the first ones count layers or experts.
+            offset: the place of its first element in the whole weight, one number per dim of the weight. The weight has
+                more dims than `tensor` if its first dims count layers or experts.
         """
         key = re.sub(r"^(module\.|model\.)*", "", key)
         numbered = _LAYER.search(key)
@@ -76,7 +76,7 @@ class WeightChecksums:
         self._sums[key] = (self._sums.get(key, 0) + total) & _MASK
 
     def sum_over_ranks(self, device: torch.device) -> None:
-        """Adds up all ranks of the job."""
+        """Sums over all ranks of the job."""
         if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
             return
         known: list[Any] = [None] * torch.distributed.get_world_size()
@@ -87,16 +87,16 @@ class WeightChecksums:
         self._sums = {key: value & _MASK for key, value in zip(keys, values.tolist(), strict=True)}
 
     def as_dict(self, vocab_rows: int | None = None) -> dict[str, Any]:
-        """The fingerprint: `value` over all weights, and each kind's own checksum, to say what differs."""
+        """The fingerprint: one `value` for all weights, and one checksum per kind of weight, to name what differs."""
         weights = {key: f"{value:016x}" for key, value in sorted(self._sums.items())}
         value = hashlib.sha256(json.dumps(weights).encode()).hexdigest()[:32]
         return {"value": value, "vocab_rows": vocab_rows, "weights": weights}
 
 
 def _own_shards(chunk: Any) -> Iterator[tuple[str, torch.Tensor, tuple[int, ...], bool]]:
-    """(key, tensor, offset in the whole weight, whether its rows may be padded) of what this rank counts.
+    """Yields (key, tensor, offset in the whole weight, whether its rows may be padded) of the shards this rank counts.
 
-    Megatron's own description for distributed checkpoints says where each shard lies, gate and up apart.
+    Megatron's description for distributed checkpoints gives the place of each shard; gate and up are separate there.
     """
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories, is_main_replica
 
@@ -142,7 +142,7 @@ def _checksum(tensor: torch.Tensor, offset: Sequence[int]) -> int:
 
 @functools.lru_cache(maxsize=64)
 def _multipliers(dim: int, start: int, size: int, device: torch.device) -> torch.Tensor:
-    """(size,) int64: an odd pseudo-random number for each place along a dim."""
+    """(size,) int64: one odd pseudorandom number per place along a dim."""
     seed = as_int64(0xD1B54A32D192ED03 * (dim + 1) & _MASK)
     places = torch.arange(start + 1, start + size + 1, dtype=torch.int64)
     return (mix_(places * GOLDEN_GAMMA + seed) | 1).to(device)

@@ -63,7 +63,7 @@ def _fit(cfg: Mapping[str, Any]) -> int:
     base = None if cfg["base"] is None else base_model_config(cfg["base"], key="base")
     lora = read_lora(Path(cfg["path"]), base)
     config = dataclasses.replace(
-        config, targets=tuple(lora.deltas), layers=_layers(lora.deltas, lora.shape.num_layers)
+        config, targets=tuple(lora.deltas), layers=_layers(lora.deltas, lora.sizes.num_layers)
     )
     with tqdm(desc="fitting", unit="iteration") as bar:
 
@@ -73,11 +73,11 @@ def _fit(cfg: Mapping[str, Any]) -> int:
 
         limits = {"max_iterations": cfg["max_iterations"], "tolerance": cfg["fit_tolerance"]}
         fitted = fit_adapter(lora, config, _preset(cfg), **limits, progress=progress)
-    errors = {t: dict(zip(fitted.specs[t].layers, fit.errors, strict=True)) for t, fit in fitted.fits.items()}
+    errors = {t: dict(zip(fitted.shapes[t].layers, fit.errors, strict=True)) for t, fit in fitted.fits.items()}
     source = {"from": Path(cfg["path"]).name, "relative_errors": errors}
     facts = {"base": {key: lora.base.get(key) for key in _BASE_KEYS}, "fitted": source}
     try:
-        write_adapter(Path(cfg["output"]), fitted.config, fitted.specs, fitted.state, facts)
+        write_adapter(Path(cfg["output"]), fitted.config, fitted.shapes, fitted.state, facts)
     except OSError as error:
         raise ConfigError([f"output={cfg['output']}: {error}"]) from error
     print(_table(fitted.fits, errors, fitted.bounds))

@@ -155,20 +155,20 @@ def _check_shapes(model: Mapping[str, Any], adapters: list[tuple[str, Any, float
         ConfigError: lists every difference.
     """
     from nemo_tied_lora.config import TiedLoraConfig
-    from nemo_tied_lora.planning.architecture import target_shapes
+    from nemo_tied_lora.planning.architecture import selected_linears
 
     arch = Architecture.from_model_config(model)
-    shapes = target_shapes(arch, TiedLoraConfig())
+    linears = selected_linears(arch, TiedLoraConfig())
     problems = Problems()
     for path, file, _ in adapters:
-        for target, spec in file.specs.items():
-            known = shapes.get(target)
-            if known is not None and (known.in_features, known.out_features) != (spec.in_features, spec.out_features):
+        for target, shape in file.shapes.items():
+            known = linears.get(target)
+            if known is not None and known.sides != shape.sides:
                 problems.append(
-                    f"{path}: {target}: the adapter was trained on {spec.in_features} x {spec.out_features} (in x out), "
+                    f"{path}: {target}: the adapter was trained on {shape.in_features} x {shape.out_features} (in x out), "
                     f"this base has {known.in_features} x {known.out_features}"
                 )
-        deepest = max(layer for spec in file.specs.values() for layer in spec.layers)
+        deepest = max(layer for shape in file.shapes.values() for layer in shape.layers)
         if deepest >= arch.num_layers:
             problems.append(
                 f"{path}: it has an update for layer {deepest}; this base has layers 0 to {arch.num_layers - 1}"

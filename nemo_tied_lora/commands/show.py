@@ -39,7 +39,7 @@ def _run(cfg: dict[str, Any]) -> int:
 
     path = Path(cfg["adapter"])
     file = read_adapter(path)
-    layers = inspect_layers(file.config, file.specs, file.state)
+    layers = inspect_layers(file.config, file.shapes, file.state)
     if picture is not None:
         from nemo_tied_lora.commands.show_picture import draw_adapter
 
@@ -76,9 +76,9 @@ def _title(file: AdapterFile) -> str:
 
 
 def _as_json(path: Path, file: AdapterFile, layers: Sequence[LayerFacts], picture: Path | None) -> dict[str, Any]:
-    from nemo_tied_lora.adapter.update_statistics import trained_parameters
+    from nemo_tied_lora.adapter.param_count import parameter_counts
 
-    counts = trained_parameters(file.config, file.specs)
+    counts = parameter_counts(file.shapes, file.config)
     return {
         "adapter": str(path),
         "bytes": path.stat().st_size,
@@ -88,7 +88,7 @@ def _as_json(path: Path, file: AdapterFile, layers: Sequence[LayerFacts], pictur
         "versions": file.yaml.get("versions"),
         "training": file.yaml.get("training"),
         "trained_parameters": sum(counts.values()),
-        "targets": {t: {**dataclasses.asdict(s), "trained_parameters": counts[t]} for t, s in file.specs.items()},
+        "targets": {t: {**s.to_dict(), "trained_parameters": counts[t]} for t, s in file.shapes.items()},
         "layers": [dataclasses.asdict(facts) for facts in layers],
         "picture": None if picture is None else str(picture),
     }
@@ -129,13 +129,13 @@ def _base_lines(description: Mapping[str, Any]) -> list[str]:
 
 
 def _parameter_rows(file: AdapterFile) -> list[tuple[str, ...]]:
-    from nemo_tied_lora.adapter.update_statistics import trained_parameters
+    from nemo_tied_lora.adapter.param_count import parameter_counts
 
-    counts = trained_parameters(file.config, file.specs)
+    counts = parameter_counts(file.shapes, file.config)
     rows = [("target", "in", "out", "layers", "trained parameters")]
-    for target, spec in file.specs.items():
-        sides = (str(spec.in_features), str(spec.out_features))
-        rows.append((target, *sides, str(len(spec.layers)), f"{counts[target]:,}"))
+    for target, shape in file.shapes.items():
+        sides = (str(shape.in_features), str(shape.out_features))
+        rows.append((target, *sides, str(len(shape.layers)), f"{counts[target]:,}"))
     return [*rows, ("total", "", "", "", f"{sum(counts.values()):,}")]
 
 

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from tqdm import tqdm
 
 from nemo_tied_lora.conversion.hf_config import NemoKeys, nemo_keys
-from nemo_tied_lora.conversion.hf_families import BaseShape, family_of_model_type
+from nemo_tied_lora.conversion.hf_families import BaseSizes, family_of_model_type
 from nemo_tied_lora.conversion.hf_tokenizer import differing_texts, tokenizer_section
 from nemo_tied_lora.conversion.hf_weights import HfWeights, megatron_tensors
 from nemo_tied_lora.errors import ConfigError
@@ -177,12 +177,12 @@ def _fill(body: Any, weights: HfWeights, keys: NemoKeys, config: Mapping[str, An
         ConfigError: a weight is missing, left over, or of another shape.
     """
     family = family_of_model_type(config["model_type"], "config.json")
-    shape = BaseShape.from_model_config(keys.model, "config.json")
+    sizes = BaseSizes.from_model_config(keys.model, "config.json")
     parameters = dict(body.named_parameters())
     tensors = megatron_tensors(
         weights,
         family,
-        shape,
+        sizes,
         qkv_bias=bool(keys.model["qkv_bias"]),
         bias=bool(keys.model["bias"]),
         shared=bool(keys.model["share_embeddings_and_output_weights"]),

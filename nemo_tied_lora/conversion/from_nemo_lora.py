@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from nemo_tied_lora.config import TARGETS
-from nemo_tied_lora.conversion.hf_families import BaseShape
+from nemo_tied_lora.conversion.hf_families import BaseSizes
 from nemo_tied_lora.conversion.lora_deltas import LoraDeltas, LowRank
 from nemo_tied_lora.conversion.to_nemo_lora import ADAPTER_MODULES, read_nemo_lora_members
 from nemo_tied_lora.errors import ConfigError
@@ -31,7 +31,7 @@ def read_nemo_lora(path: Path, base: Mapping[str, Any] | None) -> LoraDeltas:
     except Exception as error:  # whatever a damaged or other file raises
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ConfigError([f"path={path}: is no stock NeMo LoRA of the single-rank form: {reason}"]) from error
-    shape = BaseShape.from_model_config(base or description, "base" if base else f"path={path}: model_config.yaml")
+    sizes = BaseSizes.from_model_config(base or description, "base" if base else f"path={path}: model_config.yaml")
     targets = {module: target for target, module in ADAPTER_MODULES.items()}
     pattern = re.compile(r"^model\.(?:module\.)?decoder\.layers\.(\d+)\.(.+)\.linear_in\.weight$")
     deltas: dict[str, dict[int, LowRank]] = {}
@@ -44,8 +44,11 @@ def read_nemo_lora(path: Path, base: Mapping[str, Any] | None) -> LoraDeltas:
             problems.append(
                 f"path={path}: {name} is no LoRA of one of the four linears (variant: canonical is not read)"
             )
-        elif A.shape[1] != shape.in_features(target) or B.shape != (shape.out_features(target), len(A)):
-            needed = f"(r, {shape.in_features(target)}), ({shape.out_features(target)}, r)"
+        elif A.shape[1] != sizes.linears[target].in_features or B.shape != (
+            sizes.linears[target].out_features,
+            len(A),
+        ):
+            needed = f"(r, {sizes.linears[target].in_features}), ({sizes.linears[target].out_features}, r)"
             problems.append(
                 f"path={path}: {name} and its linear_out are {tuple(A.shape)}, {tuple(B.shape)}; the base needs {needed}"
             )
@@ -57,4 +60,4 @@ def read_nemo_lora(path: Path, base: Mapping[str, Any] | None) -> LoraDeltas:
     if problems:
         raise ConfigError(problems)
     own = {key: value for key, value in description.items() if key != "peft"}
-    return LoraDeltas({t: deltas[t] for t in TARGETS if t in deltas}, shape, dict(base or own))
+    return LoraDeltas({t: deltas[t] for t in TARGETS if t in deltas}, sizes, dict(base or own))

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from nemo_tied_lora.config import TARGETS
-from nemo_tied_lora.conversion.hf_families import BaseShape, Family, family_of_base
+from nemo_tied_lora.conversion.hf_families import BaseSizes, Family, family_of_base
 from nemo_tied_lora.conversion.lora_deltas import LoraDeltas, LowRank
 from nemo_tied_lora.errors import ConfigError
 
@@ -24,7 +24,7 @@ __all__ = ["read_peft_lora"]
 def read_peft_lora(folder: Path, base: Mapping[str, Any]) -> LoraDeltas:
     config = _json(folder / "adapter_config.json")
     _check_plain(config, folder)
-    family, shape = family_of_base(base, "base"), BaseShape.from_model_config(base, "base")
+    family, sizes = family_of_base(base, "base"), BaseSizes.from_model_config(base, "base")
     state = _peft_tensors(folder)
     found: dict[tuple[int, str, int], LowRank] = {}
     problems = []
@@ -34,15 +34,15 @@ def read_peft_lora(folder: Path, base: Mapping[str, Any]) -> LoraDeltas:
     places = {part.name: (t, i) for t, parts in family.targets.items() for i, part in enumerate(parts)}
     for name in [n for n in state if ".lora_A." in n]:
         match = pattern.match(name)
-        if match is None or match[2] not in places or int(match[1]) >= shape.num_layers:
-            problems.append(f"path={folder}: {name} is no linear of the base's layers 0 to {shape.num_layers - 1}")
+        if match is None or match[2] not in places or int(match[1]) >= sizes.num_layers:
+            problems.append(f"path={folder}: {name} is no linear of the base's layers 0 to {sizes.num_layers - 1}")
             continue
         A, B = state.pop(name), state.pop(name.replace(".lora_A", ".lora_B"), None)
         target, index = places[match[2]]
-        rows = len(shape.rows(target, family.targets[target][index].share))
-        if B is None or A.shape[1] != shape.in_features(target) or B.shape != (rows, len(A)):
+        rows = len(sizes.rows(target, family.targets[target][index].share))
+        if B is None or A.shape[1] != sizes.linears[target].in_features or B.shape != (rows, len(A)):
             got = f"{tuple(A.shape)}, {None if B is None else tuple(B.shape)}"
-            needed = f"(r, {shape.in_features(target)}), ({rows}, r)"
+            needed = f"(r, {sizes.linears[target].in_features}), ({rows}, r)"
             problems.append(f"path={folder}: {name} and its lora_B are {got}; the base needs {needed}")
             continue
         found[int(match[1]), target, index] = LowRank(B.double() * _scale(config, name, len(A)), A.double())
@@ -51,11 +51,11 @@ def read_peft_lora(folder: Path, base: Mapping[str, Any]) -> LoraDeltas:
         problems.append(f"path={folder}: holds no LoRA tensors")
     if problems:
         raise ConfigError(problems)
-    return LoraDeltas(_fused(found, family, shape), shape, dict(base))
+    return LoraDeltas(_fused(found, family, sizes), sizes, dict(base))
 
 
 def _fused(
-    found: Mapping[tuple[int, str, int], LowRank], family: Family, shape: BaseShape
+    found: Mapping[tuple[int, str, int], LowRank], family: Family, sizes: BaseSizes
 ) -> dict[str, dict[int, LowRank]]:
     """The parts of a fused linear as one delta: their A's one below the other, their B's in their own rows and columns."""
     deltas: dict[str, dict[int, LowRank]] = {}
@@ -65,9 +65,9 @@ def _fused(
                 i: found[layer, target, i] for i in range(len(family.targets[target])) if (layer, target, i) in found
             }
             width = sum(len(part.Q) for part in parts.values())
-            P, start = torch.zeros(shape.out_features(target), width, dtype=torch.float64), 0
+            P, start = torch.zeros(sizes.linears[target].out_features, width, dtype=torch.float64), 0
             for index, part in parts.items():
-                P[shape.rows(target, family.targets[target][index].share), start : start + len(part.Q)] = part.P
+                P[sizes.rows(target, family.targets[target][index].share), start : start + len(part.Q)] = part.P
                 start += len(part.Q)
             deltas.setdefault(target, {})[layer] = LowRank(P, torch.cat([part.Q for part in parts.values()]))
     return deltas

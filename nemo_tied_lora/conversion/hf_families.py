@@ -23,15 +23,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 
+from nemo_tied_lora.adapter.shapes import LinearShape, attention_linears, mlp_linears
 from nemo_tied_lora.errors import ConfigError
 
 __all__ = [
     "FAMILIES",
-    "BaseShape",
+    "BaseSizes",
     "Family",
     "Part",
     "family_of_base",
@@ -42,8 +44,8 @@ __all__ = [
 
 
 @dataclass(frozen=True, kw_only=True)
-class BaseShape:
-    """What the row orders depend on."""
+class BaseSizes:
+    """The sizes that the shapes of the linears and the orders of their rows depend on."""
 
     num_layers: int
     hidden_size: int
@@ -54,7 +56,7 @@ class BaseShape:
     gated: bool
 
     @classmethod
-    def from_model_config(cls, model: Mapping[str, Any], source: str) -> BaseShape:
+    def from_model_config(cls, model: Mapping[str, Any], source: str) -> BaseSizes:
         """From NeMo's model keys, as a base `.nemo` and an adapter's record of its base have them.
 
         Args:
@@ -84,18 +86,15 @@ class BaseShape:
             gated=model["activation"].endswith("glu"),
         )
 
-    def in_features(self, target: str) -> int:
-        """Columns of the target's weight."""
-        widths = {"linear_proj": self.num_attention_heads * self.head_size, "linear_fc2": self.ffn_hidden_size}
-        return widths.get(target, self.hidden_size)
-
-    def out_features(self, target: str) -> int:
-        """Rows of the target's weight."""
-        rows = {
-            "linear_qkv": (self.num_attention_heads + 2 * self.num_query_groups) * self.head_size,
-            "linear_fc1": self.ffn_hidden_size * (2 if self.gated else 1),
+    @cached_property
+    def linears(self) -> dict[str, LinearShape]:
+        """Target to shape; every layer has all four."""
+        layers = range(self.num_layers)
+        widths = self.num_attention_heads * self.head_size, self.num_query_groups * self.head_size
+        return {
+            **attention_linears(self.hidden_size, *widths, layers),
+            **mlp_linears(self.hidden_size, self.ffn_hidden_size, self.gated, layers),
         }
-        return rows.get(target, self.hidden_size)
 
     def rows(self, target: str, share: str) -> torch.Tensor:
         """Which of the target's Megatron rows a Hugging Face linear holds, in the order in which it holds them.
@@ -105,11 +104,11 @@ class BaseShape:
         """
         if share in ("q", "k", "v", "qkv"):
             per_group = self.num_attention_heads // self.num_query_groups
-            index = torch.arange(self.out_features("linear_qkv"))
+            index = torch.arange(self.linears["linear_qkv"].out_features)
             q, k, v = index.view(self.num_query_groups, per_group + 2, self.head_size).split([per_group, 1, 1], dim=1)
             rows = {"q": q.flatten(), "k": k.flatten(), "v": v.flatten()}
             return torch.cat(list(rows.values())) if share == "qkv" else rows[share]
-        index = torch.arange(self.out_features(target))
+        index = torch.arange(self.linears[target].out_features)
         return {"gate": index[: self.ffn_hidden_size], "up": index[self.ffn_hidden_size :], "all": index}[share]
 
 
@@ -249,14 +248,14 @@ def family_of_base(model: Mapping[str, Any], source: str) -> Family:
     )
 
 
-def split_rows(tensor: torch.Tensor, target: str, parts: tuple[Part, ...], shape: BaseShape) -> list[torch.Tensor]:
+def split_rows(tensor: torch.Tensor, target: str, parts: tuple[Part, ...], sizes: BaseSizes) -> list[torch.Tensor]:
     """Each Hugging Face linear's rows of a whole Megatron tensor (out, ...), in that linear's order."""
-    return [tensor[shape.rows(target, part.share)] for part in parts]
+    return [tensor[sizes.rows(target, part.share)] for part in parts]
 
 
-def join_rows(tensors: list[torch.Tensor], target: str, parts: tuple[Part, ...], shape: BaseShape) -> torch.Tensor:
+def join_rows(tensors: list[torch.Tensor], target: str, parts: tuple[Part, ...], sizes: BaseSizes) -> torch.Tensor:
     """The whole Megatron tensor (out, ...). The inverse of `split_rows`."""
-    joined = tensors[0].new_empty((shape.out_features(target), *tensors[0].shape[1:]))
+    joined = tensors[0].new_empty((sizes.linears[target].out_features, *tensors[0].shape[1:]))
     for tensor, part in zip(tensors, parts, strict=True):
-        joined[shape.rows(target, part.share)] = tensor
+        joined[sizes.rows(target, part.share)] = tensor
     return joined

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from nemo_tied_lora.conversion.hf_families import BaseShape, Family, join_rows
+from nemo_tied_lora.conversion.hf_families import BaseSizes, Family, join_rows
 from nemo_tied_lora.errors import ConfigError
 
 __all__ = ["HfWeights", "megatron_tensors"]
@@ -98,7 +98,7 @@ def _names(path: Path) -> list[str]:
 
 
 def megatron_tensors(
-    weights: HfWeights, family: Family, shape: BaseShape, *, qkv_bias: bool, bias: bool, shared: bool, vocab_rows: int
+    weights: HfWeights, family: Family, sizes: BaseSizes, *, qkv_bias: bool, bias: bool, shared: bool, vocab_rows: int
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """(Megatron's name, whole tensor) of every parameter, in the order of the model; one at a time is in memory.
 
@@ -111,7 +111,7 @@ def megatron_tensors(
     for name, source in whole.items():
         if not name.startswith(("decoder.", "output_layer.")):
             yield name, _padded(weights.take(source), vocab_rows, name)
-    for layer in range(shape.num_layers):
+    for layer in range(sizes.num_layers):
         prefix = f"decoder.layers.{layer}."
         for norm, source in family.norms.items():
             for kind in ("weight", "bias") if family.nemo["normalization"] == "layernorm" else ("weight",):
@@ -122,7 +122,7 @@ def megatron_tensors(
                 tensors = [weights.take(f"{family.layer(layer)}.{part.name}.{kind}") for part in parts]
                 if family.transposed and kind == "weight":
                     tensors = [tensor.T for tensor in tensors]
-                yield f"{prefix}{block}.{target}.{kind}", join_rows(tensors, target, parts, shape)
+                yield f"{prefix}{block}.{target}.{kind}", join_rows(tensors, target, parts, sizes)
     for name, source in whole.items():
         if name.startswith(("decoder.", "output_layer.")):
             yield name, _padded(weights.take(source), vocab_rows, name)

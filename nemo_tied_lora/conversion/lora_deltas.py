@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from nemo_tied_lora.conversion.hf_families import BaseShape
+from nemo_tied_lora.conversion.hf_families import BaseSizes
 
 __all__ = ["LoraDeltas", "LowRank"]
 
@@ -26,5 +26,5 @@ class LoraDeltas:
     """Every delta of an adapter, in Megatron's row order: target -> layer -> P Q. `base`: NeMo's keys of its base."""
 
     deltas: dict[str, dict[int, LowRank]]
-    shape: BaseShape
+    sizes: BaseSizes
     base: dict[str, Any]

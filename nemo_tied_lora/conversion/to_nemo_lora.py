@@ -19,7 +19,7 @@ import yaml
 
 from nemo_tied_lora.checkpoint.read_nemo_adapter import AdapterFile
 from nemo_tied_lora.checkpoint.tar import write_tar
-from nemo_tied_lora.conversion.hf_families import BaseShape
+from nemo_tied_lora.conversion.hf_families import BaseSizes
 from nemo_tied_lora.conversion.untie_to_lora import expand, layers_of, plain_alpha
 from nemo_tied_lora.conversion.verify_export import Difference, largest_difference
 from nemo_tied_lora.errors import ConfigError
@@ -60,7 +60,7 @@ def write_nemo_lora(file: AdapterFile, base: Mapping[str, Any], path: Path) -> P
     """
     _check_shapes(file, base)
     state = {}
-    for lora in expand(file.config, file.specs, file.state):
+    for lora in expand(file.config, file.shapes, file.state):
         name = _module_name(lora.layer, lora.target)
         state[f"{name}.linear_in.weight"] = lora.lora_A.clone()
         state[f"{name}.linear_out.weight"] = lora.lora_B.clone()
@@ -108,13 +108,13 @@ def _module_name(layer: int, target: str) -> str:
 
 def _peft_section(file: AdapterFile) -> dict[str, Any]:
     """`model.peft` as NeMo's own LoRA runs have it. `layer_selection` counts layers from 1."""
-    layers = layers_of(file.specs)
+    layers = layers_of(file.shapes)
     return {
         "peft_scheme": "lora",
         "restore_from_path": None,
         "lora_tuning": {
             "variant": "nemo",
-            "target_modules": [TARGET_MODULES[target] for target in file.specs],
+            "target_modules": [TARGET_MODULES[target] for target in file.shapes],
             "adapter_dim": file.config.rank,
             "alpha": plain_alpha(file.config),
             "adapter_dropout": 0.0,
@@ -128,13 +128,13 @@ def _peft_section(file: AdapterFile) -> dict[str, Any]:
 
 
 def _check_shapes(file: AdapterFile, base: Mapping[str, Any]) -> None:
-    shape = BaseShape.from_model_config(base, "base")
-    problems = [f"targets: NeMo's LoRA has no {target}" for target in file.specs if target not in TARGET_MODULES]
-    for target, spec in ((target, spec) for target, spec in file.specs.items() if target in TARGET_MODULES):
-        ours, theirs = (spec.in_features, spec.out_features), (shape.in_features(target), shape.out_features(target))
+    sizes = BaseSizes.from_model_config(base, "base")
+    problems = [f"targets: NeMo's LoRA has no {target}" for target in file.shapes if target not in TARGET_MODULES]
+    for target in [target for target in file.shapes if target in TARGET_MODULES]:
+        ours, theirs = file.shapes[target].sides, sizes.linears[target].sides
         if ours != theirs:
             problems.append(f"base: its {target} is {theirs} (in, out), the adapter's {ours}; name the adapter's base")
-    if shape.gated and not str(base["activation"]).startswith("fast-") and "linear_fc1" in file.specs:
+    if sizes.gated and not str(base["activation"]).startswith("fast-") and "linear_fc1" in file.shapes:
         # NeMo's LoRA knows a gated linear_fc1 by the word "fast" alone, and would build half of it.
         problems.append(
             f"base: activation={base['activation']!r}: stock NeMo's LoRA takes linear_fc1 for ungated; drop it"

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from nemo_tied_lora.checkpoint.read_nemo_adapter import AdapterFile
-from nemo_tied_lora.conversion.hf_families import BaseShape, Family, family_of_base, join_rows, split_rows
+from nemo_tied_lora.conversion.hf_families import BaseSizes, Family, family_of_base, join_rows, split_rows
 from nemo_tied_lora.conversion.untie_to_lora import expand, layers_of, plain_alpha
 from nemo_tied_lora.conversion.verify_export import Difference, largest_difference
 from nemo_tied_lora.errors import ConfigError
@@ -41,7 +41,7 @@ def write_hf_peft(file: AdapterFile, base: Mapping[str, Any], folder: Path, base
     Raises:
         ConfigError: the base is not built as a known Hugging Face family is, or has other shapes than the adapter.
     """
-    family, shape = _fitting(file, base)
+    family, sizes = _fitting(file, base)
     if folder.exists():
         found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
         strangers = sorted(found - {_CONFIG, _STATE, _CARD})
@@ -50,8 +50,8 @@ def write_hf_peft(file: AdapterFile, base: Mapping[str, Any], folder: Path, base
             raise ConfigError([f"output={folder}: is there and is no export's folder{held}; name another"])
 
     def write(new: Path) -> None:
-        save_file(dict(_tensors(file, family, shape)), new / _STATE, metadata={"format": "pt"})
-        config = adapter_config(file, family, shape.num_layers, base_model)
+        save_file(dict(_tensors(file, family, sizes)), new / _STATE, metadata={"format": "pt"})
+        config = adapter_config(file, family, sizes.num_layers, base_model)
         (new / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (new / _CARD).write_text(_card(file, config, base_model), encoding="utf-8")
 
@@ -60,7 +60,7 @@ def write_hf_peft(file: AdapterFile, base: Mapping[str, Any], folder: Path, base
 
 def check_hf_peft(folder: Path, file: AdapterFile, base: Mapping[str, Any]) -> Difference:
     """Reads the folder back and compares what each of its linears adds with the tied formula."""
-    family, shape = _fitting(file, base)
+    family, sizes = _fitting(file, base)
     config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
     scale = config["lora_alpha"] / config["r"]
     with safe_open(folder / _STATE, framework="pt") as tensors:
@@ -72,14 +72,14 @@ def check_hf_peft(folder: Path, file: AdapterFile, base: Mapping[str, Any]) -> D
                 name = f"{_PREFIX}.{family.layer(layer)}.{part.name}"
                 lora_A, lora_B = (tensors.get_tensor(f"{name}.lora_{f}.weight").to(x.dtype) for f in "AB")
                 outputs.append(scale * (lora_B @ (lora_A @ x)))
-            return join_rows(outputs, target, family.targets[target], shape)
+            return join_rows(outputs, target, family.targets[target], sizes)
 
         return largest_difference(file, update)
 
 
 def adapter_config(file: AdapterFile, family: Family, num_layers: int, base_model: str | None) -> dict[str, Any]:
     """What adapter_config.json says. Layers are named only where some have no adapter."""
-    layers = layers_of(file.specs)
+    layers = layers_of(file.shapes)
     all_layers = len(layers) == num_layers
     return {
         "peft_type": "LORA",
@@ -88,7 +88,7 @@ def adapter_config(file: AdapterFile, family: Family, num_layers: int, base_mode
         "r": file.config.rank,
         "lora_alpha": plain_alpha(file.config),
         "lora_dropout": 0.0,
-        "target_modules": family.target_modules(tuple(file.specs)),
+        "target_modules": family.target_modules(tuple(file.shapes)),
         "layers_to_transform": None if all_layers else list(layers),
         "layers_pattern": None if all_layers else family.layers.rpartition(".")[2],
         "fan_in_fan_out": family.transposed,
@@ -103,30 +103,31 @@ def adapter_config(file: AdapterFile, family: Family, num_layers: int, base_mode
     }
 
 
-def _fitting(file: AdapterFile, base: Mapping[str, Any]) -> tuple[Family, BaseShape]:
+def _fitting(file: AdapterFile, base: Mapping[str, Any]) -> tuple[Family, BaseSizes]:
     """The family and shape of the base.
 
     Raises:
         ConfigError: the adapter's own shapes are not this base's.
     """
-    family, shape = family_of_base(base, "base"), BaseShape.from_model_config(base, "base")
+    family, sizes = family_of_base(base, "base"), BaseSizes.from_model_config(base, "base")
     problems = []
-    for target, spec in file.specs.items():
+    for target, shape in file.shapes.items():
         if target not in family.targets:
             problems.append(f"targets: {target} has no counterpart in Hugging Face's {'/'.join(family.model_types)}")
-        elif (spec.in_features, spec.out_features) != (shape.in_features(target), shape.out_features(target)):
-            theirs = (shape.in_features(target), shape.out_features(target))
-            ours = (spec.in_features, spec.out_features)
-            problems.append(f"base: its {target} is {theirs} (in, out), the adapter's {ours}; name the adapter's base")
+        elif shape.sides != sizes.linears[target].sides:
+            theirs = sizes.linears[target].sides
+            problems.append(
+                f"base: its {target} is {theirs} (in, out), the adapter's {shape.sides}; name the adapter's base"
+            )
     if problems:
         raise ConfigError(problems)
-    return family, shape
+    return family, sizes
 
 
-def _tensors(file: AdapterFile, family: Family, shape: BaseShape) -> Iterator[tuple[str, torch.Tensor]]:
-    for lora in expand(file.config, file.specs, file.state):
+def _tensors(file: AdapterFile, family: Family, sizes: BaseSizes) -> Iterator[tuple[str, torch.Tensor]]:
+    for lora in expand(file.config, file.shapes, file.state):
         parts = family.targets[lora.target]
-        for part, rows in zip(parts, split_rows(lora.lora_B, lora.target, parts, shape), strict=True):
+        for part, rows in zip(parts, split_rows(lora.lora_B, lora.target, parts, sizes), strict=True):
             name = f"{_PREFIX}.{family.layer(lora.layer)}.{part.name}"
             # A copy each: safetensors refuses tensors that share memory, and peft's own files hold one a linear.
             yield f"{name}.lora_A.weight", lora.lora_A.clone()

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -19,9 +18,7 @@ __all__ = ["check_full_state", "write_full_state"]
 
 def write_full_state(file: AdapterFile, path: Path) -> Path:
     """Writes the file beside `path` and renames it there."""
-    targets = {
-        target: {**dataclasses.asdict(spec), "layers": list(spec.layers)} for target, spec in file.specs.items()
-    }
+    targets = {group: shape.to_dict() for group, shape in file.shapes.items()}
     metadata = {"format": "pt", "tied_lora": json.dumps(file.config.as_dict()), "targets": json.dumps(targets)}
     return write_atomically(path, save({n: t.contiguous() for n, t in file.state.items()}, metadata))
 

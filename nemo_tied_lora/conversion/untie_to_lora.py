@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
+from nemo_tied_lora.adapter.factor_names import each_linear
 from nemo_tied_lora.adapter.full_state import factors_of_layer
-from nemo_tied_lora.adapter.shapes import TargetSpec
+from nemo_tied_lora.adapter.shapes import LinearShape
 from nemo_tied_lora.config import TiedLoraConfig
 from nemo_tied_lora.errors import ConfigError
 
@@ -39,31 +40,29 @@ def plain_alpha(config: TiedLoraConfig) -> int:
     return int(alpha) if float(alpha).is_integer() else config.rank
 
 
-def layers_of(specs: Mapping[str, TargetSpec]) -> tuple[int, ...]:
+def layers_of(shapes: Mapping[str, LinearShape]) -> tuple[int, ...]:
     """The layers that have the adapter.
 
     Raises:
         ConfigError: they are not the same for every target, which plain LoRA's files cannot say.
     """
-    layers = {spec.layers for spec in specs.values()}
+    layers = {shape.layers for shape in shapes.values()}
     if len(layers) > 1:
-        raise ConfigError([f"targets: {t} is adapted in layers {list(s.layers)}" for t, s in specs.items()])
+        raise ConfigError([f"targets: {t} is adapted in layers {list(s.layers)}" for t, s in shapes.items()])
     return layers.pop()
 
 
 def expand(
-    config: TiedLoraConfig, specs: Mapping[str, TargetSpec], state: Mapping[str, torch.Tensor]
+    config: TiedLoraConfig, shapes: Mapping[str, LinearShape], state: Mapping[str, torch.Tensor]
 ) -> Iterator[PlainLora]:
     """Every layer's LoRA, float32 at least, layer by layer; only one at a time is in memory."""
     folded = config.scale * config.rank / plain_alpha(config)
-    for layer in sorted({layer for spec in specs.values() for layer in spec.layers}):
-        for target, spec in specs.items():
-            if layer in spec.layers:
-                factors = factors_of_layer(config, state, layer, target)
-                dtype = torch.promote_types(factors["A"].dtype, torch.float32)
-                A, B = factors["A"].to(dtype), factors["B"].to(dtype)
-                if "u" in factors:
-                    A = A * factors["u"].to(dtype).unsqueeze(1)
-                if "v" in factors:
-                    B = B * factors["v"].to(dtype).unsqueeze(1)
-                yield PlainLora(layer, target, A.contiguous(), (B if folded == 1.0 else B * folded).contiguous())
+    for layer, linear, _ in each_linear(shapes):
+        factors = factors_of_layer(config, state, layer, linear)
+        dtype = torch.promote_types(factors["A"].dtype, torch.float32)
+        A, B = factors["A"].to(dtype), factors["B"].to(dtype)
+        if "u" in factors:
+            A = A * factors["u"].to(dtype).unsqueeze(1)
+        if "v" in factors:
+            B = B * factors["v"].to(dtype).unsqueeze(1)
+        yield PlainLora(layer, linear, A.contiguous(), (B if folded == 1.0 else B * folded).contiguous())

@@ -29,9 +29,9 @@ def largest_difference(file: AdapterFile, update: Callable[[int, str, torch.Tens
     """Compares `update(layer, target, x)` with the formula, written literally in float64, on one random x each."""
     generator = torch.Generator().manual_seed(1234)
     worst = Difference(0.0, "every linear")
-    for target, spec in file.specs.items():
-        x = torch.randn(spec.in_features, dtype=torch.float64, generator=generator)
-        for layer in spec.layers:
+    for target, shape in file.shapes.items():
+        x = torch.randn(shape.in_features, dtype=torch.float64, generator=generator)
+        for layer in shape.layers:
             factors = {f: t.double() for f, t in factors_of_layer(file.config, file.state, layer, target).items()}
             h = factors["A"] @ x
             h = factors["B"] @ (h * factors["u"] if "u" in factors else h)

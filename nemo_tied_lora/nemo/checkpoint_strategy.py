@@ -212,7 +212,7 @@ class AdapterCheckpointStrategy(NLPDDPStrategy):
         if self._base is None:
             tokenizer = facts["base"].get("tokenizer")
             self._base = describe_base([chunk.body for chunk in adapter.chunks], tokenizer=tokenizer)
-        return describe(adapter.config, adapter.specs, facts, self._base)
+        return describe(adapter.config, adapter.shapes, facts, self._base)
 
     def _optimizer(self) -> Any:
         optimizer = self.optimizers[0]

@@ -10,7 +10,6 @@ from megatron.core import parallel_state
 
 from nemo_tied_lora.adapter.injected_adapter import Adapter
 from nemo_tied_lora.adapter.param_count import parameter_counts
-from nemo_tied_lora.adapter.shapes import TargetShape
 from nemo_tied_lora.config import TiedLoraConfig
 from nemo_tied_lora.tables import text_table
 
@@ -22,7 +21,7 @@ def parameter_table(adapter: Adapter, base: int) -> str:
     ours, lora = adapter.num_parameters(), lora_counts(adapter)
     rows = [("target", "layers", "trained", "LoRA's", "of LoRA")]
     for target, count in ours.items():
-        layers = str(len(adapter.specs[target].layers))
+        layers = str(len(adapter.shapes[target].layers))
         rows.append((target, layers, f"{count:,}", f"{lora[target]:,}", f"{count / lora[target]:.2%}"))
     total, whole = sum(ours.values()), sum(lora.values())
     rows.append(("total", "", f"{total:,}", f"{whole:,}", f"{total / whole:.2%}"))
@@ -52,10 +51,6 @@ def base_parameter_count(model: Any) -> int:
 
 
 def lora_counts(adapter: Adapter) -> dict[str, int]:
-    """Target to the parameters that LoRA of the adapter's rank would train."""
-    shapes = {
-        t: TargetShape(s.in_features, s.out_features, len(s.layers), s.num_experts) for t, s in adapter.specs.items()
-    }
-    return parameter_counts(
-        shapes, TiedLoraConfig.preset("lora", rank=adapter.config.rank, targets=adapter.config.targets)
-    )
+    """Group to the parameters that LoRA of the adapter's rank would train."""
+    lora = TiedLoraConfig.preset("lora", rank=adapter.config.rank, targets=adapter.config.targets)
+    return parameter_counts(adapter.shapes, lora)

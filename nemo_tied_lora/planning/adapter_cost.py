@@ -2,44 +2,32 @@
 """What an adapter costs on a layout: parameters, bytes per rank, file size, bytes on the network. No model is built.
 
 Every number is for the rank that holds most: one of the pipeline stage with the most selected linears. Let r be the
-adapter's rank, T, P, C, D the tensor, pipeline, context and data parallel sizes. A rank holds
-
-======  ============  ============  ====  =======
-kind    A             B             u     v
-======  ============  ============  ====  =======
-column  (r, in)       (out/T, r)    (r)   (out/T)
-row     (r, in/T)     (out, r)      (r)   (out)
-======  ============  ============  ====  =======
-
-once per model chunk where tied, once per selected layer of its stage otherwise, and in a mixture as often for each
-expert, but for what experts share (see `experts`; linear_qkv and linear_fc1 are column
-parallel, linear_proj and linear_fc2 row parallel). A frozen A or B is held without gradient and optimizer state; a
+adapter's rank, T, P, C, D the tensor, pipeline, context and data parallel sizes. A rank holds its part of each factor
+(see `shapes`) once per model chunk if it is tied, else once per selected layer of its stage. In a mixture it holds one
+per expert, except what experts share (see `experts`). A frozen A or B is held without gradient and optimizer state; a
 frozen u or v is 1 and is not held. Collectives are counted as rings: a rank sends 2 (n-1)/n of what an all-reduce over
 n ranks sums, and (n-1)/n of the whole tensor in an all-gather or a reduce-scatter.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from nemo_tied_lora.adapter.experts import is_routed, linear_of, own_names
-from nemo_tied_lora.adapter.param_count import factor_numel, parameter_counts, stored_counts, tied_copies
-from nemo_tied_lora.adapter.shapes import TargetShape
-from nemo_tied_lora.config import FACTORS, PRESETS, TiedLoraConfig
+from nemo_tied_lora.adapter.experts import is_routed
+from nemo_tied_lora.adapter.param_count import parameter_counts, tied_copies
+from nemo_tied_lora.checkpoint.nemo_adapter_packing import largest_file
+from nemo_tied_lora.config import PRESETS, TiedLoraConfig
 from nemo_tied_lora.errors import ConfigError, is_whole_number
-from nemo_tied_lora.planning.architecture import Architecture, selected_groups, target_shapes
+from nemo_tied_lora.planning.architecture import Architecture, selected_linears
 from nemo_tied_lora.planning.parallel_layout import Layout, stage_layers
 
 __all__ = [
     "Precision",
     "RankShare",
     "check_numbers",
-    "file_bytes",
-    "local_numel",
     "network_bytes",
     "plan",
     "rank_share",
@@ -47,13 +35,7 @@ __all__ = [
 ]
 
 
-_COLUMN = ("linear_qkv", "linear_fc1")
-# Which factors tensor parallelism splits; the others are replicated, and partial under sequence parallelism.
-_SPLIT = {"column": ("B", "v"), "row": ("A",)}
 _GRADIENT_BYTES = 4
-# model_config.yaml: the adapter's own keys, the layer numbers of every target, and room for facts about the run.
-_YAML_ALLOWANCE = 16 * 1024
-_TAR_BLOCK, _TAR_RECORD = 512, 10240
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,19 +92,16 @@ def rank_share(arch: Architecture, layout: Layout, config: TiedLoraConfig) -> Ra
     """What the rank that holds most holds of each kind."""
     num_layers = _fullest_stage(arch, layout, config)
     held = trained = tied = partial = 0
-    for target, shape in target_shapes(arch, config).items():
-        kind = "column" if linear_of(target) in _COLUMN else "row"
+    for group, shape in selected_linears(arch, config).items():
         ties = tied_copies(shape, config)
-        for factor in FACTORS:
+        for factor in config.stored:
             is_trained, is_tied = factor in config.trained, factor in config.tied
-            if not is_trained and factor in ("u", "v"):
-                continue
-            one = local_numel(factor, target, shape, config.rank, layout.tp_size)
-            copies = one * (layout.num_chunks * ties if is_tied else num_layers[target] * shape.num_experts)
+            one = math.prod(shape.local_factor_shape(factor, config.rank, layout.tp_size))
+            copies = one * (layout.num_chunks * ties if is_tied else num_layers[group] * shape.num_experts)
             held += copies
             trained += copies * is_trained
             tied += one * ties * (is_trained and is_tied)
-            partial += copies * (is_trained and factor not in _SPLIT[kind])
+            partial += copies * (is_trained and shape.sharded_dim(factor) is None)
     return RankShare(held, trained, tied, partial)
 
 
@@ -147,18 +126,6 @@ def network_bytes(arch: Architecture, layout: Layout, config: TiedLoraConfig, pr
         "activation_bytes_per_microbatch": (linears * tokens * config.rank * precision.activations, layout.tp_size),
     }
     return {purpose: _all_reduced(num_bytes, ranks) for purpose, (num_bytes, ranks) in sent.items()}
-
-
-def file_bytes(shapes: Mapping[str, TargetShape], config: TiedLoraConfig, bytes_per_element: int) -> int:
-    """Size of the adapter's `.nemo` file, an upper bound at most 64 KiB above the truth.
-
-    The tensors and the safetensors header are exact. model_config.yaml is allowed 16 KiB, and the tar's own headers,
-    padding and end are added.
-    """
-    tensors = (sum(stored_counts(shapes, config).values()) - _seeded(shapes, config)) * bytes_per_element
-    members = [_YAML_ALLOWANCE, 8 + _safetensors_header_bytes(shapes, config, bytes_per_element) + tensors]
-    blocks = sum(_TAR_BLOCK + _round_up(size, _TAR_BLOCK) for size in members)
-    return _round_up(blocks + 2 * _TAR_BLOCK, _TAR_RECORD)
 
 
 def plan(arch: Architecture, layout: Layout, config: TiedLoraConfig, precision: Precision) -> dict[str, Any]:
@@ -194,7 +161,7 @@ def plan(arch: Architecture, layout: Layout, config: TiedLoraConfig, precision: 
 
 
 def _numbers(arch: Architecture, layout: Layout, config: TiedLoraConfig, precision: Precision) -> dict[str, int]:
-    shapes = target_shapes(arch, config)
+    shapes = selected_linears(arch, config)
     share = rank_share(arch, layout, config)
     per_rank = {
         "weight_bytes_per_rank": share.held * precision.weights,
@@ -206,17 +173,20 @@ def _numbers(arch: Architecture, layout: Layout, config: TiedLoraConfig, precisi
         "trained_parameters_per_rank": share.trained,
         **per_rank,
         "bytes_per_rank": sum(per_rank.values()),
-        "file_bytes": file_bytes(shapes, config, precision.weights),
+        "file_bytes": largest_file(config, shapes, precision.weights),
         **network_bytes(arch, layout, config, precision),
     }
 
 
 def _per_target(arch: Architecture, config: TiedLoraConfig, lora: TiedLoraConfig) -> dict[str, dict[str, Any]]:
-    shapes = target_shapes(arch, config)
+    shapes = selected_linears(arch, config)
     ours, loras = parameter_counts(shapes, config), parameter_counts(shapes, lora)
     return {
         target: {
-            **asdict(shape),
+            "in_features": shape.in_features,
+            "out_features": shape.out_features,
+            "num_layers": len(shape.layers),
+            "num_experts": shape.num_experts,
             "trained_parameters": ours[target],
             "lora_parameters": loras[target],
             "share_of_lora": ours[target] / loras[target],
@@ -227,57 +197,17 @@ def _per_target(arch: Architecture, config: TiedLoraConfig, lora: TiedLoraConfig
 
 def _fullest_stage(arch: Architecture, layout: Layout, config: TiedLoraConfig) -> dict[str, int]:
     """Selected layers of each group on the stage that has the most linears."""
-    groups = selected_groups(arch, config)
+    shapes = selected_linears(arch, config)
     stages = [
-        {name: len(set(layers).intersection(group.layers)) for name, group in groups.items()}
+        {group: len(set(layers).intersection(shape.layers)) for group, shape in shapes.items()}
         for layers in stage_layers(arch, layout)
     ]
-    return max(stages, key=lambda stage: sum(n * groups[name].num_experts for name, n in stage.items()))
-
-
-def local_numel(factor: str, target: str, shape: TargetShape, rank: int, tp_size: int) -> int:
-    """Elements of one tensor on one rank."""
-    kind = "column" if linear_of(target) in _COLUMN else "row"
-    whole = {"A": rank * shape.in_features, "B": shape.out_features * rank, "u": rank, "v": shape.out_features}[factor]
-    return whole // tp_size if factor in _SPLIT[kind] else whole
+    return max(stages, key=lambda stage: sum(n * shapes[group].num_experts for group, n in stage.items()))
 
 
 def _all_reduced(num_bytes: int, ranks: int) -> int:
     """Bytes that each of the ranks sends in a ring all-reduce of num_bytes."""
     return -(-2 * (ranks - 1) * num_bytes // ranks)
-
-
-def _safetensors_header_bytes(shapes: Mapping[str, TargetShape], config: TiedLoraConfig, element: int) -> int:
-    """The JSON header as safetensors writes it: compact, padded to 8 bytes."""
-    header, offset = {}, 0
-    for name, shape in sorted(_stored(shapes, config)):
-        end = offset + math.prod(shape) * element
-        header[name] = {"dtype": "F32" if element == 4 else "BF16", "shape": shape, "data_offsets": [offset, end]}
-        offset = end
-    return _round_up(len(json.dumps(header, separators=(",", ":"))), 8)
-
-
-def _stored(shapes: Mapping[str, TargetShape], config: TiedLoraConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """(name, shape) of every tensor in the file: what is not tied is stacked over the layers."""
-    for target, shape in shapes.items():
-        sides: dict[str, tuple[int, ...]] = {"u": (config.rank,), "v": (shape.out_features,)}
-        sides |= {"A": (config.rank, shape.in_features), "B": (shape.out_features, config.rank)}
-        own = shape.num_layers * len(own_names(target, shape.num_experts))
-        for factor in FACTORS:
-            if factor in ("A", "B") or factor in config.trained:
-                copies = tied_copies(shape, config) if factor in config.tied else own
-                lead = () if factor in config.tied and copies == 1 else (copies,)
-                yield f"{target}.{factor}", (*lead, *sides[factor])
-
-
-def _seeded(shapes: Mapping[str, TargetShape], config: TiedLoraConfig) -> int:
-    """Elements that the file holds as their seed."""
-    frozen = [f for f in ("A", "B") if f not in config.trained and config.frozen_factors == "seed"]
-    return sum(factor_numel(factor, shape, config) for shape in shapes.values() for factor in frozen)
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
 
 
 def check_numbers(numbers: object) -> tuple[int, ...]:
@@ -327,19 +257,13 @@ def _stage_elements(
     arch: Architecture, layout: Layout, config: TiedLoraConfig, layers: Sequence[int]
 ) -> tuple[int, int]:
     """(what each adapter has of its own, what all share) on one rank of a stage with these layers."""
-    groups = selected_groups(arch, config)
     own = shared = 0
-    for target, shape in target_shapes(arch, config).items():
-        num_linears = len(set(layers).intersection(groups[target].layers)) * shape.num_experts
-        for factor in _held(config):
+    for shape in selected_linears(arch, config).values():
+        num_linears = len(set(layers).intersection(shape.layers)) * shape.num_experts
+        for factor in config.stored:
             num_tied = layout.num_chunks * tied_copies(shape, config)
             copies = num_tied if factor in config.tied else num_linears
-            elements = copies * local_numel(factor, target, shape, config.rank, layout.tp_size)
+            elements = copies * math.prod(shape.local_factor_shape(factor, config.rank, layout.tp_size))
             own += elements * (factor in config.trained)
             shared += elements * (factor not in config.trained)
     return own, shared
-
-
-def _held(config: TiedLoraConfig) -> list[str]:
-    """The factors that are in memory; a frozen u or v is 1 and is not."""
-    return [factor for factor in FACTORS if factor in config.trained or factor in ("A", "B")]

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from nemo_tied_lora.adapter.experts import groups_of
-from nemo_tied_lora.adapter.shapes import LinearGroup, TargetShape
+from nemo_tied_lora.adapter.shapes import LinearShape, attention_linears, mlp_linears
 from nemo_tied_lora.config import TiedLoraConfig
 from nemo_tied_lora.errors import Problems, is_whole_number
 
-__all__ = ["Architecture", "Mixture", "divisors", "selected_groups", "target_shapes"]
+__all__ = ["Architecture", "Mixture", "divisors", "selected_linears"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,34 +105,25 @@ class Architecture:
         """The base's parameters: embeddings, layers with norms, biases and routers, last norm, output layer."""
         if self.vocab_size is None:
             return None
-        groups = _linear_groups(self)
+        shapes = _linear_shapes(self)
         norm = self.hidden_size * (2 if self.norm_bias else 1)
-        layer = 2 * norm + (groups["linear_qkv"].out_features if self.qkv_bias and not self.bias else 0)
+        layer = 2 * norm + (shapes["linear_qkv"].out_features if self.qkv_bias and not self.bias else 0)
         layer += 2 * self.kv_channels * (2 if self.norm_bias else 1) if self.qk_norm else 0
         linears = sum(
-            group.out_features * (group.in_features + self.bias) * len(group.layers) * group.num_experts
-            for group in groups.values()
+            shape.out_features * (shape.in_features + self.bias) * shape.num_linears for shape in shapes.values()
         )
         routers = self.mixture.num_experts * len(self.mixture.layers) if self.mixture else 0
         rows = self.vocab_size * (1 if self.shared_output else 2) + self.seq_length * self.learned_positions
         return self.num_layers * layer + linears + norm + (rows + routers) * self.hidden_size
 
 
-def target_shapes(arch: Architecture, config: TiedLoraConfig) -> dict[str, TargetShape]:
-    """Target, experts' for themselves, to (in, out) of the whole linear and how many selected layers have it."""
-    return {
-        name: TargetShape(group.in_features, group.out_features, len(group.layers), group.num_experts)
-        for name, group in selected_groups(arch, config).items()
-    }
-
-
-def selected_groups(arch: Architecture, config: TiedLoraConfig) -> dict[str, LinearGroup]:
-    """The groups of linears that the configuration selects, with the selected layers of each."""
-    groups, found = _linear_groups(arch), {}
-    for name in [name for target in config.targets for name in groups_of(target) if name in groups]:
-        layers = [layer for layer in groups[name].layers if config.layers is None or layer in config.layers]
+def selected_linears(arch: Architecture, config: TiedLoraConfig) -> dict[str, LinearShape]:
+    """Group to shape of the linears that the configuration selects, each with its selected layers."""
+    shapes, found = _linear_shapes(arch), {}
+    for group in [group for target in config.targets for group in groups_of(target) if group in shapes]:
+        layers = [layer for layer in shapes[group].layers if config.layers is None or layer in config.layers]
         if layers:
-            found[name] = dataclasses.replace(groups[name], layers=tuple(layers))
+            found[group] = dataclasses.replace(shapes[group], layers=tuple(layers))
     return found
 
 
@@ -140,26 +131,15 @@ _SIZES = tuple(field.name for field in dataclasses.fields(Architecture) if field
 _NEMO_NAME = {"seq_length": "encoder_seq_length", "vocab_size": "override_vocab_size"}
 
 
-def _linear_shapes(arch: Architecture) -> dict[str, tuple[int, int]]:
-    """Target name to (in, out)."""
-    attention = arch.kv_channels * arch.num_attention_heads
-    return {
-        "linear_qkv": (arch.hidden_size, attention + 2 * arch.kv_channels * arch.num_query_groups),
-        "linear_proj": (attention, arch.hidden_size),
-        "linear_fc1": (arch.hidden_size, arch.ffn_hidden_size * (2 if arch.gated else 1)),
-        "linear_fc2": (arch.ffn_hidden_size, arch.hidden_size),
-    }
-
-
-def _linear_groups(arch: Architecture) -> dict[str, LinearGroup]:
-    """Every group of linears of the model that some layer has."""
-    every = tuple(range(arch.num_layers))
-    routed = arch.mixture.layers if arch.mixture else ()
-    dense = tuple(layer for layer in every if layer not in routed)
-    mlp = ("linear_fc1", "linear_fc2")
-    groups = {t: LinearGroup(*s, dense if t in mlp else every) for t, s in _linear_shapes(arch).items()}
-    groups |= arch.mixture.groups(arch.hidden_size, arch.gated) if arch.mixture else {}
-    return {name: group for name, group in groups.items() if group.layers}
+def _linear_shapes(arch: Architecture) -> dict[str, LinearShape]:
+    """Group to shape of every linear that some layer of the model has."""
+    every = range(arch.num_layers)
+    queries, keys = arch.kv_channels * arch.num_attention_heads, arch.kv_channels * arch.num_query_groups
+    dense = [layer for layer in every if arch.mixture is None or layer not in arch.mixture.layers]
+    shapes = attention_linears(arch.hidden_size, queries, keys, every)
+    shapes |= mlp_linears(arch.hidden_size, arch.ffn_hidden_size, arch.gated, dense)
+    shapes |= arch.mixture.linears(arch.hidden_size, arch.gated) if arch.mixture else {}
+    return {group: shape for group, shape in shapes.items() if shape.layers}
 
 
 def _sizes_of(cfg: Mapping[str, Any]) -> dict[str, Any]:
@@ -241,19 +221,18 @@ class Mixture:
             layers=layers or (),
         )
 
-    def groups(self, hidden_size: int, gated: bool) -> dict[str, LinearGroup]:
-        """The experts' and the shared experts' linears."""
+    def linears(self, hidden_size: int, gated: bool) -> dict[str, LinearShape]:
+        """Group to shape of the experts' and the shared experts' linears."""
         parts = {
             "experts": (self.ffn_hidden_size, self.num_experts),
             "shared_experts": (self.shared_ffn_hidden_size, 1),
         }
-        found = {}
-        for name, (width, experts) in parts.items():
-            if width is not None:
-                rows = width * (2 if gated else 1)
-                found[f"{name}.linear_fc1"] = LinearGroup(hidden_size, rows, self.layers, experts)
-                found[f"{name}.linear_fc2"] = LinearGroup(width, hidden_size, self.layers, experts)
-        return found
+        return {
+            f"{part}.{linear}": shape
+            for part, (width, num_experts) in parts.items()
+            if width is not None
+            for linear, shape in mlp_linears(hidden_size, width, gated, self.layers, num_experts).items()
+        }
 
 
 def _layers_with_experts(freq: object, num_layers: int) -> tuple[int, ...] | None:

@@ -35,7 +35,7 @@ from typing import Any
 from nemo_tied_lora.config import TiedLoraConfig
 from nemo_tied_lora.errors import Problems
 from nemo_tied_lora.planning.adapter_cost import Precision
-from nemo_tied_lora.planning.architecture import Architecture, selected_groups
+from nemo_tied_lora.planning.architecture import Architecture, selected_linears
 from nemo_tied_lora.planning.parallel_layout import Layout, stage_layers
 
 __all__ = ["Activations", "StageMemory", "base_parameters", "layer_bytes_per_token", "stage_memory"]
@@ -144,8 +144,8 @@ def layer_bytes_per_token(
 ) -> float:
     """What a layer keeps of one token, in bytes."""
     tp_size, seq_size = layout.tp_size, layout.tp_size if layout.sequence_parallel else 1
-    groups = selected_groups(arch, config) if "A" in config.trained else {}
-    kept = {name for name, group in groups.items() if layer in group.layers}
+    shapes = selected_linears(arch, config) if "A" in config.trained else {}
+    kept = {group for group, shape in shapes.items() if layer in shape.layers}
     hidden, queries, keys = arch.hidden_size, *_attention_widths(arch)
     whole = 2 + ("linear_qkv" in kept) + ("linear_fc1" in kept)
     split = queries + 2 * keys + queries + arch.ffn_hidden_size * ((2 if arch.gated else 1) + ("linear_fc2" in kept))

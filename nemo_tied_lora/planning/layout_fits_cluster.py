@@ -15,10 +15,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from nemo_tied_lora.checkpoint.nemo_adapter_packing import largest_file
 from nemo_tied_lora.config import TiedLoraConfig
 from nemo_tied_lora.errors import ConfigError
-from nemo_tied_lora.planning.adapter_cost import Precision, file_bytes, rank_share
-from nemo_tied_lora.planning.architecture import Architecture, target_shapes
+from nemo_tied_lora.planning.adapter_cost import Precision, rank_share
+from nemo_tied_lora.planning.architecture import Architecture, selected_linears
 from nemo_tied_lora.planning.parallel_layout import Layout
 from nemo_tied_lora.planning.run_settings import run_folder
 
@@ -91,7 +92,7 @@ def room_problems(
         return
     one = checkpoint_bytes(arch, layout, config, precision)
     kept = _checkpoints_kept(cfg) + 1
-    result = one if config is None else file_bytes(target_shapes(arch, config), config, precision.weights)
+    result = one if config is None else largest_file(config, selected_linears(arch, config), precision.weights)
     needed = kept * one + result + _LOGS_BYTES
     free = shutil.disk_usage(_nearest_there(folder)).free
     if free < needed:

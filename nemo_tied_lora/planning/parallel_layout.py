@@ -16,9 +16,9 @@ from typing import Any
 from nemo_tied_lora.adapter.experts import refused_layouts
 from nemo_tied_lora.config import TiedLoraConfig
 from nemo_tied_lora.errors import Problems
-from nemo_tied_lora.planning.architecture import Architecture, divisors, selected_groups, target_shapes
+from nemo_tied_lora.planning.architecture import Architecture, divisors, selected_linears
 
-__all__ = ["Architecture", "Layout", "check", "check_ranks", "selected_groups", "stage_layers", "target_shapes"]
+__all__ = ["Architecture", "Layout", "check", "check_ranks", "selected_linears", "stage_layers"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,8 +226,8 @@ def _adapter_problems(arch: Architecture, config: TiedLoraConfig) -> Iterator[st
     outside = [layer for layer in config.layers or () if layer >= arch.num_layers]
     if outside:
         yield f"layers: {outside} do not exist; the model has layers 0 to {arch.num_layers - 1}, counted from 0"
-    for target, group in selected_groups(arch, config).items():
-        bound = min(group.in_features, group.out_features)
+    for target, shape in selected_linears(arch, config).items():
+        bound = min(shape.sides)
         if config.rank > bound:
             yield (
                 f"rank={config.rank}: more than the {bound} of {target}'s smaller side; "
@@ -238,7 +238,7 @@ def _adapter_problems(arch: Architecture, config: TiedLoraConfig) -> Iterator[st
 def _expert_problems(arch: Architecture, layout: Layout, config: TiedLoraConfig) -> Iterator[str]:
     model = SimpleNamespace(sequence_parallel=layout.sequence_parallel, moe_token_dispatcher_type="alltoall")
     sizes = {"tp_size": layout.tp_size, "ep_size": layout.ep_size, "etp_size": layout.tp_size}
-    yield from (f"model.{problem}" for problem in refused_layouts(model, selected_groups(arch, config), **sizes))
+    yield from (f"model.{problem}" for problem in refused_layouts(model, selected_linears(arch, config), **sizes))
 
 
 def _round_up(value: int, multiple: int) -> int:

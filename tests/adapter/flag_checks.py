@@ -27,10 +27,8 @@ from megatron.core.tensor_parallel import layers as megatron_layers
 from torch import nn
 
 from nemo_tied_lora import TiedLoraConfig, inject
-from nemo_tied_lora.adapter.experts import group_of
-from nemo_tied_lora.adapter.full_state import expected_shapes
+from nemo_tied_lora.adapter.factor_names import FactorName, expected_shapes
 from nemo_tied_lora.adapter.injected_adapter import Adapter
-from nemo_tied_lora.adapter.shapes import TargetSpec, factor_shape
 from nemo_tied_lora.platform.no_gpu_torch import stand_in
 from tests.harness.tiny_gpt import SEQUENCE, VOCAB, build_gpt, full_tensor
 
@@ -115,7 +113,7 @@ def adapted(body: nn.Module) -> Adapter:
 
 
 def shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:
-    return expected_shapes(adapter.config, adapter.specs)
+    return expected_shapes(adapter.config, adapter.shapes)
 
 
 def whole(name: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -184,15 +182,15 @@ def parts_by_megatrons_rule(off: Off) -> list[str]:
     off(adapter)
     wrong = []
     for name, parameter in adapter.named_parameters():
-        owner, _, factor = name.rpartition(".")
-        spec: TargetSpec = adapter.specs[group_of(owner.split(".")[-1])]
-        if getattr(parameter, "tensor_model_parallel", False) and not matches(name, factor, parameter, spec):
+        parsed = FactorName.parse(name)
+        shape = adapter.shapes[parsed.group].factor_shape(parsed.factor, 3)
+        if getattr(parameter, "tensor_model_parallel", False) and not matches(name, parameter, shape):
             wrong.append(name)
     return wrong
 
 
-def matches(name: str, factor: str, parameter: nn.Parameter, spec: TargetSpec) -> bool:
-    rows, columns = (*factor_shape(factor, spec, 3), 1)[:2]
+def matches(name: str, parameter: nn.Parameter, shape: tuple[int, ...]) -> bool:
+    rows, columns = (*shape, 1)[:2]
     dim, stride = getattr(parameter, "partition_dim", 0), getattr(parameter, "partition_stride", 1)
     tp_size = parallel_state.get_tensor_model_parallel_world_size()
     part = torch.zeros(parameter.shape[0], *parameter.shape[1:] or (1,))
@@ -203,7 +201,7 @@ def matches(name: str, factor: str, parameter: nn.Parameter, spec: TargetSpec) -
             columns,
             (rows, columns)[dim] // tp_size,
             partition_dim=dim,
-            init_method=lambda tensor: tensor.copy_(whole(name, factor_shape(factor, spec, 3)).view(rows, columns)),
+            init_method=lambda tensor: tensor.copy_(whole(name, shape).view(rows, columns)),
             stride=stride,
             skip_set_tensor_parallel_attributes=True,
         )

@@ -19,14 +19,15 @@ from torch.nn import functional
 
 from nemo_tied_lora import ConfigError, TiedLoraConfig, inject, load_adapter, save_adapter
 from nemo_tied_lora.adapter.experts import group_of, name_at, own_names, refused_layouts, tied_names
-from nemo_tied_lora.adapter.full_state import expected_shapes
+from nemo_tied_lora.adapter.factor_names import expected_shapes
 from nemo_tied_lora.adapter.injected_adapter import Adapter
 from nemo_tied_lora.adapter.param_count import parameter_counts
 from nemo_tied_lora.adapter.tied_linear import TiedLoraMixin
 from nemo_tied_lora.checkpoint.base_identity import BaseMismatchError
+from nemo_tied_lora.checkpoint.nemo_adapter_packing import largest_file
 from nemo_tied_lora.config import TARGETS
-from nemo_tied_lora.planning.adapter_cost import file_bytes, rank_share
-from nemo_tied_lora.planning.architecture import Architecture, target_shapes
+from nemo_tied_lora.planning.adapter_cost import rank_share
+from nemo_tied_lora.planning.architecture import Architecture, selected_linears
 from nemo_tied_lora.planning.parallel_layout import Layout, check
 from tests.harness.ranks import run_ranks, single_process
 from tests.harness.relayout import relayout
@@ -86,8 +87,8 @@ def logits(model: nn.Module) -> torch.Tensor:
     return model(ids, torch.arange(SEQUENCE).expand(3, SEQUENCE), mask)
 
 
-def sites(adapter: Adapter) -> dict[tuple[int, str], Any]:
-    return {(site.layer, site.target): site.module for chunk in adapter.chunks for site in chunk.sites}
+def linears(adapter: Adapter) -> dict[tuple[int, str], Any]:
+    return {(linear.layer, linear.name): linear.module for chunk in adapter.chunks for linear in chunk.linears}
 
 
 def wrong(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> list[str]:
@@ -142,7 +143,7 @@ def test_trained_parameters_are_the_formulas(preset: str, experts: str) -> None:
     assert adapter.num_parameters() == expected
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == sum(expected.values())
     in_file = {name: tensor.shape for name, tensor in adapter.full_state().items()}
-    assert in_file == expected_shapes(adapter.config, adapter.specs)
+    assert in_file == expected_shapes(adapter.config, adapter.shapes)
 
 
 def planned(**changes: Any) -> Architecture:
@@ -170,10 +171,10 @@ def test_a_plan_counts_what_the_model_has(experts: str, tmp_path: Path) -> None:
     model, config = build_gpt(**MIXTURE), TiedLoraConfig(rank=3, experts=experts)
     assert planned().num_parameters == sum(parameter.numel() for parameter in model.parameters())
     adapter = inject(model, config)
-    shapes = target_shapes(planned(), config)
+    shapes = selected_linears(planned(), config)
     assert parameter_counts(shapes, config) == adapter.num_parameters()
     size = save_adapter(adapter, tmp_path / "moe.nemo").stat().st_size
-    assert size <= file_bytes(shapes, config, bytes_per_element=8) <= size + 64 * 1024
+    assert size <= largest_file(config, shapes, 8) <= size + 64 * 1024
 
 
 def test_a_plan_refuses_what_injection_refuses() -> None:
@@ -200,7 +201,7 @@ def test_what_is_tied_is_one_tensor_and_nothing_else_is(experts: str) -> None:
     model = build_gpt(**{**MIXTURE, "moe_ffn_hidden_size": 40, "moe_shared_expert_intermediate_size": 40})
     adapter = inject(model, TiedLoraConfig(rank=3, targets=["linear_fc1"], experts=experts))
     holders: dict[int, set[tuple[int, str]]] = {}
-    for place, module in sites(adapter).items():
+    for place, module in linears(adapter).items():
         holders.setdefault(id(module.tied_lora.factor("A")), set()).add(place)
         assert module.tied_lora.factor("B") is module.tied_lora.tied.B
     layers, routed = (0, 2, 3), range(EXPERTS)
@@ -208,7 +209,7 @@ def test_what_is_tied_is_one_tensor_and_nothing_else_is(experts: str) -> None:
     shared = {(layer, "shared_experts.linear_fc1") for layer in layers}
     expected = [{(1, "linear_fc1")}, shared, *([set().union(*each)] if experts == "tied" else each)]
     assert sorted(map(sorted, holders.values())) == sorted(map(sorted, expected))
-    owned = [module.tied_lora.factor(f) for module in sites(adapter).values() for f in "uv"]
+    owned = [module.tied_lora.factor(f) for module in linears(adapter).values() for f in "uv"]
     assert len({id(tensor) for tensor in owned}) == 2 * (1 + len(layers) * (EXPERTS + 1))
 
 
@@ -265,7 +266,7 @@ def test_a_file_of_another_number_of_experts_is_refused(tmp_path: Path) -> None:
 def test_layers_without_experts_give_no_tensors_of_experts() -> None:
     single_process()
     adapter = inject(build_gpt(**MIXTURE), TiedLoraConfig(rank=3, layers=[1]))
-    assert set(adapter.specs) == set(TARGETS)
+    assert set(adapter.shapes) == set(TARGETS)
     assert not any("experts" in name for name, _ in adapter.named_parameters())
 
 
@@ -316,7 +317,7 @@ def test_grouped_experts_are_refused_by_name_and_attention_beside_them_is_not() 
         "moe_grouped_gemm=True: layer 2 mlp.experts: a TEGroupedMLP holds all experts in one tensor, which cannot be "
         "adapted yet; build the model with moe_grouped_gemm=False, or drop linear_fc1 and linear_fc2"
     ]
-    assert len(sites(inject(model, TiedLoraConfig(rank=3, targets=["attention"])))) == 8
+    assert len(linears(inject(model, TiedLoraConfig(rank=3, targets=["attention"])))) == 8
 
 
 # --- two ranks -------------------------------------------------------------------------------------------------------
@@ -364,7 +365,7 @@ def dropout_masks() -> dict[str, list[float]]:
     masks = {}
     for name in ("experts.0.linear_fc1", "experts.0.linear_fc2"):
         torch.manual_seed(11)
-        masks[name] = sites(adapter)[0, name].tied_lora.to_first_product(torch.ones(64)).tolist()
+        masks[name] = linears(adapter)[0, name].tied_lora.dropped_out(torch.ones(64)).tolist()
     return masks
 
 

@@ -129,10 +129,10 @@ def dropout_masks() -> dict[str, list[float]]:
     masks = {}
     for sequence_parallel in (False, True):
         adapter = inject(build_gpt(num_layers=1, sequence_parallel=sequence_parallel), TiedLoraConfig(dropout=0.5))
-        for site in adapter.chunks[0].sites:
+        for linear in adapter.chunks[0].linears:
             torch.manual_seed(11)
-            mask = site.module.tied_lora.to_first_product(torch.ones(64))  # type: ignore[operator,union-attr]
-            masks[f"{site.kind}{', sequence' if sequence_parallel else ''}"] = mask.tolist()
+            mask = linear.module.tied_lora.dropped_out(torch.ones(64))  # type: ignore[operator,union-attr]
+            masks[f"{linear.kind}{', sequence' if sequence_parallel else ''}"] = mask.tolist()
     return masks
 
 
@@ -173,7 +173,7 @@ def two_chunks(**options: Any) -> Adapter:
 
 
 def tied(adapter: Adapter) -> list[dict[str, nn.Parameter]]:
-    return [{f"{t}.{f}": p for t, f, p in chunk.factors.named_tied()} for chunk in adapter.chunks]
+    return [{str(n): p for n, p in chunk.factors.named_factors() if n.layer is None} for chunk in adapter.chunks]
 
 
 def test_chunks_of_a_stage_get_the_sum_and_one_without_a_gradient_adds_nothing() -> None:
@@ -206,7 +206,7 @@ def test_a_tied_tensor_that_no_linear_of_the_chunk_uses_gets_zeros_and_changes_n
 
 def test_per_layer_gradients_are_not_touched() -> None:
     adapter = two_chunks()
-    own = [p for chunk in adapter.chunks for *_, p in chunk.factors.named_own()]
+    own = [p for chunk in adapter.chunks for n, p in chunk.factors.named_factors() if n.layer is not None]
     for parameter in own[::2]:
         parameter.grad = torch.ones_like(parameter)
     adapter.reduce_gradients()

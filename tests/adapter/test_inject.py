@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from nemo_tied_lora import ConfigError, TiedLoraConfig, inject
-from nemo_tied_lora.adapter.full_state import expected_shapes
+from nemo_tied_lora.adapter.factor_names import expected_shapes
 from nemo_tied_lora.adapter.injected_adapter import Adapter
 from nemo_tied_lora.adapter.tied_linear import TiedLoraMixin, linear_kind
 from nemo_tied_lora.config import FACTORS, TARGETS
@@ -56,7 +56,7 @@ def loss_of(model: nn.Module, seed: int = 0) -> torch.Tensor:
 
 def randomise(adapter: Adapter) -> None:
     """Every stored factor random: one that starts at 0 hides what the others do."""
-    shapes = expected_shapes(adapter.config, adapter.specs)
+    shapes = expected_shapes(adapter.config, adapter.shapes)
     adapter.load_full_state({name: full_tensor(f"start {name}", shape) for name, shape in shapes.items()})
 
 
@@ -172,8 +172,8 @@ def add_literal_update(model: nn.Module, leaves: dict[str, torch.Tensor], scale:
 def test_shapes_and_counts_per_target(style: str) -> None:
     model = build_gpt(num_layers=3, **STYLES[style])
     adapter = inject(model, TiedLoraConfig(rank=3, layers=[0, 2]))
-    assert {t: (s.in_features, s.out_features) for t, s in adapter.specs.items()} == SHAPES[style]
-    assert {t: s.blocks for t, s in adapter.specs.items() if s.blocks != 1} == (
+    assert {t: (s.in_features, s.out_features) for t, s in adapter.shapes.items()} == SHAPES[style]
+    assert {t: s.num_blocks for t, s in adapter.shapes.items() if s.num_blocks != 1} == (
         {"linear_fc1": 2} if style == "llama" else {}
     )
     for target, shape in SHAPES[style].items():
@@ -216,7 +216,7 @@ def test_full_llama2_7b_shapes_give_the_papers_counts(preset: str, count: int) -
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
     adapter.remove()
     adapter = inject(model, TiedLoraConfig.preset(preset, rank=8))
-    assert (adapter.specs["linear_fc1"].out_features, adapter.specs["linear_fc2"].in_features) == (22016, 11008)
+    assert (adapter.shapes["linear_fc1"].out_features, adapter.shapes["linear_fc2"].in_features) == (22016, 11008)
     assert sum(p.numel() for p in adapter.parameters()) == sum(adapter.num_parameters().values())
 
 
@@ -224,14 +224,14 @@ def test_tied_tensors_are_one_object_for_all_layers_and_listed_once() -> None:
     model = build_gpt(num_layers=3)
     adapter = inject(model, TiedLoraConfig(rank=3))
     for target in TARGETS:
-        links = [site.module.tied_lora for site in adapter.chunks[0].sites if site.target == target]
-        assert len(links) == 3
+        adapters = [linear.module.tied_lora for linear in adapter.chunks[0].linears if linear.name == target]
+        assert len(adapters) == 3
         for factor in "AB":
-            assert len({id(link.factor(factor)) for link in links}) == 1
-            assert len({link.factor(factor).data_ptr() for link in links}) == 1
+            assert len({id(each.factor(factor)) for each in adapters}) == 1
+            assert len({each.factor(factor).data_ptr() for each in adapters}) == 1
         for factor in "uv":
-            assert len({link.factor(factor).data_ptr() for link in links}) == 3
-        pair = [links[0].factor(factor) for factor in "AB"]
+            assert len({each.factor(factor).data_ptr() for each in adapters}) == 3
+        pair = [adapters[0].factor(factor) for factor in "AB"]
         assert pair[0] is stored(adapter)[f"{target}.A"]
         assert pair[1] is stored(adapter)[f"{target}.B"]
     storages = [p.untyped_storage().data_ptr() for p in stored(adapter).values()]

@@ -13,7 +13,7 @@ import torch
 from megatron.core import parallel_state
 
 from nemo_tied_lora import TiedLoraConfig, inject, save_adapter
-from nemo_tied_lora.adapter.full_state import expected_shapes
+from nemo_tied_lora.adapter.factor_names import expected_shapes
 from nemo_tied_lora.adapter.injected_adapter import Adapter
 from nemo_tied_lora.adapter.replica_check import TieError, check_ties, checksums
 from tests.harness.ranks import run_ranks, single_process
@@ -45,7 +45,7 @@ PLANTED = {
 
 def build(preset: str, dtype: torch.dtype = torch.float32) -> Adapter:
     adapter = inject(build_gpt(dtype=dtype), TiedLoraConfig.preset(preset, rank=3))
-    shapes = expected_shapes(adapter.config, adapter.specs)
+    shapes = expected_shapes(adapter.config, adapter.shapes)
     adapter.load_full_state({name: full_tensor(f"start {name}", shape) for name, shape in shapes.items()})
     return adapter
 

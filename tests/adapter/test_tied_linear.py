@@ -14,7 +14,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import nn
 from torch.nn import functional
 
-from nemo_tied_lora.adapter.tied_factors import Factors, is_stored
+from nemo_tied_lora.adapter.tied_factors import Factors
 from nemo_tied_lora.adapter.tied_linear import LinearAdapter, attach_to_linear, detach_from_linear, linear_kind
 from nemo_tied_lora.config import FACTORS, TiedLoraConfig
 from tests.harness.ranks import single_process
@@ -60,17 +60,17 @@ def attach(linear: nn.Module, kind: str, **fields: Any) -> LinearAdapter:
     config = TiedLoraConfig(rank=RANK, **fields)
     shapes = {"A": (RANK, IN), "B": (OUT, RANK), "u": (RANK,), "v": (OUT,)}
     dtype = linear.weight.dtype  # type: ignore[union-attr]
-    tensors = {f: full_tensor(f, shapes[f], 1.0).to(dtype) for f in FACTORS if is_stored(f, config)}  # type: ignore[arg-type]
+    tensors = {f: full_tensor(f, shapes[f], 1.0).to(dtype) for f in config.stored}  # type: ignore[arg-type]
     tied = Factors({f: t for f, t in tensors.items() if f in config.tied}, config.trained)
     own = Factors({f: t for f, t in tensors.items() if f not in config.tied}, config.trained)
-    link = LinearAdapter(config, kind, tied, own, 1, False)
-    attach_to_linear(linear, link)
-    return link
+    adapter = LinearAdapter(config, kind, tied, own, 1, False)
+    attach_to_linear(linear, adapter)
+    return adapter
 
 
-def stored(link: LinearAdapter) -> dict[str, nn.Parameter]:
-    """The link's factors by name."""
-    return {**dict(link.tied.named_parameters()), **dict(link.own.named_parameters())}
+def stored(adapter: LinearAdapter) -> dict[str, nn.Parameter]:
+    """The adapter's factors by name."""
+    return {**dict(adapter.tied.named_parameters()), **dict(adapter.own.named_parameters())}
 
 
 def literal(x: torch.Tensor, weight: torch.Tensor, factors: dict[str, torch.Tensor], scale: float) -> torch.Tensor:
@@ -101,9 +101,9 @@ def wanting_grad(tensors: dict[str, Any]) -> dict[str, torch.Tensor]:
 def test_output_and_every_gradient_equal_the_formula(kind: str, trained: tuple[str, ...], needs_grad: bool) -> None:
     for tied in TIES:
         linear = make_linear(kind)
-        link = attach(linear, kind, trained=trained, tied=tied, alpha=4.5)
+        adapter = attach(linear, kind, trained=trained, tied=tied, alpha=4.5)
         x = sample().requires_grad_(needs_grad)
-        twins = {name: p.detach().clone().requires_grad_(p.requires_grad) for name, p in stored(link).items()}
+        twins = {name: p.detach().clone().requires_grad_(p.requires_grad) for name, p in stored(adapter).items()}
         twin_x = x.detach().clone().requires_grad_(needs_grad)
 
         output, bias = linear(x)
@@ -113,7 +113,7 @@ def test_output_and_every_gradient_equal_the_formula(kind: str, trained: tuple[s
         torch.testing.assert_close(output, expected, **EXACT)
         wanted = wanting_grad({**twins, "x": twin_x})
         assert set(wanted) == {*trained, *(["x"] if needs_grad else [])}
-        got = gradients(output, {name: {**stored(link), "x": x}[name] for name in wanted})
+        got = gradients(output, {name: {**stored(adapter), "x": x}[name] for name in wanted})
         for name, gradient in gradients(expected, wanted).items():
             torch.testing.assert_close(
                 got[name], gradient, **EXACT, msg=lambda m, n=name, t=tied: f"{n}, tied {t}: {m}"
@@ -123,8 +123,8 @@ def test_output_and_every_gradient_equal_the_formula(kind: str, trained: tuple[s
 @pytest.mark.parametrize("alpha", [None, 12.0])
 def test_scale_is_alpha_over_rank_and_one_by_default(alpha: float | None) -> None:
     linear = make_linear("column", bias=False)
-    link = attach(linear, "column", alpha=alpha)
-    expected = literal(sample(), linear.weight, stored(link), 1.0 if alpha is None else 4.0)  # type: ignore[arg-type]
+    adapter = attach(linear, "column", alpha=alpha)
+    expected = literal(sample(), linear.weight, stored(adapter), 1.0 if alpha is None else 4.0)  # type: ignore[arg-type]
     torch.testing.assert_close(linear(sample())[0], expected, **EXACT)
 
 
@@ -165,8 +165,8 @@ def test_dropout_acts_on_x_on_the_adapters_path_only(kind: str) -> None:
     """With W = 0 and diag(v) B diag(u) A x = the sum of x = 1, each output counts the elements that were kept."""
     linear = make_linear(kind, bias=False)
     linear.weight.data.zero_()
-    link = attach(linear, kind, trained=("B", "A"), dropout=0.25)
-    for parameter in stored(link).values():
+    adapter = attach(linear, kind, trained=("B", "A"), dropout=0.25)
+    for parameter in stored(adapter).values():
         parameter.data.fill_(1.0 / RANK)
     x = torch.ones(4000, IN, dtype=torch.float64)
     torch.manual_seed(5)
@@ -183,8 +183,8 @@ def test_dropout_acts_on_x_on_the_adapters_path_only(kind: str) -> None:
 def test_dropout_leaves_the_base_path_whole(kind: str) -> None:
     linear = make_linear(kind)
     base = linear(sample())[0]
-    link = attach(linear, kind, dropout=0.9)
-    stored(link)["v"].data.zero_()
+    adapter = attach(linear, kind, dropout=0.9)
+    stored(adapter)["v"].data.zero_()
     assert torch.equal(linear(sample())[0], base)
 
 
@@ -200,11 +200,11 @@ def test_dropout_is_off_in_eval_mode(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_with_dropout_use_the_mask_of_the_forward(kind: str) -> None:
     linear = make_linear(kind, bias=False)
-    link = attach(linear, kind, dropout=0.5)
+    adapter = attach(linear, kind, dropout=0.5)
     x, twin_x = sample().requires_grad_(), sample().requires_grad_()
-    twins = {name: p.detach().clone().requires_grad_() for name, p in stored(link).items()}
+    twins = {name: p.detach().clone().requires_grad_() for name, p in stored(adapter).items()}
     torch.manual_seed(3)
-    got = gradients(linear(x)[0], {**stored(link), "x": x})
+    got = gradients(linear(x)[0], {**stored(adapter), "x": x})
     torch.manual_seed(3)
     mask = functional.dropout(torch.ones_like(x), 0.5)
     zero = torch.zeros_like(linear.weight)
@@ -216,21 +216,21 @@ def test_gradients_with_dropout_use_the_mask_of_the_forward(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_bias_that_the_caller_adds_is_passed_on(kind: str) -> None:
     linear = make_linear(kind, skip_bias_add=True)
-    link = attach(linear, kind)
+    adapter = attach(linear, kind)
     output, bias = linear(sample())
     assert bias is linear.bias
-    torch.testing.assert_close(output, literal(sample(), linear.weight, stored(link), 1.0), **EXACT)  # type: ignore[arg-type]
+    torch.testing.assert_close(output, literal(sample(), linear.weight, stored(adapter), 1.0), **EXACT)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_link_that_is_off_gives_the_base_and_swapping_out_gives_the_class_back(kind: str) -> None:
     linear = make_linear(kind)
     cls, base = type(linear), linear(sample())[0]
-    link = attach(linear, kind)
+    adapter = attach(linear, kind)
     assert isinstance(linear, cls)
     assert linear_kind(linear) == kind
     assert not torch.equal(linear(sample())[0], base)
-    link.enabled = False
+    adapter.enabled = False
     assert torch.equal(linear(sample())[0], base)
     detach_from_linear(linear)
     assert type(linear) is cls
@@ -250,17 +250,17 @@ def test_the_link_registers_nothing_on_the_base_linear() -> None:
 def test_autocast_computes_in_bfloat16(kind: str, trained: tuple[str, ...]) -> None:
     plain = kind == "plain"
     linear, base = (PlainLinear("row") if plain else make_linear(kind, dtype=torch.float32, bias=False) for _ in "12")
-    link = attach(linear.float().requires_grad_(False), "row" if plain else kind, trained=trained)
+    adapter = attach(linear.float().requires_grad_(False), "row" if plain else kind, trained=trained)
     # Megatron's own linears cannot go backward under autocast on a CPU: their backward meets bfloat16 and float32.
     x = sample(dtype=torch.float32).requires_grad_(plain)
-    twins = {name: p.detach().double().requires_grad_(p.requires_grad) for name, p in stored(link).items()}
+    twins = {name: p.detach().double().requires_grad_(p.requires_grad) for name, p in stored(adapter).items()}
     twin_x = x.detach().double().requires_grad_(plain)
     with torch.autocast("cpu", torch.bfloat16):
         output, base_output = linear(x)[0], base.float()(x.detach())[0]
     expected = literal(twin_x, linear.weight.double(), twins, 1.0)
     assert output.dtype == base_output.dtype == torch.bfloat16
     close(output, expected)
-    got = gradients(output, wanting_grad({**stored(link), "x": x}))
+    got = gradients(output, wanting_grad({**stored(adapter), "x": x}))
     for name, gradient in gradients(expected, wanting_grad({**twins, "x": twin_x})).items():
         assert got[name].dtype == torch.float32
         close(got[name], gradient)
@@ -269,24 +269,24 @@ def test_autocast_computes_in_bfloat16(kind: str, trained: tuple[str, ...]) -> N
 @pytest.mark.parametrize("kind", KINDS)
 def test_autocast_adds_to_an_output_that_a_float32_bias_has_widened(kind: str) -> None:
     linear = make_linear(kind, dtype=torch.float32)
-    link = attach(linear, kind)
+    adapter = attach(linear, kind)
     with torch.autocast("cpu", torch.bfloat16):
         output = linear(sample(dtype=torch.float32))[0]
     assert output.dtype == torch.float32
-    twins = {name: p.detach().double() for name, p in stored(link).items()}
+    twins = {name: p.detach().double() for name, p in stored(adapter).items()}
     close(output, literal(sample(), linear.weight.double(), twins, 1.0) + linear.bias.double())
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_bfloat16_model_stays_in_bfloat16(kind: str) -> None:
     linear = make_linear(kind, dtype=torch.bfloat16)
-    link = attach(linear, kind)
+    adapter = attach(linear, kind)
     x = sample(dtype=torch.bfloat16).requires_grad_()
     output = linear(x)[0]
-    twins = {name: p.detach().double() for name, p in stored(link).items()}
+    twins = {name: p.detach().double() for name, p in stored(adapter).items()}
     assert output.dtype == torch.bfloat16
     close(output, literal(x.detach().double(), linear.weight.double(), twins, 1.0) + linear.bias.double())  # type: ignore[arg-type]
-    assert {g.dtype for g in gradients(output, {**stored(link), "x": x}).values()} == {torch.bfloat16}
+    assert {g.dtype for g in gradients(output, {**stored(adapter), "x": x}).values()} == {torch.bfloat16}
 
 
 def close(got: torch.Tensor, expected: torch.Tensor) -> None:
@@ -299,7 +299,7 @@ def close(got: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("layout", ["transposed", "strided", "expanded"])
 def test_a_non_contiguous_input_gives_the_same(kind: str, layout: str) -> None:
     linear = make_linear(kind)
-    link = attach(linear, kind)
+    adapter = attach(linear, kind)
     x = {
         "transposed": lambda: sample(3, 5).transpose(0, 1),
         "strided": lambda: sample(10, 3)[::2],
@@ -309,7 +309,7 @@ def test_a_non_contiguous_input_gives_the_same(kind: str, layout: str) -> None:
     results = []
     for given in (x.detach().requires_grad_(), x.detach().contiguous().requires_grad_()):
         output = linear(given)[0]
-        results.append((output, gradients(output, {**stored(link), "x": given})))
+        results.append((output, gradients(output, {**stored(adapter), "x": given})))
     (output, got), (expected_output, expected) = results
     torch.testing.assert_close(output, expected_output, **EXACT)
     for name in expected:
@@ -319,8 +319,8 @@ def test_a_non_contiguous_input_gives_the_same(kind: str, layout: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_non_contiguous_output_gradient_gives_the_same(kind: str) -> None:
     linear = make_linear(kind)
-    link = attach(linear, kind)
-    inputs = {**stored(link), "x": sample().requires_grad_()}
+    adapter = attach(linear, kind)
+    inputs = {**stored(adapter), "x": sample().requires_grad_()}
     upstream = full_tensor("upstream", (OUT, 3, 5)).permute(2, 1, 0)
     got, expected = (
         torch.autograd.grad(linear(inputs["x"])[0], list(inputs.values()), given)
@@ -335,9 +335,9 @@ def test_a_non_contiguous_output_gradient_gives_the_same(kind: str) -> None:
 def test_another_consumer_of_x_neither_sees_nor_spoils_the_update(kind: str, other_first: bool) -> None:
     """The update is accumulated into the base's own memory: x, and gradients that others hold, stay as they are."""
     linear = make_linear(kind)
-    link = attach(linear, kind)
+    adapter = attach(linear, kind)
     leaf, twin = sample().requires_grad_(), sample().requires_grad_()
-    twins = {name: p.detach().clone().requires_grad_() for name, p in stored(link).items()}
+    twins = {name: p.detach().clone().requires_grad_() for name, p in stored(adapter).items()}
     x, twin_x = leaf * 2.0, twin * 2.0
     before = x.detach().clone()
     x.retain_grad()
@@ -354,17 +354,17 @@ def test_another_consumer_of_x_neither_sees_nor_spoils_the_update(kind: str, oth
     (expected.square().sum() + 3.0 * twin_x.sin().sum()).backward()
     torch.testing.assert_close(x.grad, twin_x.grad, **EXACT)
     torch.testing.assert_close(leaf.grad, twin.grad, **EXACT)
-    for name, parameter in stored(link).items():
+    for name, parameter in stored(adapter).items():
         torch.testing.assert_close(parameter.grad, twins[name].grad, **EXACT)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_input_through_two_linears_gives_both_gradients(kind: str) -> None:
     first, second = make_linear(kind), make_linear(kind)
-    links = [attach(first, kind), attach(second, kind, trained=("B", "A"))]
+    adapters = [attach(first, kind), attach(second, kind, trained=("B", "A"))]
     x, twin_x = sample().requires_grad_(), sample().requires_grad_()
     (got,) = torch.autograd.grad((first(x)[0] * second(x)[0]).sum(), [x])
-    outputs = [literal(twin_x, first.weight, dict(stored(link)), 1.0) + first.bias for link in links]
+    outputs = [literal(twin_x, first.weight, dict(stored(adapter)), 1.0) + first.bias for adapter in adapters]
     (expected,) = torch.autograd.grad((outputs[0] * outputs[1]).sum(), [twin_x])
     torch.testing.assert_close(got, expected, **EXACT)
 
@@ -406,16 +406,16 @@ def test_without_gradients_the_output_is_the_same(kind: str, mode: Callable[[], 
 @pytest.mark.parametrize("kind", KINDS)
 def test_microbatches_accumulate_the_gradient_of_the_whole_batch(kind: str) -> None:
     linear = make_linear(kind)
-    link = attach(linear, kind)
+    adapter = attach(linear, kind)
     batches = [sample(), sample(name="second")]
     # Both forwards before both backwards, as a pipeline's warm-up does.
     losses = [linear(x.requires_grad_())[0].square().sum() for x in batches]
     for loss in losses:
         loss.backward()
-    accumulated = {name: p.grad.clone() for name, p in stored(link).items()}  # type: ignore[union-attr]
+    accumulated = {name: p.grad.clone() for name, p in stored(adapter).items()}  # type: ignore[union-attr]
     whole = linear(torch.cat([x.detach() for x in batches]))[0].square().sum()
-    expected = torch.autograd.grad(whole, list(stored(link).values()))
-    for name, gradient in zip(stored(link), expected, strict=True):
+    expected = torch.autograd.grad(whole, list(stored(adapter).values()))
+    for name, gradient in zip(stored(adapter), expected, strict=True):
         torch.testing.assert_close(accumulated[name], gradient, **EXACT)
 
 
@@ -456,14 +456,14 @@ class FusedNormLinear(nn.Module):
 def test_a_fused_norm_feeds_the_update_and_is_hidden_from_the_caller(te_return_bias: bool, trained: tuple) -> None:
     linear = FusedNormLinear(te_return_bias).requires_grad_(False)
     assert linear_kind(linear) == "column"
-    link = attach(linear, "column", trained=trained, alpha=6.0)
+    adapter = attach(linear, "column", trained=trained, alpha=6.0)
     x, twin_x = sample().requires_grad_(), sample().requires_grad_()
-    twins = {name: p.detach().clone().requires_grad_(p.requires_grad) for name, p in stored(link).items()}
+    twins = {name: p.detach().clone().requires_grad_(p.requires_grad) for name, p in stored(adapter).items()}
     output, bias = linear(x)
     expected = literal(linear.norm(twin_x), linear.weight, twins, 2.0)  # type: ignore[arg-type]
     assert bias is (linear.bias if te_return_bias else None)
     torch.testing.assert_close(output, expected + (0 if te_return_bias else linear.bias), **EXACT)
-    got = gradients(output, wanting_grad({**stored(link), "x": x}))
+    got = gradients(output, wanting_grad({**stored(adapter), "x": x}))
     for name, gradient in gradients(expected, wanting_grad({**twins, "x": twin_x})).items():
         torch.testing.assert_close(got[name], gradient, **EXACT)
     detach_from_linear(linear)
@@ -476,9 +476,9 @@ def test_a_fused_norm_linear_that_is_off_returns_what_its_caller_expects() -> No
     """Merging switches the update off: the norm's output must not reach the caller then."""
     linear = FusedNormLinear(False).requires_grad_(False)
     base, _ = linear(sample())
-    link = attach(linear, "column")
+    adapter = attach(linear, "column")
     linear(sample())
-    link.enabled = False
+    adapter.enabled = False
     output, _ = linear(sample())
     assert isinstance(output, torch.Tensor)
     assert torch.equal(output, base)
@@ -500,8 +500,10 @@ class PlainLinear(nn.Module):
 def test_a_transformer_engine_linear_without_a_norm_is_adapted_by_its_own_mode(mode: str) -> None:
     linear = PlainLinear(mode).requires_grad_(False)
     assert linear_kind(linear) == mode
-    link = attach(linear, mode)
-    torch.testing.assert_close(linear(sample())[0], literal(sample(), linear.weight, dict(stored(link)), 1.0), **EXACT)
+    adapter = attach(linear, mode)
+    torch.testing.assert_close(
+        linear(sample())[0], literal(sample(), linear.weight, dict(stored(adapter)), 1.0), **EXACT
+    )
 
 
 @pytest.mark.parametrize(

@@ -137,9 +137,9 @@ def test_a_merged_adapter_still_names_its_base(tmp_path: Path) -> None:
     adapter = adapter_of(build_gpt())
     recorded = read_adapter(save_adapter(adapter, tmp_path / "apart.nemo")).yaml["base"]
     adapter.merge()
-    merged = [chunk.sites[0].module.weight.clone() for chunk in adapter.chunks]
+    merged = [chunk.linears[0].module.weight.clone() for chunk in adapter.chunks]
     assert read_adapter(save_adapter(adapter, tmp_path / "merged.nemo")).yaml["base"] == recorded
-    assert torch.equal(adapter.chunks[0].sites[0].module.weight, merged[0])
+    assert torch.equal(adapter.chunks[0].linears[0].module.weight, merged[0])
 
 
 def adapter_of(model: GPTModel) -> Any:

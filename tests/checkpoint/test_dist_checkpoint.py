@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nemo_tied_lora import TiedLoraConfig, inject
-from nemo_tied_lora.adapter.full_state import expected_shapes
+from nemo_tied_lora.adapter.factor_names import expected_shapes
 from tests.harness.ranks import run_ranks
 from tests.harness.tiny_gpt import build_gpt, full_tensor
 
@@ -19,7 +19,7 @@ def save(folder: str) -> dict[str, torch.Tensor]:
 
     model = build_gpt(llama=True, groups=2, dtype=torch.float32)
     adapter = inject(model, TiedLoraConfig.preset("tl6", rank=3))
-    shapes = expected_shapes(adapter.config, adapter.specs)
+    shapes = expected_shapes(adapter.config, adapter.shapes)
     adapter.load_full_state({name: full_tensor(f"saved {name}", shape) for name, shape in shapes.items()})
     dist_checkpointing.save(model.sharded_state_dict(), folder)
     return adapter.full_state()

@@ -14,9 +14,10 @@ import yaml
 from safetensors.torch import load as load_safetensors
 
 from nemo_tied_lora import TiedLoraConfig, inject, load_adapter, save_adapter
-from nemo_tied_lora.adapter.full_state import expected_shapes
+from nemo_tied_lora.adapter.factor_names import FactorName, expected_shapes
 from nemo_tied_lora.adapter.injected_adapter import Adapter
 from nemo_tied_lora.adapter.tied_factors import initial_tensor
+from nemo_tied_lora.checkpoint.nemo_adapter_packing import MAX_WRITTEN_CONFIG_BYTES, largest_file
 from nemo_tied_lora.checkpoint.read_nemo_adapter import AdapterFileError, read_adapter
 from nemo_tied_lora.checkpoint.write_nemo_adapter import write_adapter
 from nemo_tied_lora.config import TARGETS
@@ -48,7 +49,7 @@ def test_save_then_load_is_the_identity(tmp_path: Path, preset: str, dtype: torc
     adapter.remove()
     loaded = load_adapter(model, path)
     assert loaded.config == config
-    assert loaded.specs == adapter.specs
+    assert loaded.shapes == adapter.shapes
     assert_same(loaded.full_state(), state)
 
 
@@ -114,6 +115,19 @@ def test_the_file_is_no_larger_than_that_however_many_layers_there_are(
     assert len(file.state) >= layers or preset == "tl5"
 
 
+@pytest.mark.parametrize(("layers", "num_experts"), [(1, 0), (200, 0), (2, 40)])
+def test_a_file_full_of_facts_is_as_large_as_planned(tmp_path: Path, layers: int, num_experts: int) -> None:
+    """One more byte of facts is refused, so no file is larger than `tied-lora plan` says."""
+    empty = read_adapter(tiny_adapter(tmp_path / "empty.nemo", hidden=8, layers=layers, num_experts=num_experts))
+    written = members_of(tmp_path / "empty.nemo")
+    room = MAX_WRITTEN_CONFIG_BYTES - len(written[YAML]) - len("note: \n")
+    path = tmp_path / "full.nemo"
+    write_adapter(path, empty.config, empty.shapes, empty.state, {"note": "x" * room})
+    assert path.stat().st_size == largest_file(empty.config, empty.shapes, element_bytes=4)
+    with pytest.raises(ValueError, match="hand over fewer facts"):
+        write_adapter(path, empty.config, empty.shapes, empty.state, {"note": "x" * (room + 1)})
+
+
 def test_facts_that_would_make_the_file_large_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="hand over fewer facts"):
         save_adapter(build(), tmp_path / "adapter.nemo", facts={"losses": list(range(20_000))})
@@ -146,12 +160,12 @@ def test_a_frozen_factor_can_be_stored_as_its_seed(tmp_path: Path, dtype: torch.
 def test_a_seed_makes_the_file_as_small_as_what_is_trained(tmp_path: Path) -> None:
     path = tiny_adapter(tmp_path / "tensor.nemo", preset="tl6", hidden=512, layers=2, rank=64)
     config = TiedLoraConfig.preset("vera", rank=64, frozen_factors="seed")
-    specs = read_adapter(path).specs
-    shapes = expected_shapes(config, specs)
-    state = {name: torch.ones(shape) for name, shape in shapes.items()}
+    shapes = read_adapter(path).shapes
+    needed = expected_shapes(config, shapes)
+    state = {name: torch.ones(shape) for name, shape in needed.items()}
     for name in [name for name in state if name[-1] in "AB"]:
-        state[name] = initial_tensor(name[-1], name[:-2], None, shapes[name], config)
-    small = write_adapter(tmp_path / "seed.nemo", config, specs, state, {})
+        state[name] = initial_tensor(FactorName.parse(name), needed[name], config)
+    small = write_adapter(tmp_path / "seed.nemo", config, shapes, state, {})
     trained = sum(tensor.numel() for name, tensor in state.items() if name[-1] in "uv")
     assert small.stat().st_size <= 4 * trained + 64 * 1024
     assert path.stat().st_size > 1_000_000

@@ -64,7 +64,7 @@ def survives(path: Path, expected: AdapterFile) -> bool:
         assert str(path) in refusal
         assert len(refusal) < 4000
     else:
-        assert (file.config, file.specs, list(file.state)) == (expected.config, expected.specs, list(expected.state))
+        assert (file.config, file.shapes, list(file.state)) == (expected.config, expected.shapes, list(expected.state))
         assert [name for name in file.state if not torch.equal(file.state[name], expected.state[name])] == []
     is_adapter_file(path)
     assert time.perf_counter() - start < SECONDS_A_FILE
@@ -296,6 +296,7 @@ BAD_YAMLS: dict[str, Callable[[dict[str, Any]], bytes]] = {
     "a layer twice": bad_yaml(lambda d: d["targets"]["linear_qkv"].update(layers=[0, 1, 2, 2])),
     "layers that are a text": bad_yaml(lambda d: d["targets"]["linear_qkv"].update(layers="0123")),
     "no layers": bad_yaml(lambda d: d["targets"]["linear_qkv"].update(layers=[])),
+    "2^60 experts": bad_yaml(lambda d: d["targets"]["linear_qkv"].update(num_experts=1 << 60)),
     "a kind of its own": bad_yaml(lambda d: d["targets"]["linear_qkv"].update(kind="diagonal")),
     "targets that are a list": bad_yaml(lambda d: d.update(targets=[1, 2])),
     "no peft": bad_yaml(lambda d: d.pop("peft")),
@@ -304,7 +305,7 @@ BAD_YAMLS: dict[str, Callable[[dict[str, Any]], bytes]] = {
             d["peft"]["tied_lora"].update(
                 trained=["v", "u"], frozen_factors="seed", init_A=None, init_B=None, init_u=None, init_v=None
             ),
-            [spec.update(in_features=1 << 24) for spec in d["targets"].values()],
+            [shape.update(in_features=1 << 24) for shape in d["targets"].values()],
         )
     ),
 }

@@ -78,7 +78,7 @@ def test_a_kill_at_any_moment_leaves_the_old_file_or_the_new_one(folder: Path) -
 
 
 def write_again(path: Path, adapter: AdapterFile) -> None:
-    write_adapter(path, adapter.config, adapter.specs, adapter.state, {})
+    write_adapter(path, adapter.config, adapter.shapes, adapter.state, {})
 
 
 def test_what_a_killed_writer_left_is_removed_by_the_next_and_what_a_living_one_writes_is_not(folder: Path) -> None:
@@ -111,7 +111,7 @@ def test_a_full_disk_is_a_clear_error_and_the_old_file_is_intact(folder: Path) -
     code, said = in_a_fork(write)
     assert code == 1
     assert said.startswith("OSError: ")
-    assert "the adapter could not be written; an older file is as it was" in said
+    assert "the adapter could not be written; an older file is unchanged" in said
     assert str(path) in said
     assert path.read_bytes() == before
     assert os.listdir(folder) == [path.name]
@@ -140,7 +140,7 @@ def test_a_folder_that_may_not_be_written_to_is_a_clear_error_and_the_old_file_i
     code, said = in_a_fork(write)
     assert code == 1
     assert said.startswith("PermissionError: ")
-    assert "Permission denied; the adapter could not be written; an older file is as it was" in said
+    assert "Permission denied; the adapter could not be written; an older file is unchanged" in said
     assert str(path) in said
     assert path.read_bytes() == before
     assert os.listdir(folder) == [path.name]

@@ -70,7 +70,7 @@ def save_and_load_on_a_rank(folder: str) -> dict[str, Any]:
 def streamed(adapter: Adapter) -> None:
     """What `save_adapter` writes from, kept by nobody."""
     factors = [chunk.factors for chunk in adapter.chunks]
-    for _ in full_state.stream(adapter.config, adapter.specs, factors, torch.device("cpu")):
+    for _ in full_state.stream(adapter.config, adapter.shapes, factors, torch.device("cpu")):
         pass
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from nemo_tied_lora import TiedLoraConfig, inject
-from nemo_tied_lora.adapter.full_state import expected_shapes
+from nemo_tied_lora.adapter.factor_names import expected_shapes
 from nemo_tied_lora.checkpoint import rng_state, training_checkpoint
 from nemo_tied_lora.checkpoint.full_optimizer_state import (
     gather_options,
@@ -25,7 +25,7 @@ from nemo_tied_lora.checkpoint.full_optimizer_state import (
 from nemo_tied_lora.checkpoint.json_values import decode, encode
 from nemo_tied_lora.checkpoint.local_optimizer_state import LocalState, read_optimizer, write_optimizer
 from nemo_tied_lora.checkpoint.training_checkpoint import CheckpointError, CheckpointWriter
-from nemo_tied_lora.commands.convert_checkpoint import _chosen
+from nemo_tied_lora.commands.convert_checkpoint import _find_checkpoint
 from tests.harness.ranks import run_ranks, single_process
 from tests.harness.relayout import relayout
 from tests.harness.tiny_gpt import build_gpt, full_tensor
@@ -48,7 +48,7 @@ def step(adapter: Any, optimizer: torch.optim.Optimizer, number: int) -> None:
 
 
 def whole_shapes(adapter: Any) -> dict[str, tuple[int, ...]]:
-    return expected_shapes(adapter.config, adapter.specs)
+    return expected_shapes(adapter.config, adapter.shapes)
 
 
 def gathered(adapter: Any, optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], Any]:
@@ -187,7 +187,7 @@ def test_settling_leaves_one_last_checkpoint_and_no_remains(tmp_path: Path) -> N
     theirs = tmp_path / "theirs"
     theirs.mkdir()
     (tmp_path / "theirs-unfinished").touch()
-    with pytest.raises(CheckpointError, match="rank 0 does not clear it"):
+    with pytest.raises(CheckpointError, match="rank 0 has not removed them"):
         training_checkpoint.remove_leftovers(tmp_path, first=False, timeout=0.2)
     training_checkpoint.remove_leftovers(tmp_path, first=True)
     training_checkpoint.remove_leftovers(tmp_path, first=False, timeout=0.0)
@@ -209,10 +209,10 @@ def test_what_is_half_written_or_half_removed_is_no_checkpoint(tmp_path: Path) -
     for hidden in (".step=8.partial", ".step=4.removed"):
         shutil.copytree(tmp_path / "step=6", tmp_path / hidden)
         assert not training_checkpoint.is_checkpoint(tmp_path / hidden)
-        with pytest.raises(CheckpointError, match="is no training checkpoint"):
+        with pytest.raises(CheckpointError, match="not a training checkpoint"):
             training_checkpoint.read_description(tmp_path / hidden)
     (tmp_path / ".step=4.removed" / "linear_qkv.safetensors").unlink()
-    assert _chosen(tmp_path, training_checkpoint).name == "step=6"
+    assert _find_checkpoint(tmp_path, training_checkpoint).name == "step=6"
 
 
 def test_a_damaged_last_checkpoint_is_named_before_a_run_goes_on_from_it(tmp_path: Path) -> None:

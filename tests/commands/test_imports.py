@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Holds an adapter, its base, and a `sitecustomize.py` that refuses imports."""
     folder = tmp_path_factory.mktemp("without_megatron")
     file = random_adapter(LLAMA, preset="tl6")
-    write_adapter(folder / "adapter.nemo", file.config, file.specs, file.state, file.yaml)
+    write_adapter(folder / "adapter.nemo", file.config, file.shapes, file.state, file.yaml)
     with (folder / "base.nemo").open("wb") as base:
         write_tar(base, {"model_config.yaml": yaml.safe_dump(LLAMA).encode()})
     (folder / "refuse").mkdir()

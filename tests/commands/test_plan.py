@@ -21,13 +21,13 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from safetensors.numpy import save
 
-from nemo_tied_lora.adapter.shapes import TargetSpec, local_shape
+from nemo_tied_lora.checkpoint.nemo_adapter_packing import largest_file
 from nemo_tied_lora.commands.plan import SUMMARY, main
 from nemo_tied_lora.config import FACTORS, PRESETS, TARGETS, TiedLoraConfig
 from nemo_tied_lora.errors import ConfigError
 from nemo_tied_lora.planning import config_folder as config_folder_module
-from nemo_tied_lora.planning.adapter_cost import Precision, RankShare, file_bytes, plan, rank_share
-from nemo_tied_lora.planning.architecture import Architecture, target_shapes
+from nemo_tied_lora.planning.adapter_cost import Precision, RankShare, plan, rank_share
+from nemo_tied_lora.planning.architecture import Architecture, selected_linears
 from nemo_tied_lora.planning.config_folder import config_folder
 from nemo_tied_lora.planning.parallel_layout import Layout, check, stage_layers
 from tests.harness.paths import ROOT
@@ -243,14 +243,14 @@ def test_null_and_absent_sizes_mean_what_nemo_means() -> None:
     ],
 )
 def test_a_gated_mlp_doubles_fc1(activation: str, gated: bool) -> None:
-    shapes = target_shapes(small(activation=activation), TiedLoraConfig())
+    shapes = selected_linears(small(activation=activation), TiedLoraConfig())
     assert shapes["linear_fc1"].out_features == (88 if gated else 44)
     assert shapes["linear_fc2"].in_features == 44
 
 
 def test_target_shapes_with_grouped_queries_and_wide_heads() -> None:
-    shapes = target_shapes(small(), TiedLoraConfig(layers=(1, 3)))
-    assert {target: (s.in_features, s.out_features, s.num_layers) for target, s in shapes.items()} == {
+    shapes = selected_linears(small(), TiedLoraConfig(layers=(1, 3)))
+    assert {target: (s.in_features, s.out_features, len(s.layers)) for target, s in shapes.items()} == {
         "linear_qkv": (20, 6 * (4 + 2 * 2), 2),
         "linear_proj": (24, 20, 2),
         "linear_fc1": (20, 88, 2),
@@ -442,13 +442,12 @@ def test_a_ranks_share_is_the_sum_of_its_tensors(name: str, tied: tuple[str, ...
     config = TiedLoraConfig.preset(name, rank=3, tied=tied, layers=[0, 1, 2])
     arch, layout = small(), Layout(tp_size=2, pp_size=2, devices=4)
     expected = dict.fromkeys(("held", "trained", "tied", "partial"), 0)
-    for target, shape in target_shapes(arch, config).items():
+    for target, shape in selected_linears(arch, config).items():
         kind = "column" if target in ("linear_qkv", "linear_fc1") else "row"
-        spec = TargetSpec(kind, shape.in_features, shape.out_features, 1, (0, 1, 2))
         for factor in FACTORS:
             if factor in "uv" and factor not in config.trained:
                 continue
-            numel = math.prod(local_shape(factor, spec, 3, 2))
+            numel = math.prod(shape.local_factor_shape(factor, 3, 2))
             copies = 1 if factor in tied else 2  # the first stage has layers 0 and 1, the second only 2
             trained = factor in config.trained
             expected["held"] += copies * numel
@@ -546,7 +545,7 @@ def test_precisions_are_nemos(precision: object, amp_O2: bool, per_parameter: in
 def test_the_file_is_at_most_64_kib_smaller_than_planned(config: TiedLoraConfig, dtype: Any) -> None:
     """Against a file written as the adapter's own are: a tar of the YAML and the safetensors."""
     arch = small(num_layers=120)
-    shapes = target_shapes(arch, config)
+    shapes = selected_linears(arch, config)
     layers = config.layers or range(120)
     state = {}
     for target, shape in shapes.items():
@@ -563,7 +562,7 @@ def test_the_file_is_at_most_64_kib_smaller_than_planned(config: TiedLoraConfig,
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
     actual = len(file.getvalue())
-    assert actual <= file_bytes(shapes, config, dtype().itemsize) <= actual + 64 * 1024
+    assert actual <= largest_file(config, shapes, dtype().itemsize) <= actual + 64 * 1024
 
 
 # Refusals of the command

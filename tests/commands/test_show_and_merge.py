@@ -36,7 +36,7 @@ from tests.conversion.test_merge import (
     part_of,
     whole_weights,
 )
-from tests.harness.adapter_files import specs_of, tiny_adapter
+from tests.harness.adapter_files import shapes_of, tiny_adapter
 
 PNG = b"\x89PNG"
 # Of the base whose merge is measured; its largest tensor, a linear_fc1 of one rank, has 2 * WIDE * WIDE elements.
@@ -90,6 +90,16 @@ def test_show_as_json_agrees_with_the_formula(adapter: Path, capsys: pytest.Capt
     assert not Path(f"{adapter}.png").exists()
 
 
+@pytest.mark.parametrize("experts", ["per_expert", "tied"])
+def test_show_counts_and_lists_every_expert(experts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tiny_adapter(tmp_path / "moe.nemo", layers=2, num_experts=3, experts=experts)
+    facts = json.loads(said(capsys, ["show", f"adapter={path}", "format=json"], 0))
+    assert facts["trained_parameters"] == sum(tensor.numel() for tensor in read_adapter(path).state.values())
+    assert {f"experts.{expert}.linear_fc2" for expert in range(3)} < {layer["target"] for layer in facts["layers"]}
+    assert len(facts["layers"]) == 2 * len(PLACES) + 3 * 2
+    assert Path(facts["picture"]).read_bytes().startswith(PNG)
+
+
 @pytest.mark.parametrize(
     ("fields", "shown"),
     [
@@ -104,7 +114,7 @@ def test_the_picture_has_no_panel_of_a_frozen_u_or_v(
 ) -> None:
     path = tiny_adapter(tmp_path / "a.nemo", **fields)
     file = read_adapter(path)
-    assert panels_of(inspect_layers(file.config, file.specs, file.state)) == shown
+    assert panels_of(inspect_layers(file.config, file.shapes, file.state)) == shown
     said(capsys, ["show", f"adapter={path}", f"output={tmp_path / 'new.png'}"], 0)
     assert (tmp_path / "new.png").read_bytes().startswith(PNG)
 
@@ -151,7 +161,7 @@ def test_merge_adds_several_adapters_with_weights_to_a_base_of_two_ranks(
     other = tiny_adapter(tmp_path / "b.nemo", preset="lora", rank=2, layers=LAYERS, hidden=HIDDEN)
     base, output = legacy_base(tmp_path / "base.nemo", tmp_path / "base", 2, 1), tmp_path / "merged.nemo"
     said(capsys, words_of(base, output, f"adapters=[{adapter},{other}]", "weights=[0.7,-0.3]"), 0)
-    folder, specs = content(output, tmp_path / "out"), specs_of(HIDDEN, LAYERS)
+    folder, shapes = content(output, tmp_path / "out"), shapes_of(HIDDEN, LAYERS)
     files = [(read_adapter(adapter), 0.7), (read_adapter(other), -0.3)]
     expected = merged_weights(whole_weights(), files)
     for rank in range(2):
@@ -159,7 +169,7 @@ def test_merge_adds_several_adapters_with_weights_to_a_base_of_two_ranks(
         assert len(state) == len(expected)
         for (layer, target), weight in expected.items():
             part = state[f"model.decoder.layers.{layer}.{PLACES[target]}.weight"]
-            assert_close(part, part_of(weight, specs[target], rank, 2))
+            assert_close(part, part_of(weight, shapes[target], rank, 2))
 
 
 @pytest.mark.parametrize("cause", ["base", "weights"])
@@ -228,12 +238,12 @@ def test_merge_needs_a_few_of_the_bases_tensors_in_memory_not_the_model(tmp_path
     Measured: 95 to 100 MB, what torch imports to load without contents and what the allocator and the page cache's
     mappings keep included; the whole model would be 260 and more.
     """
-    base, specs, total = tmp_path / "base", specs_of(WIDE, WIDE_LAYERS), 0
+    base, shapes, total = tmp_path / "base", shapes_of(WIDE, WIDE_LAYERS), 0
     for rank in range(2):
         state = {}
         for layer in range(WIDE_LAYERS):
-            for target, spec in specs.items():
-                weight = part_of(torch.zeros(spec.out_features, spec.in_features), spec, rank, 2)
+            for target, shape in shapes.items():
+                weight = part_of(torch.zeros(shape.out_features, shape.in_features), shape, rank, 2)
                 state[f"model.decoder.layers.{layer}.{PLACES[target]}.weight"] = weight.contiguous()
         total += sum(weight.nbytes for weight in state.values())
         (base / f"mp_rank_{rank:02d}").mkdir(parents=True)

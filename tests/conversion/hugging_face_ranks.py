@@ -71,19 +71,19 @@ def _import_all(folder: Path) -> dict[str, Any]:
 def _refusal(folder: Path) -> str:
     """What importing says when the rows of a linear are mixed up on the way."""
     from nemo_tied_lora.conversion.from_hf_base import import_hf_base
-    from nemo_tied_lora.conversion.hf_families import BaseShape
+    from nemo_tied_lora.conversion.hf_families import BaseSizes
     from nemo_tied_lora.errors import ConfigError
     from nemo_tied_lora.planning.compose import compose_config
 
-    right = BaseShape.rows
-    BaseShape.rows = lambda self, target, share: right(self, target, share).flip(0)  # type: ignore[method-assign]
+    right = BaseSizes.rows
+    BaseSizes.rows = lambda self, target, share: right(self, target, share).flip(0)  # type: ignore[method-assign]
     try:
         paths = [f"path={folder / 'llama'}", f"output={folder / 'wrong.nemo'}"]
         import_hf_base(compose_config("import", ["from=hf-base", *paths]))
     except ConfigError as error:
         return str(error)
     finally:
-        BaseShape.rows = right  # type: ignore[method-assign]
+        BaseSizes.rows = right  # type: ignore[method-assign]
     return "no error"
 
 
@@ -153,7 +153,7 @@ def _check_of_a_merge(folder: Path) -> list[str]:
     base = folder / "llama.nemo"
     paths = [str(folder / f"{name}.nemo") for name in ("exported", "other")]
     other = random_adapter(base_model_config(base), preset="tl5", rank=2)
-    write_adapter(Path(paths[1]), other.config, other.specs, other.state, {})
+    write_adapter(Path(paths[1]), other.config, other.shapes, other.state, {})
     words = [f"base={base}", f"output={folder / 'two_merged.nemo'}", f"adapters=[{','.join(paths)}]"]
     assert command(["merge", *words, "weights=[0.7,-0.3]", "verify=false"]) == 0
     cfg = compose_config("merge", [*words, "trainer.accelerator=cpu", "prompts=['one two','three']"])
@@ -184,9 +184,9 @@ def _stock_lora(folder: Path) -> dict[str, Any]:
     MegatronGPTSFTModel.load_adapters(model, str(path))
     adapters = {n: m for n, m in model.named_modules() if isinstance(m, ParallelLinearAdapter)}
     errors = {}
-    for target, spec in file.specs.items():
-        for layer in spec.layers:
-            x = torch.randn(2, 3, spec.in_features)
+    for target, shape in file.shapes.items():
+        for layer in shape.layers:
+            x = torch.randn(2, 3, shape.in_features)
             added = adapters.pop(f"model.decoder.layers.{layer}.{ADAPTER_MODULES[target]}")(x)
             expected = x.double() @ delta(file, layer, target).T
             errors[f"{layer} {target}"] = float((added - expected).abs().max() / expected.abs().max())
@@ -202,7 +202,7 @@ def _fitted(folder: Path, file: Any, lora: Path) -> dict[str, Any]:
 
     base, fitted = folder / "llama.nemo", folder / "fitted.nemo"
     assert command(["import", "from=lora", f"path={lora}", f"base={base}", f"output={fitted}", "rank=3"]) == 0
-    write_adapter(folder / "exported.nemo", file.config, file.specs, file.state, {})
+    write_adapter(folder / "exported.nemo", file.config, file.shapes, file.state, {})
     model = _restore(base, tp=1, pp=1)
     logits = {"plain": single_rank_logits(model, tokens("llama"))}
     for name in ("exported", "fitted"):

@@ -83,7 +83,7 @@ CONTROLS: dict[str, Control] = {
         "adapter.nemo: ",  # empty, or cut short: by when it was killed
     ),
     "the tensors' checksum": (
-        nemo_adapter_format,
+        read_nemo_adapter,
         "content_facts",
         lambda _: _EqualToAll(),
         fuzzed(bad_input.test_a_flipped_bit_anywhere_is_refused_or_harmless),

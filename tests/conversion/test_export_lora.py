@@ -21,7 +21,7 @@ from nemo_tied_lora.checkpoint.read_nemo_adapter import AdapterFile
 from nemo_tied_lora.checkpoint.write_nemo_adapter import write_adapter
 from nemo_tied_lora.commands.main import main
 from nemo_tied_lora.config import TARGETS
-from nemo_tied_lora.conversion.hf_families import FAMILIES, BaseShape, join_rows, split_rows
+from nemo_tied_lora.conversion.hf_families import FAMILIES, BaseSizes, join_rows, split_rows
 from nemo_tied_lora.conversion.to_nemo_lora import check_nemo_lora, write_nemo_lora
 from nemo_tied_lora.conversion.to_peft_lora import check_hf_peft, write_hf_peft
 from nemo_tied_lora.conversion.to_safetensors import check_full_state, write_full_state
@@ -66,8 +66,8 @@ def with_deltas(base: dict[str, Any], file: AdapterFile) -> Any:
     """The model with every delta added to its weights, linear by linear, without a row table: heads are counted out."""
     model, heads = hugging_face_model(base), base["num_attention_heads"]
     groups, size = base.get("num_query_groups", heads), base.get("kv_channels", 24 // heads)
-    for target, spec in file.specs.items():
-        for layer in spec.layers:
+    for target, shape in file.shapes.items():
+        for layer in shape.layers:
             rows = delta(file, layer, target).float()
             if target == "linear_qkv":
                 blocks = [block.split([heads // groups * size, size, size]) for block in rows.chunk(groups)]
@@ -154,15 +154,15 @@ def test_the_nemo_lora_file_adds_what_the_tied_formula_adds(tmp_path: Path, case
         members = {info.name: tar.extractfile(info).read() for info in tar}  # type: ignore[union-attr]
     state = torch.load(io.BytesIO(members["model_weights.ckpt"]), weights_only=True)
     tuning = yaml.safe_load(members["model_config.yaml"])["peft"]["lora_tuning"]
-    assert tuning["layer_selection"] == [layer + 1 for layer in file.specs[file.config.targets[0]].layers]
+    assert tuning["layer_selection"] == [layer + 1 for layer in file.shapes[file.config.targets[0]].layers]
     blocks = {
         "linear_qkv": "self_attention.adapter_layer.lora_kqv_adapter",
         "linear_proj": "self_attention.adapter_layer.lora_dense_attention_adapter",
         "linear_fc1": "mlp.adapter_layer.lora_hto4h_adapter",
         "linear_fc2": "mlp.adapter_layer.lora_4htoh_adapter",
     }
-    for target, spec in file.specs.items():
-        for layer in spec.layers:
+    for target, shape in file.shapes.items():
+        for layer in shape.layers:
             name = f"model.decoder.layers.{layer}.{blocks[target]}"
             A, B = state.pop(f"{name}.linear_in.weight"), state.pop(f"{name}.linear_out.weight")
             got = tuning["alpha"] / tuning["adapter_dim"] * B.double() @ A.double()
@@ -187,21 +187,21 @@ def test_the_written_check_sees_a_wrong_export(tmp_path: Path, fault: str, monke
     config = random_adapter(LLAMA, preset="tl6", alpha=4.0).config if fault == "alpha" else file.config
     if fault == "rows":
         monkeypatch.setattr("nemo_tied_lora.conversion.to_peft_lora.split_rows", _in_the_order_of_the_file)
-    folder = write_hf_peft(AdapterFile(config, file.specs, wrong, file.yaml), LLAMA, tmp_path / "peft", None)
+    folder = write_hf_peft(AdapterFile(config, file.shapes, wrong, file.yaml), LLAMA, tmp_path / "peft", None)
     assert check_hf_peft(folder, file, LLAMA).relative > 0.01
 
 
-def _in_the_order_of_the_file(tensor: torch.Tensor, target: str, parts: Any, shape: BaseShape) -> list[torch.Tensor]:
-    return list(tensor.split([len(shape.rows(target, part.share)) for part in parts]))
+def _in_the_order_of_the_file(tensor: torch.Tensor, target: str, parts: Any, sizes: BaseSizes) -> list[torch.Tensor]:
+    return list(tensor.split([len(sizes.rows(target, part.share)) for part in parts]))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_splitting_and_joining_rows_is_the_identity(family: str) -> None:
-    shape = BaseShape.from_model_config(LLAMA if FAMILIES[family].gated else GPT2, "base")
+    sizes = BaseSizes.from_model_config(LLAMA if FAMILIES[family].gated else GPT2, "base")
     for target in TARGETS:
-        whole = torch.randn(shape.out_features(target), 2)
+        whole = torch.randn(sizes.linears[target].out_features, 2)
         parts = FAMILIES[family].targets[target]
-        assert torch.equal(join_rows(split_rows(whole, target, parts, shape), target, parts, shape), whole)
+        assert torch.equal(join_rows(split_rows(whole, target, parts, sizes), target, parts, sizes), whole)
 
 
 def test_a_base_of_no_family_or_of_other_shapes_is_refused(tmp_path: Path) -> None:
@@ -274,7 +274,7 @@ def test_a_record_in_megatrons_words_is_read_as_nemos_keys() -> None:
 @pytest.mark.parametrize("to", ["hf-peft", "nemo-lora", "safetensors"])
 def test_the_command_writes_and_checks(tmp_path: Path, to: str, capsys: pytest.CaptureFixture[str]) -> None:
     file = random_adapter(LLAMA, preset="tl6")
-    adapter = write_adapter(tmp_path / "adapter.nemo", file.config, file.specs, file.state, file.yaml)
+    adapter = write_adapter(tmp_path / "adapter.nemo", file.config, file.shapes, file.state, file.yaml)
     assert main(["export", f"adapter={adapter}", f"to={to}", f"output={tmp_path / 'out'}"]) == 0
     out = capsys.readouterr().out
     assert f"written: {tmp_path / 'out'}" in out

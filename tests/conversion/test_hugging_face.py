@@ -26,7 +26,7 @@ import transformers
 from nemo_tied_lora.checkpoint.read_nemo_adapter import read_adapter
 from nemo_tied_lora.commands.main import main
 from nemo_tied_lora.conversion.hf_config import nemo_keys
-from nemo_tied_lora.conversion.hf_families import BaseShape, family_of_model_type
+from nemo_tied_lora.conversion.hf_families import BaseSizes, family_of_model_type
 from nemo_tied_lora.conversion.hf_weights import HfWeights, megatron_tensors
 from nemo_tied_lora.conversion.to_peft_lora import check_hf_peft, write_hf_peft
 from nemo_tied_lora.errors import ConfigError
@@ -159,7 +159,7 @@ def expected_tensors(folder: Path, family: str, keys: dict[str, Any]) -> dict[st
     tensors = megatron_tensors(
         HfWeights(folder),
         family_of_model_type(family, "the test"),
-        BaseShape.from_model_config(keys, "the test"),
+        BaseSizes.from_model_config(keys, "the test"),
         qkv_bias=False,
         bias=False,
         shared=True,

@@ -51,9 +51,9 @@ def test_an_exported_tied_adapter_comes_back_from_peft(
     assert main(["import", "from=lora", *words]) == 0
     back = read_adapter(tmp_path / "back.nemo")
     assert back.config.layers == (0, 2, 3)
-    assert back.specs == file.specs
-    for target, spec in file.specs.items():
-        for layer in spec.layers:
+    assert back.shapes == file.shapes
+    for target, shape in file.shapes.items():
+        for layer in shape.layers:
             expected = delta(file, layer, target)
             # The file is float32.
             assert (delta(back, layer, target) - expected).norm() < 1e-5 * expected.norm(), (layer, target)
@@ -67,10 +67,10 @@ def test_an_exported_tied_adapter_comes_back_from_peft(
 def test_a_file_that_is_further_from_the_lora_than_the_fit_is_told(
     tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def swapped(path: Path, config: Any, specs: Any, state: dict[str, torch.Tensor], facts: Any) -> Path:
+    def swapped(path: Path, config: Any, shapes: Any, state: dict[str, torch.Tensor], facts: Any) -> Path:
         names = ["layers.0.linear_proj.v", "layers.3.linear_proj.v"]
         state |= {names[0]: state[names[1]], names[1]: state[names[0]]}
-        return write_adapter(path, config, specs, state, facts)
+        return write_adapter(path, config, shapes, state, facts)
 
     folder = write_hf_peft(random_adapter(LLAMA, preset="tl6"), LLAMA, tmp_path / "peft", None)
     monkeypatch.setattr("nemo_tied_lora.checkpoint.write_nemo_adapter.write_adapter", swapped)
@@ -85,7 +85,7 @@ def test_an_exported_tied_adapter_comes_back_from_stock_nemos_form_without_its_b
     assert main(["import", "from=lora", f"path={path}", f"output={tmp_path / 'back.nemo'}", "rank=3"]) == 0
     back = read_adapter(tmp_path / "back.nemo")
     assert back.yaml["base"]["num_attention_heads"] == 4
-    for target in file.specs:
+    for target in file.shapes:
         expected = delta(file, 1, target)
         assert (delta(back, 1, target) - expected).norm() < 1e-5 * expected.norm()
 

@@ -17,14 +17,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 import yaml
 
-from nemo_tied_lora.adapter.shapes import TargetSpec
+from nemo_tied_lora.adapter.shapes import LinearShape
 from nemo_tied_lora.adapter.sharding import shard
 from nemo_tied_lora.checkpoint.read_nemo_adapter import AdapterFile, read_adapter
 from nemo_tied_lora.checkpoint.write_nemo_adapter import write_adapter
 from nemo_tied_lora.conversion.merging.merge import merge_into
 from nemo_tied_lora.conversion.untie_to_lora import expand
 from nemo_tied_lora.errors import ConfigError
-from tests.harness.adapter_files import specs_of, tiny_adapter
+from tests.harness.adapter_files import shapes_of, tiny_adapter
 
 LAYERS, HIDDEN = 4, 24
 MODEL = {
@@ -51,8 +51,8 @@ def adapter(tmp_path: Path) -> AdapterFile:
 def whole_weights(dtype: torch.dtype = torch.float32) -> dict[tuple[int, str], torch.Tensor]:
     generator = torch.Generator().manual_seed(5)
     return {
-        (layer, target): torch.randn(spec.out_features, spec.in_features, generator=generator).to(dtype)
-        for target, spec in specs_of(HIDDEN, LAYERS).items()
+        (layer, target): torch.randn(shape.out_features, shape.in_features, generator=generator).to(dtype)
+        for target, shape in shapes_of(HIDDEN, LAYERS).items()
         for layer in range(LAYERS)
     }
 
@@ -61,7 +61,7 @@ def merged_weights(weights: dict, files: list[tuple[AdapterFile, float]]) -> dic
     """By the formula, through plain LoRA."""
     merged = {key: weight.double() for key, weight in weights.items()}
     for file, share in files:
-        for lora in expand(file.config, file.specs, file.state):
+        for lora in expand(file.config, file.shapes, file.state):
             scale = 5.0 / file.config.rank if file.config.alpha else 1.0
             merged[lora.layer, lora.target] += share * scale * (lora.lora_B.double() @ lora.lora_A.double())
     return merged
@@ -89,14 +89,14 @@ def distributed_base(path: Path, folder: Path, dtype: torch.dtype = torch.float3
 
 def legacy_base(path: Path, folder: Path, tp: int, pp: int) -> Path:
     """A file for each rank with its shards, layers numbered within the stage."""
-    weights, specs = whole_weights(), specs_of(HIDDEN, LAYERS)
+    weights, shapes = whole_weights(), shapes_of(HIDDEN, LAYERS)
     for tp_rank in range(tp):
         for pp_rank in range(pp):
             state = {}
             for (layer, target), weight in weights.items():
                 if layer // (LAYERS // pp) == pp_rank:
                     name = f"model.decoder.layers.{layer % (LAYERS // pp)}.{PLACES[target]}.weight"
-                    state[name] = part_of(weight, specs[target], tp_rank, tp)
+                    state[name] = part_of(weight, shapes[target], tp_rank, tp)
             name = f"tp_rank_{tp_rank:02d}_pp_rank_{pp_rank:03d}" if pp > 1 else f"mp_rank_{tp_rank:02d}"
             place = folder / name if tp * pp > 1 else folder
             place.mkdir(parents=True, exist_ok=True)
@@ -132,8 +132,8 @@ def zarr_base(path: Path, folder: Path) -> Path:
     return pack(path, folder)
 
 
-def part_of(weight: torch.Tensor, spec: TargetSpec, tp_rank: int, tp: int) -> torch.Tensor:
-    return shard(weight, "A" if spec.kind == "row" else "B", spec, tp_rank, tp)
+def part_of(weight: torch.Tensor, shape: LinearShape, tp_rank: int, tp: int) -> torch.Tensor:
+    return shard(weight, "A" if shape.kind == "row" else "B", shape, tp_rank, tp)
 
 
 def content(path: Path, folder: Path) -> Path:
@@ -166,7 +166,7 @@ def test_a_distributed_checkpoint_is_merged(
     assert len(report.changed) == 4
     folder = content(tmp_path / "merged.nemo", tmp_path / "out")
     names = [f"model.decoder.layers.{place}.weight" for place in PLACES.values()]
-    shapes = specs_of(HIDDEN, LAYERS)
+    shapes = shapes_of(HIDDEN, LAYERS)
     state = {
         name: torch.zeros(LAYERS, shapes[target].out_features, shapes[target].in_features, dtype=dtype)
         for name, target in zip(names, PLACES, strict=True)
@@ -185,7 +185,7 @@ def test_a_distributed_checkpoint_is_merged(
 def test_a_file_for_each_rank_is_merged(tmp_path: Path, adapter: AdapterFile, tp: int, pp: int) -> None:
     base = legacy_base(tmp_path / "base.nemo", tmp_path / "base", tp, pp)
     merge(base, tmp_path / "merged.nemo", (adapter, 1.0))
-    folder, specs = content(tmp_path / "merged.nemo", tmp_path / "out"), specs_of(HIDDEN, LAYERS)
+    folder, shapes = content(tmp_path / "merged.nemo", tmp_path / "out"), shapes_of(HIDDEN, LAYERS)
     expected = merged_weights(whole_weights(), [(adapter, 1.0)])
     files = sorted(folder.rglob("model_weights.ckpt"))
     assert len(files) == tp * pp
@@ -196,7 +196,7 @@ def test_a_file_for_each_rank_is_merged(tmp_path: Path, adapter: AdapterFile, tp
         for name, part in state.items():
             layer = int(name.split(".")[3]) + pp_rank * LAYERS // pp
             target = name.split(".")[-2]
-            assert_close(part, part_of(expected[layer, target], specs[target], tp_rank, tp))
+            assert_close(part, part_of(expected[layer, target], shapes[target], tp_rank, tp))
 
 
 def test_zarr_is_merged(tmp_path: Path, adapter: AdapterFile) -> None:
@@ -236,7 +236,7 @@ def test_another_base_is_refused_unless_allowed(tmp_path: Path, adapter: Adapter
     base = distributed_base(tmp_path / "base.nemo", tmp_path / "base")
     report = merge(base, tmp_path / "merged.nemo", (adapter, 1.0))
     facts = {"base": {"fingerprint": report.fingerprint}}
-    known = read_adapter(write_adapter(tmp_path / "k.nemo", adapter.config, adapter.specs, adapter.state, facts))
+    known = read_adapter(write_adapter(tmp_path / "k.nemo", adapter.config, adapter.shapes, adapter.state, facts))
     merge(base, tmp_path / "merged.nemo", (known, 1.0))
     refused(tmp_path / "merged.nemo", tmp_path / "again.nemo", "other weights: decoder.layers.mlp", (known, 1.0))
     merge(tmp_path / "merged.nemo", tmp_path / "again.nemo", (known, 1.0), allow_other_base=True)

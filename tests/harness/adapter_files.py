@@ -11,36 +11,41 @@ from typing import Any
 
 import torch
 
-from nemo_tied_lora.adapter.full_state import expected_shapes
-from nemo_tied_lora.adapter.shapes import TargetSpec
+from nemo_tied_lora.adapter.experts import groups_of
+from nemo_tied_lora.adapter.factor_names import expected_shapes
+from nemo_tied_lora.adapter.shapes import LinearShape, mlp_linears
 from nemo_tied_lora.checkpoint.write_nemo_adapter import write_adapter
 from nemo_tied_lora.config import TiedLoraConfig
 
-__all__ = ["CONFIG", "STATE", "header", "member_offsets", "members_of", "specs_of", "tiny_adapter", "write_tar"]
+__all__ = ["CONFIG", "STATE", "header", "member_offsets", "members_of", "shapes_of", "tiny_adapter", "write_tar"]
 
 CONFIG, STATE = "model_config.yaml", "adapter.safetensors"
 
 
-def specs_of(hidden: int, layers: int) -> dict[str, TargetSpec]:
+def shapes_of(hidden: int, layers: int) -> dict[str, LinearShape]:
     """A GPT's four linears, the MLP gated and 2 * hidden wide."""
     every = tuple(range(layers))
     return {
-        "linear_qkv": TargetSpec("column", hidden, 3 * hidden, 1, every),
-        "linear_proj": TargetSpec("row", hidden, hidden, 1, every),
-        "linear_fc1": TargetSpec("column", hidden, 4 * hidden, 2, every),
-        "linear_fc2": TargetSpec("row", 2 * hidden, hidden, 1, every),
+        "linear_qkv": LinearShape("column", hidden, 3 * hidden, 1, every),
+        "linear_proj": LinearShape("row", hidden, hidden, 1, every),
+        "linear_fc1": LinearShape("column", hidden, 4 * hidden, 2, every),
+        "linear_fc2": LinearShape("row", 2 * hidden, hidden, 1, every),
     }
 
 
-def tiny_adapter(path: Path, *, hidden: int = 24, layers: int = 4, **fields: Any) -> Path:
-    """Writes an adapter whose numbers are a function of their names."""
+def tiny_adapter(path: Path, *, hidden: int = 24, layers: int = 4, num_experts: int = 0, **fields: Any) -> Path:
+    """Writes an adapter whose numbers are a function of their names; with experts in the last layer, if any."""
     config = TiedLoraConfig.from_mapping({"preset": "tl6", "rank": 3, **fields})
-    specs = {target: spec for target, spec in specs_of(hidden, layers).items() if target in config.targets}
+    shapes = {target: shape for target, shape in shapes_of(hidden, layers).items() if target in config.targets}
+    if num_experts:
+        experts = mlp_linears(hidden, 2 * hidden, True, [layers - 1], num_experts)
+        shapes |= {f"experts.{linear}": shape for linear, shape in experts.items() if linear in config.targets}
+        shapes = {group: shapes[group] for t in config.targets for group in groups_of(t) if group in shapes}
     state = {
         name: torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
-        for name, shape in expected_shapes(config, specs).items()
+        for name, shape in expected_shapes(config, shapes).items()
     }
-    return write_adapter(path, config, specs, state, {})
+    return write_adapter(path, config, shapes, state, {})
 
 
 def members_of(whole: bytes) -> dict[str, bytes]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from nemo_tied_lora import TiedLoraConfig, inject
-from nemo_tied_lora.adapter.full_state import expected_shapes
+from nemo_tied_lora.adapter.factor_names import expected_shapes
 from nemo_tied_lora.adapter.injected_adapter import Adapter
 from tests.harness.tiny_gpt import build_gpt, full_tensor
 
@@ -26,7 +26,7 @@ Members = dict[str, bytes]
 def build(model: Any = None, **fields: Any) -> Adapter:
     """A Llama style model of 4 layers (or `model`, or its chunks) with an adapter that is random everywhere."""
     adapter = inject(build_gpt(**LLAMA) if model is None else model, TiedLoraConfig.from_mapping({**CONFIG, **fields}))
-    shapes = expected_shapes(adapter.config, adapter.specs)
+    shapes = expected_shapes(adapter.config, adapter.shapes)
     adapter.load_full_state({name: full_tensor(f"file {name}", shape) for name, shape in shapes.items()})
     return adapter
 

@@ -3,15 +3,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 
 from nemo_tied_lora import TiedLoraConfig
-from nemo_tied_lora.adapter.full_state import expected_shapes, factors_of_layer
-from nemo_tied_lora.adapter.shapes import TargetSpec
+from nemo_tied_lora.adapter.factor_names import expected_shapes
+from nemo_tied_lora.adapter.full_state import factors_of_layer
 from nemo_tied_lora.checkpoint.read_nemo_adapter import AdapterFile
-from nemo_tied_lora.conversion.hf_families import BaseShape
+from nemo_tied_lora.conversion.hf_families import BaseSizes
 from tests.harness.tiny_gpt import full_tensor
 
 __all__ = ["GPT2", "LLAMA", "delta", "random_adapter"]
@@ -42,20 +43,11 @@ GPT2: dict[str, Any] = {
 
 def random_adapter(base: dict[str, Any], **fields: Any) -> AdapterFile:
     """As `read_adapter` returns it, float32."""
-    config, shape = TiedLoraConfig.from_mapping({"rank": 3, **fields}), BaseShape.from_model_config(base, "base")
-    layers = tuple(range(shape.num_layers)) if config.layers is None else tuple(config.layers)
-    specs = {
-        target: TargetSpec(
-            kind="column" if target in ("linear_qkv", "linear_fc1") else "row",
-            in_features=shape.in_features(target),
-            out_features=shape.out_features(target),
-            blocks=2 if target == "linear_fc1" and shape.gated else 1,
-            layers=layers,
-        )
-        for target in config.targets
-    }
-    state = {n: full_tensor(f"random {n}", s).float() for n, s in expected_shapes(config, specs).items()}
-    return AdapterFile(config, specs, state, {"base": base})
+    config, sizes = TiedLoraConfig.from_mapping({"rank": 3, **fields}), BaseSizes.from_model_config(base, "base")
+    layers = tuple(range(sizes.num_layers)) if config.layers is None else tuple(config.layers)
+    shapes = {target: dataclasses.replace(sizes.linears[target], layers=layers) for target in config.targets}
+    state = {n: full_tensor(f"random {n}", s).float() for n, s in expected_shapes(config, shapes).items()}
+    return AdapterFile(config, shapes, state, {"base": base})
 
 
 def delta(file: AdapterFile, layer: int, target: str) -> torch.Tensor:

@@ -18,7 +18,7 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from nemo_tied_lora.adapter.shapes import TargetSpec
+from nemo_tied_lora.adapter.shapes import LinearShape
 from nemo_tied_lora.adapter.sharding import shard
 
 __all__ = ["SEQUENCE", "VOCAB", "build_gpt", "fill", "full_tensor"]
@@ -163,5 +163,5 @@ def _rank_part(name: str, parameter: torch.Tensor, blocks: int) -> torch.Tensor:
     full = full_tensor(name, tuple(shape))
     # `shard` splits an A-like tensor on dim 1 and a B- or v-like one on dim 0: the base's own two rules.
     factor, kind = ("A", "row") if dim == 1 else ("v", "column")
-    spec = TargetSpec(kind, shape[-1], shape[0], blocks, ())
-    return shard(full, factor, spec, parallel_state.get_tensor_model_parallel_rank(), tp_size)
+    linear = LinearShape(kind, shape[-1], shape[0], blocks, ())
+    return shard(full, factor, linear, parallel_state.get_tensor_model_parallel_rank(), tp_size)

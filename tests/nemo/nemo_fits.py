@@ -252,7 +252,7 @@ def _run(fit: Fit, name: str, record: FitRecord) -> None:
     from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronLMPPTrainerBuilder
     from omegaconf import OmegaConf, open_dict
 
-    from nemo_tied_lora.adapter.full_state import expected_shapes
+    from nemo_tied_lora.adapter.factor_names import expected_shapes
     from nemo_tied_lora.nemo.model import MegatronGPTTiedLoraModel
     from nemo_tied_lora.nemo.peft_config import TiedLoraPEFTConfig
     from nemo_tied_lora.nemo.run_recorder import RunRecorder
@@ -280,7 +280,7 @@ def _run(fit: Fit, name: str, record: FitRecord) -> None:
     adapter = model.tied_lora
     for chunk in adapter.chunks:
         fill(chunk.body)
-    shapes = expected_shapes(adapter.config, adapter.specs)
+    shapes = expected_shapes(adapter.config, adapter.shapes)
     adapter.load_full_state({key: full_tensor(f"start {key}", shape) for key, shape in shapes.items()})
     record.start = _whole(adapter)
     try:

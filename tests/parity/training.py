@@ -7,7 +7,6 @@ The single-process run is the oracle.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,11 +19,9 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from torch import nn
 
 from nemo_tied_lora import TiedLoraConfig, inject
-from nemo_tied_lora.adapter.experts import group_of
-from nemo_tied_lora.adapter.full_state import expected_shapes
+from nemo_tied_lora.adapter.factor_names import FactorName, expected_shapes
 from nemo_tied_lora.adapter.injected_adapter import Adapter
 from nemo_tied_lora.adapter.replica_check import check_ties
-from nemo_tied_lora.adapter.shapes import sharded_dim
 from nemo_tied_lora.adapter.sharding import unshard
 from tests.harness.tiny_gpt import SEQUENCE, VOCAB, build_gpt, full_tensor
 from tests.parity.context_parallel import GatheredAttention, own_positions
@@ -104,7 +101,7 @@ def build_chunks(run: Run, sequence_parallel: bool = False) -> list[nn.Module]:
 
 def randomise(adapter: Adapter) -> None:
     """The same numbers in every layout, nowhere 0."""
-    shapes = expected_shapes(adapter.config, adapter.specs)
+    shapes = expected_shapes(adapter.config, adapter.shapes)
     adapter.load_full_state({name: full_tensor(f"start {name}", shape) for name, shape in shapes.items()})
 
 
@@ -187,10 +184,10 @@ def _whole_gradients(adapter: Adapter, gradients: dict[nn.Parameter, torch.Tenso
     shards = _everyones(own, parallel_state.get_tensor_model_parallel_group())
     whole = {}
     for name in own:
-        target, _, factor = name.rpartition(".")
-        spec = adapter.specs[group_of(re.sub(r"^layers\.\d+\.", "", target))]
-        split = sharded_dim(factor, spec.kind) is not None
-        whole[name] = unshard([shard[name] for shard in shards], factor, spec) if split else own[name]
+        parsed = FactorName.parse(name)
+        shape = adapter.shapes[parsed.group]
+        split = shape.sharded_dim(parsed.factor) is not None
+        whole[name] = unshard([shard[name] for shard in shards], parsed.factor, shape) if split else own[name]
     stages = _everyones(whole, parallel_state.get_pipeline_model_parallel_group())
     return {name: whole.get(name, tensor) for stage in stages for name, tensor in stage.items()}
 

@@ -39,11 +39,11 @@ class Updates:
         problems = []
         self._shapes: dict[tuple[int, str], tuple[int, int]] = {}
         for name, file, _ in adapters:
-            for target, spec in file.specs.items():
+            for target, linear in file.shapes.items():
                 if "." in target:
                     problems.append(f"{name}: {target}: experts' linears cannot be merged yet; use the adapter beside")
-                for layer in spec.layers:
-                    shape = (spec.out_features, spec.in_features)
+                for layer in linear.layers:
+                    shape = (linear.out_features, linear.in_features)
                     known = self._shapes.setdefault((layer, target), shape)
                     if known != shape:
                         problems.append(f"{name}: {target} has shape {shape}, another adapter's {known}")
@@ -122,7 +122,7 @@ class Updates:
     def _terms(self, layer: int, target: str, rows: slice, columns: slice, dtype: torch.dtype) -> list[_Term]:
         terms = []
         for _, file, share in self._adapters:
-            if target not in file.specs or layer not in file.specs[target].layers:
+            if target not in file.shapes or layer not in file.shapes[target].layers:
                 continue
             factors = factors_of_layer(file.config, file.state, layer, target)
             A, B = factors["A"][:, columns].to(dtype), factors["B"][rows].to(dtype)

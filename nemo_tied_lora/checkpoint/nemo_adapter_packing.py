@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an adapter's `.nemo` file holds and how large it is: members, order of tensors, header, bounds.
+
+`adapter.safetensors` holds each tied tensor once, under its name. It stacks what belongs to layers or experts:
+`linear_qkv.u` (layers, r) holds the u of every selected layer in their order. So the header stays small for any number
+of layers. (Version 1 held each layer's tensors apart.)
+
+Imports no torch: `tied-lora plan` computes the file's size with the functions that write it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_tied_lora.adapter.factor_names import FactorName, expected_shapes, factor_names
+from nemo_tied_lora.adapter.shapes import LinearShape
+from nemo_tied_lora.checkpoint.tar import tar_bytes
+from nemo_tied_lora.config import TiedLoraConfig
+
+__all__ = [
+    "CONFIG_MEMBER",
+    "DTYPE_BYTES",
+    "FORMAT_VERSION",
+    "MAX_CONFIG_BYTES",
+    "MAX_WRITTEN_CONFIG_BYTES",
+    "STATE_MEMBER",
+    "Packed",
+    "data_bytes",
+    "largest_file",
+    "order_of_writing",
+    "pack",
+    "state_header",
+    "tensors_in_file",
+]
+
+FORMAT_VERSION = 2
+CONFIG_MEMBER = "model_config.yaml"
+STATE_MEMBER = "adapter.safetensors"
+MAX_CONFIG_BYTES = 256 * 1024
+"""What is read: files of other versions may hold more than this one writes."""
+MAX_WRITTEN_CONFIG_BYTES = 44 * 1024
+"""Keeps a file within 64 KiB of its tensors; their header and the tar's own blocks take the rest."""
+DTYPE_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
+"""safetensors' names of the dtypes that a file may hold."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One tensor of the file: a tied tensor, or `members` (names of the state) stacked along a new first dim."""
+
+    name: str
+    shape: tuple[int, ...]
+    members: tuple[str, ...]
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether the first dim counts members."""
+        return self.members != (self.name,)
+
+
+def pack(tensors: Mapping[str, tuple[int, ...]]) -> list[Packed]:
+    """The file's tensors for a state (name to whole shape, in order)."""
+    stacks: dict[str, list[str]] = {}
+    for name in tensors:
+        stacks.setdefault(FactorName.parse(name).stacked, []).append(name)
+    return [
+        Packed(name, tensors[name] if members == [name] else (len(members), *tensors[members[0]]), tuple(members))
+        for name, members in stacks.items()
+    ]
+
+
+def tensors_in_file(config: TiedLoraConfig, shapes: Mapping[str, LinearShape]) -> dict[str, tuple[int, ...]]:
+    """Name to whole shape of the state's tensors that the file holds: all except those it holds as their seed."""
+    seeded = {str(name) for name in factor_names(config, shapes) if name.factor in config.seeded}
+    return {name: shape for name, shape in expected_shapes(config, shapes).items() if name not in seeded}
+
+
+def order_of_writing(config: TiedLoraConfig, shapes: Mapping[str, LinearShape]) -> list[str]:
+    """All names of the state, in the order in which the file holds them."""
+    return [name for part in pack(expected_shapes(config, shapes)) for name in part.members]
+
+
+def data_bytes(packed: Iterable[Packed], element_bytes: int) -> int:
+    """Bytes of the tensors alone."""
+    return sum(math.prod(part.shape) for part in packed) * element_bytes
+
+
+def state_header(packed: Iterable[Packed], dtype: str) -> bytes:
+    """The start of `adapter.safetensors` as safetensors writes it: a length, compact JSON, spaces up to a multiple of 8.
+
+    Args:
+        dtype: a key of `DTYPE_BYTES`.
+    """
+    header: dict[str, Any] = {}
+    offset = 0
+    for part in packed:
+        end = offset + data_bytes([part], DTYPE_BYTES[dtype])
+        header[part.name] = {"dtype": dtype, "shape": list(part.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def largest_file(config: TiedLoraConfig, shapes: Mapping[str, LinearShape], element_bytes: int) -> int:
+    """The size of an adapter's file that holds as many facts as it may: an upper bound, at most 64 KiB too high."""
+    packed = pack(tensors_in_file(config, shapes))
+    dtype = max((name for name, size in DTYPE_BYTES.items() if size == element_bytes), key=len)
+    state = len(state_header(packed, dtype)) + data_bytes(packed, element_bytes)
+    return tar_bytes([state, MAX_WRITTEN_CONFIG_BYTES])
