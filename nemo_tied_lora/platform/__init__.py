@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Running Megatron and NeMo on machines that lack what NVIDIA's containers have.
+"""Makes Megatron and NeMo run on machines without a GPU, apex, Transformer Engine or NVIDIA's container.
 
-One call, :func:`prepare`, before any NeMo or Megatron model is built. Each thing that may be lacking has a
-switch of its own, in a module of its own: a GPU, apex, Transformer Engine, the container. A switch does
-nothing where the real thing is there. No other part of the package knows about any of this.
+Call `prepare` before any NeMo or Megatron model is built. It throws one switch per missing part, each in its own module.
+A switch does nothing if the machine has the part. No other room of the package knows what a machine lacks.
 """
 
 from __future__ import annotations
@@ -17,25 +16,28 @@ __all__ = ["PlatformReport", "prepare"]
 
 @dataclass(frozen=True, kw_only=True)
 class PlatformReport:
-    """What was found, and what was replaced for want of it."""
+    """What the machine has, and what was replaced because it lacks the rest."""
 
     gpu: bool
-    """torch finds a CUDA device."""
+    """Whether torch finds a CUDA device."""
     apex: bool
-    """NVIDIA's apex imports."""
+    """Whether NVIDIA's apex can be imported."""
     transformer_engine: bool
-    """Transformer Engine imports."""
+    """Whether Transformer Engine can be imported."""
     replaced: tuple[str, ...]
-    """The upstream names that this call replaced: empty when a call before it did the work."""
+    """The upstream names that this call replaced; empty if an earlier call replaced them."""
 
 
 def prepare(*, nemo: bool = False) -> PlatformReport:
-    """Make Megatron run on this machine; with ``nemo=True``, NeMo too, which imports it.
+    """Makes Megatron run on this machine.
 
-    Call it once per process, children included, before a model is built. Calling it again does nothing more.
+    Call it once per process, including child processes, before a model is built. A second call does nothing.
+
+    Args:
+        nemo: whether to do the same for NeMo. This imports NeMo.
 
     Raises:
-        ImportError: megatron-core, or NeMo where it is asked for, is not installed.
+        ImportError: megatron-core, or NeMo if asked for, is not installed.
     """
     replaced: tuple[str, ...] = ()
     for switch in (no_gpu, no_apex, no_transformer_engine, no_container):

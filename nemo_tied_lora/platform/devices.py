@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which device a rank computes on and sends from: its GPU where there is one, else the CPU."""
+"""Selects the device on which a rank computes and from which it sends: its GPU if there is one, else the CPU."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["collective_device", "select_device"]
 
 
 def select_device(accelerator: str | None = None) -> torch.device:
-    """Makes this rank's GPU the current one (by LOCAL_RANK) and returns it; the CPU where there is none.
+    """Makes this rank's GPU (by LOCAL_RANK) the current one and returns it; returns the CPU if there is no GPU.
 
     Args:
-        accelerator: Lightning's `trainer.accelerator`; "cpu" leaves a GPU alone.
+        accelerator: Lightning's `trainer.accelerator`. With "cpu", no GPU is used.
     """
     if accelerator == "cpu" or not detect.has_gpu():
         return torch.device("cpu")
@@ -25,7 +25,7 @@ def select_device(accelerator: str | None = None) -> torch.device:
 
 
 def collective_device() -> torch.device:
-    """Where tensors of the default process group's collectives must be: NCCL sends from a GPU, gloo from the CPU."""
+    """The device for tensors of collectives in the default process group: NCCL sends from a GPU, gloo from the CPU."""
     if torch.distributed.get_backend() == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")

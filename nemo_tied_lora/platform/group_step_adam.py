@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """torch's Adam and AdamW with the step count saved once per parameter group, as apex's FusedAdam saves it.
 
-torch keeps a 0-dim ``step`` beside each parameter's moments. NeMo's distributed checkpoint takes every entry
-of that state for a tensor of the parameter's shape, and refuses to save
-(megatron/core/dist_checkpointing/optimizer.py).
+torch keeps a 0-dim ``step`` beside each parameter's moments. NeMo's distributed checkpoint expects every entry of that
+state to have the parameter's shape, and refuses to save (megatron/core/dist_checkpointing/optimizer.py).
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ __all__ = ["GroupStepAdam", "GroupStepAdamW"]
 
 class _GroupStep(torch.optim.Adam):
     def state_dict(self) -> dict[str, Any]:
-        """torch's state dict, with each ``step`` moved from the parameters to their group.
+        """Returns torch's state dict, with ``step`` moved from the parameters to their group.
 
-        A parameter that has not been stepped yet has its group's count: it was in every step so far.
+        The group's step is the largest of its parameters'.
         """
         saved = super().state_dict()
         for group in saved["param_groups"]:
@@ -33,7 +32,7 @@ class _GroupStep(torch.optim.Adam):
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The reverse of :meth:`state_dict`; one that torch's own class saved loads too."""
+        """Loads what :meth:`state_dict` returned, or what torch's own class saved."""
         groups = [dict(group) for group in state_dict["param_groups"]]
         states = {index: copy.copy(state) for index, state in state_dict["state"].items()}
         for group in groups:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The switch for a machine without NVIDIA's apex, with or without a GPU.
 
-megatron-core has its own substitutes for apex's kernels; NeMo 2.4 has not, and refuses to start. The
-substitutes are given to NeMo here. Nothing is touched where apex imports.
+megatron-core has its own substitutes for apex's kernels. NeMo 2.4 has none and refuses to start, so this module gives
+NeMo megatron-core's. It changes nothing if apex can be imported.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ __all__ = ["MEGATRON_PATCHES", "NEMO_PATCHES", "enable"]
 
 
 def enable(*, nemo: bool) -> tuple[str, ...]:
-    """Make Megatron (and NeMo, with ``nemo=True``) run without apex.
+    """Makes Megatron (and NeMo, with ``nemo=True``) run without apex.
 
     Returns:
-        The names that were replaced; empty where apex is there.
+        The names that were replaced; empty if apex is installed.
     """
     if detect.has_apex():
         return ()
@@ -34,7 +34,7 @@ def enable(*, nemo: bool) -> tuple[str, ...]:
 
 
 class _NoSuchOptimizer:
-    """Stands for apex's distributed Adam in ``isinstance`` checks: nothing is one."""
+    """Replaces apex's distributed Adam in ``isinstance`` checks: no object is an instance."""
 
 
 def _always(value: Any) -> Callable[[Any], Any]:

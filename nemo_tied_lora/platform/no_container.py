@@ -16,10 +16,10 @@ __all__ = ["NEMO_PATCHES", "enable"]
 
 
 def enable(*, nemo: bool) -> tuple[str, ...]:
-    """Make NeMo start outside NVIDIA's containers.
+    """Makes NeMo start outside NVIDIA's containers.
 
     Returns:
-        The names that were replaced; empty in a container, which says so in ``NVIDIA_PYTORCH_VERSION``.
+        The names that were replaced; empty in a container, which sets ``NVIDIA_PYTORCH_VERSION``.
     """
     return apply(NEMO_PATCHES) if nemo and not detect.in_nvidia_container() else ()
 
@@ -59,18 +59,18 @@ NEMO_PATCHES: tuple[Patch, ...] = (
         owner="nemo.collections.nlp.models.language_modeling.megatron_base_model:MegatronBaseModel",
         name="_enable_nvidia_optimizations",
         make=_noop,
-        reason="matches NVIDIA_PYTORCH_VERSION, which is unset, with a regular expression before asking whether it is",
+        reason="matches NVIDIA_PYTORCH_VERSION with a regular expression before it checks that the variable is set",
     ),
     Patch(
         owner="nemo.collections.nlp.data.language_modeling.megatron.dataset_utils",
         name="compile_helper",
         make=_compile_for_this_python,
-        reason="compiles its dataset code with the python3 found on PATH, which is not this one outside an activated venv",
+        reason="compiles its dataset code with the python3 on PATH, which is another one unless the venv is activated",
     ),
     Patch(
         owner="nemo.collections.nlp.modules.common.text_generation_utils",
         name="model_inference_strategy_dispatcher",
         make=_gpt_without_multimodal,
-        reason="imports NeMo's multimodal models, which need torchvision and more, to generate text with a GPT",
+        reason="generates text with a GPT only after importing NeMo's multimodal models, which need torchvision and more",
     ),
 )

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The switch for a machine without a GPU: Megatron and NeMo then run on the CPU, over gloo.
 
-Nothing is touched where torch finds a GPU. Of torch itself only names are replaced that raise without one;
-everything else is replaced in the Megatron or NeMo module that goes wrong. Checked with megatron-core 0.13.1
-and 0.16.1, and with NeMo 2.4.1.
+It changes nothing if torch finds a GPU. In torch itself it replaces only names that raise without a GPU; everything else
+is replaced in the module of Megatron or NeMo that fails. Checked with megatron-core 0.13.1 and 0.16.1, and with NeMo
+2.4.1.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _CPU = torch.device("cpu")
 
 
 def enable(*, nemo: bool) -> tuple[str, ...]:
-    """Make Megatron (and NeMo, with ``nemo=True``) run without a GPU.
+    """Makes Megatron (and NeMo, with ``nemo=True``) run without a GPU.
 
     Returns:
-        The names that were replaced; empty where a GPU is there.
+        The names that were replaced; empty if there is a GPU.
     """
     if detect.has_gpu():
         return ()
@@ -39,7 +39,7 @@ def _always(value: Any) -> Callable[[Any], Any]:
 
 
 def _noop(_original: Any) -> Callable[..., None]:
-    # A function of its own at each call: torch.compile's tables refuse one object under two names.
+    # A new function at each call: torch.compile's tables refuse one object under two names.
     return lambda *_args, **_kwargs: None
 
 
@@ -52,7 +52,7 @@ def _cpu_torch(_torch: Any) -> Any:
 
 
 def _cpu_autocast(decorate: Callable[..., Any]) -> Callable[[Any], Any]:
-    """Exchanges ``custom_fwd`` or ``custom_bwd`` for the CPU's around the function that upstream decorated."""
+    """Decorates the upstream function with the CPU's ``custom_fwd`` or ``custom_bwd`` in place of the GPU's."""
     return lambda decorated: staticmethod(decorate(decorated.__wrapped__, device_type="cpu"))
 
 
@@ -67,7 +67,7 @@ TORCH_PATCHES: tuple[Patch, ...] = (
         owner="torch.cuda",
         name="current_device",
         make=_always(lambda: _CPU),
-        reason="everywhere as device=torch.cuda.current_device() (megatron/core/tensor_parallel/mappings.py, ...)",
+        reason="used as device=torch.cuda.current_device() (megatron/core/tensor_parallel/mappings.py, ...)",
     ),
     Patch(
         owner="torch.cuda",
@@ -116,7 +116,7 @@ _AUTOCAST_FUNCTIONS = ("LinearWithFrozenWeight", "LinearWithGradAccumulationAndA
 
 MEGATRON_PATCHES: tuple[Patch, ...] = (
     *(
-        Patch(owner=owner, name="torch", make=_cpu_torch, reason='says device="cuda", or pins memory')
+        Patch(owner=owner, name="torch", make=_cpu_torch, reason='passes device="cuda", or pins memory')
         for owner in _CUDA_LITERALS
     ),
     *(
@@ -130,7 +130,7 @@ MEGATRON_PATCHES: tuple[Patch, ...] = (
             owner=f"megatron.core.tensor_parallel.layers:{function}",
             name=name,
             make=_cpu_autocast(decorate),
-            reason="remembers the GPU's autocast for the backward pass: bf16-mixed then multiplies bfloat16 with float32",
+            reason="saves the GPU's autocast state for backward: bf16-mixed then multiplies bfloat16 with float32",
         )
         for function in _AUTOCAST_FUNCTIONS
         for name, decorate in (("forward", torch.amp.custom_fwd), ("backward", torch.amp.custom_bwd))
@@ -142,7 +142,7 @@ MEGATRON_PATCHES: tuple[Patch, ...] = (
             torch_,
             cuda=stand_in(torch_.cuda, get_rng_state=torch_.get_rng_state, manual_seed=no_gpu_rng.seed_cpu),
         ),
-        reason="seeds the GPU's generator, which torch otherwise keeps for a GPU that never comes",
+        reason="seeds the GPU's generator, which torch queues until a GPU is there",
     ),
     Patch(
         owner="megatron.core.tensor_parallel.random",
@@ -160,13 +160,13 @@ MEGATRON_PATCHES: tuple[Patch, ...] = (
         owner="megatron.core.tensor_parallel.random:CudaRNGStatesTracker",
         name="fork",
         make=_always(no_gpu_rng.fork),
-        reason="warns at every use that the CPU's generator moved, which is here what it is for",
+        reason="warns at every use that the CPU's generator has changed, which is intended here",
     ),
     Patch(
         owner="megatron.core.transformer.moe.token_dispatcher",
         name="torch",
         make=no_streams,
-        reason="copies token counts to the CPU on a stream of its own (MoEAlltoAllTokenDispatcher)",
+        reason="copies token counts to the CPU on a separate stream (MoEAlltoAllTokenDispatcher)",
     ),
     Patch(
         owner="megatron.core.dist_checkpointing.mapping:ShardedTensor",
@@ -182,18 +182,21 @@ _NEMO_CUDA_LITERALS = (
 )
 
 NEMO_PATCHES: tuple[Patch, ...] = (
-    *(Patch(owner=owner, name="torch", make=_cpu_torch, reason='says device="cuda"') for owner in _NEMO_CUDA_LITERALS),
+    *(
+        Patch(owner=owner, name="torch", make=_cpu_torch, reason='passes device="cuda"')
+        for owner in _NEMO_CUDA_LITERALS
+    ),
     Patch(
         owner="nemo.collections.nlp.modules.common.megatron.megatron_init",
         name="torch",
         make=lambda torch_: stand_in(torch_, cuda=stand_in(torch_.cuda, device_count=lambda: 1)),
-        reason="seeds Megatron's random states only where a GPU is counted; building the model then fails",
+        reason="seeds Megatron's random states only if it counts a GPU; else building the model fails",
     ),
     Patch(
         owner="nemo.collections.nlp.models.language_modeling.megatron_base_model:MegatronBaseModel",
         name="setup_transformer_engine_cp_groups",
         make=_noop,
-        reason="opens a CUDA stream for Transformer Engine's context parallelism, also where neither is used",
+        reason="opens a CUDA stream for Transformer Engine's context parallelism, even if neither is used",
     ),
     Patch(
         owner="lightning.fabric.utilities.device_dtype_mixin:_DeviceDtypeModuleMixin",

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A sequence-parallel LayerNorm and RMSNorm for megatron-core's local spec.
 
-Under sequence parallelism a norm sees (s/TP, b, h): each token is normalised on the rank that holds it, so the
-forward needs nothing. Its weight and bias are replicated, and their gradients, partial over the sequence, are
-summed over the tensor-parallel group by Megatron and NeMo, for every parameter with ``sequence_parallel=True``.
+Under sequence parallelism a norm gets (s/TP, b, h). The rank that holds a token normalises it, so forward needs no
+communication. Weight and bias are replicated, and their gradients are partial over the sequence. Megatron and NeMo sum
+them over the tensor-parallel group for every parameter with ``sequence_parallel=True``.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ __all__ = ["allow_sequence_parallel"]
 def allow_sequence_parallel(new: Callable[..., torch.nn.Module]) -> Callable[..., torch.nn.Module]:
     """``WrappedTorchNorm.__new__`` (megatron/core/transformer/torch_norm.py) without two of its refusals.
 
-    ``sequence_parallel`` is carried by the parameters; ``persist_layer_norm`` names a kernel of apex's, and
-    torch's own is used in its place. What would change the result (zero-centred gamma) is still refused.
+    It sets ``sequence_parallel`` on the parameters. For ``persist_layer_norm``, a kernel of apex, it uses torch's norm.
+    It still refuses zero-centred gamma, which would change the result.
     """
 
     def build(cls: type, config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:

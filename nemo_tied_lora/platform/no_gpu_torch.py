@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A stand-in for the name ``torch`` in the modules that write ``device="cuda"``.
+"""Stand-ins for the name ``torch`` in upstream modules that write ``device="cuda"``.
 
-Megatron and NeMo name the device literally in a few places. Replacing the name ``torch`` in those modules
-leaves torch itself alone, costs nothing in the modules that do not need it, and holds in every thread and
-in the backward pass, where a ``TorchFunctionMode`` would not.
+Megatron and NeMo write the device literally in a few modules. Replacing the name ``torch`` there does not change torch
+itself and costs other modules nothing. It also works in every thread and in backward, where a ``TorchFunctionMode``
+would not.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _FACTORIES = ("arange", "as_tensor", "empty", "full", "ones", "tensor", "zeros")
 
 
 class NoStream:
-    """The CPU's only stream, and its events: work is done when its call returns."""
+    """A stream, and its event, for the CPU, where work is done when its call returns."""
 
     def wait_stream(self, _stream: object) -> None: ...
 
@@ -33,7 +33,7 @@ class NoStream:
 
 
 def no_streams(torch_: ModuleType) -> ModuleType:
-    """``torch`` with streams that do nothing."""
+    """Returns ``torch`` with streams that do nothing."""
     only = NoStream()
     cuda = stand_in(
         torch_.cuda, Stream=lambda: only, current_stream=lambda: only, stream=lambda _stream: nullcontext(only)
@@ -42,7 +42,7 @@ def no_streams(torch_: ModuleType) -> ModuleType:
 
 
 class _StandIn(ModuleType):
-    """A module's names with some replaced. The copied dictionary keeps attribute look-ups as fast as a module's."""
+    """A module with some names replaced. Copying the dictionary keeps attribute look-ups fast."""
 
     def __init__(self, original: ModuleType, replaced: dict[str, Any]) -> None:
         super().__init__(original.__name__)
@@ -51,18 +51,18 @@ class _StandIn(ModuleType):
         self.__dict__["_original"] = original
 
     def __getattr__(self, name: str) -> Any:
-        # torch imports some of its submodules on first use, so after the copy was made.
+        # torch imports some submodules on first use, after the copy was made.
         return getattr(self.__dict__["_original"], name)
 
 
 def stand_in(original: ModuleType, **replaced: Any) -> ModuleType:
-    """``original`` with the given names replaced, for one importing module only."""
+    """Returns a copy of a module with the given names replaced; the module itself is unchanged."""
     return _StandIn(original, replaced)
 
 
 @functools.cache
 def no_gpu_torch() -> ModuleType:
-    """``torch`` whose tensor factories and ``autocast`` read ``"cuda"`` as ``"cpu"``, and pin no memory."""
+    """Returns ``torch`` whose tensor factories and ``autocast`` take ``"cuda"`` as ``"cpu"``, and pin no memory."""
     replaced: dict[str, Any] = {name: _on_cpu(getattr(torch, name)) for name in _FACTORIES}
     return stand_in(torch, autocast=_cpu_autocast, **replaced)
 
@@ -85,7 +85,7 @@ def _cpu_autocast(device_type: str, *args: Any, **kwargs: Any) -> torch.autocast
 
 @contextmanager
 def cuda_type_names() -> Iterator[None]:
-    """Inside, ``tensor.type()`` says ``torch.cuda.FloatTensor`` for what is a ``torch.FloatTensor``.
+    """Makes ``tensor.type()`` return ``torch.cuda.FloatTensor`` for a ``torch.FloatTensor`` inside the context.
 
     The optimizers compare this string instead of the dtype.
     """
@@ -104,7 +104,7 @@ def cuda_type_names() -> Iterator[None]:
 
 
 def with_cuda_type_names(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` run inside :func:`cuda_type_names`."""
+    """Wraps a function so that it runs inside :func:`cuda_type_names`."""
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:

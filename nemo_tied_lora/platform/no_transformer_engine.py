@@ -16,10 +16,10 @@ __all__ = ["MEGATRON_PATCHES", "NEMO_PATCHES", "enable"]
 
 
 def enable(*, nemo: bool) -> tuple[str, ...]:
-    """Make megatron-core (and NeMo, with ``nemo=True``) do without Transformer Engine.
+    """Makes megatron-core (and NeMo, with ``nemo=True``) run without Transformer Engine.
 
     Returns:
-        The names that were replaced; empty where Transformer Engine is there.
+        The names that were replaced; empty if Transformer Engine is installed.
     """
     if detect.has_transformer_engine():
         return ()
@@ -52,7 +52,7 @@ def _with_process_groups(provide: Callable[..., Any]) -> Callable[..., Any]:
     def model_provider_func(model: Any, *args: Any, **kwargs: Any) -> Any:
         from megatron.core import parallel_state
 
-        # torch's own group may be there already, made by a launcher's checks
+        # Ask Megatron, not torch: a launcher's checks may have made torch's default group already.
         if not parallel_state.is_initialized():
             strategy = model.trainer.strategy
             if strategy.launcher is not None:
@@ -68,7 +68,7 @@ MEGATRON_PATCHES: tuple[Patch, ...] = (
         owner="megatron.core.transformer.moe.moe_utils",
         name="te_general_gemm",
         make=lambda original: original,
-        reason="a mixture's router asks whether this is None; the name does not exist where its import failed",
+        reason="a mixture's router checks whether this is None, but the name does not exist if its import failed",
     ),
 )
 
@@ -77,13 +77,13 @@ NEMO_PATCHES: tuple[Patch, ...] = (
         owner="nemo.collections.nlp.models.language_modeling.megatron_gpt_model",
         name="get_specs",
         make=_local_specs,
-        reason="builds every spec it knows, Transformer Engine's too, before it picks one",
+        reason="builds all specs, including Transformer Engine's, before it picks one",
     ),
     Patch(
         owner="nemo.collections.nlp.models.language_modeling.megatron_gpt_model:MegatronGPTModel",
         name="model_provider_func",
         make=_with_process_groups,
-        reason="megatron-core's own attention asks for the tensor-parallel group (transformer/dot_product_attention.py), "
-        "which NeMo makes when training starts; only restoring from a .nemo makes it before",
+        reason="megatron-core's own attention needs the tensor-parallel group (transformer/dot_product_attention.py), "
+        "which NeMo makes when training starts; only restoring a .nemo makes it earlier",
     ),
 )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A patch is a row: where, which name, what instead, and why. The switches are tables of these rows."""
+"""Replaces names in upstream modules. Each switch is a table of patches: where, which name, by what, and why."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Patch:
     owner: str
     """``package.module``, or ``package.module:Class`` for a name in a class."""
     name: str
-    """The attribute to replace. Where upstream lacks it (a guarded import failed), it is added."""
+    """The attribute to replace. If upstream lacks it (a guarded import failed), it is added."""
     make: Callable[[Any], Any]
-    """Called with the upstream object (None where there is none); returns what stands in its place."""
+    """Called with the upstream object, or None if there is none; returns the replacement."""
     reason: str
-    """What fails without it."""
+    """What fails without the patch."""
 
     @property
     def target(self) -> str:
@@ -33,10 +33,10 @@ class Patch:
 
 
 def apply(patches: Iterable[Patch]) -> tuple[str, ...]:
-    """Apply each patch once per process, in order.
+    """Applies each patch once per process, in order.
 
     Returns:
-        The names that this call replaced: empty when all were in place already.
+        The names that this call replaced; empty if all were already replaced.
 
     Raises:
         ImportError: an owner is not installed.
