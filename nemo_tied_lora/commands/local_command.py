@@ -22,12 +22,11 @@ def parser(command: str, summary: str, examples: str, groups: Iterable[str]) -> 
     choices = [
         f"  {group}=  {', '.join(sorted(path.stem for path in (folder / group).glob('*.yaml')))}" for group in groups
     ]
+    listed = ["groups:", *choices, ""] if choices else []
     result = argparse.ArgumentParser(
         prog=f"tied-lora {command}",
         description=f"{summary[0].upper()}{summary[1:]}.",
-        epilog=f"examples:\n{examples}\ngroups:\n"
-        + "\n".join(choices)
-        + "\n\n--cfg job shows every key and its value.",
+        epilog="\n".join([f"examples:\n{examples}", *listed, "--cfg job shows every key and its value."]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     result.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides")

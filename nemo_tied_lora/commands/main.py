@@ -7,6 +7,7 @@ import difflib
 import importlib
 import importlib.metadata
 import keyword
+import os
 import sys
 from typing import Any
 
@@ -29,10 +30,22 @@ COMMANDS = (
     "status",
 )
 
+_BROKEN_PIPE = 141
+"""What a shell reports for a program that SIGPIPE ended."""
+
 
 def entry() -> None:
-    """The console script."""
-    sys.exit(main(sys.argv[1:]))
+    """The console script. If the reader of its output has gone, as with `| head`, it exits quietly."""
+    try:
+        try:
+            code = main(sys.argv[1:])
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes stdout again at exit, and would print an error.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = _BROKEN_PIPE
+    sys.exit(code)
 
 
 def main(argv: list[str]) -> int:

@@ -55,14 +55,6 @@ def said(capsys: pytest.CaptureFixture[str], words: Sequence[str], code: int) ->
     return captured.err if code else captured.out
 
 
-@pytest.mark.parametrize("command", ["show", "merge", "import"])
-def test_help_shows_examples_that_name_the_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main([command, "--help"])
-    assert ended.value.code == 0
-    assert f"  tied-lora {command} " in capsys.readouterr().out
-
-
 def test_show_prints_config_parameters_and_norms_and_draws(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
     printed = said(capsys, ["show", f"adapter={adapter}"], 0)
     assert "rank 3, trained v B u A, tied A B, alpha 5" in printed
