@@ -1,2 +1,1 @@
 # SPDX-License-Identifier: Apache-2.0
-from tests.harness import switched_off as switched_off

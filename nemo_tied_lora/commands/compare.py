@@ -24,7 +24,7 @@ __all__ = ["SUMMARY", "main"]
 SUMMARY = "train LoRA, TL5, TL6 and VeRA from the same base and write a table and a picture"
 
 _EXAMPLES = """  tied-lora compare
-  tied-lora compare "presets=[lora,tl6]" "seeds=[1]" "overrides=[model.peft.tied_lora.rank=16]" folder=runs/rank16
+  tied-lora compare "presets=[lora,tl6]" "seeds=[1]" "overrides=['model.peft.tied_lora.rank=16']" folder=runs/rank16
 """
 
 

@@ -24,7 +24,7 @@ SUMMARY = "make a small base, fine-tune it on two ranks, and show the result"
 
 _EXAMPLES = """  tied-lora quickstart
   tied-lora quickstart layout=pp2 preset=tl5 folder=runs/tl5
-  tied-lora quickstart "overrides=[model.peft.tied_lora.rank=32,trainer.max_steps=600]"
+  tied-lora quickstart "overrides=['model.peft.tied_lora.rank=32','trainer.max_steps=600']"
 """
 _SHOWN = 5
 _BATCH = {"micro_batch_size": 32, "global_batch_size": 32}

@@ -7,15 +7,16 @@ One process counts everything, the faults too: NeMo's import takes longer than a
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.harness.command_runs import user_environment
+from tests.harness.forks import fork_program, fork_script, run_forked
 from tests.harness.paths import ROOT
+
+SCRIPT = ROOT / "benchmarks" / "communication.py"
 
 LAYERS, HIDDEN, FFN, TOKENS, RANK, MICROBATCHES = 4, 256, 512, 16, 4, 3
 SIZES = {"layers": LAYERS, "hidden": HIDDEN, "ffn": FFN, "heads": 4, "sequence": TOKENS, "vocab": 32}
@@ -100,9 +101,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(folder: Path) -> dict[str, dict[str, Any]]:
     """Exit code and output of the program as it is ("clean"), and with each fault planted."""
     driver = _DRIVER.format(benchmarks=str(ROOT / "benchmarks"), options=OPTIONS, folder=str(folder), faults=FAULTS)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", "-c", driver]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    done = run_forked(fork_program, driver, cwd=folder, env=user_environment(), timeout=600)
     assert done.returncode == 0, done.stderr
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
@@ -234,12 +233,8 @@ def test_a_planted_fault_is_found(runs: dict[str, dict[str, Any]], fault: str) -
 
 
 def test_page_is_made_from_the_json_alone(runs: dict[str, dict[str, Any]], folder: Path) -> None:
-    script = str(ROOT / "benchmarks" / "communication.py")
     words = ["--from-json", str(folder / "clean.json"), "--page", str(folder / "again.md")]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, script, *words], env=environment, capture_output=True, text=True, timeout=120
-    )
+    done = run_forked(fork_script, SCRIPT, words, cwd=folder, env=user_environment(), timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
     page = (folder / "again.md").read_text()
     assert page == (folder / "clean.md").read_text()
@@ -257,11 +252,7 @@ def test_page_is_made_from_the_json_alone(runs: dict[str, dict[str, Any]], folde
         (("--output", "x.json", "--sequence", "12"), "--sequence 12: not divisible by 8"),
     ],
 )
-def test_bad_input_is_refused_before_anything_is_built(words: tuple[str, ...], problem: str) -> None:
-    script = str(ROOT / "benchmarks" / "communication.py")
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, script, *words], env=environment, capture_output=True, text=True, timeout=120
-    )
+def test_bad_input_is_refused_before_anything_is_built(tmp_path: Path, words: tuple[str, ...], problem: str) -> None:
+    done = run_forked(fork_script, SCRIPT, words, cwd=tmp_path, env=user_environment(), timeout=120)
     assert done.returncode == 2
     assert problem in done.stderr

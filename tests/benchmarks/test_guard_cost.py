@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
+from tests.harness.command_runs import user_environment
+from tests.harness.forks import fork_script, run_forked
 from tests.harness.paths import ROOT
 
 SIZES = {"layers": 2, "hidden": 16, "ffn": 48, "heads": 2, "sequence": 8, "vocab": 32}
@@ -18,9 +17,8 @@ SIZES = {"layers": 2, "hidden": 16, "ffn": 48, "heads": 2, "sequence": 8, "vocab
 def test_the_page_holds_the_ratios_of_the_rounds_that_were_measured(tmp_path: Path) -> None:
     sizes = [word for name, value in SIZES.items() for word in (f"--{name}", str(value))]
     words = ["--output", "result.json", "--page", "page.md", "--ranks", "2", "--repeats", "3", "--warmup", "1", *sizes]
-    command = [sys.executable, str(ROOT / "benchmarks" / "guard_cost.py"), *words]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    script = ROOT / "benchmarks" / "guard_cost.py"
+    done = run_forked(fork_script, script, words, cwd=tmp_path, env=user_environment(), timeout=240)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["sizes"] == SIZES

@@ -4,15 +4,15 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.harness.command_runs import user_environment
+from tests.harness.forks import fork_script, run_forked
 from tests.harness.paths import ROOT
 
 SIZES = {"layers": 2, "hidden": 16, "ffn": 48, "heads": 2, "sequence": 8, "vocab": 32}
@@ -22,9 +22,8 @@ REPEATS = 3
 
 def run_benchmark(*words: str) -> subprocess.CompletedProcess[str]:
     """The script, as a user calls it."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "benchmarks" / "step_overhead.py"), *words]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    script = ROOT / "benchmarks" / "step_overhead.py"
+    return run_forked(fork_script, script, words, cwd=ROOT, env=user_environment(), timeout=240)
 
 
 @pytest.fixture(scope="module")

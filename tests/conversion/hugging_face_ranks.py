@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -293,7 +292,3 @@ def _loss(batch: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, dict
     logits = gather_from_tensor_model_parallel_region(logits)
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
     return loss, {"logits": logits.detach()}
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

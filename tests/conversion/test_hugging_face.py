@@ -10,8 +10,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,9 +29,10 @@ from nemo_tied_lora.conversion.hf_weights import HfWeights, megatron_tensors
 from nemo_tied_lora.conversion.to_peft_lora import check_hf_peft, write_hf_peft
 from nemo_tied_lora.errors import ConfigError
 from nemo_tied_lora.planning.base_config import base_model_config, recorded_model_keys
-from tests.harness.command_runs import tied_lora
+from tests.conversion import hugging_face_ranks
+from tests.harness.command_runs import tied_lora, user_environment
+from tests.harness.forks import fork_on_ranks, run_forked
 from tests.harness.hugging_face_models import FAMILIES, tokens
-from tests.harness.paths import ROOT
 
 # float32: both sides sum in their own order.
 CLOSE = 1e-5
@@ -53,20 +52,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_stage(stage: str, ranks: int, folder: Path) -> dict[str, Any]:
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--local-addr",
-        "127.0.0.1",
-    ]
-    command += ["--nproc-per-node", str(ranks), "-m", "tests.conversion.hugging_face_ranks", stage, str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800, check=False)
+    arguments = [hugging_face_ranks.__name__, [stage, str(folder)], ranks]
+    done = run_forked(fork_on_ranks, *arguments, cwd=folder, env=user_environment(), timeout=800)
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-9000:]}"
     return torch.load(folder / f"{stage}.pt", weights_only=False)
 

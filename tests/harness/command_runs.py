@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the real commands, as a user does, on a tiny base."""
+"""Runs the real commands on a tiny base."""
 
 from __future__ import annotations
 
@@ -12,9 +12,20 @@ from pathlib import Path
 import sentencepiece
 
 from nemo_tied_lora.checkpoint.read_nemo_adapter import AdapterFile, read_adapter
+from tests.harness.forks import fork_command, run_forked
 from tests.harness.paths import ROOT
 
-__all__ = ["SHORT", "TIMEOUT", "TINY", "finetune", "finetune_arguments", "make_workshop", "tied_lora"]
+__all__ = [
+    "SHORT",
+    "TIMEOUT",
+    "TINY",
+    "console_script",
+    "finetune",
+    "finetune_arguments",
+    "make_workshop",
+    "tied_lora",
+    "user_environment",
+]
 
 TINY = [
     "model.num_layers=4",
@@ -45,18 +56,45 @@ TIMEOUT = 600
 def tied_lora(
     *arguments: str, folder: Path, ok: bool = True, planted: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Runs the command in a folder, as a user does.
+    """Runs the command in a folder: forked, with Megatron and NeMo imported, and so are the ranks that it starts.
+
+    `tests/commands/test_console_script.py` runs each command as a user does.
 
     Args:
-        planted: more environment variables; a `sitecustomize` on PYTHONPATH plants faults into the ranks.
+        planted: more environment variables; a `sitecustomize` on PYTHONPATH plants faults.
     """
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    environment |= planted or {}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
-    command = [sys.executable, "-W", "ignore", "-m", "nemo_tied_lora.commands.main", *arguments]
+    done = run_forked(fork_command, arguments, cwd=folder, env=user_environment(planted), timeout=TIMEOUT)
+    return _checked(done, arguments, ok)
+
+
+def console_script(
+    *arguments: str, folder: Path, ok: bool = True, planted: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Runs the command in a folder as a user does: the installed script, which starts its ranks through torchrun."""
+    script = Path(sys.executable).with_name("tied-lora")
     done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False
+        [script, *arguments],
+        cwd=folder,
+        env=user_environment(planted),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
     )
+    return _checked(done, arguments, ok)
+
+
+def user_environment(more: dict[str, str] | None = None) -> dict[str, str]:
+    """This process's environment without a launcher's variables, with the checkout first on the path."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment |= more or {}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    return environment
+
+
+def _checked(
+    done: subprocess.CompletedProcess[str], arguments: tuple[str, ...], ok: bool
+) -> subprocess.CompletedProcess[str]:
     if ok:
         assert done.returncode == 0, f"{arguments}\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
     return done

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a function on several ranks inside pytest: spawned processes, gloo, a file rendezvous, a time limit."""
+"""Runs a function on several ranks inside pytest: forked processes, gloo, a file rendezvous, a time limit."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
+
+from tests.harness.forks import FORK_SERVER
+from tests.harness.switched_off import leave_switched_off
 
 __all__ = ["run_ranks", "single_process"]
 
@@ -34,14 +37,14 @@ def run_ranks(
     `function` and its results must be picklable. A rank's exception fails the caller with that rank's traceback; a
     rank that does not answer within `timeout` seconds fails it too.
     """
-    context = mp.get_context("spawn")
-    results: mp.Queue = context.Queue()
+    results: mp.Queue = FORK_SERVER.Queue()
     sizes = {"tp": tp, "pp": pp, "vp": vp, "cp": cp}
     with tempfile.TemporaryDirectory() as folder:
-        rendezvous = str(Path(folder) / "rendezvous")
+        rendezvous, environment = str(Path(folder) / "rendezvous"), dict(os.environ)
         children = [
-            context.Process(
-                target=_rank_main, args=(rank, world_size, rendezvous, sizes, function, args, results, timeout)
+            FORK_SERVER.Process(
+                target=_rank_main,
+                args=(rank, world_size, rendezvous, environment, sizes, function, args, results, timeout),
             )
             for rank in range(world_size)
         ]
@@ -96,19 +99,21 @@ def _rank_main(
     rank: int,
     world_size: int,
     rendezvous: str,
+    environment: dict[str, str],
     sizes: dict[str, int | None],
     function: Callable[..., Any],
     args: tuple[Any, ...],
     results: mp.Queue,
     timeout: float,
 ) -> None:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    torch.set_num_threads(1)
+    os.environ.clear()  # the fork server's, from when it started
+    os.environ.update(environment)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     try:
         from nemo_tied_lora.platform import prepare
 
         prepare()
+        leave_switched_off()
         torch.distributed.init_process_group(
             "gloo",
             init_method=f"file://{rendezvous}",

@@ -3,10 +3,23 @@
 
 from __future__ import annotations
 
+import gc
+
 import torch
 from megatron.core import parallel_state, tensor_parallel
 
-__all__ = ["relayout"]
+__all__ = ["forget_layout", "relayout"]
+
+
+def forget_layout() -> None:
+    """Drops Megatron's groups and ends them: each gloo group has a thread that wakes 100 times per second."""
+    parallel_state.destroy_model_parallel()
+    default = torch.distributed.group.WORLD
+    for group in list(torch.distributed.distributed_c10d._world.pg_map):
+        if group is not default:
+            torch.distributed.destroy_process_group(group)
+    del group
+    gc.collect()  # the models of the old layout, whose cycles keep groups alive
 
 
 def relayout(*, tp: int = 1, pp: int = 1, vp: int | None = None, cp: int = 1) -> None:
@@ -15,7 +28,7 @@ def relayout(*, tp: int = 1, pp: int = 1, vp: int | None = None, cp: int = 1) ->
     Data parallelism takes what ranks are left. A seed of its own on each rank: nothing may depend on ranks drawing
     the same numbers.
     """
-    parallel_state.destroy_model_parallel()
+    forget_layout()
     for name in vars(parallel_state):
         if name.endswith("_GLOBAL_RANKS"):  # stays from the layout before: a rank would believe it has embeddings
             setattr(parallel_state, name, None)

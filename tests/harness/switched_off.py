@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Switches guards off, one at a time, and says what became of the tests that are to notice.
-
-    echo '[["nemo_tied_lora.adapter.replica_check:check_ties", "adapter/test_replica_check.py::test_a_..."]]' \
-        | python -m tests.harness.switched_off
+"""Switches guards off, one at a time, and reports how the tests that must notice end.
 
 A place is `module:function` or `module:Class.method`; it then does nothing. One that ends in "()" yields nothing.
 """
@@ -18,14 +15,15 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
+from pathlib import Path
 from typing import Any
 
 from tests.harness.paths import ROOT
 
-__all__ = ["VARIABLE", "switched_off"]
+__all__ = ["VARIABLE", "leave_switched_off", "run_tests", "switched_off"]
 
 VARIABLE = "SWITCHED_OFF"
-"""What ranks that a test spawns read: the place that is switched off in them, too."""
+"""The environment variable that names the place, for the ranks that a test starts."""
 _OURS = ("nemo_tied_lora", "tests")
 
 
@@ -66,14 +64,15 @@ class _Reports:
             self.failures.append(report.longreprtext)
 
 
-def main() -> None:
-    """Runs each test of the list that it reads with its guard off; prints [exit code, why it failed] of each, as JSON."""
-    from nemo_tied_lora.platform import prepare
+def run_tests(rows: list[tuple[str, str]], output: str) -> int:
+    """Runs each (place, test) with the guard off; writes [exit code, why it failed] of each to the file, as JSON.
 
-    prepare()
-    with tempfile.TemporaryDirectory() as folder:  # not where other sessions tidy up
-        rows = enumerate(json.load(sys.stdin))
-        json.dump([_run(place, test, f"{folder}/{number}") for number, (place, test) in rows], sys.stdout)
+    For a process of its own: the tests' modules are imported again and again.
+    """
+    with tempfile.TemporaryDirectory() as folder:  # pytest's default folder is cleaned by other sessions
+        ends = [_run(place, test, f"{folder}/{number}") for number, (place, test) in enumerate(rows)]
+    Path(output).write_text(json.dumps(ends))
+    return 0
 
 
 def _run(place: str, test: str, folder: str) -> list[Any]:
@@ -89,18 +88,10 @@ def _run(place: str, test: str, folder: str) -> list[Any]:
     return [int(code), "\n".join(reports.failures or [said.getvalue()])]
 
 
-def _in_a_spawned_rank() -> None:
-    """For the rest of this process."""
-    from nemo_tied_lora.platform import prepare
-
-    prepare()
-    _for_good.enter_context(switched_off(os.environ[VARIABLE]))
+def leave_switched_off() -> None:
+    """In a rank that a test starts while a guard is off: switches it off for the rest of this process."""
+    if place := os.environ.get(VARIABLE):
+        _never_left.enter_context(switched_off(place))
 
 
-_for_good = ExitStack()  # kept: a context that nobody refers to is left
-
-
-if __name__ == "__main__":
-    main()
-elif os.environ.get(VARIABLE):
-    _in_a_spawned_rank()
+_never_left = ExitStack()

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Short fine-tuning runs in one process, for what NeMo's checkpoint options mean: `python -m ... FOLDER NAME...`.
-
-Prints a JSON object on its last line. One process, because starting NeMo costs more than all the runs.
-"""
+"""Short fine-tuning runs in one process, for what NeMo's checkpoint options mean. `main` prints a JSON object last."""
 
 from __future__ import annotations
 
@@ -12,7 +9,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -372,8 +368,8 @@ SCENARIOS: dict[str, Callable[[], dict[str, bool]]] = {
 }
 
 
-def main(folder: str, names: list[str], scenarios: dict[str, Callable[[], dict[str, bool]]] = SCENARIOS) -> None:
-    """Runs the scenarios in the folder; a failing one is reported by its error."""
+def main(argv: list[str], scenarios: dict[str, Callable[[], dict[str, bool]]] = SCENARIOS) -> None:
+    """Runs the scenarios in the folder `argv[0]`; a failing one is reported by its error."""
     import traceback
 
     from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
@@ -383,9 +379,9 @@ def main(folder: str, names: list[str], scenarios: dict[str, Callable[[], dict[s
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29473"}
     os.environ.update({key: value for key, value in alone.items() if key not in os.environ})
     prepare(nemo=True)
-    os.chdir(folder)
+    os.chdir(argv[0])
     results: dict[str, Any] = {}
-    for name in names or scenarios:
+    for name in argv[1:] or scenarios:
         destroy_num_microbatches_calculator()  # NeMo lets one process have one size of microbatch
         try:
             results[name] = scenarios[name]()
@@ -393,7 +389,3 @@ def main(folder: str, names: list[str], scenarios: dict[str, Callable[[], dict[s
             results[name] = {"error": traceback.format_exc()}
     if os.environ["RANK"] == "0":
         print(json.dumps(results), flush=True)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])

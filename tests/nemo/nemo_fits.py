@@ -234,12 +234,13 @@ def run_fits(folder: str, fits: dict[str, Fit]) -> dict[str, FitRecord]:
 @contextmanager
 def _fresh_layout() -> Iterator[None]:
     """Forgets the layout of the fit before: NeMo and Megatron keep it in globals, for one run a process."""
-    from megatron.core import parallel_state
     from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
     from nemo.utils.metaclasses import Singleton
 
+    from tests.harness.relayout import forget_layout
+
     world_size = str(torch.distributed.get_world_size())
-    parallel_state.destroy_model_parallel()
+    forget_layout()
     destroy_num_microbatches_calculator()
     Singleton._Singleton__instances.clear()
     os.environ["WORLD_SIZE"] = world_size  # Lightning removes it when a fit ends

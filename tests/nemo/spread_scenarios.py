@@ -1,21 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run of one rank goes on with its optimizer's state spread over two: `torchrun ... -m tests.nemo.spread_scenarios FOLDER`.
+"""A run of one rank resumes with its optimizer's state spread over two ranks.
 
-Rank 0 prints a JSON object on its last line. `checkpoint_scenarios.distributed_optimizer` has left the stopped run.
+Rank 0 prints a JSON object last. `checkpoint_scenarios.distributed_optimizer` has left the stopped run.
 """
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tests.nemo.checkpoint_scenarios import SHARDED, At, checkpoint, main, run, state, tensors_in
+from tests.nemo import checkpoint_scenarios
+from tests.nemo.checkpoint_scenarios import SHARDED, At, checkpoint, run, state, tensors_in
 
-__all__ = ["spread"]
+__all__ = ["main", "spread"]
 
 
 def spread() -> dict[str, Any]:
@@ -35,7 +34,7 @@ def spread() -> dict[str, Any]:
         "same tensors": arrived.result.keys() == left.keys(),
         "bits": [name for name in left if not torch.equal(left[name], arrived.result[name])] or True,
         # float32; Adam divides by small second moments, so reordered sums show in the last digits.
-        "goes on": all(torch.allclose(got[name], tensor, rtol=5e-3, atol=5e-5) for name, tensor in want.items()),
+        "resumes": all(torch.allclose(got[name], tensor, rtol=5e-3, atol=5e-5) for name, tensor in want.items()),
     }
 
 
@@ -43,6 +42,6 @@ def without_random_states(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in tensors_in(folder).items() if not name[0].isdigit()}
 
 
-if __name__ == "__main__":
-    os.environ["MASTER_ADDR"] = "127.0.0.1"
-    main(sys.argv[1], sys.argv[2:], {"spread": spread})
+def main(argv: list[str]) -> None:
+    """On each rank, in the folder `argv[0]`."""
+    checkpoint_scenarios.main(argv, {"spread": spread})

@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
+
+from tests.harness.command_runs import user_environment
+from tests.harness.forks import fork_program, run_forked
 
 PROGRAM = """
 import os, pathlib
@@ -56,10 +56,6 @@ print("all said")
 
 
 def test_the_scheme_is_in_nemos_map_and_its_errors_say_what_to_do(tmp_path: Path) -> None:
-    command = [sys.executable, "-W", "ignore", "-c", PROGRAM]
-    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=600, check=False, cwd=tmp_path, env=environment
-    )
+    done = run_forked(fork_program, PROGRAM, cwd=tmp_path, env=user_environment(), timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.splitlines()[-1] == "all said"

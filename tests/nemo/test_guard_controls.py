@@ -8,14 +8,14 @@ each where its ranks are.
 
 from __future__ import annotations
 
-import functools
 import json
-import subprocess
-import sys
 
 import pytest
 
+from tests.harness.command_runs import user_environment
+from tests.harness.forks import run_forked
 from tests.harness.paths import ROOT
+from tests.harness.switched_off import run_tests
 
 # What is switched off: (where, the test, words of its failure: it is to fail for want of the guard and of nothing else).
 CONTROLS = {
@@ -131,25 +131,19 @@ CONTROLS |= {
 }
 
 
-@functools.cache
-def outcomes() -> dict[str, tuple[int, str]]:
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
     """Each control's test: pytest's exit code and why it failed. One process for all of them."""
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.harness.switched_off"],
-        input=json.dumps([control[:2] for control in CONTROLS.values()]),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    return dict(zip(CONTROLS, json.loads(run.stdout), strict=True))
+    folder = tmp_path_factory.mktemp("switched_off")
+    rows, ends = [control[:2] for control in CONTROLS.values()], folder / "ends.json"
+    done = run_forked(run_tests, rows, str(ends), cwd=ROOT, env=user_environment(), timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return dict(zip(CONTROLS, json.loads(ends.read_text()), strict=True))
 
 
 @pytest.mark.parametrize("guard", CONTROLS)
-def test_without_the_guard_its_test_goes_red(guard: str) -> None:
-    code, failure = outcomes()[guard]
+def test_without_the_guard_its_test_goes_red(outcomes: dict[str, tuple[int, str]], guard: str) -> None:
+    code, failure = outcomes[guard]
     assert code == pytest.ExitCode.TESTS_FAILED, failure
     assert CONTROLS[guard][2] in failure, failure
 

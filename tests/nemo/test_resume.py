@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from nemo_tied_lora.checkpoint.read_nemo_adapter import read_adapter
-from tests.harness.command_runs import finetune_arguments, tied_lora
-from tests.harness.paths import ROOT
+from tests.harness.command_runs import TIMEOUT, finetune_arguments, tied_lora, user_environment
+from tests.harness.forks import fork_module, fork_on_ranks, run_forked
+from tests.nemo import checkpoint_scenarios, spread_scenarios
 
 # 10 steps of 16 samples from 64: shuffled anew at each of three passes. Two ranks with masks of their own.
 RUN = [
@@ -177,11 +176,9 @@ def test_a_run_goes_on_at_other_layouts_to_the_rounding_of_sums(workshop: Path, 
     assert "random states do not fit another layout" in log
 
 
-def claims_that_do_not_hold(folder: Path, *command: str) -> list[str]:
+def claims_that_do_not_hold(folder: Path, fork: Callable[..., int], *arguments: Any) -> list[str]:
     """Runs a module of scenarios in the folder."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    python = [sys.executable, "-W", "ignore", "-m", *command, str(folder)]
-    done = subprocess.run(python, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    done = run_forked(fork, *arguments, cwd=folder, env=user_environment(), timeout=TIMEOUT)
     assert done.returncode == 0, done.stderr[-8000:]
     results = json.loads(done.stdout.splitlines()[-1])
     return [
@@ -194,7 +191,7 @@ def claims_that_do_not_hold(folder: Path, *command: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def wrong_on_one_rank(workshop: Path) -> list[str]:
-    return claims_that_do_not_hold(workshop, "tests.nemo.checkpoint_scenarios")
+    return claims_that_do_not_hold(workshop, fork_module, checkpoint_scenarios.__name__, [str(workshop)])
 
 
 def test_nemos_options_keep_their_meaning_and_every_optimizer_goes_on(wrong_on_one_rank: list[str]) -> None:
@@ -204,5 +201,4 @@ def test_nemos_options_keep_their_meaning_and_every_optimizer_goes_on(wrong_on_o
 def test_an_optimizers_state_goes_on_spread_over_data_parallel_ranks(
     workshop: Path, wrong_on_one_rank: list[str]
 ) -> None:
-    two = ["torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2"]
-    assert claims_that_do_not_hold(workshop, *two, "-m", "tests.nemo.spread_scenarios") == []
+    assert claims_that_do_not_hold(workshop, fork_on_ranks, spread_scenarios.__name__, [str(workshop)], 2) == []

@@ -6,9 +6,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,11 +15,12 @@ import pytest
 from lightning.pytorch import Trainer
 
 from nemo_tied_lora.checkpoint.training_checkpoint import read_description
+from nemo_tied_lora.commands import main
 from nemo_tied_lora.nemo.stop_callback import answer_alone
 from nemo_tied_lora.resilience.dead_rank_watchdog import EXIT_CODE
 from nemo_tied_lora.resilience.status_file import read_status
-from tests.harness.command_runs import SHORT, TIMEOUT, tied_lora
-from tests.harness.paths import ROOT
+from tests.harness.command_runs import SHORT, TIMEOUT, tied_lora, user_environment
+from tests.harness.forks import Forked, fork_module, free_port
 
 STEPS = 30
 TIMEOUT_S = 15
@@ -43,28 +41,23 @@ def arguments(name: str) -> list[str]:
     return [*SHORT, *LONGER, *files, *place, *rank]
 
 
-def start(folder: Path, name: str, *command: str) -> list[subprocess.Popen[bytes]]:
+def start(folder: Path, name: str, *command: str) -> list[Forked]:
     """Starts one process per rank, as srun does; each rank's log is in `folder`. No command: `finetune` in `name`."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    words = [sys.executable, "-W", "ignore", "-m", "nemo_tied_lora.commands.main"]
-    words += command or ("finetune", *arguments(name))
-    ranks = []
-    for rank in range(2):
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "RANK": str(rank),
-            "WORLD_SIZE": "2",
-        }
-        environment |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        with (folder / f"{name}-{rank}.log").open("ab") as log:
-            ranks.append(subprocess.Popen(words, cwd=folder, env=environment, stdout=log, stderr=log))
-    return ranks
+    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [
+        Forked(
+            fork_module,
+            main.__name__,
+            command or ("finetune", *arguments(name)),
+            cwd=folder,
+            env=user_environment({**variables, "RANK": str(rank), "LOCAL_RANK": str(rank)}),
+            stdout=folder / f"{name}-{rank}.log",
+        )
+        for rank in range(2)
+    ]
 
 
-def disturb(folder: Path, name: str, action: Callable[[list[subprocess.Popen[bytes]]], None]) -> list[int]:
+def disturb(folder: Path, name: str, action: Callable[[list[Forked]], None]) -> list[int]:
     """Starts a new run, waits for its first steps, does something to it; returns the exit codes."""
     assert read_status(folder / name) is None, f"another test's run is in {folder / name}"
     ranks = start(folder, name)
@@ -161,7 +154,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_the_run_goes_on_unchange
 def test_when_a_rank_is_killed_the_other_ends_in_time_and_names_it(workshop: Path) -> None:
     killed: list[float] = []
 
-    def kill(ranks: list[subprocess.Popen[bytes]]) -> None:
+    def kill(ranks: list[Forked]) -> None:
         ranks[1].kill()
         killed.append(time.monotonic())
 

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole commands, in forked processes: quickstart and compare, on a base of two steps, with two steps each."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from nemo_tied_lora.commands import compare, quickstart
+from nemo_tied_lora.commands.demo.tasks import write_quickstart_data
+from nemo_tied_lora.planning.compose import compose_config
+from tests.harness.command_runs import tied_lora
+
+PLACE = Path("runs", "quickstart")
+SHORT = ["trainer.max_steps=2", "trainer.val_check_interval=2"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the quickstart has made its data and its base before."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    data = folder / PLACE / "data"
+    write_quickstart_data(data)
+    files = [f"model.data.{ds}_ds.file_names=[{data}/pretrain_{name}.jsonl]" for ds, name in SPLITS]
+    words = ["recipe=quickstart_base", f"output={PLACE}/base.nemo", f"model.tokenizer.model={data}/tokenizer.model"]
+    words += [f"exp_manager.explicit_log_dir={PLACE}/pretraining", "trainer.devices=1"]
+    tied_lora("pretrain", *words, *files, *SHORT, folder=folder)
+    return folder
+
+
+SPLITS = (("train", "train"), ("validation", "validation"))
+
+
+def test_the_quickstart_trains_on_two_ranks_and_reports_what_it_measured(folder: Path) -> None:
+    printed = tied_lora("quickstart", "layout=pp2", f"overrides={SHORT}", folder=folder).stdout
+    place = folder / PLACE
+    numbers = json.loads((place / "metrics.json").read_text())
+    assert (numbers["steps"], numbers["layout"], numbers["preset"]) == (2, "tp1pp2", "tl6")
+    assert (numbers["trained_parameters"], numbers["lora_parameters"]) == (25_856, 131_072)
+    assert numbers["base_was_there"]
+    assert 0 <= numbers["exact_match_before"] <= numbers["exact_match_after"] <= 1
+    assert numbers["peak_memory_bytes"] > 2**27
+    answers = json.loads((place / "answers.json").read_text())
+    assert len(answers["examples"]) == numbers["test_examples"] == 200
+    report = (place / "report.md").read_text()
+    assert report.strip() in printed
+    assert "Trained parameters: 25,856, 19.7% of LoRA's 131,072" in report
+    assert report.count("| no: ") + report.count("| yes") == 5
+    assert (place / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (place / "adapter.nemo").exists()
+    assert not list(place.glob("training-*/checkpoints"))
+
+
+def test_compare_trains_each_method_and_keeps_the_runs_that_have_finished(folder: Path) -> None:
+    words = ["presets=[lora,tl6]", "seeds=[1]", "steps=2", "overrides=['trainer.log_every_n_steps=1']"]
+    printed = tied_lora("compare", *words, folder=folder).stdout
+    place = folder / "runs" / "compare"
+    summary = json.loads((place / "compare.json").read_text())
+    assert [(run["preset"], run["trained_parameters"]) for run in summary["runs"]] == [
+        ("lora", 131_072),
+        ("tl6", 25_856),
+    ]
+    table = (place / "compare.md").read_text()
+    assert table in printed
+    assert "| tl6    | 25,856  | 19.7%" in table
+    assert (place / "compare.png").read_bytes().startswith(b"\x89PNG")
+    written = {path: path.stat().st_mtime_ns for path in place.glob("*-seed1/adapter.nemo")}
+    tied_lora("compare", *words, folder=folder)
+    assert {path: path.stat().st_mtime_ns for path in place.glob("*-seed1/adapter.nemo")} == written
+
+
+@pytest.mark.parametrize("command", [quickstart, compare])
+def test_the_examples_of_the_help_are_accepted_as_typed(command: ModuleType) -> None:
+    name = command.__name__.rpartition(".")[2]
+    for line in command._EXAMPLES.splitlines():
+        _, typed, *words = shlex.split(line)
+        assert typed == name
+        assert compose_config(name, words)
+
+
+def test_a_stage_that_fails_is_named_with_its_command(folder: Path) -> None:
+    done = tied_lora("quickstart", "overrides=['model.peft.tied_lora.adapter_dim=8']", folder=folder, ok=False)
+    assert done.returncode == 1
+    assert "tied-lora quickstart: " in done.stderr
+    assert "finetune ... failed with exit code 2" in done.stderr
