@@ -81,12 +81,12 @@ CONTROLS = {
     ),
     "several problems in one message": (
         "nemo_tied_lora.planning.parallel_layout:_pipeline_problems()",
-        "commands/test_plan.py::test_every_problem_of_a_layout_is_reported",
+        "planning/test_parallel_layout.py::test_every_problem_of_a_layout_is_reported",
         "model.pipeline_model_parallel_size",
     ),
     "rank and layers": (
         "nemo_tied_lora.planning.parallel_layout:_adapter_problems()",
-        "commands/test_plan.py::test_every_problem_of_a_layout_is_reported",
+        "planning/test_parallel_layout.py::test_every_problem_of_a_layout_is_reported",
         "layers",
     ),
     "lengths and batches of the data": (
@@ -124,7 +124,7 @@ LAYOUT_CHECKS = {
 CONTROLS |= {
     f"layout: {what}": (
         f"nemo_tied_lora.planning.parallel_layout:_{check}_problems()",
-        f"commands/test_plan.py::test_a_bad_layout_is_refused_with_value_and_fix[{what}]",
+        f"planning/test_parallel_layout.py::test_a_bad_layout_is_refused_with_value_and_fix[{what}]",
         "assert []",
     )
     for what, check in LAYOUT_CHECKS.items()
@@ -149,7 +149,7 @@ def test_without_the_guard_its_test_goes_red(outcomes: dict[str, tuple[int, str]
 
 
 def test_every_check_of_a_layout_has_its_control() -> None:
-    from tests.commands import test_plan
+    from tests.planning import test_parallel_layout
 
-    (cases,) = test_plan.test_a_bad_layout_is_refused_with_value_and_fix.pytestmark
+    (cases,) = test_parallel_layout.test_a_bad_layout_is_refused_with_value_and_fix.pytestmark
     assert cases.kwargs["ids"] == list(LAYOUT_CHECKS)

@@ -5,12 +5,19 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from nemo_tied_lora.commands.main import COMMANDS
 from nemo_tied_lora.config import PRESETS, TiedLoraConfig
 from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.planning import config_folder as config_folder_module
+from nemo_tied_lora.planning.architecture import Architecture
 from nemo_tied_lora.planning.base_config import adapter_section
 from nemo_tied_lora.planning.compose import compose_config, plain
 from nemo_tied_lora.planning.config_folder import config_folder
@@ -86,7 +93,9 @@ def test_nemos_keys_keep_their_names(key: str) -> None:
 
 
 def test_the_peft_section_lists_every_field_and_leaves_the_defaults_to_the_dataclass() -> None:
-    section = dict(compose_config("finetune", []).model.peft.tied_lora)
+    peft = compose_config("finetune", []).model.peft
+    section = dict(peft.tied_lora)
+    assert (peft.peft_scheme, peft.restore_from_path) == ("tied_lora", None)
     assert section.keys() == {"preset"} | {field.name for field in dataclasses.fields(TiedLoraConfig)}
     assert set(section.values()) == {None}
 
@@ -104,3 +113,45 @@ def test_an_override_that_fits_nothing_is_explained() -> None:
     assert "no key model.optim.learning_rate" in text
     assert "layout=tp3: unknown; choose one of" in text
     assert "'preset': not an override" in text
+
+
+@pytest.mark.parametrize("layout", [name for name in YAMLS if name.startswith("layout/")])
+def test_a_layouts_name_says_its_sizes_and_the_ranks_are_all_used(layout: str) -> None:
+    option = layout.removeprefix("layout/").removesuffix(".yaml")
+    with initialize_config_dir(version_base="1.3", config_dir=str(FOLDER)):
+        cfg: Any = OmegaConf.to_container(compose("plan", [f"layout={option}"]))
+    tp_size, pp_size = cfg["model"]["tensor_model_parallel_size"], cfg["model"]["pipeline_model_parallel_size"]
+    name = (f"tp{tp_size}" if tp_size > 1 else "") + (f"pp{pp_size}" if pp_size > 1 else "")
+    assert option == (name or "single")
+    assert cfg["trainer"]["devices"] * cfg["trainer"]["num_nodes"] == tp_size * pp_size
+    assert "layout" not in cfg, "the layout's keys must land in model and trainer"
+
+
+def test_the_shipped_layouts_are_all_there() -> None:
+    expected = {"single", "tp2", "pp2", "tp2pp2", "tp4", "tp8", "tp8pp4", "tp8pp8"}
+    assert expected <= {path.stem for path in (FOLDER / "layout").glob("*.yaml")}
+
+
+@pytest.mark.parametrize(
+    ("model", "parameters"),
+    [
+        # The models' published sizes; for gpt_2b what NeMo prints is 2.25e9.
+        ("llama2_7b", 6_738_415_616),
+        ("llama2_13b", 13_015_864_320),
+        ("llama2_70b", 68_976_648_192),
+        ("gpt_2b", 2_253_590_528),
+    ],
+)
+def test_a_shipped_model_has_its_published_number_of_parameters(model: str, parameters: int) -> None:
+    cfg = yaml.safe_load((FOLDER / "model" / f"{model}.yaml").read_text())
+    assert Architecture.from_model_config(cfg).num_parameters == parameters
+
+
+def test_the_installed_package_looks_inside_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "site-packages" / "nemo_tied_lora"
+    monkeypatch.setattr(config_folder_module, "__file__", str(package / "planning" / "config_folder.py"))
+    with pytest.raises(FileNotFoundError, match="install the package again"):
+        config_folder()
+    (package / "configs").mkdir(parents=True)
+    (package / "configs" / "plan.yaml").touch()
+    assert config_folder() == (package / "configs").resolve()
