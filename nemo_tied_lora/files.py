@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files are written beside the target and renamed: a reader meets the old file or the new one, never half of one."""
+"""Writes files atomically: into a temporary file beside the target, then a rename. A reader sees the old file or the new one."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ __all__ = ["file_beside", "put_in_place", "replace_file", "replace_folder", "wri
 
 
 def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> Path:
-    """Replaces `path` by what `write` puts into the file it is given, made durable first; folders are made.
+    """Replaces `path` with what `write` puts into the file that it receives. Makes missing folders.
 
     Raises:
-        OSError: it cannot be written, or is a device or the like, which a rename would put an end to; whatever goes
-            wrong, the old file is intact, and nothing is left beside it (but by a kill, until the next call).
+        OSError: `path` cannot be written, or is not a regular file, such as a device. The old file is unchanged, and
+            no temporary file remains. After a kill one may remain; the next call removes it.
     """
     if path.exists() and not path.is_file() and not path.is_dir():
-        raise OSError(errno.EINVAL, "is no plain file, and would be replaced by one", str(path))
+        raise OSError(errno.EINVAL, "not a regular file; refusing to replace it", str(path))
     with file_beside(path) as (file, temporary):
         write(file)
         put_in_place(file, temporary, path)
@@ -36,7 +36,7 @@ def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> Path:
 
 
 def put_in_place(file: IO[bytes], temporary: Path, path: Path) -> None:
-    """Makes what was written durable, and gives the file its name, with the permissions of any new file."""
+    """Syncs the file to disk, gives it the default permissions of a new file, and renames it to `path`."""
     file.flush()
     os.fsync(file.fileno())
     temporary.chmod(0o666 & ~_umask())
@@ -45,10 +45,10 @@ def put_in_place(file: IO[bytes], temporary: Path, path: Path) -> None:
 
 @contextmanager
 def file_beside(path: Path, suffix: str = "") -> Iterator[tuple[IO[bytes], Path]]:
-    """An open file beside `path` and its name, removed at the end unless it was renamed; folders are made.
+    """Yields an open temporary file beside `path`, and its path. Removes it at the end, unless it was renamed.
 
-    It is locked as long as its writer lives. What a killed writer left is known by the lock's absence, and removed;
-    where the file system has no locks, it stays.
+    The file is locked while its writer lives. So a file without a lock was left by a killed writer, and is removed. On a
+    file system without locks such files remain.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_left_behind(path, suffix)
@@ -64,10 +64,10 @@ def file_beside(path: Path, suffix: str = "") -> Iterator[tuple[IO[bytes], Path]
 
 
 def replace_folder(path: Path, write: Callable[[Path], object]) -> Path:
-    """Replaces the folder `path` by the one that `write` fills, which stands beside it until it is whole.
+    """Replaces the folder `path` with a new one that `write` fills. The new folder gets its name when it is complete.
 
     Raises:
-        OSError: it cannot be written; whatever goes wrong, the old folder is intact, and nothing is left beside it.
+        OSError: the folder cannot be written. The old folder is unchanged, and no temporary folder remains.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -93,25 +93,25 @@ def replace_folder(path: Path, write: Callable[[Path], object]) -> Path:
 
 
 def write_atomically(path: Path, content: bytes) -> Path:
-    """Replaces `path` by `content`; see `replace_file`."""
+    """Replaces `path` with `content`; see `replace_file`."""
     return replace_file(path, lambda file: file.write(content))
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> Path:
-    """`values` as indented JSON."""
+    """Writes `values` as indented JSON; see `replace_file`."""
     return write_atomically(path, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def _remove_left_behind(path: Path, suffix: str) -> None:
-    """Unfinished files for `path` that no process holds."""
+    """Removes unfinished files for `path` that no process has locked."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.????????{suffix}"):
-        with contextlib.suppress(OSError), left.open("r+b") as file:  # NFS locks only what may be written
+        with contextlib.suppress(OSError), left.open("r+b") as file:  # NFS locks only a file that is open for writing
             if time.time() - left.stat().st_mtime > _TIME_TO_LOCK:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 left.unlink()
 
 
-# Seconds: another process may just have made its file.
+# Seconds. A younger file may belong to a process that has not locked it yet.
 _TIME_TO_LOCK = 10.0
 
 

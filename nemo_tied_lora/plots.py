@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all pictures share: no display, a grid, a file that is never half written."""
+"""Draws PNG pictures without a display, and writes them atomically."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["panels", "picture"]
 
 @contextmanager
 def picture(path: Path, *, width: float = 8.0, height: float = 4.5) -> Iterator[Any]:
-    """Axes to draw on (sizes in inches); on leaving, a grid and a legend are added and the PNG is written."""
+    """Yields axes to draw on. At the end, adds a grid and a legend, and writes the PNG. Sizes are in inches."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -36,7 +36,7 @@ def picture(path: Path, *, width: float = 8.0, height: float = 4.5) -> Iterator[
 
 @contextmanager
 def panels(path: Path, number: int, *, width: float, height: float, title: str) -> Iterator[Any]:
-    """So many axes under each other (sizes in inches); on leaving, the PNG is written."""
+    """Yields a column of `number` axes. At the end, writes the PNG. Sizes are in inches."""
     import matplotlib
 
     matplotlib.use("Agg")

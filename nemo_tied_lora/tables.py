@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables for the terminal and for Markdown pages. A column holds numbers where a cell below its head begins with a digit."""
+"""Makes tables for the terminal and for Markdown. A column is numeric if a cell below its head begins with a digit."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ _Rows = Sequence[Sequence[str]]
 
 
 def text_table(rows: _Rows, *, total: bool = False) -> str:
-    """For the terminal: words to the left, numbers to the right, a rule under the head.
+    """Returns a table for the terminal: words left-aligned, numbers right-aligned, a rule under the head.
 
     Args:
-        rows: the head, then the body, with as many cells each.
-        total: the last row is a sum: a rule above it too.
+        rows: the head, then the body. All rows have the same number of cells.
+        total: the last row is a sum, and gets a rule above it.
     """
     widths, numbers = _widths(rows), _numbers(rows)
     lines = [
@@ -32,10 +32,11 @@ def text_table(rows: _Rows, *, total: bool = False) -> str:
 
 
 def markdown_table(rows: _Rows, *, padded: bool = False) -> str:
-    """For a Markdown page, numbers to the right; padded: for the terminal too, all cells padded on the right.
+    """Returns a Markdown table with right-aligned numbers.
 
     Args:
-        rows: the head, then the body, with as many cells each.
+        rows: the head, then the body. All rows have the same number of cells.
+        padded: pad all cells on the right, so that the table is readable in a terminal too.
     """
     rule = ["---:" if number else "---" for number in _numbers(rows)]
     if padded:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The versions of installed packages, without importing them, and what git says of a checkout."""
+"""Looks up the versions of installed packages without importing them, and runs git in a checkout."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["git", "installed_version"]
 
 
 def installed_version(package: str) -> str | None:
-    """The version of a package, by the name that it is installed under ("megatron-core"); None where it is absent."""
+    """Returns the version of a package, by its distribution name ("megatron-core"). None: not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -19,10 +19,10 @@ def installed_version(package: str) -> str | None:
 
 
 def git(checkout: Path, *arguments: str) -> str | None:
-    """What git prints; None where it fails, or is absent.
+    """Returns the output of a git command, or None if git fails or is not installed.
 
     Args:
-        checkout: its top folder. On a shared file system it often belongs to somebody else, in a container to nobody.
+        checkout: the checkout's top folder. It may belong to another user, as on a shared file system or in a container.
     """
     command = ["git", "-c", f"safe.directory={checkout}", "-C", str(checkout), *arguments]
     try:

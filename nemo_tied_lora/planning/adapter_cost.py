@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an adapter costs on a layout: parameters, bytes per rank, file size, bytes on the network. No model is built.
+"""Computes what an adapter costs on a layout: parameters, bytes per rank, file size, bytes sent. Builds no model.
 
-Every number is for the rank that holds most: one of the pipeline stage with the most selected linears. Let r be the
+Every number is for the rank that holds most, on the pipeline stage with the most selected linears. Let r be the
 adapter's rank, T, P, C, D the tensor, pipeline, context and data parallel sizes. A rank holds its part of each factor
 (see `shapes`) once per model chunk if it is tied, else once per selected layer of its stage. In a mixture it holds one
-per expert, except what experts share (see `experts`). A frozen A or B is held without gradient and optimizer state; a
-frozen u or v is 1 and is not held. Collectives are counted as rings: a rank sends 2 (n-1)/n of what an all-reduce over
+per expert, except what experts share (see `experts`). A frozen A or B has no gradient and no optimizer state; a
+frozen u or v is 1 and is not stored. Collectives are counted as rings: a rank sends 2 (n-1)/n of what an all-reduce over
 n ranks sums, and (n-1)/n of the whole tensor in an all-gather or a reduce-scatter.
 """
 
@@ -40,7 +40,7 @@ _GRADIENT_BYTES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:
-    """Bytes per element. weights: also the file's. master: Adam's own copy of the weights, 0 where there is none."""
+    """Bytes per element. weights: in memory and in the file. master: Adam's copy of the weights; 0 if it has none."""
 
     weights: int
     activations: int
@@ -51,7 +51,7 @@ class Precision:
 
     @classmethod
     def from_names(cls, precision: object, amp_O2: bool) -> Precision:
-        """From NeMo's ``trainer.precision`` and ``model.megatron_amp_O2``.
+        """Reads NeMo's ``trainer.precision`` and ``model.megatron_amp_O2``.
 
         Raises:
             ConfigError: the precision is unknown, or is 32 together with megatron_amp_O2.
@@ -79,8 +79,8 @@ class Precision:
 
 @dataclass(frozen=True)
 class RankShare:
-    """Elements on one rank. held: in memory. trained: with a gradient. tied: with a gradient summed over the pipeline,
-    once, however many chunks hold a copy. partial: with a gradient summed over TP under sequence parallelism."""
+    """Elements on one rank. held: in memory. trained: with a gradient. tied: with a gradient that is summed over the
+    pipeline, counted once for all chunks. partial: with a gradient that sequence parallelism sums over TP."""
 
     held: int
     trained: int
@@ -89,7 +89,7 @@ class RankShare:
 
 
 def rank_share(arch: Architecture, layout: Layout, config: TiedLoraConfig) -> RankShare:
-    """What the rank that holds most holds of each kind."""
+    """Counts the elements on the rank that holds most."""
     num_layers = _fullest_stage(arch, layout, config)
     held = trained = tied = partial = 0
     for group, shape in selected_linears(arch, config).items():
@@ -106,13 +106,13 @@ def rank_share(arch: Architecture, layout: Layout, config: TiedLoraConfig) -> Ra
 
 
 def network_bytes(arch: Architecture, layout: Layout, config: TiedLoraConfig, precision: Precision) -> dict[str, int]:
-    """Bytes that one rank sends for the adapter, per purpose.
+    """Returns the bytes that one rank sends for the adapter, by purpose.
 
-    reduced_bytes_per_step: a step's one all-reduce of the trained tied tensors' gradients over the pipeline group.
-    sequence_parallel_bytes_per_step: a step's all-reduce, over the tensor group, of what is partial over the sequence.
-    data_parallel_bytes_per_step: a step's all-reduce of all gradients over the D * C ranks that hold the same shards.
-    activation_bytes_per_microbatch: per selected linear one r-wide exchange in forward or backward (two halves under
-    sequence parallelism), none for a routed expert's; no recomputation.
+    reduced_bytes_per_step: the all-reduce of tied gradients over the pipeline group.
+    sequence_parallel_bytes_per_step: the all-reduce, over the tensor group, of gradients that are partial over the sequence.
+    data_parallel_bytes_per_step: the all-reduce of all gradients over the D * C ranks that hold the same shards.
+    activation_bytes_per_microbatch: one r-wide exchange per selected linear, in forward or in backward (under sequence
+    parallelism, half in each). Routed experts exchange nothing. Without recomputation.
     """
     share = rank_share(arch, layout, config)
     sequence_parallel = layout.sequence_parallel and layout.tp_size > 1
@@ -129,9 +129,9 @@ def network_bytes(arch: Architecture, layout: Layout, config: TiedLoraConfig, pr
 
 
 def plan(arch: Architecture, layout: Layout, config: TiedLoraConfig, precision: Precision) -> dict[str, Any]:
-    """Every number of the adapter, of LoRA of the same rank on the same linears, and their ratios, ready for JSON.
+    """Returns all numbers of the adapter, those of LoRA with the same rank on the same linears, and their ratios, as JSON values.
 
-    The model and the layout must have passed `layout.check`. A ratio is null where LoRA's number is 0.
+    The model and the layout must have passed `parallel_layout.check`. A ratio is None if LoRA's number is 0.
     """
     lora = TiedLoraConfig.preset("lora", rank=config.rank, targets=config.targets, layers=config.layers)
     ours, loras = _numbers(arch, layout, config, precision), _numbers(arch, layout, lora, precision)
@@ -196,7 +196,7 @@ def _per_target(arch: Architecture, config: TiedLoraConfig, lora: TiedLoraConfig
 
 
 def _fullest_stage(arch: Architecture, layout: Layout, config: TiedLoraConfig) -> dict[str, int]:
-    """Selected layers of each group on the stage that has the most linears."""
+    """Returns the number of selected layers of each group, on the stage with the most selected linears."""
     shapes = selected_linears(arch, config)
     stages = [
         {group: len(set(layers).intersection(shape.layers)) for group, shape in shapes.items()}
@@ -206,12 +206,12 @@ def _fullest_stage(arch: Architecture, layout: Layout, config: TiedLoraConfig) -
 
 
 def _all_reduced(num_bytes: int, ranks: int) -> int:
-    """Bytes that each of the ranks sends in a ring all-reduce of num_bytes."""
+    """Returns the bytes that each rank sends in a ring all-reduce of `num_bytes`."""
     return -(-2 * (ranks - 1) * num_bytes // ranks)
 
 
 def check_numbers(numbers: object) -> tuple[int, ...]:
-    """How many adapters to plan for.
+    """Checks the list of numbers of adapters to plan for.
 
     Raises:
         ConfigError: not a list of whole numbers of at least 1.
@@ -224,11 +224,13 @@ def check_numbers(numbers: object) -> tuple[int, ...]:
 def several_adapters(
     arch: Architecture, layout: Layout, config: TiedLoraConfig, precision: Precision, numbers: Sequence[int]
 ) -> dict[str, Any]:
-    """Bytes of the adapters' weights, ready for JSON.
+    """Returns the bytes of several adapters' weights on one model, as JSON values.
 
-    "this adapter" and every preset, of the same rank, targets and layers, to: own_bytes and shared_bytes of the rank that
-    holds most; bytes_per_rank, on that rank, and bytes, on all ranks that hold one copy of the model, each a list as
-    long as `numbers`.
+    There is an entry for "this adapter" and one for every preset with the same rank, targets and layers:
+
+    - own_bytes and shared_bytes: per adapter, and once for all adapters, on the rank that holds most
+    - bytes_per_rank: on that rank, one number for each of `numbers`
+    - bytes: on all ranks of one copy of the model, one number for each of `numbers`
     """
     alike = {"rank": config.rank, "targets": config.targets, "layers": config.layers}
     configs = {"this adapter": config} | {name: TiedLoraConfig.preset(name, **alike) for name in PRESETS}
@@ -256,7 +258,7 @@ def _bytes(
 def _stage_elements(
     arch: Architecture, layout: Layout, config: TiedLoraConfig, layers: Sequence[int]
 ) -> tuple[int, int]:
-    """(what each adapter has of its own, what all share) on one rank of a stage with these layers."""
+    """Returns (elements per adapter, elements that all adapters share) on one rank of a stage with these layers."""
     own = shared = 0
     for shape in selected_linears(arch, config).values():
         num_linears = len(set(layers).intersection(shape.layers)) * shape.num_experts

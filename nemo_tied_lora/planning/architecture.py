@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Megatron GPT's sizes from plain config values, and which linears it has; neither torch nor a model needed.
+"""Derives a Megatron GPT's sizes and linears from plain configuration values. Needs neither torch nor a model.
 
-The keys are NeMo's (``model.num_layers``), and so are the meanings of absent and null ones.
+The keys are NeMo's (``model.num_layers``). Absent and null keys mean what they mean in NeMo.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["Architecture", "Mixture", "divisors", "selected_linears"]
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A Megatron GPT's sizes, whole (not one rank's shard).
+    """The sizes of a whole Megatron GPT, not of one rank's shard.
 
     Raises:
         ConfigError: a size is not a whole number of at least 1, or sizes do not fit each other.
@@ -32,7 +32,7 @@ class Architecture:
     hidden_size: int
     """Width of the residual stream."""
     ffn_hidden_size: int
-    """Width inside the MLP, after the gate where it is gated."""
+    """Width inside the MLP. In a gated MLP, the width after the gate."""
     num_attention_heads: int
     num_query_groups: int
     """Heads of K and of V; fewer than num_attention_heads with grouped queries."""
@@ -41,13 +41,13 @@ class Architecture:
     seq_length: int
     """Tokens in a sequence (NeMo's encoder_seq_length)."""
     vocab_size: int | None = None
-    """Rows of the embedding. None: not known (it then comes from the tokenizer); num_parameters is None too."""
+    """Rows of the embedding. None: unknown until the tokenizer is read; num_parameters is then None too."""
     gated: bool = False
     """linear_fc1 holds gate and up: twice ffn_hidden_size rows."""
     bias: bool = True
     """Every linear of a layer has a bias."""
     qkv_bias: bool = False
-    """linear_qkv has a bias although the others have none."""
+    """linear_qkv has a bias, even if `bias` is False."""
     qk_norm: bool = False
     """Q and K are normalised per head."""
     norm_bias: bool = True
@@ -55,9 +55,9 @@ class Architecture:
     learned_positions: bool = False
     """A learned position embedding of seq_length rows."""
     shared_output: bool = True
-    """The output layer is the embedding."""
+    """The output layer and the embedding share their weight."""
     mixture: Mixture | None = None
-    """The experts in the place of some layers' MLP. None: a dense model."""
+    """The experts that replace the MLP of some layers. None: a dense model."""
 
     def __post_init__(self) -> None:
         problems = Problems()
@@ -73,13 +73,13 @@ class Architecture:
 
     @classmethod
     def from_model_config(cls, cfg: Mapping[str, Any]) -> Architecture:
-        """From a NeMo GPT model config (the ``model`` section, or a ``.nemo`` file's model_config.yaml).
+        """Reads a NeMo GPT's configuration: the section ``model``, or the model_config.yaml of a ``.nemo``.
 
-        As in NeMo: null or absent ffn_hidden_size is 4 * hidden_size, num_query_groups is num_attention_heads,
-        kv_channels is hidden_size / num_attention_heads, and an activation that ends in "glu" is gated.
+        As in NeMo, an absent or null ffn_hidden_size is 4 * hidden_size, num_query_groups is num_attention_heads, and
+        kv_channels is hidden_size / num_attention_heads. An activation that ends in "glu" is gated.
 
         Raises:
-            ConfigError: all missing keys and bad values together.
+            ConfigError: with all missing keys and wrong values.
         """
         problems = Problems(
             f"model.{key}: missing; set it to the base model's value"
@@ -102,7 +102,7 @@ class Architecture:
 
     @property
     def num_parameters(self) -> int | None:
-        """The base's parameters: embeddings, layers with norms, biases and routers, last norm, output layer."""
+        """Number of the base's parameters: embeddings, layers with norms, biases and routers, last norm, output layer."""
         if self.vocab_size is None:
             return None
         shapes = _linear_shapes(self)
@@ -143,8 +143,8 @@ def _linear_shapes(arch: Architecture) -> dict[str, LinearShape]:
 
 
 def _sizes_of(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """The sizes, with NeMo's meaning of null. What is missing, or follows from a bad size, stands in as 1: the cause
-    is named elsewhere."""
+    """Returns the sizes, with NeMo's defaults for null. A size that is missing or follows from a wrong one becomes 1:
+    `from_model_config` reports the cause."""
     hidden, heads = _hidden_and_heads(cfg)
     derived = {"ffn_hidden_size": 4 * hidden, "num_query_groups": heads, "kv_channels": max(hidden // heads, 1)}
     sizes = {name: cfg.get(_NEMO_NAME.get(name, name)) for name in _SIZES}
@@ -152,13 +152,13 @@ def _sizes_of(cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _hidden_and_heads(cfg: Mapping[str, Any]) -> tuple[int, int]:
-    """hidden_size and num_attention_heads; both 1 where either is not a size, which is reported by name."""
+    """Returns hidden_size and num_attention_heads. Both are 1 if one of them is wrong; `Architecture` reports it."""
     hidden, heads = cfg.get("hidden_size"), cfg.get("num_attention_heads")
     return (hidden, heads) if is_whole_number(hidden) and is_whole_number(heads) else (1, 1)
 
 
 def _options_of(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """What only the base's own parameter count needs, with NeMo's defaults."""
+    """Returns what only `num_parameters` needs, with NeMo's defaults."""
     return {
         "vocab_size": cfg.get("override_vocab_size"),
         "gated": str(cfg.get("activation", "gelu")).endswith("glu"),
@@ -172,28 +172,29 @@ def _options_of(cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def divisors(number: int) -> str:
+    """Lists a number's divisors, for messages."""
     return ", ".join(str(divisor) for divisor in range(1, number + 1) if number % divisor == 0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mixture:
-    """What megatron-core's mixture of experts puts in the place of some layers' MLP."""
+    """megatron-core's mixture of experts, which replaces the MLP of some layers."""
 
     num_experts: int
     ffn_hidden_size: int
     """Width inside one expert."""
     shared_ffn_hidden_size: int | None = None
-    """Width inside the shared experts together. None: there are none."""
+    """Width inside all shared experts together. None: no shared experts."""
     layers: tuple[int, ...]
-    """The layers, from 0, that have experts; the others are dense."""
+    """Numbers, from 0, of the layers that have experts. The other layers are dense."""
 
     @classmethod
     def from_model_config(cls, cfg: Mapping[str, Any]) -> Mixture | None:
-        """From megatron-core's keys num_moe_experts, moe_ffn_hidden_size, moe_shared_expert_intermediate_size and
-        moe_layer_freq; None for a dense model. Absent and null keys mean what they mean there.
+        """Reads megatron-core's keys num_moe_experts, moe_ffn_hidden_size, moe_shared_expert_intermediate_size and
+        moe_layer_freq. Returns None for a dense model. Absent and null keys mean what they mean in megatron-core.
 
         Raises:
-            ConfigError: all bad values together.
+            ConfigError: with all wrong values.
         """
         if cfg.get("num_moe_experts") is None:
             return None
@@ -236,7 +237,7 @@ class Mixture:
 
 
 def _layers_with_experts(freq: object, num_layers: int) -> tuple[int, ...] | None:
-    """None where the value means nothing to megatron-core."""
+    """Returns the layers that have experts. None if megatron-core does not accept the value."""
     if freq is None:
         freq = 1
     if is_whole_number(freq):

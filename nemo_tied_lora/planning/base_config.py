@@ -19,23 +19,23 @@ __all__ = ["adapter_section", "base_model_config", "recorded_model_keys"]
 
 
 def adapter_section(peft: Mapping[str, Any]) -> TiedLoraConfig:
-    """`model.peft.tied_lora` as a configuration.
+    """Returns `model.peft.tied_lora` as an adapter's configuration.
 
     Raises:
-        ConfigError: all its problems together.
+        ConfigError: with all problems.
     """
     problems = Problems()
     return problems.build(TiedLoraConfig.from_mapping, problems.section("model.peft.tied_lora", peft.get("tied_lora")))
 
 
 def base_model_config(path: str | os.PathLike | None, key: str = "model.restore_from_path") -> dict[str, Any]:
-    """The `model_config.yaml` of a base `.nemo` (a tar, plain or gzipped, or an unpacked folder).
+    """Returns the `model_config.yaml` of a base `.nemo`: a tar, plain or gzipped, or an unpacked folder.
 
     Args:
-        key: what the user calls the path, for messages.
+        key: the configuration key of the path, for messages.
 
     Raises:
-        ConfigError: no path, no file, or no readable config in it.
+        ConfigError: there is no path, no file, or no readable configuration in it.
     """
     if path is None:
         raise ConfigError([f"{key}: missing; name the base model's .nemo"])
@@ -47,7 +47,7 @@ def base_model_config(path: str | os.PathLike | None, key: str = "model.restore_
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ConfigError([f"{key}={path}: not a .nemo file: {reason}"]) from None
     if not isinstance(config, dict) or not config:
-        raise ConfigError([f"{key}={path}: holds no model_config.yaml with keys; this is no .nemo model"])
+        raise ConfigError([f"{key}={path}: holds no model_config.yaml with keys; not a .nemo model"])
     if (config.get("peft") or {}).get("peft_scheme") == "tied_lora" and "targets" in config:
         raise ConfigError([f"{key}={path}: is a Tied-LoRA adapter, not a base model"])
     return config
@@ -67,7 +67,7 @@ _GATED_ACTIVATIONS = {"silu": "fast-swiglu", "gelu": "fast-geglu", "relu": "fast
 
 
 def recorded_model_keys(description: Mapping[str, Any]) -> dict[str, Any]:
-    """NeMo's model keys of the base, from an adapter's `model_config.yaml`; empty if it records none.
+    """Returns the base's model keys as recorded in an adapter's `model_config.yaml`; empty if it records none.
 
     The record holds NeMo's own keys, or the architecture under the names of Megatron's config.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a command line to a Hydra config, with every mistake reported together, in a line each."""
+"""Composes the Hydra configuration of a command line, and reports all mistakes together, one line each."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from nemo_tied_lora.planning.config_folder import config_folder
 __all__ = ["compose_config", "parse_overrides", "plain"]
 
 
-# Commands whose `preflight` or plan reads these keys, and says what to write instead of an unknown one.
+# These commands check the adapter's keys themselves, and tell what to write instead of an unknown one.
 _READ_ADAPTER_KEYS = ("plan", "finetune")
 _ADAPTER_KEYS = ("model.peft.tied_lora.", "model.peft.lora_tuning.")
-# ValueError is Hydra's for a number where it knows a group, and NeMo, once imported, makes `trainer` one.
+# Hydra raises ValueError for a number in place of a group, and NeMo, once imported, makes `trainer` a group.
 _NOT_COMPOSED = (HydraException, OmegaConfBaseException, ValueError)
 
 
 def compose_config(name: str, arguments: Sequence[str], config_dir: str | None = None) -> DictConfig:
-    """`configs/NAME.yaml` with the overrides.
+    """Composes `configs/NAME.yaml` with the overrides.
 
     Raises:
-        ConfigError: every override that cannot be read or does not fit, together.
+        ConfigError: with every override that cannot be parsed or does not fit.
     """
     overrides, problems = parse_overrides(name, arguments)
     search = []
@@ -52,10 +52,10 @@ def compose_config(name: str, arguments: Sequence[str], config_dir: str | None =
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
-    """The config as plain values.
+    """Returns the configuration as plain values.
 
     Raises:
-        ConfigError: an interpolation or a value that must be given (???) is open.
+        ConfigError: an interpolation fails, or a required value (???) is missing.
     """
     try:
         values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
@@ -66,7 +66,7 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 
 
 def parse_overrides(name: str, arguments: Sequence[str]) -> tuple[list[str], Problems]:
-    """(overrides for Hydra, problems). Unknown keys of adapters are let through: `preflight` knows what to say."""
+    """Returns (overrides for Hydra, problems). Lets unknown keys of adapters through: the command's own check explains them."""
     overrides, problems = [], Problems()
     for argument in arguments:
         try:
@@ -84,7 +84,7 @@ def parse_overrides(name: str, arguments: Sequence[str]) -> tuple[list[str], Pro
 
 
 def _problem_alone(name: str, override: str, search: Sequence[str]) -> Iterator[str]:
-    """What is wrong with one override, where it is wrong by itself."""
+    """Yields the problem of one override, if it has one without the others."""
     try:
         compose(name, [*search, override])
     except _NOT_COMPOSED as error:

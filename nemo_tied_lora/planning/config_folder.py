@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the YAMLs of `configs/` lie."""
+"""Finds the folder of the shipped YAMLs."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ __all__ = ["config_folder"]
 
 
 def config_folder() -> Path:
-    """The folder of the shipped YAMLs: inside an installed package, or at the top of a source checkout.
+    """Returns `configs/`: inside an installed package, or at the top of a source checkout.
 
     Raises:
-        FileNotFoundError: neither is there, so the installation is incomplete.
+        FileNotFoundError: neither exists, so the installation is incomplete.
     """
     package = Path(__file__).resolve().parents[1]
     places = (package / "configs", package.parent / "configs")

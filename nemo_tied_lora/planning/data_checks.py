@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data files, prompts and batches, checked before a run."""
+"""Checks data files, prompts and batches before a run. Each function yields one line per problem."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ __all__ = ["batch_problems", "data_problems", "jsonl_problems", "template_fields
 
 
 def data_problems(cfg: Mapping[str, Any]) -> Iterator[str]:
+    """Checks the sections train_ds, validation_ds and test_ds, and the first line of each file."""
     for name in ("train_ds", "validation_ds", "test_ds"):
         section = cfg["model"]["data"][name]
         key = f"model.data.{name}.file_names"
@@ -36,14 +37,14 @@ def data_problems(cfg: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _generation_problems(name: str, section: Mapping[str, Any], model: Mapping[str, Any]) -> Iterator[str]:
-    """NeMo 2.4 leaves sequence parallelism on while it generates, token by token; the first odd length then fails."""
+    """Refuses generation under sequence parallelism: NeMo 2.4 leaves it on, and fails at the first odd length."""
     metric = (section.get("metric") or {}).get("name")
     if not model.get("sequence_parallel") or model.get("tensor_model_parallel_size", 1) == 1:
         return
     if metric != "loss":
         yield (
             f"model.data.{name}.metric.name={metric}: needs to generate, which NeMo 2.4 cannot do with "
-            "model.sequence_parallel=true; set it to loss, and let tied-lora generate answer with the adapter"
+            "model.sequence_parallel=true; set it to loss, and use tied-lora generate after training"
         )
     if section.get("write_predictions_to_file"):
         yield (
@@ -61,11 +62,12 @@ def _batch_problems(name: str, section: Mapping[str, Any]) -> Iterator[str]:
 
 
 def template_fields(template: object) -> list[str]:
+    """Returns the names in braces of a prompt template."""
     return [field for _, field, _, _ in string.Formatter().parse(str(template)) if field]
 
 
 def jsonl_problems(key: str, path: Path, fields: list[str]) -> Iterator[str]:
-    """Every line is looked at: the first that does not fit is named."""
+    """Checks every line of a file, and names the first that lacks a field."""
     first = list(_first_line_problems(key, path, fields))
     yield from first
     if first:
@@ -89,7 +91,7 @@ def _first_line_problems(key: str, path: Path, fields: list[str]) -> Iterator[st
         with path.open(encoding="utf-8") as lines:
             example = json.loads(next(lines, ""))
     except (json.JSONDecodeError, UnicodeDecodeError):
-        yield f"{key}: {path}: the first line is not JSON; one object a line is needed"
+        yield f"{key}: {path}: the first line is not JSON; each line must be one JSON object"
         return
     except OSError as error:
         yield f"{key}: {path}: cannot be read: {error.strerror}"
@@ -100,9 +102,9 @@ def _first_line_problems(key: str, path: Path, fields: list[str]) -> Iterator[st
 
 
 def batch_problems(cfg: Mapping[str, Any], base: Mapping[str, Any], layout: Layout) -> Iterator[str]:
-    """Each data section's batch against the data-parallel size, and its longest sequence against the layout and base.
+    """Compares each section's batch with the data-parallel size, and its longest sequence with the layout and the base.
 
-    NeMo pads a batch to a multiple that every layout divides, but never beyond max_seq_length.
+    NeMo pads a batch to a multiple that suits every layout, but never beyond max_seq_length.
     """
     for name in ("train_ds", "validation_ds", "test_ds"):
         section = cfg["model"]["data"][name]
@@ -116,7 +118,7 @@ def batch_problems(cfg: Mapping[str, Any], base: Mapping[str, Any], layout: Layo
 def _split_batch_problems(key: str, section: Mapping[str, Any], dp_size: int) -> Iterator[str]:
     micro, whole = section.get("micro_batch_size"), section.get("global_batch_size")
     if not (is_whole_number(micro) and is_whole_number(whole) and dp_size > 0):
-        return  # said elsewhere
+        return  # reported by `data_problems`
     if whole % micro == 0 and whole % (micro * dp_size):
         step = micro * dp_size
         yield (
@@ -132,7 +134,7 @@ def _length_problems(key: str, length: object, base: Mapping[str, Any], layout: 
     positions = base.get("max_position_embeddings") or base.get("encoder_seq_length")
     learned = base.get("position_embedding_type", "learned_absolute") == "learned_absolute"
     if learned and isinstance(positions, int) and length > positions:
-        yield f"{key}={length}: the base has learned only {positions} positions; use at most {positions}"
+        yield f"{key}={length}: the base has learned positions for {positions} tokens only; use at most {positions}"
     parts = {"2 x context_parallel_size": 2 * layout.cp_size if layout.cp_size > 1 else 1}
     if layout.sequence_parallel and layout.tp_size > 1:
         parts["tensor_model_parallel_size x context_parallel_size (sequence_parallel)"] = (

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one GPU holds while an adapter is trained: the frozen base, the adapter, the activations. No model is built.
+"""Estimates one GPU's memory during training: the frozen base, the adapter, the activations. Builds no model.
 
-An estimate. Activations are those of Korthikanti et al. 2022 ("Reducing Activation Recomputation in Large Transformer
-Models", arXiv 2205.05198, sections 4 and 5), written for any MLP and head sizes. Let h be hidden_size, f ffn_hidden_size,
-q and k the widths of all heads and of all query groups, g = 2 for a gated MLP, else 1, T the tensor-parallel size, S = T
-under sequence parallelism, else 1, and e the bytes of an element. For each token of a microbatch a layer keeps
+Activations follow Korthikanti et al. 2022 ("Reducing Activation Recomputation in Large Transformer Models", arXiv
+2205.05198, sections 4 and 5), written for any MLP and head sizes. Let h be hidden_size, f ffn_hidden_size, q and k the
+widths of all heads and of all query groups. g is 2 for a gated MLP, else 1. T is the tensor-parallel size. S is T under
+sequence parallelism, else 1. e is the bytes of an element. For each token of a microbatch, a layer keeps
 
 ==========================  ===================  =========================================
 inputs of both norms        2 e h / S
@@ -16,14 +16,15 @@ input of linear_fc2         e f / T              only where the layer's A of it 
 dropout masks               2 h / S              only with hidden_dropout
 ==========================  ===================  =========================================
 
-With g = 1, f = 4 h, q = k = h, e = 2, dropout and every A trained this is the paper's 34 h at T = 1, h (10 + 24 / T) without
-and 34 h / T with sequence parallelism. The paper keeps every linear's input, for its weight's gradient; a frozen base needs
-none. The attention's matrix, one number a pair of tokens, is not kept: fused attention does not, and the paper's selective
-recomputation neither.
+With g = 1, f = 4 h, q = k = h, e = 2, dropout and every A trained, the sum is the paper's: 34 h at T = 1, h (10 + 24 / T)
+without and 34 h / T with sequence parallelism. The paper keeps every linear's input for the gradient of its weight; a frozen
+base has no such gradient. The attention matrix (one number per pair of tokens) is not kept, as in fused attention and in the
+paper's selective recomputation.
 
-A recomputed layer keeps its input alone, e h / S, and one group of layers at a time all of the above. Stage p of P holds
-min(P - p, microbatches) microbatches at once; with chunks, as many chunks' activations as Megatron's warm-up leaves open.
-The last stage adds the last norm's and the output layer's inputs, 2 e h / S, and the logits, in e bytes and in the loss's 4.
+A recomputed layer keeps only its input, e h / S. While a group of layers is recomputed, it keeps all of the above. Stage p of
+P holds min(P - p, microbatches) microbatches at once. With chunks, it holds the chunks that Megatron's warm-up leaves open.
+The last stage adds the inputs of the last norm and of the output layer, 2 e h / S, and the logits, in e bytes and in the 4 of
+the loss.
 """
 
 from __future__ import annotations
@@ -46,16 +47,16 @@ _VOCABULARY_MULTIPLE = 128
 
 @dataclass(frozen=True, kw_only=True)
 class Activations:
-    """What is kept for backward, and what is computed again.
+    """Which activations are kept for backward, and which are recomputed.
 
     Raises:
-        ConfigError: keys that NeMo could not read.
+        ConfigError: NeMo would not accept a value.
     """
 
     granularity: str | None = None
-    """None or selective: every layer's are kept; full: recomputed."""
+    """None or selective: keep those of every layer. full: recompute layers."""
     method: str | None = None
-    """Of full. uniform: all layers, num_layers at a time; block: the stage's first num_layers, one at a time."""
+    """For full. uniform: all layers, num_layers at a time. block: the stage's first num_layers, one at a time."""
     num_layers: int = 1
     dropout: bool = False
     """hidden_dropout is not 0."""
@@ -70,7 +71,7 @@ class Activations:
 
     @classmethod
     def from_model_config(cls, model: Mapping[str, Any]) -> Activations:
-        """From NeMo's keys; null number of layers means 1."""
+        """Reads NeMo's keys. A null number of layers means 1."""
         prefix = "activations_checkpoint"
         number = model.get(f"{prefix}_num_layers")
         return cls(
@@ -92,11 +93,11 @@ class StageMemory:
 
     @property
     def sum(self) -> int:
-        """All of them."""
+        """All parts together."""
         return self.base + self.adapter + self.activations
 
     def as_dict(self) -> dict[str, int]:
-        """For JSON."""
+        """The parts and their sum, as JSON values."""
         return {**asdict(self), "sum": self.sum}
 
 
@@ -108,10 +109,10 @@ def stage_memory(
     activations: Activations,
     adapter_bytes: int,
 ) -> StageMemory | None:
-    """The stage that holds most; None where it cannot be said: for a mixture, and without a vocabulary's size.
+    """Returns the stage that holds most. None for a mixture of experts, or if the vocabulary's size is unknown.
 
     Args:
-        adapter_bytes: the adapter with its gradients and optimizer state, on the rank that holds most.
+        adapter_bytes: of the adapter, its gradients and optimizer state, on the rank that holds most.
     """
     if arch.mixture is not None or arch.vocab_size is None:
         return None
@@ -128,12 +129,12 @@ def stage_memory(
 
 
 def base_parameters(arch: Architecture, layout: Layout, stage: int) -> int:
-    """The base's parameters on one rank of a stage: Megatron's sharding, the vocabulary padded as NeMo pads it."""
+    """Counts the base's parameters on one rank of a stage, with Megatron's sharding and NeMo's padded vocabulary."""
     first, last = stage == 0, stage == layout.pp_size - 1
     rows = _padded_vocabulary(arch, layout) // layout.tp_size
     norm = arch.hidden_size * (2 if arch.norm_bias else 1)
     held = len(stage_layers(arch, layout)[stage]) * _layer_parameters(arch, layout.tp_size)
-    # A shared embedding lies on the last stage too, where that is another one.
+    # A shared embedding is on the last stage too, if that is another stage.
     copies = first + (last and not (first and arch.shared_output))
     held += rows * arch.hidden_size * copies + norm * last
     return held + arch.seq_length * arch.hidden_size * (first and arch.learned_positions)
@@ -142,7 +143,7 @@ def base_parameters(arch: Architecture, layout: Layout, stage: int) -> int:
 def layer_bytes_per_token(
     arch: Architecture, layout: Layout, config: TiedLoraConfig, layer: int, element: int, *, dropout: bool = False
 ) -> float:
-    """What a layer keeps of one token, in bytes."""
+    """Returns the bytes that a layer keeps of one token."""
     tp_size, seq_size = layout.tp_size, layout.tp_size if layout.sequence_parallel else 1
     shapes = selected_linears(arch, config) if "A" in config.trained else {}
     kept = {group for group, shape in shapes.items() if layer in shape.layers}
@@ -174,7 +175,7 @@ def _activation_bytes(
 
 
 def _kept_and_recomputed(of_layer: list[float], entry: float, activations: Activations) -> tuple[float, float]:
-    """(kept of each microbatch, held for a while in backward), bytes of one token."""
+    """Returns (bytes kept for each microbatch, bytes held for a time in backward), both for one token."""
     if activations.granularity != "full":
         return sum(of_layer), 0.0
     number = min(activations.num_layers, len(of_layer))
@@ -185,7 +186,7 @@ def _kept_and_recomputed(of_layer: list[float], entry: float, activations: Activ
 
 
 def _in_flight(layout: Layout, stage: int) -> float:
-    """Microbatches whose activations a stage holds at once, whole ones or chunks of them."""
+    """Returns how many microbatches' activations a stage holds at once; with chunks, this may be a fraction."""
     stages, chunks = layout.pp_size, layout.num_chunks
     microbatches = None
     if layout.micro_batch_size and layout.global_batch_size and layout.resolved_dp_size:
@@ -207,7 +208,7 @@ def _layer_parameters(arch: Architecture, tp_size: int) -> int:
 
 
 def _attention_widths(arch: Architecture) -> tuple[int, int]:
-    """All heads together: of Q, and of K or V."""
+    """Returns the widths of all heads together: of Q, and of K or V."""
     return arch.kv_channels * arch.num_attention_heads, arch.kv_channels * arch.num_query_groups
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The configuration against the allocation: data against layout, ranks against SLURM's tasks, room and time to save.
+"""Checks that a run fits the machines: ranks and SLURM's tasks, free disk space, time to save.
 
-Neither torch nor NeMo is imported. All of it is looked at before the model is.
+Imports neither torch nor NeMo: these checks run before a model is built. Each `..._problems` yields one line per problem.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from nemo_tied_lora.planning.run_settings import run_folder
 
 __all__ = [
     "checkpoint_bytes",
+    "disk_problems",
     "folder_problems",
-    "room_problems",
     "seconds_to_save",
     "slurm_problems",
     "time_problems",
 ]
 
 
-# What a shared file system takes from one job without effort, and what a save costs beside writing.
+# Assumed: what a shared file system writes easily for one job, and what a save costs besides writing.
 _SAVED_BYTES_PER_SECOND = 200 * 2**20
 _SAVE_OVERHEAD_S = 30
 _LOGS_BYTES = 64 * 2**20
@@ -41,16 +41,16 @@ _SQUEUE_TIMEOUT_S = 10
 
 
 def slurm_problems(layout: Layout, environment: Mapping[str, str] = os.environ) -> Iterator[str]:
-    """The configured ranks against the job step that runs this rank; nothing outside a step of SLURM's."""
+    """Compares the configured ranks with the SLURM job step that runs this rank. Outside a step, yields nothing."""
     nodes, tasks = (_number(environment.get(f"SLURM_STEP_NUM_{name}")) for name in ("NODES", "TASKS"))
     if "RANK" not in environment or nodes is None or tasks is None:
         return
     if nodes != layout.num_nodes:
         yield f"trainer.num_nodes={layout.num_nodes}: SLURM runs this on {nodes} nodes; set it to {nodes}"
-    if tasks not in (layout.world_size, nodes):  # a task a rank, or torchrun as the one task of each node
+    if tasks not in (layout.world_size, nodes):  # one task per rank, or torchrun as the only task of each node
         yield (
             f"trainer.num_nodes={layout.num_nodes} x trainer.devices={layout.devices}: {layout.world_size} ranks, but "
-            f"srun started {tasks} tasks; one task a rank: --ntasks={layout.world_size}"
+            f"srun started {tasks} tasks; start one task per rank: --ntasks={layout.world_size}"
         )
     each = _tasks_on_nodes(environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
     if tasks == layout.world_size and len(set(each)) > 1:
@@ -61,10 +61,10 @@ def slurm_problems(layout: Layout, environment: Mapping[str, str] = os.environ) 
 
 
 def checkpoint_bytes(arch: Architecture, layout: Layout, config: TiedLoraConfig | None, precision: Precision) -> int:
-    """An upper bound of one checkpoint, all ranks together: weights, master weights and moments of what is trained.
+    """Returns an upper bound for one checkpoint of all ranks: weights, and master weights and moments of trained factors.
 
     Args:
-        config: None: every parameter of the base is trained. Then 0 where the vocabulary's size is not known.
+        config: None: every parameter of the base is trained. The bound is then 0 if the vocabulary's size is unknown.
     """
     per_element = precision.weights + precision.master + precision.moments
     if config is None:
@@ -75,17 +75,17 @@ def checkpoint_bytes(arch: Architecture, layout: Layout, config: TiedLoraConfig 
 
 
 def folder_problems(cfg: Mapping[str, Any]) -> Iterator[str]:
-    """Whether the run's folder is there or can be made, and be written to."""
+    """Checks that the run's folder, or the nearest existing one above it, is writable."""
     folder = run_folder(cfg)
-    place = None if folder is None else _nearest_there(folder)
+    place = None if folder is None else _nearest_existing(folder)
     if place is not None and not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
-        yield f"exp_manager: {folder}: {place} is no folder that can be written to; write elsewhere (exp_manager.exp_dir=)"
+        yield f"exp_manager: {folder}: {place} is not a writable folder; write elsewhere (exp_manager.exp_dir=)"
 
 
-def room_problems(
+def disk_problems(
     cfg: Mapping[str, Any], arch: Architecture, layout: Layout, config: TiedLoraConfig | None
 ) -> Iterator[str]:
-    """Free room where the run writes, against all the checkpoints that it keeps, one in the making, and the `.nemo`."""
+    """Compares the free disk space with all kept checkpoints, one more that is being written, and the `.nemo`."""
     folder = run_folder(cfg)
     precision = _precision(cfg)
     if folder is None or precision is None:
@@ -94,30 +94,30 @@ def room_problems(
     kept = _checkpoints_kept(cfg) + 1
     result = one if config is None else largest_file(config, selected_linears(arch, config), precision.weights)
     needed = kept * one + result + _LOGS_BYTES
-    free = shutil.disk_usage(_nearest_there(folder)).free
+    free = shutil.disk_usage(_nearest_existing(folder)).free
     if free < needed:
         yield (
             f"exp_manager: {folder}: {_size(free)} free, but {kept} checkpoints of {_size(one)} and the .nemo need "
-            f"{_size(needed)}; free room, write elsewhere (exp_manager.exp_dir=), or keep fewer (save_top_k)"
+            f"{_size(needed)}; free some space, write elsewhere (exp_manager.exp_dir=), or keep fewer (save_top_k)"
         )
 
 
 def time_problems(
     cfg: Mapping[str, Any], arch: Architecture, layout: Layout, config: TiedLoraConfig | None
 ) -> Iterator[str]:
-    """The job's remaining time against the time that one save takes, roughly."""
+    """Compares the job's remaining time with an estimate of one save."""
     needed, left = seconds_to_save(cfg, arch, layout, config), _seconds_left(os.environ)
     if needed is not None and left is not None and left < needed:
         yield (
-            f"SLURM's time limit: {left:.0f} s are left, but one save takes about {needed:.0f} s, so that nothing could "
-            "be kept; ask for more with --time"
+            f"SLURM's time limit: {left:.0f} s are left, but one save takes about {needed:.0f} s, so nothing could be "
+            "saved; ask for more with --time"
         )
 
 
-def _nearest_there(path: Path) -> Path:
-    """The path, or the nearest above it that exists."""
+def _nearest_existing(path: Path) -> Path:
+    """Returns the path, or the nearest existing folder above it."""
     place = path.resolve()
-    while not os.path.exists(place):  # Path.exists() raises where a folder on the way cannot be entered
+    while not os.path.exists(place):  # Path.exists() raises if a folder on the way cannot be entered
         place = place.parent
     return place
 
@@ -125,7 +125,7 @@ def _nearest_there(path: Path) -> Path:
 def seconds_to_save(
     cfg: Mapping[str, Any], arch: Architecture, layout: Layout, config: TiedLoraConfig | None
 ) -> float | None:
-    """Of one checkpoint, roughly; None where the precision is not one."""
+    """Estimates the seconds that one checkpoint takes. None if the precision is not valid."""
     precision = _precision(cfg)
     if precision is None:
         return None
@@ -133,7 +133,7 @@ def seconds_to_save(
 
 
 def _tasks_on_nodes(text: str) -> list[int]:
-    """SLURM's "2(x3),1": 2, 2, 2, 1."""
+    """Expands SLURM's "2(x3),1" to [2, 2, 2, 1]."""
     found = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
     return [int(tasks) for tasks, times in found for _ in range(int(times or 1))]
 
@@ -146,11 +146,11 @@ def _precision(cfg: Mapping[str, Any]) -> Precision | None:
     try:
         return Precision.from_names(cfg["trainer"].get("precision"), bool(cfg["model"].get("megatron_amp_O2")))
     except ConfigError:
-        return None  # said elsewhere
+        return None  # reported by `preflight`
 
 
 def _checkpoints_kept(cfg: Mapping[str, Any]) -> int:
-    """The best ones and the last."""
+    """Returns how many checkpoints a run keeps: the best ones and the last."""
     manager = cfg.get("exp_manager") or {}
     if not manager.get("create_checkpoint_callback"):
         return 0
@@ -162,7 +162,7 @@ def _checkpoints_kept(cfg: Mapping[str, Any]) -> int:
 
 
 def _seconds_left(environment: Mapping[str, str]) -> float | None:
-    """Until SLURM ends the job. squeue is asked where the environment does not say, by one rank: there may be thousands."""
+    """Returns the seconds until SLURM ends the job, from the environment or, on rank 0 alone, from squeue. None: unknown."""
     end = _number(environment.get("SLURM_JOB_END_TIME"))
     if end is not None:
         return end - time.time()
@@ -170,15 +170,15 @@ def _seconds_left(environment: Mapping[str, str]) -> float | None:
     if job is None or environment.get("RANK", "0") != "0" or shutil.which("squeue") is None:
         return None
     try:
-        asked = ["squeue", "--noheader", f"--jobs={job}", "--format=%L"]
-        said = subprocess.run(asked, capture_output=True, text=True, timeout=_SQUEUE_TIMEOUT_S, check=True).stdout
+        command = ["squeue", "--noheader", f"--jobs={job}", "--format=%L"]
+        output = subprocess.run(command, capture_output=True, text=True, timeout=_SQUEUE_TIMEOUT_S, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return None
-    return _seconds(said.strip())
+    return _seconds(output.strip())
 
 
 def _seconds(text: str) -> float | None:
-    """SLURM's [days-][[hours:]minutes:]seconds; None for UNLIMITED and the like."""
+    """Parses SLURM's [days-][[hours:]minutes:]seconds. None for other texts, such as UNLIMITED."""
     match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(?:(\d+):)?(\d+)", text)
     if match is None:
         return None

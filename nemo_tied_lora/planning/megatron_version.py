@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the releases of megatron-core that are tested, 0.13.1 and 0.16.1, differ for this package: here and nowhere else.
+"""Lists the differences between the tested releases of megatron-core, 0.13.1 and 0.16.1, that matter to this package.
 
-What is the same in both needs no mention: the flags on parameters (see `gradients`), `finalize_model_grads`,
-`sharded_state_dict`, the linears' signatures, and the patches of `platform`, which take or leave upstream's arguments.
+No other module compares versions. The releases agree on the flags on parameters (see `adapter.grad_allreduce`),
+`finalize_model_grads`, `sharded_state_dict` and the signatures of linears. The patches in `platform` accept both.
 """
 
 from __future__ import annotations
@@ -16,25 +16,30 @@ _FIRST_THAT_SPLITS_QUERY_GROUPS = (0, 16)
 
 
 def megatron_version() -> tuple[int, ...]:
-    """(0, 13) of 0.13.1; (0, 0), the most cautious answer, where it is not installed. Megatron is not imported."""
+    """Returns the installed release, (0, 13) for 0.13.1, without importing Megatron. Not installed: (0, 0), the most cautious."""
     version = installed_version("megatron-core") or "0.0"
     return tuple(int(part) for part in version.split(".")[:2])
 
 
 def counts_repeated_gradients(release: tuple[int, ...] | None = None) -> bool:
-    """Whether DDP with `overlap_grad_reduce` waits for all parts of a gradient that comes in several.
+    """Whether DDP with `overlap_grad_reduce` waits for all parts of a gradient that arrives in several.
 
-    Before 0.16 it takes the first part for the whole, and asserts "Cannot set grad twice" at the second. From 0.16 on it
-    counts in the first step how many there are. release: None, the installed one.
+    Before 0.16 it takes the first part for the whole gradient, and asserts "Cannot set grad twice" at the second. From
+    0.16 on it counts the parts in the first step.
+
+    Args:
+        release: None: the installed one.
     """
     return (release or megatron_version()) >= _FIRST_WITH_REPEATED_GRADIENTS
 
 
 def splits_query_groups(release: tuple[int, ...] | None = None) -> bool:
-    """Whether there may be fewer query groups than tensor-parallel ranks, where they divide the ranks.
+    """Whether there may be fewer query groups than tensor-parallel ranks, if their number divides the ranks.
 
-    0.16 splits the rows of linear_qkv evenly all the same, and gathers its output to find a rank's heads in it; 0.13 refuses.
-    An adapter's B and v are split as these rows. NeMo 2.4 comes with 0.13, and `layout.check` refuses with it.
-    release: None, the installed one.
+    0.16 still splits the rows of linear_qkv evenly, and gathers the output to find a rank's heads in it. 0.13 refuses.
+    An adapter's B and v are split like these rows. NeMo 2.4 needs 0.13, so `parallel_layout.check` always refuses.
+
+    Args:
+        release: None: the installed one.
     """
     return (release or megatron_version()) >= _FIRST_THAT_SPLITS_QUERY_GROUPS

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files out of a `.nemo` that NeMo wrote: a tar, plain or compressed. Nothing is unpacked to disk, and nothing is unpickled.
+"""Reads files from a `.nemo` that NeMo wrote: a tar, plain or compressed. Unpacks nothing to disk, and unpickles nothing.
 
-Adapters of this package are read more strictly: see `checkpoint.tar`.
+`checkpoint.tar` reads this package's own adapters, more strictly.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ __all__ = ["read_members"]
 
 
 def read_members(path: Path, names: Collection[str], max_bytes: int) -> dict[str, bytes]:
-    """The contents of the named plain files, without a leading "./" in their names; what is not there is left out.
+    """Returns the contents of the named regular files. Leaves out names that the tar does not have.
 
-    Reading ends with the last of them, for a base's tar is as large as its model.
+    It stops reading after the last of them, because a base's tar is as large as its model.
 
     Args:
-        max_bytes: the most that one of them may claim to hold, so that a small file cannot fill the memory.
+        names: without a leading "./".
+        max_bytes: the largest size that one of them may claim, so that a small tar cannot fill the memory.
 
     Raises:
-        tarfile.TarError: no tar, a damaged one, or a file that claims more.
-        OSError: it cannot be read.
+        tarfile.TarError: not a tar, or damaged, or a file claims more than `max_bytes`.
+        OSError: the file cannot be read.
     """
     found: dict[str, bytes] = {}
     try:

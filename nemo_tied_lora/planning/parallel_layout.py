@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a model is laid over ranks, from plain config values, and whether that can work; neither torch nor a model needed.
+"""Describes how a model is spread over ranks, and checks whether that can work. Needs neither torch nor a model.
 
-The keys are NeMo's (``model.tensor_model_parallel_size``, ``trainer.devices``), and so are the meanings of absent and
-null ones.
+The keys are NeMo's (``model.tensor_model_parallel_size``, ``trainer.devices``). Absent and null keys mean what they mean
+in NeMo.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ __all__ = ["Architecture", "Layout", "check", "check_ranks", "selected_linears",
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How the model is laid over ranks; the world is num_nodes * devices = tp * pp * cp * dp.
+    """The parallel sizes of a run. The world size is num_nodes * devices = tp * pp * cp * dp.
 
     Raises:
-        ConfigError: lists every size that is not a whole number of at least 1.
+        ConfigError: with every size that is not a whole number of at least 1.
     """
 
     tp_size: int = 1
     pp_size: int = 1
     cp_size: int = 1
     dp_size: int | None = None
-    """None: whatever the world leaves."""
+    """None: the world size divided by the other sizes."""
     virtual_pp_size: int | None = None
     """Model chunks on each pipeline stage (interleaved schedule). None: one, not interleaved."""
     sequence_parallel: bool = False
-    """Split the sequence over the tensor-parallel ranks between the linears; means nothing at tp_size 1."""
+    """Split the sequence over the tensor-parallel ranks between the linears. No effect at tp_size 1."""
     ep_size: int = 1
-    """Over how many ranks the experts of a layer are spread."""
+    """Ranks that share the experts of a layer."""
     num_nodes: int = 1
     devices: int = 1
     """Ranks on each node."""
@@ -59,17 +59,19 @@ class Layout:
 
     @classmethod
     def from_config(cls, cfg: Mapping[str, Any]) -> Layout:
-        """From a whole NeMo config with the sections ``model`` and ``trainer``; absent and null keys mean 1.
+        """Reads a NeMo configuration with the sections ``model`` and ``trainer``. Absent and null keys mean 1.
 
         Raises:
-            ConfigError: sizes out of bounds, or keys that ask for stages of unequal size.
+            ConfigError: a size is out of bounds, or a key asks for stages of unequal size.
         """
         sections = {"model": cfg.get("model") or {}, "trainer": cfg.get("trainer") or {}}
         keys = {name: path.split(".") for name, path in _LAYOUT_KEYS.items()}
         found = {name: sections.get(path[0], {}).get(path[-1]) for name, path in keys.items()}
         values: dict[str, Any] = {name: value for name, value in found.items() if value is not None}
         devices = values.get("devices")
-        if isinstance(devices, Sequence) and not isinstance(devices, str):  # Lightning also takes their numbers
+        if isinstance(devices, Sequence) and not isinstance(
+            devices, str
+        ):  # Lightning also accepts a list of device numbers
             values["devices"] = len(devices)
         problems = Problems(
             f"model.{key}={sections['model'][key]!r}: stages of unequal size are not supported; remove it"
@@ -90,12 +92,12 @@ class Layout:
 
     @property
     def resolved_dp_size(self) -> int:
-        """dp_size, or what the world leaves; 0 where the world is too small (`check` refuses that)."""
+        """dp_size, or if it is None, what the world size leaves. 0 if the world is too small; `check` refuses that."""
         return self.dp_size or self.world_size // (self.tp_size * self.pp_size * self.cp_size)
 
 
 def stage_layers(arch: Architecture, layout: Layout) -> list[list[int]]:
-    """Each pipeline stage's global layer numbers. With chunks, stage p holds chunks p, p + PP, p + 2 PP, ..."""
+    """Returns each pipeline stage's global layer numbers. With chunks, stage p holds chunks p, p + PP, p + 2 PP, ..."""
     size = arch.num_layers // (layout.pp_size * layout.num_chunks)
     return [
         [
@@ -108,10 +110,12 @@ def stage_layers(arch: Architecture, layout: Layout) -> list[list[int]]:
 
 
 def check(arch: Architecture, layout: Layout, config: TiedLoraConfig | None = None) -> list[str]:
-    """Everything that keeps this model, layout and adapter from running together, a line each; empty if all is well.
+    """Returns every reason why this model, layout and adapter cannot run together, one line per problem.
 
-    The rank is free of the layout: it need not be divisible by the tensor-parallel size. With config None only the
-    model and the layout are looked at.
+    The adapter's rank need not be divisible by the tensor-parallel size.
+
+    Args:
+        config: None: check only the model and the layout.
     """
     parts = [_world_problems(layout), _tensor_parallel_problems(arch, layout), _sequence_problems(arch, layout)]
     parts += [_pipeline_problems(arch, layout), _batch_problems(layout)]
@@ -120,7 +124,7 @@ def check(arch: Architecture, layout: Layout, config: TiedLoraConfig | None = No
 
 
 def check_ranks(layout: Layout) -> list[str]:
-    """What of `check` needs no model: the ranks against the parallel sizes, the batches against the ranks."""
+    """The part of `check` that needs no model: ranks and parallel sizes, batches and ranks."""
     return [*_world_problems(layout), *_batch_problems(layout)]
 
 
@@ -128,7 +132,7 @@ _LAYOUT_KEYS = {
     "tp_size": "model.tensor_model_parallel_size",
     "pp_size": "model.pipeline_model_parallel_size",
     "cp_size": "model.context_parallel_size",
-    "dp_size": "dp_size",  # of the library only: NeMo derives it from the world
+    "dp_size": "dp_size",  # not a NeMo key: NeMo derives it from the world size
     "virtual_pp_size": "model.virtual_pipeline_model_parallel_size",
     "sequence_parallel": "model.sequence_parallel",
     "ep_size": "model.expert_model_parallel_size",

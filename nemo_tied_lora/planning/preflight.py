@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be checked before anything expensive starts: base, layout, adapter and data against each other.
+"""Checks the configurations of finetune, pretrain and generate before anything expensive starts.
 
-Neither torch nor NeMo is imported.
+Compares base, layout, adapter, data and cluster with each other. Imports neither torch nor NeMo.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _PRECISIONS = ("bf16", "bf16-mixed", "16", "16-mixed", "32")
 
 
 def check_finetuning(cfg: Mapping[str, Any]) -> None:
-    """Everything that `tied-lora finetune` needs.
+    """Checks the configuration of `tied-lora finetune`.
 
     Raises:
-        ConfigError: all problems together.
+        ConfigError: with all problems.
     """
     _require_sections(cfg, "peft", "data", "optim")
     problems = survival_problems(cfg)
@@ -67,10 +67,10 @@ def check_finetuning(cfg: Mapping[str, Any]) -> None:
 
 
 def check_pretraining(cfg: Mapping[str, Any]) -> None:
-    """Everything that `tied-lora pretrain` needs.
+    """Checks the configuration of `tied-lora pretrain`.
 
     Raises:
-        ConfigError: all problems together.
+        ConfigError: with all problems.
     """
     _require_sections(cfg, "peft", "data", "optim", "tokenizer")
     problems = survival_problems(cfg)
@@ -87,10 +87,10 @@ def check_pretraining(cfg: Mapping[str, Any]) -> None:
 
 
 def check_generation(cfg: Mapping[str, Any]) -> None:
-    """Everything that `tied-lora generate` needs.
+    """Checks the configuration of `tied-lora generate`.
 
     Raises:
-        ConfigError: all problems together.
+        ConfigError: with all problems.
     """
     problems = Problems()
     base = problems.attempt(base_model_config, cfg.get("base"), key="base")
@@ -136,7 +136,7 @@ def _run_problems(cfg: Mapping[str, Any], base: Mapping[str, Any] | None, config
 
 
 def _layout_keys(model: Mapping[str, Any]) -> dict[str, Any]:
-    """What the command decides, not the base: parallel sizes and batches."""
+    """Returns the keys that the command decides, not the base: parallel sizes and batches."""
     names = ("micro_batch_size", "global_batch_size", "sequence_parallel")
     return {key: value for key, value in model.items() if key in names or key.endswith("parallel_size")}
 
@@ -163,30 +163,30 @@ def _layout_problems(
 def _allocation_problems(
     cfg: Mapping[str, Any], base: Mapping[str, Any] | None, config: TiedLoraConfig | None
 ) -> Iterator[str]:
-    """Data, room and time against the layout, where base and layout are sound by themselves."""
+    """Checks data, disk space and time, if the base and the layout have no problems themselves."""
     try:
         layout = Layout.from_config({"model": cfg["model"], "trainer": cfg["trainer"]})
         arch = Architecture.from_model_config({**(base or {}), **_layout_keys(cfg["model"])})
         tuned = config is not None or cfg["model"]["peft"].get("peft_scheme") == "tied_lora"
     except ConfigError:
-        return  # said elsewhere
+        return  # reported by `_layout_problems`
     if layout.resolved_dp_size == 0 or check(arch, layout, config):
         return
     yield from batch_problems(cfg, base or {}, layout)
     if config is not None or not tuned:
-        yield from layout_fits_cluster.room_problems(cfg, arch, layout, config)
+        yield from layout_fits_cluster.disk_problems(cfg, arch, layout, config)
         yield from layout_fits_cluster.time_problems(cfg, arch, layout, config)
 
 
 def _checkpoint_problems(exp_manager: Mapping[str, Any]) -> Iterator[str]:
-    """Options of NeMo's that write checkpoints in ways of their own."""
+    """Refuses NeMo's options that write other kinds of checkpoints."""
     if (exp_manager.get("ema") or {}).get("enable"):
         yield "exp_manager.ema.enable=true: not possible; NeMo's EMA writes whole models; leave it out"
     params = exp_manager.get("checkpoint_callback_params") or {}
     if params.get("async_save"):
         yield (
-            "exp_manager.checkpoint_callback_params.async_save=true: not possible; a checkpoint holds the adapter alone "
-            "and is written at once; leave it out"
+            "exp_manager.checkpoint_callback_params.async_save=true: not possible; a checkpoint holds only the adapter "
+            "and is written quickly; leave it out"
         )
     if params.get("save_last_n_optim_states", -1) != -1:
         yield (
@@ -196,16 +196,16 @@ def _checkpoint_problems(exp_manager: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _optimizer_problems(name: object) -> Iterator[str]:
-    """A checkpoint loads on any layout because an optimizer's tensors lie as the parameters do."""
-    if name not in (*_OPTIMIZERS, "distributed_fused_adam"):  # the last is refused elsewhere
+    """Accepts only optimizers whose state has the shapes of the parameters: such a checkpoint loads on any layout."""
+    if name not in (*_OPTIMIZERS, "distributed_fused_adam"):  # the last is refused by `loop_problems`
         yield (
-            f"model.optim.name={name!r}: a checkpoint could not hold its state for another layout; "
+            f"model.optim.name={name!r}: its state cannot be saved for other layouts; "
             f"choose one of {', '.join(_OPTIMIZERS)}"
         )
 
 
 def _unread_lora_keys(peft: Mapping[str, Any]) -> Iterator[str]:
-    """An override file made for NeMo's own LoRA must not be ignored silently."""
+    """Refuses NeMo's keys of plain LoRA, which this command would ignore."""
     section = peft.get("lora_tuning")
     if section:
         yield (
@@ -222,9 +222,9 @@ def _output_problems(cfg: Mapping[str, Any], inputs: list[Any], suffix: str | No
         yield f"output={output}: must end in {suffix}"
     for file in inputs:
         if file is not None and output.exists() and Path(str(file)).exists() and output.samefile(str(file)):
-            yield f"output={output}: is a file that is read; name another"
+            yield f"output={output}: is an input; name another"
     folder = output.resolve().parent
     while not folder.exists():
         folder = folder.parent
     if not os.access(folder, os.W_OK):
-        yield f"output={output}: {folder} cannot be written to"
+        yield f"output={output}: {folder} is not writable"

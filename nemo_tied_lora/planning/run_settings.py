@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What watches over a run: the settings, and how a run ends that one of its guards has stopped. Without torch."""
+"""Settings of the guards, the watchdog and restarts, and the folder of a run. Imports no torch."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ __all__ = ["MOST_SKIPPED_IN_A_ROW", "NONFINITE_POLICIES", "GuardSettings", "run_
 NONFINITE_POLICIES = ("stop", "skip")
 
 
-# A step that is skipped leaves every parameter as it was. Ten batches in a row without one finite gradient say that
-# the parameters, and not the data, are at fault; more steps would only use the machine.
+# A skipped step changes no parameter. After ten non-finite batches in a row the parameters are at fault, not the data,
+# and more steps would only waste the machine.
 MOST_SKIPPED_IN_A_ROW = 10
 
 
@@ -28,13 +28,13 @@ class GuardSettings:
     """The section `guards` of a run's configuration.
 
     Raises:
-        ConfigError: every problem together.
+        ConfigError: with all problems.
     """
 
     tie_guard_every_n_steps: int = 200
-    """Every so many steps, and before each save, ranks that hold the same tensor compare its bits. 0: never."""
+    """Ranks that hold the same tensor compare its bits after every so many steps and before each save. 0: never."""
     nonfinite_gradients: str = "stop"
-    """Where a gradient is NaN or infinite. stop: end the run, all ranks; skip: leave the step out, and count it."""
+    """What to do if a gradient is NaN or infinite. stop: end the run on all ranks; skip: skip the step and count it."""
 
     def __post_init__(self) -> None:
         problems = Problems()
@@ -44,7 +44,7 @@ class GuardSettings:
 
     @classmethod
     def from_mapping(cls, section: Mapping[str, Any] | None) -> GuardSettings:
-        """The section of a config; a missing section or a null stands for the default.
+        """Reads the section. A missing section, or a null value, means the default.
 
         Raises:
             ConfigError: an unknown key or a wrong value.
@@ -78,7 +78,7 @@ _BOUNDS = {
 
 
 def run_folder(cfg: Mapping[str, Any]) -> Path | None:
-    """Where exp_manager will put the run; None where it makes a new folder each time (resume_if_exists=false)."""
+    """Returns the folder in which exp_manager will put the run. None: a new one each time (resume_if_exists=false)."""
     manager = cfg.get("exp_manager") or {}
     if manager.get("explicit_log_dir"):
         return Path(str(manager["explicit_log_dir"]))

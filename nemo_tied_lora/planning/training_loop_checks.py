@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training loops and settings in which NeMo 2.4 or megatron-core would give a tied adapter wrong numbers, or none.
+"""Refuses settings with which NeMo 2.4 or megatron-core would train a tied adapter wrongly, or would fail.
 
-Everything here is refused by name, with what to change. Neither torch nor NeMo is imported.
+Each message names the setting and what to change. Imports neither torch nor NeMo.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ __all__ = ["check_ddp", "check_loop", "loop_problems"]
 
 
 def loop_problems(model: Mapping[str, Any]) -> Iterator[str]:
-    """What stands in the way in a NeMo model's config, a line each.
+    """Yields one line per setting of a NeMo model's configuration that cannot work.
 
     Args:
-        model: the section `model`, with `optim`, as NeMo reads it.
+        model: the section `model`, with `optim`.
     """
     optim = model.get("optim") or {}
     name = str(optim.get("name"))
     cp_size = model.get("context_parallel_size") or 1
     distributed = name == "mcore_distributed_optim"
     if name == "distributed_fused_adam":
-        # apex's optimizer takes each gradient away in a hook, before stages have added theirs up.
+        # apex's optimizer takes each gradient in a hook, before the stages' gradients are summed.
         yield (
             "model.optim.name=distributed_fused_adam: not possible; it would leave tied gradients unsummed over pipeline "
             "stages; use mcore_distributed_optim, or fused_adam"
@@ -46,16 +46,16 @@ def loop_problems(model: Mapping[str, Any]) -> Iterator[str]:
 
 
 def check_loop(model: Mapping[str, Any]) -> None:
-    """`loop_problems`, for a model that is there.
+    """Raises the problems of `loop_problems`.
 
     Raises:
-        ConfigError: all of them together.
+        ConfigError: with all problems.
     """
     Problems(loop_problems(model)).raise_if_any()
 
 
 def check_ddp(transformer_config: Any, ddp_config: Any) -> None:
-    """For a loop of one's own on megatron-core: before an adapted model is wrapped in its DistributedDataParallel.
+    """Checks an adapted model of your own loop, before megatron-core's DistributedDataParallel wraps it.
 
     Args:
         transformer_config: the model's `TransformerConfig`.
@@ -80,7 +80,7 @@ def check_ddp(transformer_config: Any, ddp_config: Any) -> None:
 
 
 def _repeats_gradients(granularity: Any, modules: Any) -> bool:
-    """Whether a parameter that several layers use gets its gradient in several parts, which DDP counts as several."""
+    """Whether a tied parameter's gradient arrives in several parts, and DDP counts each part as a gradient."""
     if counts_repeated_gradients():
         return False
     return granularity == "full" or (granularity == "selective" and bool({"mlp", "moe"} & set(modules)))

@@ -72,7 +72,7 @@ def refusals(cfg: dict[str, Any], changes: dict[str, Any]) -> list[str]:
     [
         (
             {"model.data.train_ds.max_seq_length": 64},
-            "train_ds.max_seq_length=64: the base has learned only 32 positions; use at most 32",
+            "train_ds.max_seq_length=64: the base has learned positions for 32 tokens only; use at most 32",
         ),
         (
             {"trainer.devices": 2, "model.context_parallel_size": 2, "model.data.train_ds.max_seq_length": 30},
@@ -212,7 +212,7 @@ def test_a_base_that_is_cut_short_is_refused(sound: dict[str, Any], tmp_path: Pa
 def test_a_folder_that_cannot_be_written_to_is_refused(sound: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (problem,) = refusals(sound, {"exp_manager.exp_dir": str(tmp_path / "file" / "runs")})
-    assert f"{tmp_path / 'file'} is no folder that can be written to" in problem
+    assert f"{tmp_path / 'file'} is not a writable folder" in problem
     (tmp_path / "shut").mkdir()
     (tmp_path / "shut").chmod(0o555)
     root = os.getuid() == 0
@@ -223,7 +223,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused(sound: dict[str, Any], tm
     finally:
         if root:
             os.setreuid(0, 0)
-    assert f"{tmp_path / 'shut'} is no folder that can be written to" in problem
+    assert f"{tmp_path / 'shut'} is not a writable folder" in problem
 
 
 def test_a_folder_that_cannot_be_entered_is_refused(tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_a_folder_that_cannot_be_entered_is_refused(tmp_path: Path) -> None:
         if root:
             os.setresuid(0, 0, 0)
         tmp_path.chmod(0o700)
-    assert "is no folder that can be written to" in problem
+    assert "is not a writable folder" in problem
 
 
 def test_one_message_has_all_problems(
@@ -267,7 +267,7 @@ def test_one_message_has_all_problems(
         "alpha=0",
         "precision='8'",
         "must end in .nemo",
-        "mem is no folder",
+        "mem is not a writable folder",
     ):
         assert said.count(part) == 1, said
 
@@ -285,7 +285,11 @@ def test_a_base_with_rotary_positions_takes_longer_sequences(sound: dict[str, An
         ({}, {"num_nodes": 2, "devices": 8}, []),
         ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}, {"num_nodes": 2, "devices": 8}, []),
         ({}, {"num_nodes": 1, "devices": 16}, ["trainer.num_nodes=1: SLURM runs this on 2 nodes; set it to 2"]),
-        ({}, {"num_nodes": 2, "devices": 4}, ["8 ranks, but srun started 16 tasks; one task a rank: --ntasks=8"]),
+        (
+            {},
+            {"num_nodes": 2, "devices": 4},
+            ["8 ranks, but srun started 16 tasks; start one task per rank: --ntasks=8"],
+        ),
         (
             {"SLURM_STEP_TASKS_PER_NODE": "9,7"},
             {"num_nodes": 2, "devices": 8},
