@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The models that the benchmarks compare, on whatever parallel layout the rank is in, and the arithmetic of each."""
+"""Builds the models that the benchmarks compare, on any parallel layout, and counts their FLOPs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-# torch, Megatron and NeMo are imported where they are used: after the number of threads is set, and after `prepare`.
+# Functions import torch, Megatron and NeMo themselves: after the number of threads is set, and after `prepare`.
 if TYPE_CHECKING:
     import torch
     from megatron.core.models.gpt import GPTModel
@@ -41,17 +41,17 @@ def _size(default: int, what: str) -> Any:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """The model of one step. A micro-batch is one sequence."""
+    """The sizes of the model. A microbatch is one sequence."""
 
     layers: int = _size(6, "transformer layers")
     hidden: int = _size(512, "hidden width")
     ffn: int = _size(2048, "width inside the MLP")
     heads: int = _size(8, "attention heads")
-    sequence: int = _size(512, "tokens of the one sequence")
+    sequence: int = _size(512, "tokens in a sequence")
     vocab: int = _size(1024, "vocabulary size")
 
     def linears(self) -> dict[str, tuple[int, int]]:
-        """Target to (in, out); one of each per layer."""
+        """Target to (in, out). Each layer has one linear per target."""
         return {
             "linear_qkv": (self.hidden, 3 * self.hidden),
             "linear_proj": (self.hidden, self.hidden),
@@ -63,9 +63,9 @@ class Sizes:
 def frozen_flops(sizes: Sizes) -> int:
     """FLOPs of the frozen model's matrix products, forward and backward. A multiplication and an addition are 2.
 
-    A frozen linear and the output layer: 2 T in out forward and 2 T in out for the gradient of the input; there is
-    none for the weight. Attention: scores and context, 2 T T hidden each, and two gradients of that cost for each;
-    the half that the causal mask hides is computed as well.
+    A frozen linear and the output layer: 2 T in out forward, and 2 T in out for the gradient of the input. Weights
+    have no gradient. Attention: scores and context, 2 T T hidden each, and two gradients of that cost for each. The
+    half that the causal mask hides is computed too.
     """
     tokens = sizes.sequence
     linears = sum(4 * tokens * width_in * width_out for width_in, width_out in sizes.linears().values())
@@ -74,7 +74,7 @@ def frozen_flops(sizes: Sizes) -> int:
 
 
 def adapter_flops(sizes: Sizes, rank: int) -> int:
-    """FLOPs of both thin products, forward and backward: 6 T r (in + out) a linear.
+    """FLOPs of the adapter's products, forward and backward: 6 T r (in + out) per linear.
 
     h = A x and B h; grad_h and grad_B; grad_x and grad_A: 2 T r in or 2 T r out each.
     """
@@ -82,10 +82,10 @@ def adapter_flops(sizes: Sizes, rank: int) -> int:
 
 
 class NemoLora:
-    """In front of a Megatron linear's class: output + adapter(input), as the mixins in NeMo's mcore_mixins.py do.
+    """A mixin in front of a Megatron linear's class: output + adapter(input), as in NeMo's mcore_mixins.py.
 
-    NeMo's attention mixin itself does not run on the megatron-core that NeMo is paired with: its forward lacks
-    `inference_context`. The layer that is measured is NeMo's; only these lines around it are not.
+    NeMo's attention mixin does not run on the megatron-core that NeMo is paired with: its forward lacks
+    `inference_context`. The measured layer is NeMo's; only these lines around it are ours.
     """
 
     nemo_lora: nn.Module
@@ -95,14 +95,14 @@ class NemoLora:
         return output + self.nemo_lora(self.adapter_input(input_)), bias
 
     def adapter_input(self, input_: torch.Tensor) -> torch.Tensor:
-        """What the adapter is given of the linear's input."""
+        """The adapter's input, from the linear's input."""
         return input_
 
 
 def build_model(sizes: Sizes, seed: int, base: GPTModel | None = None, *, sequence_parallel: bool = False) -> GPTModel:
-    """A frozen float32 GPT whose backward reaches the embedding's output, on the memory of `base`'s weights.
+    """This rank's part of a frozen float32 GPT, on Megatron's current layout.
 
-    It is this rank's part of it, on the layout that Megatron was initialized for.
+    Backward reaches the embedding's output. With `base`, the model uses the memory of the base's weights.
     """
     import torch
     from megatron.core import parallel_state, tensor_parallel
@@ -124,7 +124,7 @@ def build_model(sizes: Sizes, seed: int, base: GPTModel | None = None, *, sequen
         for parameter, shared in zip(model.parameters(), base.parameters(), strict=True):
             parameter.data = shared.data
     model.requires_grad_(False)
-    # Without this the frozen model has no backward at all; with it all three have the same one.
+    # Without this the frozen model has no backward. With it, all three models have the same one.
     if model.pre_process:
         model.embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
     return model.train()
@@ -156,7 +156,7 @@ def _transformer_config(sizes: Sizes, sequence_parallel: bool) -> TransformerCon
 
 
 def add_ours(model: GPTModel, rank: int, seed: int) -> Adapter:
-    """Tied-LoRA `tl6` on all four linears, every factor away from zero."""
+    """Injects Tied-LoRA `tl6` into all four linears. No factor is zero."""
     import torch
 
     from nemo_tied_lora import TiedLoraConfig, inject
@@ -170,7 +170,7 @@ def add_ours(model: GPTModel, rank: int, seed: int) -> Adapter:
 
 
 def add_nemo(model: GPTModel, rank: int, ours: GPTModel, mixin: type = NemoLora) -> None:
-    """NeMo's LoRA layer on all four linears, computing the update of `ours`.
+    """Adds NeMo's LoRA layer to all four linears, with the update of `ours`.
 
     Under tensor parallelism NeMo's layer splits the rank of a column's A, and the rows of every B.
     """
@@ -193,7 +193,7 @@ def add_nemo(model: GPTModel, rank: int, ours: GPTModel, mixin: type = NemoLora)
 
 
 def _nemo_layer(linear: Any, rank: int, config: TransformerConfig) -> ParallelLinearAdapter:
-    """NeMo's layer with the arguments that its LoraPEFTConfig gives it."""
+    """NeMo's layer with the arguments of its LoraPEFTConfig."""
     from megatron.core import parallel_state
     from nemo.collections.nlp.modules.common.megatron.adapters.parallel_adapters import ParallelLinearAdapter
 
@@ -219,7 +219,7 @@ def _nemo_layer(linear: Any, rank: int, config: TransformerConfig) -> ParallelLi
 
 
 def build_variants(sizes: Sizes, rank: int, seed: int) -> dict[str, GPTModel]:
-    """The three models; both adapters compute the same update."""
+    """The three models. Both adapters compute the same update."""
     frozen = build_model(sizes, seed)
     nemo, ours = build_model(sizes, seed, frozen), build_model(sizes, seed, frozen)
     add_ours(ours, rank, seed)
@@ -228,7 +228,7 @@ def build_variants(sizes: Sizes, rank: int, seed: int) -> dict[str, GPTModel]:
 
 
 def thin_products(sizes: Sizes, rank: int, seed: int) -> Callable[[], None]:
-    """The six products of `adapter_flops` for every linear and nothing else: what no adapter can do without."""
+    """Returns a function that runs only the six products of `adapter_flops` for every linear. Every adapter needs them."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
-"""The table of recipes in docs/cluster.md: each line composed as `tied-lora launch` composes it, and planned.
+"""Makes the table of recipes in docs/cluster.md: composes each recipe as `tied-lora launch` does, and plans it.
 
 python benchmarks/cluster_recipes.py          prints the table
-python benchmarks/cluster_recipes.py --write  puts it into the page
+python benchmarks/cluster_recipes.py --write  writes it into the page
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ RECIPES = (
     "model=llama2_70b recipe=llama2 cluster.nodes=4 layout=tp8pp4",
     "model=llama2_70b recipe=llama2 cluster.nodes=8 layout=tp8pp4",
 )
-"""What to add to `tied-lora launch cluster=slurm cluster.gpus_per_node=8`."""
+"""Arguments after `tied-lora launch cluster=slurm cluster.gpus_per_node=8`."""
 
 _GPUS = 8
 _BETWEEN = re.compile(r"(<!-- recipes: [^\n]*-->\n).*?(<!-- end of the recipes -->)", flags=re.S)
-# What decides about memory: the same keys in finetune's configuration and in plan's.
+# The keys that decide the memory. finetune and plan share them.
 _PLANNED = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
@@ -55,12 +55,12 @@ _PLANNED = (
 
 
 def finetune_overrides(line: str) -> list[str]:
-    """A recipe without what is launch's alone."""
+    """A recipe without the arguments that only launch takes."""
     return [word for word in shlex.split(line) if not word.startswith(("model=", "cluster."))]
 
 
 def planned(line: str) -> dict[str, Any]:
-    """`tied-lora plan`'s numbers for a recipe: the model's sizes, and the run's settings as finetune composes them."""
+    """`tied-lora plan`'s numbers for a recipe, with the settings that finetune composes."""
     words = dict(word.split("=", 1) for word in shlex.split(line))
     run = plain(compose_config("finetune", finetune_overrides(line)))
     settings = plain(compose_config("plan", [f"model={words['model']}"]))
@@ -72,7 +72,7 @@ def planned(line: str) -> dict[str, Any]:
 
 
 def table() -> str:
-    """Markdown: a row a recipe, then the recipes themselves."""
+    """A Markdown table with one row per recipe, then the recipes."""
     rows = [["", "base", "nodes x GPUs", "TP x PP x DP", "base weights", "adapter", "activations", "sum"]]
     for number, line in enumerate(RECIPES, 1):
         result = planned(line)
@@ -86,7 +86,7 @@ def table() -> str:
 
 
 def in_page(page: str) -> str:
-    """The page with the table of today."""
+    """The page with the current table."""
     assert _BETWEEN.search(page), "the page has no place for the table"
     return _BETWEEN.sub(lambda match: f"{match[1]}\n{table()}\n{match[2]}", page)
 
@@ -94,7 +94,7 @@ def in_page(page: str) -> str:
 def main() -> None:
     """Prints the table, or writes it into the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="put it into docs/cluster.md")
+    parser.add_argument("--write", action="store_true", help="write it into docs/cluster.md")
     if parser.parse_args().write:
         PAGE.write_text(in_page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     else:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counts what this rank puts on the network: every collective, forward and backward, whoever calls it.
+"""Counts the collectives of this rank, in forward and backward, with their bytes.
 
-The count is taken where torch hands a collective to its backend (the `c10d` operators), below `torch.distributed`: a
-library that keeps its own reference to `all_gather_into_tensor`, as megatron-core does, is counted like any other.
+The counter intercepts torch's `c10d` operators, below `torch.distributed`. So it also counts a library that keeps its own
+reference to `all_gather_into_tensor`, as megatron-core does.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["Call", "CollectiveCounter", "added", "uncounted"]
 
 @dataclass(frozen=True)
 class Call:
-    """One kind of collective. shape: of the whole message, gathered or before scattering; ranks: of its group."""
+    """One kind of collective. shape: the whole message, gathered or before scattering. ranks: the size of the group."""
 
     phase: str
     operation: str
@@ -33,19 +33,19 @@ class Call:
 
     @property
     def sent(self) -> Fraction:
-        """Bytes that each rank sends in one such call, as a ring sends them; a send is the sender's alone."""
+        """Bytes that each rank sends in one call, by a ring; in a send, only the sender's."""
         share = _SHARES[_OPERATIONS[self.operation][0]]
         return share(self.ranks) * self.num_bytes
 
 
 class CollectiveCounter(TorchDispatchMode):
-    """Inside `with counter:` every collective of this thread, and of the backward passes it starts, is counted.
+    """`with counter:` counts every collective of this thread and of the backward passes that it starts.
 
     Args:
-        groups: name to process group; a collective of another group is counted under "other".
+        groups: name to process group. A collective of any other group counts under "other".
 
     Raises:
-        NotImplementedError: a collective whose bytes it does not know how to count; none is passed over.
+        NotImplementedError: the counter does not know the bytes of a collective.
     """
 
     def __init__(self, groups: dict[str, Any]):
@@ -56,7 +56,7 @@ class CollectiveCounter(TorchDispatchMode):
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Counts what runs inside under this name."""
+        """Counts under this name inside the context."""
         before, self._phase = self._phase, name
         try:
             with self:
@@ -85,7 +85,7 @@ class CollectiveCounter(TorchDispatchMode):
 
 @contextmanager
 def uncounted() -> Iterator[None]:
-    """No counter counts what runs inside."""
+    """Switches all counters off inside the context."""
     _paused.append(True)
     try:
         yield
@@ -94,10 +94,10 @@ def uncounted() -> Iterator[None]:
 
 
 def added(calls: Counter[Call], base: Counter[Call]) -> Counter[Call]:
-    """What `calls` has beyond `base`.
+    """`calls` minus `base`.
 
     Raises:
-        ValueError: a collective of the base is missing, so that the two cannot be compared.
+        ValueError: `calls` lacks a collective of the base, so the two cannot be compared.
     """
     missing = base - calls
     if missing:
@@ -107,7 +107,7 @@ def added(calls: Counter[Call], base: Counter[Call]) -> Counter[Call]:
 
 _paused: list[bool] = []
 
-# Operator to the kind of its cost and the position of the argument that holds the whole message.
+# Operator to its kind of cost and the position of the argument that holds the whole message.
 _OPERATIONS = {
     "allreduce_": ("all_reduce", 0),
     "allgather_": ("all_gather", 0),
@@ -135,7 +135,7 @@ def _process_group(argument: Any) -> Any:
         return None
     try:
         return torch.distributed.ProcessGroup.unbox(argument)
-    except RuntimeError:  # a ReduceOp travels in the same kind of box
+    except RuntimeError:  # a ReduceOp is a ScriptObject too
         return None
 
 

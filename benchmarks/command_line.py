@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the benchmarks' command lines share: counts, the model's sizes, and the files that they write."""
+"""Command-line options that the benchmarks share: counts, the model's sizes, and the files to write."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["add_sizes", "count", "sizes_of", "write"]
 
 
 def count(text: str) -> int:
-    """An option's value that must be at least 1."""
+    """The value of an option that must be at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value}: must be at least 1")
@@ -21,19 +21,19 @@ def count(text: str) -> int:
 
 
 def add_sizes(parser: argparse.ArgumentParser, defaults: Sizes) -> None:
-    """An option for each of the model's sizes."""
+    """Adds one option per size of the model."""
     for field in dataclasses.fields(Sizes):
         default = getattr(defaults, field.name)
         parser.add_argument(f"--{field.name}", type=count, default=default, metavar="N", help=field.metadata["help"])
 
 
 def sizes_of(options: argparse.Namespace) -> Sizes:
-    """The sizes that `add_sizes` asked for."""
+    """The sizes from the options of `add_sizes`."""
     return Sizes(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Sizes)})
 
 
 def write(path: Path, text: str) -> None:
-    """Writes a file and says so; its folder is made."""
+    """Writes a file, makes its folder if needed, and prints its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     print(f"wrote {path}")

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an adapter adds to the network's traffic: NeMo's own LoRA layer beside Tied-LoRA, by counting every collective.
+"""Counts every collective to compare the network traffic that NeMo's own LoRA layer and Tied-LoRA add.
 
-Four ranks build a megatron-core GPT on each layout in turn: frozen; with NeMo's ParallelLinearAdapter on all four linears;
-with Tied-LoRA `tl6` on the same. Each runs one step on Megatron's own schedule while every collective is counted; what
-an adapter adds is its count less the frozen model's.
+On each layout, four ranks build a megatron-core GPT three times: frozen, with NeMo's ParallelLinearAdapter on all four
+linears, and with Tied-LoRA `tl6` on the same. Each model runs one step on Megatron's own schedule while every collective
+is counted. An adapter adds its count minus the frozen model's count.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from nemo_tied_lora.planning.adapter_cost import Precision, network_bytes
 from nemo_tied_lora.planning.architecture import Architecture
 from nemo_tied_lora.planning.parallel_layout import Layout
 
-# Megatron and NeMo are imported where they are used: after `prepare`.
+# Functions import Megatron and NeMo themselves, after `prepare`.
 if TYPE_CHECKING:
     import torch
     from megatron.core.models.gpt import GPTModel
@@ -68,9 +68,9 @@ _DEFAULTS = Sizes(layers=4, hidden=1024, ffn=4096, heads=16, sequence=128, vocab
 def count_step(
     model: GPTModel, adapter: Any, *, tokens: int, microbatches: int, seed: int, vocab: int
 ) -> tuple[Counter[Call], float | None]:
-    """One step, forward and backward; (its collectives, the mean loss or None where this is not the last stage).
+    """Runs one step; returns (its collectives, the mean loss), with loss None except on the last stage.
 
-    Phase "microbatch": the schedule. Phase "step": the sums of gradients after it, `adapter.reduce_gradients()`.
+    Phase "microbatch" is the schedule. Phase "step" is `adapter.reduce_gradients()` after it.
     """
     import torch
     from megatron.core import parallel_state
@@ -112,7 +112,7 @@ def _forward_step(batches: Iterator[torch.Tensor], model: GPTModel) -> tuple[tor
 
 
 def measure_layout(layout: Layout, sizes: Sizes, rank: int, microbatches: int, seed: int) -> dict[str, Any]:
-    """On every rank: variant to its counts, of a whole step and of one microbatch of half the tokens, and its loss."""
+    """Variant to its loss and its counts for a whole step and for one microbatch of half the tokens. All ranks call it."""
     from megatron.core import parallel_state
 
     parallel_state.initialize_model_parallel(layout.tp_size, layout.pp_size)
@@ -135,7 +135,7 @@ def measure_layout(layout: Layout, sizes: Sizes, rank: int, microbatches: int, s
 
 
 def _nemo_variants(layout: Layout) -> list[tuple[str, str | None, type]]:
-    """(name, the Transformer Engine that its layer is told of, what stands around it)."""
+    """(name, the faked version of Transformer Engine, the mixin) for each way of NeMo's layer."""
     if not layout.sequence_parallel:
         return [("nemo", None, NemoLora)]
     return [("nemo", "1.4.0", NemoLora), ("nemo_te", "1.5.0", NemoLoraAfterGather)]
@@ -161,7 +161,7 @@ def benchmark(sizes: Sizes, rank: int, layouts: Sequence[str], *, microbatches: 
 def summarize(
     ranks: Sequence[dict[str, Any]], layout: Layout, sizes: Sizes, rank: int, microbatches: int
 ) -> dict[str, Any]:
-    """One layout's entry of the JSON: of each variant the rank that sends most, the plan's numbers, the least."""
+    """One layout's entry of the JSON: each variant on the rank that sends most, the plan's numbers, the minimum."""
     settings = {"tokens": sizes.sequence, "microbatches": microbatches}
     adapters = [name for name in ranks[0] if name != "frozen"]
     least = {"beside_the_base": least_beside_the_base, "any_method": least_of_any_method}
@@ -184,22 +184,22 @@ def summarize(
 
 
 def _added(name: str, ranks: Sequence[dict[str, Any]], microbatches: int) -> dict[str, Any]:
-    of_rank = []
+    reports = []
     for counted in ranks:
         whole = _per_phase(added(counted[name]["whole"], counted["frozen"]["whole"]), microbatches)
         half = _per_phase(added(counted[name]["half"], counted["frozen"]["half"]), 1)
         whole["microbatch"]["sent_bytes_of_half_the_tokens"] = half["microbatch"]["sent_bytes"]
-        of_rank.append(whole)
-    return _most(of_rank)
+        reports.append(whole)
+    return _most(reports)
 
 
-def _most(of_rank: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of each phase the numbers of the rank that sends most."""
-    return {phase: max((each[phase] for each in of_rank), key=lambda e: e["sent_bytes"]) for phase in of_rank[0]}
+def _most(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Phase to the numbers of the rank that sends most in it."""
+    return {phase: max((report[phase] for report in reports), key=lambda r: r["sent_bytes"]) for phase in reports[0]}
 
 
 def _per_phase(calls: Counter[Call], microbatches: int) -> dict[str, Any]:
-    """Phase to calls, bytes sent and messages, those of one microbatch; all microbatches are alike."""
+    """Phase to its calls, bytes sent and messages, for one microbatch; all microbatches are alike."""
     result = {}
     for phase, share in (("microbatch", microbatches), ("step", 1)):
         mine = {call: Fraction(count, share) for call, count in calls.items() if call.phase == phase}
@@ -227,7 +227,7 @@ def _number(value: Fraction) -> int | float:
 
 
 def _planned(layout: Layout, sizes: Sizes, rank: int) -> dict[str, int]:
-    """What `tied-lora plan` says of the same model, layout and adapter."""
+    """The numbers of `tied-lora plan` for the same model, layout and adapter."""
     arch = Architecture(
         num_layers=sizes.layers,
         hidden_size=sizes.hidden,
@@ -253,10 +253,10 @@ def _on_ranks(
 ) -> list[dict[str, dict[str, Any]]]:
     """Every rank's counts, in rank order.
 
-    The ranks are forked, so that NeMo, whose import takes longer than the measurement, is imported once.
+    The ranks are forked, so that NeMo is imported once: its import takes longer than the measurement.
 
     Raises:
-        RuntimeError: a rank died or did not answer; the others are ended.
+        RuntimeError: a rank died or did not answer. The others are killed.
     """
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
@@ -266,7 +266,7 @@ def _on_ranks(
             answer, sender = context.Pipe(duplex=False)
             children.append(context.Process(target=_rank_main, args=(number, sender, *settings), daemon=True))
             children[-1].start()
-            sender.close()  # the child's copy is then the last: its end is seen as the end of the pipe
+            sender.close()  # so that the pipe ends when the child, which holds the last copy, dies
             answers.append(answer)
         try:
             return [_answer(number, answer) for number, answer in enumerate(answers)]
@@ -308,11 +308,11 @@ def _rank_main(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; `--help` describes it. Returns 1 where a bound is missed."""
+    """The command line; `--help` describes it. Returns 1 if a claim is missed."""
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.from_json is None and options.output is None:
-        parser.error("--output FILE is missing: where should the counts go?")
+        parser.error("--output FILE is missing; name the JSON file to write")
     if options.from_json is None:
         sizes = sizes_of(options)
         for problem in _problems(sizes, options.rank):
@@ -333,7 +333,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _problems(sizes: Sizes, rank: int) -> Iterator[str]:
     for name in ("layers", "hidden", "ffn", "heads", "vocab", "sequence"):
-        needed = 2 * WORLD_SIZE if name == "sequence" else WORLD_SIZE  # half of it is split over four ranks, too
+        needed = 2 * WORLD_SIZE if name == "sequence" else WORLD_SIZE  # half a sequence is split over the ranks too
         if getattr(sizes, name) % needed:
             yield f"--{name} {getattr(sizes, name)}: not divisible by {needed}, which the layouts need"
     if sizes.hidden % sizes.heads:
@@ -348,16 +348,16 @@ def _problems(sizes: Sizes, rank: int) -> Iterator[str]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n\n")[0],
-        epilog="Takes about two minutes on 2 cores. Exit code 1: a bound is missed.",
+        epilog="Takes about two minutes on 2 cores. Exit code 1 if a claim is missed.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="where the JSON goes")
-    parser.add_argument("--page", type=Path, metavar="FILE", help="where the page goes, in Markdown")
-    parser.add_argument("--from-json", type=Path, metavar="FILE", help="count nothing: make the page from this JSON")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="the JSON file to write")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="the Markdown page to write")
+    parser.add_argument("--from-json", type=Path, metavar="FILE", help="do not count; make the page from this JSON")
     parser.add_argument("--rank", type=count, default=16, metavar="R", help="the adapters' rank")
     parser.add_argument("--microbatches", type=count, default=2, metavar="N", help="microbatches of one sequence")
-    parser.add_argument("--seed", type=int, default=1234, metavar="N", help="of the weights and the data")
-    parser.add_argument("--layouts", nargs="+", choices=list(LAYOUTS), metavar="NAME", help="only these")
+    parser.add_argument("--seed", type=int, default=1234, metavar="N", help="seed of the weights and the data")
+    parser.add_argument("--layouts", nargs="+", choices=list(LAYOUTS), metavar="NAME", help="only these layouts")
     add_sizes(parser, _DEFAULTS)
     return parser
 

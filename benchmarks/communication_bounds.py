@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an adapter must send, from shapes alone; bytes sent by one rank, collectives as rings, float32.
+"""The minimum that an adapter must send, from shapes: bytes that one rank sends, by rings, in float32.
 
-With T ranks in the tensor group, n tokens in a microbatch, M microbatches in a step, L layers a stage, P stages:
+There are T ranks in the tensor group, n tokens in a microbatch, M microbatches in a step, L layers per stage, P stages.
 
-- Beside the base's collectives, which carry the base's tensors and nothing else, a linear must exchange h or its gradient:
-  each of the T ranks holds a summand (or a part of the sequence), all of them need the whole, and r numbers a token is
-  the least that determines it. An all-reduce cannot send less than 2 (T-1)/T of what it sums, and the all-gather and
-  reduce-scatter of sequence parallelism come to the same.
-- Inside the base's collectives nothing is added to a microbatch: a row's update is added to the partial sums before the
-  base sums them, a column's share of the input's gradient before the base sums that. What every rank then has of the
-  replicated factors' gradients is a partial sum over its own slice, to be summed over T once a step; or the r-wide
-  tensors themselves are exchanged, where they are smaller.
-- Tied A and B get a gradient from every stage and every stage needs the sum: an all-reduce over P of their local parts.
+- Beside the base's collectives, which then carry only the base's tensors, each linear exchanges h or its gradient. Each
+  of the T ranks holds a summand (or a part of the sequence), and all ranks need the whole: r numbers per token. An
+  all-reduce sends at least 2 (T-1)/T of what it sums. Under sequence parallelism, an all-gather and a reduce-scatter
+  send the same.
+- Inside the base's collectives, a microbatch sends nothing more: a row's update joins the partial sums that the base
+  sums, and a column's share joins the gradient of the input. Each rank then holds only a partial sum of the replicated
+  factors' gradients, which needs a sum over T once per step. If the r-wide tensors are smaller, they are sent instead.
+- Every stage adds to the gradients of tied A and B, and every stage needs the sum: an all-reduce over P of the local
+  parts.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _COLUMNS = ("linear_qkv", "linear_fc1")
 def least_beside_the_base(
     sizes: Sizes, rank: int, layout: Layout, *, tokens: int, microbatches: int
 ) -> dict[str, Fraction]:
-    """ "microbatch" and "step": the least of a method that leaves the base's collectives as they are."""
+    """Phase ("microbatch", "step") to the minimum of a method that leaves the base's collectives unchanged."""
     h = _layers(sizes, layout) * len(sizes.linears()) * tokens * rank
     partial = sum(_partial(sizes, rank, layout).values()) if layout.sequence_parallel else 0
     return {
@@ -43,7 +43,7 @@ def least_beside_the_base(
 def least_of_any_method(
     sizes: Sizes, rank: int, layout: Layout, *, tokens: int, microbatches: int
 ) -> dict[str, Fraction]:
-    """ "microbatch" and "step": the least of any exact method, also of one that adds to the base's own messages."""
+    """Phase ("microbatch", "step") to the minimum of any exact method, even one that changes the base's messages."""
     exchanged = microbatches * _layers(sizes, layout) * tokens * rank
     summed = sum(min(partial, exchanged) for partial in _partial(sizes, rank, layout).values())
     pipeline = _all_reduce(_tied(sizes, rank, layout), layout.pp_size)
@@ -55,7 +55,7 @@ def _layers(sizes: Sizes, layout: Layout) -> int:
 
 
 def _partial(sizes: Sizes, rank: int, layout: Layout) -> dict[str, int]:
-    """Target to the elements of `tl6` that every tensor-parallel rank holds whole: A, u of columns; B, u, v of rows."""
+    """Target to the number of `tl6` elements that tensor-parallel ranks hold whole: A, u of columns; B, u, v of rows."""
     layers, partial = _layers(sizes, layout), {}
     for target, (width_in, width_out) in sizes.linears().items():
         own = layers * (rank if target in _COLUMNS else rank + width_out)
@@ -64,7 +64,7 @@ def _partial(sizes: Sizes, rank: int, layout: Layout) -> dict[str, int]:
 
 
 def _tied(sizes: Sizes, rank: int, layout: Layout) -> int:
-    """Elements of A and B on one rank."""
+    """The number of elements of A and B on one rank."""
     total = 0
     for target, (width_in, width_out) in sizes.linears().items():
         split, whole = (width_out, width_in) if target in _COLUMNS else (width_in, width_out)

@@ -16,12 +16,12 @@ _LEAST = ("minimum beside the base", "minimum of any method")
 
 
 def tables(result: dict[str, Any]) -> str:
-    """Two Markdown tables: what one microbatch adds, what one step adds."""
+    """Two Markdown tables: the traffic that a microbatch adds, and that a step adds."""
     return f"{_microbatch_table(result)}\n\n{_step_table(result)}"
 
 
 def verdicts(result: dict[str, Any]) -> Iterator[tuple[str, bool]]:
-    """(what is wanted, with the measured number; whether it was found) of every claim, layout by layout."""
+    """(the claim with the measured number, whether it holds) for every claim, layout by layout."""
     for name, entry in result["layouts"].items():
         for text, kept in (*_microbatch_verdicts(entry, result["rank"]), *_step_verdicts(entry)):
             yield f"{name}: {text}", kept
@@ -40,13 +40,13 @@ def _microbatch_verdicts(entry: dict[str, Any], rank: int) -> Iterator[tuple[str
             )
         if variant in entry["losses"]:
             difference = abs(entry["losses"][variant] / entry["losses"]["ours"] - 1)
-            # The same update in another order of float32 sums.
-            yield f"the loss is that with {described}, apart by {difference:.0e}", difference < 1e-4
+            # The same update, with float32 sums in another order.
+            yield f"the loss equals that with {described}, to {difference:.0e}", difference < 1e-4
     widths = sorted({message["shape"][-1] for message in ours["messages"]})
     yield f"what a microbatch adds is as wide as the rank, widths {widths}", widths in ([], [rank])
-    yield from _equals("a microbatch adds", sent, entry["plan"]["microbatch"], "as `tied-lora plan` says")
+    yield from _equals("a microbatch adds", sent, entry["plan"]["microbatch"], "as `tied-lora plan` states")
     beside = entry["least"]["beside_the_base"]["microbatch"]
-    yield from _equals("a microbatch adds", sent, beside, "the least beside the base's collectives")
+    yield from _equals("a microbatch adds", sent, beside, "the minimum beside the base's collectives")
     half = ours["sent_bytes_of_half_the_tokens"]
     yield f"half the tokens add {half:,} bytes, half as much", 2 * half == sent
     across = ours["sent_bytes_of_group"].get("PP", 0)
@@ -63,9 +63,9 @@ def _step_verdicts(entry: dict[str, Any]) -> Iterator[tuple[str, bool]]:
             f"a step adds {sum(calls):g} collectives over {group}, {wanted} wanted",
             (sum(calls), kinds) == ((1, {"allreduce_"}) if needed else (0, set())),
         )
-    yield from _equals("a step adds", ours["sent_bytes"], entry["plan"]["step"], "as `tied-lora plan` says")
+    yield from _equals("a step adds", ours["sent_bytes"], entry["plan"]["step"], "as `tied-lora plan` states")
     beside = entry["least"]["beside_the_base"]["step"]
-    yield from _equals("a step adds", ours["sent_bytes"], beside, "the least beside the base's collectives")
+    yield from _equals("a step adds", ours["sent_bytes"], beside, "the minimum beside the base's collectives")
 
 
 def _equals(what: str, sent: float, wanted: float, meaning: str) -> Iterator[tuple[str, bool]]:
@@ -130,7 +130,7 @@ def render_page(result: dict[str, Any]) -> str:
 
 
 def _grouped_verdicts(result: dict[str, Any]) -> Iterator[str]:
-    """A line for each layout: its claims, a missed one in full."""
+    """One line per layout: the number of claims kept, and each missed claim in full."""
     judged = list(verdicts(result))
     for name in result["layouts"]:
         mine = [(text.removeprefix(f"{name}: "), kept) for text, kept in judged if text.startswith(f"{name}: ")]

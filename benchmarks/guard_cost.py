@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the guards of a run cost beside a training step, measured in one process.
+"""Measures the cost of a run's guards relative to a training step, in one process.
 
-One round times a step (forward and backward of an adapted megatron-core GPT), the tie guard's comparison and the look at
-the gradients, one after the other in a new random order; a ratio is taken within a round, and medians are reported.
+Each round times a step (forward and backward of an adapted megatron-core GPT), the tie guard and the gradient guard, one
+after the other in a new random order. Ratios are taken within a round; the benchmark reports their medians.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def summarize(seconds: dict[str, list[float]], parameters: int, rank: int, every
 
 
 def table(result: dict[str, Any]) -> str:
-    """A Markdown table, a line per rank."""
+    """A Markdown table, one row per rank."""
     rows = [["rank", "stored numbers", "step, s", "tie guard / step", "spread over 200 steps", "gradients / step"]]
     for entry in result["ranks"].values():
         guard, gradients = (f"{entry[p]['ratio']:.2%} ({entry[p]['min']:.2%} to {entry[p]['max']:.2%})" for p in PARTS)
@@ -82,7 +82,7 @@ def benchmark(
 
 
 def _parts(sizes: Sizes, rank: int, seed: int) -> tuple[dict[str, Callable[[], object]], Callable[[], object], int]:
-    """What is timed, what precedes each timing, and how many numbers the adapter stores."""
+    """(functions to time, function to run before each of them, number of parameters of the adapter)."""
     import torch
 
     from nemo_tied_lora import TiedLoraConfig, inject
@@ -93,8 +93,8 @@ def _parts(sizes: Sizes, rank: int, seed: int) -> tuple[dict[str, Callable[[], o
     adapter = inject(model, TiedLoraConfig.preset("tl6", rank=rank))
     step = make_step(sizes, seed)
 
-    def keep_gradients() -> None:
-        """The look at the gradients needs some: each parameter gets them anew, and the step adds its own to them."""
+    def reset_gradients() -> None:
+        """Gives each parameter a gradient, because the gradient guard needs one and runs in any order."""
         for parameter in adapter.parameters():
             parameter.grad = torch.zeros_like(parameter)
 
@@ -103,7 +103,7 @@ def _parts(sizes: Sizes, rank: int, seed: int) -> tuple[dict[str, Callable[[], o
         "tie_guard": lambda: check_ties(adapter),
         "gradients": lambda: find_nonfinite(adapter.named_parameters()),
     }
-    return timed, keep_gradients, sum(parameter.numel() for parameter in adapter.parameters())
+    return timed, reset_gradients, sum(parameter.numel() for parameter in adapter.parameters())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -111,14 +111,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="where the JSON goes")
-    parser.add_argument("--page", type=Path, metavar="FILE", help="where the page goes, in Markdown")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the JSON file to write")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="the Markdown page to write")
     parser.add_argument(
         "--ranks", type=count, nargs="+", default=[8, 32, 128], metavar="R", help="the adapters' ranks"
     )
     parser.add_argument("--repeats", type=count, default=20, metavar="N", help="rounds that are counted")
-    parser.add_argument("--warmup", type=count, default=2, metavar="N", help="rounds before them that are not")
-    parser.add_argument("--seed", type=int, default=1234, metavar="N", help="of the weights, the data and the order")
+    parser.add_argument("--warmup", type=count, default=2, metavar="N", help="rounds before them that are not counted")
+    parser.add_argument(
+        "--seed", type=int, default=1234, metavar="N", help="seed of the weights, the data and the order"
+    )
     add_sizes(parser, Sizes())
     options = parser.parse_args(arguments)
     rounds = {"repeats": options.repeats, "warmup": options.warmup}
@@ -144,7 +146,7 @@ _PAGE = """\
 | `nonfinite_gradients` | `stop` | on NaN or infinity, `stop` ends the run; `skip` skips the step and counts it |
 
 If a guard stops a run, the run ends on every rank, with one message and exit code 3 (1 if `torchrun` started it). An
-older checkpoint or adapter stays as it is.
+older checkpoint or adapter is unchanged.
 
 ## The tie guard
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NeMo's LoRA layer where NeMo asks which Transformer Engine is installed: under sequence parallelism.
+"""NeMo's LoRA layer under sequence parallelism, where it depends on the version of Transformer Engine.
 
-Its layer then takes one of two ways for a column-parallel linear. Before Transformer Engine 1.5, and with its overlapped
-communication, the layer gathers its input, full width, itself. From 1.5 on Transformer Engine hands out the input that the
-base has gathered, and adds the layer's gradient to the one that the base scatters. Without Transformer Engine the layer
-does not build at all. Here it is told a version, and what Transformer Engine would do for it is done uncounted.
+For a column-parallel linear, NeMo's layer has two ways. Before Transformer Engine 1.5, and with overlapped communication,
+the layer gathers its input itself, at full width. From 1.5 on, Transformer Engine passes the input that the base has
+gathered, and adds the layer's gradient to the one that the base scatters. Without Transformer Engine the layer cannot be
+built. This module fakes a version, and does Transformer Engine's part without counting it.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ __all__ = ["NemoLoraAfterGather", "transformer_engine"]
 
 @contextmanager
 def transformer_engine(version: str) -> Iterator[None]:
-    """Inside, `importlib.metadata` says that this version of Transformer Engine is installed."""
+    """Inside this context `importlib.metadata` reports this version of Transformer Engine as installed."""
     original = importlib.metadata.version
 
-    def told(distribution_name: str) -> str:
+    def fake(distribution_name: str) -> str:
         return version if distribution_name == "transformer-engine" else original(distribution_name)
 
-    with patch("importlib.metadata.version", told):
+    with patch("importlib.metadata.version", fake):
         yield
 
 
 class NemoLoraAfterGather(NemoLora):
-    """As `NemoLora`, with a column's input gathered for it by the base, as Transformer Engine does from 1.5 on."""
+    """`NemoLora` with a column's input gathered by the base, as Transformer Engine does from 1.5 on."""
 
     def adapter_input(self, input_: torch.Tensor) -> torch.Tensor:
         return input_ if self.nemo_lora.input_is_parallel else _GatheredByTheBase.apply(input_)
 
 
 class _GatheredByTheBase(torch.autograd.Function):
-    """x (s/T, b, in) -> (s, b, in); its gradient is reduce-scattered. Neither is counted: the base does both anyway."""
+    """x (s/T, b, in) -> (s, b, in); backward reduce-scatters. Not counted, because the base does both anyway."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a measurement comes from: date, commit, versions, processor."""
+"""The origin of a measurement: date, commit, versions, processor."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PACKAGES = ("torch", "megatron-core", "nemo_toolkit", "numpy", "nemo_tied_lora")
 
 
 def provenance(threads: int) -> dict[str, Any]:
-    """What the JSON of every benchmark begins with."""
+    """The first fields of every benchmark's JSON."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": git(ROOT, "rev-parse", "HEAD"),

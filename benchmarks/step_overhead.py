@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an adapter adds to forward + backward of a frozen megatron-core GPT: NeMo's own LoRA layer beside Tied-LoRA.
+"""Measures the time that NeMo's own LoRA layer and Tied-LoRA add to forward + backward of a frozen megatron-core GPT.
 
-Three models share one base's memory: the frozen base; the base with NeMo's ParallelLinearAdapter on all four linears,
-each adapter's output added to its linear's; the base with Tied-LoRA `tl6` on the same linears. One round times a step of
-each, one after the other; a ratio is taken within a round, and the median over the rounds is reported.
+Three models share the memory of one base: the frozen base, the base with NeMo's ParallelLinearAdapter on all four linears,
+and the base with Tied-LoRA `tl6` on the same linears. Each round times one step of each, one after the other. Ratios are
+taken within a round; the benchmark reports their medians.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from provenance import provenance
 from step_overhead_page import render_page, table
 from tqdm import tqdm
 
-# torch, Megatron and NeMo are imported where they are used: after the number of threads is set, and after `prepare`.
+# Functions import torch, Megatron and NeMo themselves: after the number of threads is set, and after `prepare`.
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
@@ -36,7 +36,7 @@ __all__ = ["benchmark", "main", "measure", "summarize"]
 
 
 def make_step(sizes: Sizes, seed: int) -> Callable[[GPTModel], float]:
-    """Forward and backward on one fixed sequence; returns the loss."""
+    """Returns a function that runs forward and backward on a fixed sequence and returns the loss."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -62,9 +62,9 @@ def measure(
     seed: int,
     progress: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Seconds of every step, its name to one value a round. The order within a round is drawn anew each time.
+    """Step name to its seconds in each round. Each round draws a new order of the steps.
 
-    `reset` runs before each step, outside the timing; Python's garbage is collected before each round.
+    `reset` runs before each step and is not timed. Python's garbage is collected before each round.
     """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     order, shuffle = list(steps), random.Random(seed)
@@ -117,7 +117,7 @@ def benchmark(
     """The whole JSON."""
     memory = _keep_freed_memory() if keep else "allocator's default"
     _one_process(threads)
-    # A thread's CPU time is what it would take on an idle machine; with several, waiting is part of the cost.
+    # One thread's CPU time is its time on an idle machine. With several threads, waiting is part of the cost.
     clock = "process_time" if threads == 1 else "perf_counter"
     settings = {"seed": seed, "repeats": repeats, "warmup": warmup, "clock": clock, "freed_memory": memory}
     model = {"sizes": dataclasses.asdict(sizes), "targets": list(sizes.linears()), "preset": "tl6", "dtype": "float32"}
@@ -146,10 +146,10 @@ def _one_rank(sizes: Sizes, rank: int, clock: Callable[[], float], *, seed: int,
 
 
 def _keep_freed_memory() -> str:
-    """Lets the process keep what it frees, as torch does with a GPU's memory; says whether that was possible.
+    """Makes the process keep freed memory, as torch does with a GPU's. Returns "kept", or "allocator's default".
 
-    glibc hands large blocks back and faults them in again. Measured on the default sizes: 0 to 110,000 page faults a
-    step, 0 to 0.2 s of 0.7 s. A user's process waits for them, so they are part of the default measurement.
+    By default glibc returns large blocks to the system and faults them in again: on the default sizes 0 to 110,000 page
+    faults per step, 0 to 0.2 s of 0.7 s. A user's process waits for them, so they are in the default measurement.
     """
     mmap_threshold, trim_threshold, most = -3, -1, 2**30
     try:
@@ -161,7 +161,7 @@ def _keep_freed_memory() -> str:
 
 
 def _one_process(threads: int) -> None:
-    """Megatron for this very process as the only rank."""
+    """Sets up Megatron with this process as the only rank."""
     os.environ["OMP_NUM_THREADS"] = str(threads)
     from nemo_tied_lora.platform import prepare
 
@@ -181,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.from_json is None and options.output is None:
-        parser.error("--output FILE is missing: where should the measurement go?")
+        parser.error("--output FILE is missing; name the JSON file to write")
     if options.hidden % options.heads:
         parser.error(f"--hidden {options.hidden} is not divisible by --heads {options.heads}")
     narrowest = min(options.hidden, options.ffn)
@@ -205,20 +205,22 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Ratios are to the frozen model. The default measurement takes about three minutes on an idle core.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="where the JSON goes")
-    parser.add_argument("--page", type=Path, metavar="FILE", help="where the page goes, in Markdown")
-    parser.add_argument("--from-json", type=Path, metavar="FILE", help="measure nothing: make the page from this JSON")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="the JSON file to write")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="the Markdown page to write")
+    parser.add_argument("--from-json", type=Path, metavar="FILE", help="do not measure; make the page from this JSON")
     parser.add_argument(
         "--ranks", type=count, nargs="+", default=[8, 32, 128], metavar="R", help="the adapters' ranks"
     )
     parser.add_argument("--repeats", type=count, default=20, metavar="N", help="rounds that are counted")
-    parser.add_argument("--warmup", type=count, default=2, metavar="N", help="rounds before them that are not")
+    parser.add_argument("--warmup", type=count, default=2, metavar="N", help="rounds before them that are not counted")
     parser.add_argument("--threads", type=count, default=1, metavar="N", help="CPU threads")
-    parser.add_argument("--seed", type=int, default=1234, metavar="N", help="of the weights, the data and the order")
+    parser.add_argument(
+        "--seed", type=int, default=1234, metavar="N", help="seed of the weights, the data and the order"
+    )
     parser.add_argument(
         "--keep-freed-memory",
         action="store_true",
-        help="no page faults: what the arithmetic takes, not what users wait",
+        help="measure without page faults: the arithmetic alone, not the time that users wait",
     )
     add_sizes(parser, Sizes())
     return parser

@@ -16,7 +16,7 @@ FLOOR_BOUND_FROM_RANK = 32
 
 
 def table(result: dict[str, Any]) -> str:
-    """A Markdown table, a line per rank."""
+    """A Markdown table, one row per rank."""
     head = ["rank", "frozen, s", "NeMo's layer", "ours", "floor", "added, ours / NeMo's", "added, ours / floor"]
     rows = [[*head, "bare products"]]
     for entry in result["ranks"].values():
@@ -28,7 +28,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def verdicts(result: dict[str, Any]) -> Iterator[str]:
-    """A line for each bound at each rank: kept or missed."""
+    """One line per goal and rank: kept or missed."""
     for entry in result["ranks"].values():
         rank, of_nemo, of_floor = entry["rank"], entry["added_over_nemo"], entry["added_over_floor"]
         yield (
@@ -64,7 +64,7 @@ def _with_range(entry: dict[str, Any], name: str) -> str:
 
 
 def _beside_bare(entry: dict[str, Any]) -> str:
-    """What is to be known where the bound is missed: how much of it the arithmetic leaves."""
+    """Facts to judge a missed goal by: the share of the arithmetic."""
     return (
         f". NeMo's layer itself adds {entry['nemo_added_over_floor']:.2f} of the floor, and the bare products alone "
         f"take {entry['products_over_nemo']:.2f} of what it adds"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pure text: but for what was measured, the pages in docs/ are what the programs in benchmarks/ would write today."""
+"""Pure text: the pages in docs/ have the text of the programs in benchmarks/, except for the measured values."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PAGES = {
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_the_text_of_a_page_is_its_programs(page: str) -> None:
+def test_a_page_has_the_text_of_its_program(page: str) -> None:
     assert differing(page, (ROOT / "docs" / page).read_text()) == []
 
 
@@ -27,13 +27,13 @@ def test_the_text_of_a_page_is_its_programs(page: str) -> None:
 @pytest.mark.parametrize(
     ("old", "new"), [("\n    python benchmarks", "\n    python3 benchmarks"), ("\n| ", "\n| new | ")]
 )
-def test_one_change_is_found(page: str, old: str, new: str) -> None:
+def test_a_changed_page_is_found(page: str, old: str, new: str) -> None:
     text = (ROOT / "docs" / page).read_text()
     assert differing(page, text.replace(old, new)) != []
 
 
 def differing(page: str, text: str) -> list[str]:
-    """The parts of the program's text that the page does not have in their order, and heads of tables that it lacks."""
+    """The parts of the program's text and the table heads that the page lacks, or has in another order."""
     tree = ast.parse((ROOT / "benchmarks" / PAGES[page]).read_text())
     parts = re.split(r"\{[^}]*\}", _template(tree))
     place, missing = 0, [] if text.startswith(parts[0]) and text.endswith(parts[-1]) else ["the beginning or the end"]
@@ -50,7 +50,7 @@ def _template(tree: ast.Module) -> str:
 
 
 def _heads(tree: ast.Module) -> Iterator[str]:
-    """The head of every table: the first of the `rows` that a function begins with."""
+    """The head of every table: the first row of each `rows = [...]`."""
     names = {ast.unparse(n.targets[0]): n.value for n in ast.walk(tree) if isinstance(n, ast.Assign)}
     for node in ast.walk(tree):
         if (

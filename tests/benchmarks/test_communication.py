@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several ranks: every collective of a step counted on each layout, against numbers by hand; planted faults are found.
+"""Several ranks: counts every collective of a step on each layout, and compares with hand counts. Finds planted faults.
 
-One process counts everything, the faults too: NeMo's import takes longer than all the counting.
+One process counts everything, including the faults: NeMo's import takes longer than all the counting.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ OPTIONS += ["--rank", str(RANK), "--microbatches", str(MICROBATCHES)]
 TENSOR_PARALLEL = ("tp2", "tp2, sequence parallel", "tp4", "tp4, sequence parallel")
 PIPELINE = ("pp2", "pp4", "tp2 pp2", "tp2 pp2, sequence parallel")
 
-# What is broken, on which layout, and the claim that must then be missed.
+# Fault to (layout, the claim that must be missed).
 FAULTS = {
     "full_width_exchange": ("tp2", "as wide as the rank"),
-    "exchanged_twice": ("tp4, sequence parallel", "as `tied-lora plan` says"),
+    "exchanged_twice": ("tp4, sequence parallel", "as `tied-lora plan` states"),
     "sum_tensor_by_tensor": ("pp2", "over PP, one all-reduce wanted: MISSED"),
     "sum_forgotten": ("tp2 pp2", "one all-reduce wanted: MISSED"),
     "sum_twice": ("tp2, sequence parallel", "over TP, one all-reduce wanted: MISSED"),
-    "plan_is_wrong": ("tp2", "as `tied-lora plan` says"),
+    "plan_is_wrong": ("tp2", "as `tied-lora plan` states"),
 }
 
 _DRIVER = """
@@ -93,13 +93,13 @@ print(json.dumps(done))
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where `clean.json` and `clean.md` lie."""
+    """The folder with `clean.json` and `clean.md`."""
     return tmp_path_factory.mktemp("communication")
 
 
 @pytest.fixture(scope="module")
 def runs(folder: Path) -> dict[str, dict[str, Any]]:
-    """Exit code and output of the program as it is ("clean"), and with each fault planted."""
+    """Exit code and output of the unchanged program ("clean") and of the program with each fault."""
     driver = _DRIVER.format(benchmarks=str(ROOT / "benchmarks"), options=OPTIONS, folder=str(folder), faults=FAULTS)
     done = run_forked(fork_program, driver, cwd=folder, env=user_environment(), timeout=600)
     assert done.returncode == 0, done.stderr
@@ -114,7 +114,7 @@ def layouts(runs: dict[str, dict[str, Any]], folder: Path) -> dict[str, Any]:
 
 
 def local(split: int, tp_size: int) -> int:
-    """A width that tensor parallelism splits."""
+    """A rank's part of a width that tensor parallelism splits."""
     return split // tp_size
 
 
@@ -126,7 +126,7 @@ def tied_elements(tp_size: int) -> int:
 
 
 def partial_elements(layers: int) -> int:
-    """A and u of qkv and fc1; B, u and v of proj and fc2."""
+    """Elements that are partial over the sequence: A and u of qkv and fc1; B, u and v of proj and fc2."""
     return 2 * (RANK * HIDDEN + layers * RANK) + 2 * (HIDDEN * RANK + layers * (RANK + HIDDEN))
 
 
@@ -147,9 +147,9 @@ def test_a_microbatch_adds_one_exchange_as_wide_as_the_rank_per_linear(layouts: 
 
 
 def test_nemos_layer_adds_what_its_code_sends(layouts: dict[str, Any]) -> None:
-    # Units of (T-1)/T, numbers a token and layer. A column: r gathered, then 2 in and 2 r summed in backward. A row: 2 r
-    # summed, out gathered, 2 r summed in backward. Under sequence parallelism a column gathers in, gathers r,
-    # scatters in and sums 2 r; a row also gathers out in backward.
+    # Numbers per token and layer, in units of (T-1)/T. A column gathers r, and sums 2 in and 2 r in backward. A row sums
+    # 2 r, gathers out, and sums 2 r in backward. Under sequence parallelism a column gathers in, gathers r, scatters
+    # in and sums 2 r; a row also gathers out in backward.
     plain, sequence_parallel, gathered = 6 * HIDDEN, 8 * HIDDEN, 4 * HIDDEN
     for name in TENSOR_PARALLEL:
         entry = layouts[name]
@@ -161,7 +161,7 @@ def test_nemos_layer_adds_what_its_code_sends(layouts: dict[str, Any]) -> None:
         assert ("nemo_te" in entry["added"]) == entry["sequence_parallel"]
 
 
-def test_at_most_a_twentieth_of_what_nemos_layer_adds(layouts: dict[str, Any]) -> None:
+def test_a_microbatch_adds_at_most_a_twentieth_of_nemos_layer(layouts: dict[str, Any]) -> None:
     for name in TENSOR_PARALLEL:
         added = {variant: phases["microbatch"]["sent_bytes"] for variant, phases in layouts[name]["added"].items()}
         for variant in added.keys() - {"ours"}:
@@ -180,7 +180,7 @@ def test_a_step_sums_the_tied_gradients_in_one_all_reduce_across_the_pipeline(la
         assert "PP" not in entry["added"]["ours"]["microbatch"]["sent_bytes_of_group"]
 
 
-def test_sequence_parallelism_costs_one_all_reduce_a_step_of_what_is_partial(layouts: dict[str, Any]) -> None:
+def test_sequence_parallelism_costs_one_all_reduce_of_partial_gradients_per_step(layouts: dict[str, Any]) -> None:
     for entry in layouts.values():
         messages = [m for m in entry["added"]["ours"]["step"]["messages"] if m["group"] == "TP"]
         shapes = [(m["shape"], m["calls"]) for m in messages]
@@ -188,7 +188,7 @@ def test_sequence_parallelism_costs_one_all_reduce_a_step_of_what_is_partial(lay
         assert shapes == wanted
 
 
-def test_the_plan_states_what_was_counted(layouts: dict[str, Any]) -> None:
+def test_the_plan_states_the_counted_bytes(layouts: dict[str, Any]) -> None:
     for name, entry in layouts.items():
         counted = {phase: entry["added"]["ours"][phase]["sent_bytes"] for phase in ("microbatch", "step")}
         assert counted == {phase: entry["plan"][phase] for phase in counted}, name
@@ -200,8 +200,8 @@ def test_bytes_are_linear_in_tokens_and_the_same_for_every_microbatch(layouts: d
             assert phases["microbatch"]["sent_bytes"] == 2 * phases["microbatch"]["sent_bytes_of_half_the_tokens"]
 
 
-def test_the_least_of_any_method_is_a_sum_a_step(layouts: dict[str, Any]) -> None:
-    # 3 microbatches of 16 tokens in 4 layers: 192 r exchanged for each target, against 256 r and more to be summed.
+def test_the_minimum_of_any_method_is_one_sum_per_step(layouts: dict[str, Any]) -> None:
+    # 3 microbatches of 16 tokens in 4 layers: 192 r to exchange for each target, against 256 r or more to sum.
     assert layouts["tp2"]["least"]["any_method"] == {
         "microbatch": 0,
         "step": all_reduced(4 * MICROBATCHES * LAYERS * TOKENS * RANK, 2),
@@ -219,7 +219,7 @@ def test_both_adapters_compute_the_same_update(layouts: dict[str, Any]) -> None:
             assert losses[variant] != pytest.approx(losses["frozen"], rel=1e-5)
 
 
-def test_every_claim_is_kept_and_the_exit_code_says_so(runs: dict[str, dict[str, Any]]) -> None:
+def test_every_claim_is_kept_and_the_exit_code_is_0(runs: dict[str, dict[str, Any]]) -> None:
     assert "MISSED" not in runs["clean"]["printed"]
     assert runs["clean"]["code"] == 0
 
@@ -232,7 +232,7 @@ def test_a_planted_fault_is_found(runs: dict[str, dict[str, Any]], fault: str) -
     assert any(claim in line for line in missed), missed
 
 
-def test_page_is_made_from_the_json_alone(runs: dict[str, dict[str, Any]], folder: Path) -> None:
+def test_the_page_is_made_from_the_json_alone(runs: dict[str, dict[str, Any]], folder: Path) -> None:
     words = ["--from-json", str(folder / "clean.json"), "--page", str(folder / "again.md")]
     done = run_forked(fork_script, SCRIPT, words, cwd=folder, env=user_environment(), timeout=120)
     assert (done.returncode, done.stderr) == (0, "")

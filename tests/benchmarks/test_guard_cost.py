@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole command: what the guards cost, at a tiny size. The cost itself is not asserted: the page records it."""
+"""The whole command: the guards' benchmark at a tiny size. The page records the cost; the test does not assert it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.harness.paths import ROOT
 SIZES = {"layers": 2, "hidden": 16, "ffn": 48, "heads": 2, "sequence": 8, "vocab": 32}
 
 
-def test_the_page_holds_the_ratios_of_the_rounds_that_were_measured(tmp_path: Path) -> None:
+def test_the_page_has_the_ratios_of_the_measured_rounds(tmp_path: Path) -> None:
     sizes = [word for name, value in SIZES.items() for word in (f"--{name}", str(value))]
     words = ["--output", "result.json", "--page", "page.md", "--ranks", "2", "--repeats", "3", "--warmup", "1", *sizes]
     script = ROOT / "benchmarks" / "guard_cost.py"

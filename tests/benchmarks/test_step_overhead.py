@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole command: the overhead benchmark at a tiny size. Speed itself is not asserted: the page records it."""
+"""The whole command: the overhead benchmark at a tiny size. The page records the speed; no test asserts it."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ REPEATS = 3
 
 
 def run_benchmark(*words: str) -> subprocess.CompletedProcess[str]:
-    """The script, as a user calls it."""
+    """Runs the script as a user does."""
     script = ROOT / "benchmarks" / "step_overhead.py"
     return run_forked(fork_script, script, words, cwd=ROOT, env=user_environment(), timeout=240)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the one measurement of this file lies: `result.json` and `page.md`."""
+    """The folder with the one measurement of this file: `result.json` and `page.md`."""
     folder = tmp_path_factory.mktemp("benchmark")
     sizes = [word for name, value in SIZES.items() for word in (f"--{name}", str(value))]
     files = ["--output", str(folder / "result.json"), "--page", str(folder / "page.md")]
@@ -43,7 +43,7 @@ def result(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "result.json").read_text())
 
 
-def test_json_says_how_it_was_measured(result: dict[str, Any]) -> None:
+def test_the_json_records_how_it_was_measured(result: dict[str, Any]) -> None:
     assert result["sizes"] == SIZES
     assert result["targets"] == ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
     assert (result["repeats"], result["threads"], result["clock"]) == (REPEATS, 1, "process_time")
@@ -66,7 +66,7 @@ def test_ratios_are_medians_of_the_rounds_ratios(result: dict[str, Any], rank: i
 
 
 @pytest.mark.parametrize("rank", RANKS)
-def test_what_is_added_follows_from_the_ratios(result: dict[str, Any], rank: int) -> None:
+def test_the_added_shares_follow_from_the_ratios(result: dict[str, Any], rank: int) -> None:
     entry = result["ranks"][str(rank)]
     added = entry["ours_ratio"] - 1
     assert entry["added_over_nemo"] == pytest.approx(added / (entry["nemo_ratio"] - 1))
@@ -77,7 +77,7 @@ def test_what_is_added_follows_from_the_ratios(result: dict[str, Any], rank: int
 def test_the_floor_is_the_hand_count(result: dict[str, Any], rank: int) -> None:
     # T = 8. qkv 16 -> 48, proj 16 -> 16, fc1 16 -> 48, fc2 48 -> 16: in + out is 224, in * out is 2560.
     adapter = 2 * 6 * 8 * rank * 224
-    # 2 layers of 4 T in out, and of attention: scores and context, each 2 T T 16, forward and two gradients.
+    # 2 layers: 4 T in out for the linears; scores and context for attention, 2 T T 16 each, forward and two gradients.
     frozen = 2 * (4 * 8 * 2560 + (2 * 8 * 8 * 16) * 2 * 3) + 4 * 8 * 16 * 32
     entry = result["ranks"][str(rank)]
     assert (entry["adapter_flops"], entry["frozen_flops"]) == (adapter, frozen)
@@ -91,7 +91,7 @@ def test_both_adapters_compute_the_same_update(result: dict[str, Any], rank: int
     assert losses["ours"] != pytest.approx(losses["frozen"], rel=1e-5)
 
 
-def test_page_is_made_from_the_json_alone(folder: Path, result: dict[str, Any], tmp_path: Path) -> None:
+def test_the_page_is_made_from_the_json_alone(folder: Path, result: dict[str, Any], tmp_path: Path) -> None:
     again = tmp_path / "again.md"
     done = run_benchmark("--from-json", str(folder / "result.json"), "--page", str(again))
     assert done.returncode == 0, done.stderr
@@ -118,6 +118,6 @@ def test_bad_input_is_refused_before_anything_is_built(words: tuple[str, ...], p
     assert problem in done.stderr
 
 
-def test_help_tells_every_option() -> None:
+def test_help_shows_every_option() -> None:
     shown = run_benchmark("--help").stdout
     assert all(option in shown for option in ("--output FILE", "--page FILE", "--ranks", "--repeats", "--threads"))
