@@ -1,4 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What comes from elsewhere: a Hugging Face base, a LoRA adapter."""
+"""Converts bases and adapters between our formats and those of Hugging Face, peft and stock NeMo."""
 
 __all__: list[str] = []

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tied adapter that is closest to a LoRA adapter: one target, all its layers, in the Frobenius norm.
+"""Finds the tied factors of one target that are closest to a LoRA's deltas over all layers, in the Frobenius norm.
 
-    minimise  sum over l of || P_l Q_l  -  diag(v_l) B diag(u_l) A ||^2        P_l (out, k), Q_l (k, in): the LoRA's
+    minimise  sum over layers l of || P_l Q_l  -  diag(v_l) B diag(u_l) A ||^2
 
-No (out, in) matrix is ever built. The rows of an optimal A lie in the span of the Q's rows, so everything happens in
-that span's own basis, at most sum(k) wide. Then, float64:
+The LoRA's delta is P_l Q_l with P_l (out, k) and Q_l (k, in). The code builds no (out, in) matrix. The rows of an optimal
+A are in the span of the rows of all Q_l, so tl6 and vera compute in a basis of that span, at most sum(k) wide. In float64:
 
 =======  ==========================================  =========================================================
 preset   solution                                    start
@@ -12,13 +12,13 @@ preset   solution                                    start
 lora     each layer's truncated SVD: the optimum     -
 tl5      truncated SVD of the mean: the optimum      -
 tl6      alternating least squares over all four     the better of: SVD of the stacked deltas; the u and A that
-                                                     explain how rows turn from layer to layer (`turning_start`)
+                                                     explain how rows turn from layer to layer
 vera     alternating least squares over u and v      the random A and B of the seed
 =======  ==========================================  =========================================================
 
-Each step of the alternation solves its least-squares problem exactly, so the error never grows, and the best state
-seen is returned. If the LoRA came from a tied adapter of the same rank, its rows turn by matrices that share their
-eigenvectors, and the start is already that adapter.
+Each step of the alternation solves its least-squares problem exactly, so the error never grows. The result is the best
+state. If the LoRA was exported from a tied adapter of the same rank, the start is already that adapter: the rows turn by
+matrices that share their eigenvectors (`_turning_starts`).
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ __all__ = ["Fit", "fit_target", "relative_errors", "row_space_bound"]
 
 
 _ROWS_AT_A_TIME = 1 << 22
-"""Numbers of r x r systems that are solved together."""
+"""Elements of the r x r systems that are solved in one batch."""
 _LARGEST_TURNING_RANK = 48
-"""`turning_start` needs the eigenvectors of a matrix r^2 wide."""
+"""The largest rank for `_turning_starts`, which needs the eigenvectors of a matrix r^2 wide."""
 _EXACT = 1e-7
-"""A relative error that storing the factors in float32 makes as well."""
+"""A relative error no larger than the rounding of factors to float32."""
 
 
 @dataclass
 class Fit:
-    """The fitted factors of one target, float64: A, B tied (r, in), (out, r), or one a layer; u (L, r), v (L, out) or
-    None where they are 1. `errors` is each layer's relative error, `history` the total relative error after the
-    start and after each iteration."""
+    """The fitted factors of one target, float64. A (r, in) and B (out, r) are tied, or lists with one per layer. u (L, r)
+    and v (L, out) are None if they are 1. `errors` has each layer's relative error, `history` the relative error of all
+    layers at the start and after each iteration."""
 
     A: torch.Tensor | list[torch.Tensor]
     B: torch.Tensor | list[torch.Tensor]
@@ -67,18 +67,18 @@ def fit_target(
     tolerance: float = 1e-7,
     progress: Callable[[float], object] | None = None,
 ) -> Fit:
-    """The closest tied factors of one target.
+    """Finds the closest tied factors of one target.
 
     Args:
-        deltas: one a layer.
+        deltas: one per layer.
         preset: lora, tl5, tl6 or vera.
         start: vera's A (r, in) and B (out, r).
-        max_iterations: of the alternation.
-        tolerance: it ends where an iteration lowers the squared error by less than this share of it.
+        max_iterations: the largest number of iterations of the alternation.
+        tolerance: the alternation ends if an iteration lowers the squared error by less than this share of it.
         progress: called with the relative error after each iteration.
 
     Raises:
-        ConfigError: NaN or infinity, shapes that differ between layers, a rank above the linear's width.
+        ConfigError: the deltas hold NaN or infinity, their shapes differ, or the rank exceeds a side of the linear.
     """
     _check(deltas, rank)
     deltas = [LowRank(d.P.double(), d.Q.double()) for d in deltas]
@@ -94,7 +94,7 @@ def fit_target(
         assert start is not None, "vera's A and B are given"
         A = start[0].double()
         inside = [LowRank(d.P, d.Q @ basis) for d in deltas]
-        # What A has outside the basis no delta can use, but it counts in the norm of the update.
+        # No delta uses the part of A outside the basis, but that part counts in the norm of the update.
         search = _Alternation(inside, A @ basis, start[1].double(), gram=A @ A.T, trained="uv")
         history = search.run(max_iterations, tolerance, progress)
         return _fit(deltas, A, search.B, search.u, search.v, history)
@@ -114,9 +114,10 @@ def relative_errors(
     u: torch.Tensor | None,
     v: torch.Tensor | None,
 ) -> tuple[list[float], float]:
-    """Each layer's ||difference|| / ||delta||, and that of all layers together.
+    """Each layer's ||difference|| / ||delta||, and the same for all layers together.
 
-    By thin QR of the two pairs side by side: exact where a difference of squared norms would have lost half the digits.
+    A thin QR of the two pairs side by side gives the norm of the difference. A difference of squared norms would lose
+    half the digits.
     """
     squares, totals = [], []
     for layer, delta in enumerate(deltas):
@@ -134,16 +135,16 @@ def relative_errors(
 
 
 def row_space_bound(deltas: Sequence[LowRank], rank: int) -> float:
-    """No A of this rank that all layers share has a smaller relative error (Eckart and Young, on the stacked deltas)."""
+    """A lower bound for the relative error of any A of this rank that all layers share (Eckart-Young, stacked deltas)."""
     stacked = torch.cat([torch.linalg.qr(d.P.double())[1] @ d.Q.double() for d in deltas])
     squares = torch.linalg.svdvals(stacked).square()
     return float((squares[rank:].sum() / squares.sum().clamp_min(1e-300)).sqrt())
 
 
 class _Alternation:
-    """Alternating least squares; every update is the exact minimum over its factor.
+    """Alternating least squares. Each update finds the exact minimum over its factor.
 
-    N_l = diag(u_l) A and M_l = diag(v_l) B. Only r-wide and k-wide products are formed.
+    N_l = diag(u_l) A and M_l = diag(v_l) B. All products are r wide or k wide.
     """
 
     def __init__(
@@ -177,14 +178,14 @@ class _Alternation:
         return (max(square, 0.0) / self._total) ** 0.5 if self._total > 0 else 0.0
 
     def run(self, max_iterations: int, tolerance: float, progress: Callable[[float], object] | None) -> list[float]:
-        """Iterates until the error stands still; the best state seen stays. Returns the error after each."""
+        """Iterates until the error stops falling, and keeps the best state. Returns the error after each iteration."""
         history = [self.error()]
         for _ in range(max_iterations):
             before = self.A, self.B, self.u.clone(), self.v.clone()
             for factor in self._trained:
                 getattr(self, f"_update_{factor}")()
             error = self.error()
-            if not error <= history[-1]:  # nothing but rounding can do that
+            if not error <= history[-1]:  # only rounding can raise the error
                 self.A, self.B, self.u, self.v = before
                 break
             history.append(error)
@@ -195,7 +196,7 @@ class _Alternation:
         return history
 
     def balance(self) -> None:
-        """The same update with u and v of mean square 1 a component and row, and A and B of equal norms."""
+        """Rescales without changing the update: each column of u and v gets mean square 1, A and B get equal norms."""
         for name, tied, dim in (("u", "A", 1), ("v", "B", 1)):
             scale = getattr(self, name).square().mean(dim=0).sqrt()
             scale = torch.where(scale > 0, scale, torch.ones_like(scale))
@@ -247,7 +248,7 @@ _Start = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def _svd_start(deltas: Sequence[LowRank], rank: int) -> _Start:
-    """A: the r directions of the input that the deltas use most. B and v: the best for it, with u = 1."""
+    """A start: A has the r directions of the input that the deltas use most, u is 1, and B and v fit them."""
     A = _leading_rows(deltas, rank)
     B = sum((d.P @ (d.Q @ A.T) for d in deltas), torch.zeros(())) / len(deltas)
     ones = torch.ones(len(deltas), rank, dtype=A.dtype), torch.ones(len(deltas), len(B), dtype=A.dtype)
@@ -257,11 +258,11 @@ def _svd_start(deltas: Sequence[LowRank], rank: int) -> _Start:
 
 
 def _turning_starts(deltas: Sequence[LowRank], rank: int, seed: int) -> list[_Start]:
-    """A start from how rows turn between layers, where there is one.
+    """A start from how rows turn between layers; empty if there is none.
 
-    In the r leading directions C of the input, row i of layer l's delta is v_li b_i diag(u_l) X, with A = X C. Seen from
-    layer 0, every row turns by the same matrix, up to a factor of its own: T_l = X^-1 diag(u_l / u_0) X. Each T_l is the
-    null vector of a linear system; the eigenvectors that all T_l share are X.
+    In the r leading directions C of the input, row i of layer l's delta is v_li b_i diag(u_l) X, with A = X C. From a
+    reference layer 0 to layer l, every row turns by the same matrix T_l = X^-1 diag(u_l / u_0) X, up to a factor per row.
+    Each T_l is the null vector of a linear system. The eigenvectors that all T_l share are X.
     """
     C, wanted = _leading_rows(deltas, rank), rank
     rank = int((C.norm(dim=1) > 0.5).sum())
@@ -294,9 +295,9 @@ def _turning_starts(deltas: Sequence[LowRank], rank: int, seed: int) -> list[_St
 
 
 def _turn(rows: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """T with rows_i T parallel to other_i for all i, of norm sqrt(r): least squares over the parts that are not.
+    """The T of norm sqrt(r) that makes rows_i T parallel to other_i for all i, as far as least squares can.
 
-    Each pair asks for (I - n n^T) T^T t = 0 with unit n and t; weights are the rows' lengths.
+    Each pair gives the equation (I - n n^T) T^T t = 0 with unit vectors n and t, weighted by the rows' lengths.
     """
     rank = rows.shape[1]
     length = other.norm(dim=1, keepdim=True)
@@ -310,12 +311,12 @@ def _turn(rows: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     wt = (w.unsqueeze(2) * t.unsqueeze(2) * n.unsqueeze(1)).flatten(1)
     form = form.reshape(rank * rank, rank * rank) - wt.T @ wt
     T = torch.linalg.eigh(form)[1][:, 0].view(rank, rank) * rank**0.5
-    # The sign that keeps rows' directions on the whole.
+    # The eigenvector's sign is arbitrary; this one keeps most directions of the rows.
     return T if ((rows @ T) * other).sum() >= 0 else -T
 
 
 def _leading_rows(deltas: Sequence[LowRank], rank: int) -> torch.Tensor:
-    """(r, width) orthonormal rows: the leading right singular vectors of the stacked deltas; zeros where fewer exist."""
+    """(r, width): the leading right singular vectors of the stacked deltas as rows; zero rows if there are fewer."""
     stacked = torch.cat([torch.linalg.qr(d.P)[1] @ d.Q for d in deltas])
     _, values, rows = torch.linalg.svd(stacked, full_matrices=False)
     leading = rows[: min(rank, int((values > 1e-12 * values[0]).sum()))]
@@ -323,12 +324,12 @@ def _leading_rows(deltas: Sequence[LowRank], rank: int) -> torch.Tensor:
 
 
 def _row_basis(deltas: Sequence[LowRank]) -> torch.Tensor:
-    """(in, m) orthonormal: the span of all Q's rows."""
+    """(in, m): an orthonormal basis of the span of all Q's rows."""
     return torch.linalg.qr(torch.cat([d.Q for d in deltas]).T)[0]
 
 
 def _truncated(delta: LowRank, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, A): the best approximation of rank r, zeros where the delta has less."""
+    """(B, A): the best approximation of rank r, padded with zeros if the delta has a lower rank."""
     left, R_left = torch.linalg.qr(delta.P)
     right, R_right = torch.linalg.qr(delta.Q.T)
     U, S, V = torch.linalg.svd(R_left @ R_right.T, full_matrices=False)

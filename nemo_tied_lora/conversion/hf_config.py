@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Hugging Face model's config.json as NeMo's model keys, and what of it Megatron cannot do."""
+"""Translates a Hugging Face model's config.json to NeMo's model keys, and refuses what Megatron cannot do."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ __all__ = ["NemoKeys", "nemo_keys"]
 
 @dataclass
 class NemoKeys:
-    """NeMo's model keys, and notes for the user where they say less than config.json does."""
+    """NeMo's model keys, and notes for the user about limits that config.json does not have."""
 
     model: dict[str, Any]
     notes: list[str] = field(default_factory=list)
 
 
 def nemo_keys(config: Mapping[str, Any], *, vocab_multiple: int = 128) -> NemoKeys:
-    """Translates a config with all its defaults filled in (`transformers.AutoConfig(...).to_dict()`).
+    """Translates a config that has all defaults filled in (`transformers.AutoConfig(...).to_dict()`).
 
     Args:
-        vocab_multiple: the embedding is padded to a multiple of so many rows, so that every tensor-parallel size that
-            divides it can share them out.
+        vocab_multiple: the embedding is padded to a multiple of this number of rows, so that every tensor-parallel size
+            that divides it can split the rows.
 
     Raises:
-        ConfigError: an unknown `model_type`, or every feature that Megatron's layers do not have.
+        ConfigError: the `model_type` is unknown, or Megatron's layers lack a feature. Lists every such feature.
     """
     family = family_of_model_type(config.get("model_type"), "config.json")
     problems = list(_unsupported(config))
@@ -40,7 +40,7 @@ def nemo_keys(config: Mapping[str, Any], *, vocab_multiple: int = 128) -> NemoKe
     rows = config["vocab_size"]
     padded = -(-rows // vocab_multiple) * vocab_multiple
     if padded != rows:
-        notes.append(f"vocabulary: {rows} rows, padded to {padded}; the added ones are the mean of the others")
+        notes.append(f"vocabulary: {rows} rows, padded to {padded}; the added rows are the mean of the others")
     model = {
         **family.nemo,
         **sizes,
@@ -58,8 +58,8 @@ def _llama(config: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
         window = None
     if window is not None and window < length:
         notes.append(
-            f"sliding window: sequences are limited to its {window} tokens (of {length} positions), within which it "
-            "is the same as full attention"
+            f"sliding window: sequences are limited to {window} tokens (of {length} positions), because only there it "
+            "equals full attention"
         )
         length = window
     return {
@@ -79,7 +79,7 @@ def _llama(config: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
 
 
 def _rope_scaling(scaling: Mapping[str, Any] | None) -> dict[str, Any]:
-    """NeMo's keys of a scaled rotary embedding; the kinds that NeMo has were checked before."""
+    """NeMo's keys of a scaled rotary embedding. `_unsupported` has refused the kinds that NeMo lacks."""
     kind = _rope_kind(scaling)
     if scaling is None or kind == "default":
         return {}
@@ -115,7 +115,7 @@ def _gpt2(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _Allowed = Mapping[str, Callable[[Any], bool]]
-_FALSE: Callable[[Any], bool] = lambda value: not value  # noqa: E731 - a table of tests
+_FALSE: Callable[[Any], bool] = lambda value: not value  # noqa: E731 - one entry of the tables below
 _LLAMA_ALLOWS: _Allowed = {
     "hidden_act": lambda value: value == "silu",
     "attention_bias": _FALSE,
@@ -139,4 +139,4 @@ _ALLOWED: Mapping[str, _Allowed] = {
 def _unsupported(config: Mapping[str, Any]) -> Iterator[str]:
     for key, allowed in _ALLOWED[config["model_type"]].items():
         if key in config and not allowed(config[key]):
-            yield f"config.json: {key}={config[key]!r}: NeMo's Megatron GPT has no such thing; this model cannot be imported"
+            yield f"config.json: {key}={config[key]!r}: NeMo's Megatron GPT does not support it; this model cannot be imported"

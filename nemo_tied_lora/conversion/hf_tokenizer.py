@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tokenizer an imported base gets, and whether it gives the ids that Hugging Face's gives."""
+"""Chooses the tokenizer of an imported base, and compares its ids with those of Hugging Face's tokenizer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TEXTS = (
 
 
 def tokenizer_section(folder: Path) -> dict[str, Any]:
-    """NeMo's `model.tokenizer` of a Hugging Face folder; paths are the folder's, and become the `.nemo`'s.
+    """NeMo's `model.tokenizer` for a Hugging Face folder. Its paths are in that folder; NeMo copies the files to the `.nemo`.
 
     Raises:
         ConfigError: the folder has no tokenizer.
@@ -39,7 +39,7 @@ def tokenizer_section(folder: Path) -> dict[str, Any]:
 
 
 def _has_every_token(folder: Path) -> bool:
-    """Whether the sentencepiece model knows what tokenizer.json may have added to it: NeMo's own cannot add any."""
+    """Returns whether the sentencepiece model has all tokens of tokenizer.json: NeMo's sentencepiece cannot add any."""
     import sentencepiece
 
     if not (folder / "tokenizer.json").is_file():
@@ -50,10 +50,10 @@ def _has_every_token(folder: Path) -> bool:
 
 
 def differing_texts(folder: Path, tokenizer: Any) -> tuple[str, ...]:
-    """The sample texts that NeMo's tokenizer and Hugging Face's turn into different ids.
+    """The sample texts for which NeMo's tokenizer and Hugging Face's give different ids.
 
     Raises:
-        RuntimeError: Hugging Face's cannot be built here; the slow Llama tokenizers ask for packages of their own.
+        RuntimeError: Hugging Face's tokenizer cannot be built here; slow Llama tokenizers need more packages.
     """
     import transformers
 

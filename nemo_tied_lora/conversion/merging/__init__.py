@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters merged into the base's own file: the file is copied, and each weight's bytes are replaced in their place."""
+"""Merges adapters into a base: copies the base's file and replaces the bytes of each adapted weight."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The forms in which NeMo has written a base's weights, each as a list of pieces.
+"""Finds the weights in a base `.nemo`, in every format that NeMo has written, as a list of pieces.
 
 =====================================  ===========================================================================
 in the .nemo                           written by
@@ -7,11 +7,11 @@ in the .nemo                           written by
 model_weights/.metadata, *.distcp      dist_checkpointing, torch_dist: NeMo 2.x, any layout
 model_weights/NAME/.zarray, 0.0.0 ...  dist_checkpointing, zarr: NeMo 1.2x, any layout
 model_weights.ckpt                     torch.save, one rank
-mp_rank_00/..., tp_rank_00_pp_..._000  torch.save, a file a rank
+mp_rank_00/..., tp_rank_00_pp_..._000  torch.save, one file per rank
 =====================================  ===========================================================================
 
-Distributed checkpoints hold whole tensors in Megatron's order: the layers' weights stacked, a gated linear_fc1 as
-[gate; up]. A rank's own file holds its shards: [gate of this rank; up of this rank], layers numbered within the stage.
+Distributed checkpoints hold whole tensors in Megatron's order: the weights of all layers stacked, a gated linear_fc1 as
+[gate; up]. A rank's file holds its shards: [gate of this rank; up of this rank], with layers numbered within the stage.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ _ZARR_DTYPES = {"<f2": torch.float16, "<f4": torch.float32, "<f8": torch.float64
 
 
 def find_pieces(file: IO[bytes], members: Members, model: Mapping[str, Any]) -> list[Piece]:
-    """Every floating-point weight of a distributed checkpoint; of a legacy one, the linears that can be adapted.
+    """Every floating-point weight of a distributed checkpoint, or the adaptable linears of a legacy one.
 
     Args:
         file: the `.nemo`, an uncompressed tar.
-        members: of it.
+        members: the members of the tar.
         model: the base's model_config.yaml.
 
     Raises:
-        ConfigError: an unknown form, or a tensor that does not lie there as it is.
+        ConfigError: the format is unknown, or a tensor's bytes are not stored unchanged.
     """
     ranks = {name: match for name in members if (match := _RANK.match(name))}
     if f"{_FOLDER}.metadata" in members:
@@ -57,7 +57,7 @@ def find_pieces(file: IO[bytes], members: Members, model: Mapping[str, Any]) -> 
         pieces = list(_legacy(file, members, ranks, model))
     else:
         known = ", ".join(sorted(members)[:5])
-        raise ConfigError([f"base: no weights in a known form (it holds {known}, ...)"])
+        raise ConfigError([f"base: no weights in a known format (it holds {known}, ...)"])
     if not pieces:
         raise ConfigError(["base: it holds no weights"])
     return sorted(pieces, key=lambda piece: piece.position)
@@ -73,7 +73,7 @@ def _torch_dist(file: IO[bytes], members: Members) -> Iterator[Piece]:
         if chunks is None or not tensor.properties.dtype.is_floating_point:
             continue
         if getattr(stored, "transform_descriptors", None):
-            raise ConfigError([f"base: {index.fqn} is stored compressed; save the base again without"])
+            raise ConfigError([f"base: {index.fqn} is stored compressed; save the base again without compression"])
         start, _ = _member(members, _FOLDER + stored.relative_path)
         sizes = next(tuple(chunk.sizes) for chunk in chunks if tuple(chunk.offsets) == tuple(index.offset))
         record = records_of(file, start + stored.offset, stored.length).get("data/0")
@@ -86,7 +86,7 @@ def _torch_dist(file: IO[bytes], members: Members) -> Iterator[Piece]:
             crc=record.crc if record else None,
         )
         if record is None or record.size != piece.num_bytes:
-            raise ConfigError([f"base: {index.fqn} does not lie in the checkpoint as it is"])
+            raise ConfigError([f"base: {index.fqn} is not stored as plain bytes; save the base again"])
         yield piece
 
 
@@ -120,7 +120,7 @@ def _zarr(file: IO[bytes], members: Members) -> Iterator[Piece]:
 def _legacy(
     file: IO[bytes], members: Members, ranks: Mapping[str, re.Match[str]], model: Mapping[str, Any]
 ) -> Iterator[Piece]:
-    """Linears only: what else a rank's file holds is named otherwise than in a distributed checkpoint."""
+    """The linears in the ranks' files. Other weights have other names there than in a distributed checkpoint."""
     places = {name: (int(m[1] or m[2]), int(m[3] or 0)) for name, m in ranks.items()} or {"model_weights.ckpt": (0, 0)}
     tp_size, pp_size = (max(place[i] for place in places.values()) + 1 for i in (0, 1))
     if len(places) != tp_size * pp_size or model["num_layers"] % pp_size:
@@ -145,9 +145,9 @@ def _legacy(
 def _legacy_pieces(
     key: str, tensor: torch.Tensor, record: Record, tp_rank: int, tp_size: int, blocks: int
 ) -> Iterator[Piece]:
-    """A rank's shard of one linear (rows, columns), in as many pieces as it has blocks."""
+    """A rank's shard of one linear (rows, columns), one piece per block."""
     if tensor.ndim != 2 or not tensor.is_contiguous():
-        raise ConfigError([f"base: {key} does not lie in the checkpoint row by row"])
+        raise ConfigError([f"base: {key} is not stored row by row"])
     rows, columns = tensor.shape
     by_rows = any(target in key for target in _ROWS_SPLIT)
     height = rows // blocks

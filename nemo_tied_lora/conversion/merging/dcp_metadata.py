@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A distributed checkpoint's `.metadata`, the pickle that says where its tensors lie, read with an allow-list.
+"""Reads `.metadata`, the pickle in a distributed checkpoint that lists where its tensors are, with an allow-list.
 
-Nothing in it can run: the names below are all that it needs; any other is an error. torch's own reader of pickles that
-are not trusted does not know the protocol that it is written in.
+No code in the pickle can run: any name that is not in the list below is an error. torch's own safe reader does not know
+the pickle protocol of this file.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _MAX_METADATA_BYTES = 1 << 30
 
 
 def read_dcp_metadata(content: bytes) -> Any:
-    """A distributed checkpoint's `.metadata` (torch.distributed.checkpoint.metadata.Metadata).
+    """Unpickles `.metadata` to a `torch.distributed.checkpoint.metadata.Metadata`.
 
     Raises:
-        ConfigError: it is none, or asks for a name that a description does not need.
+        ConfigError: the content is damaged, or asks for a name that is not in the list.
     """
     if len(content) > _MAX_METADATA_BYTES:
         raise ConfigError([f"base: .metadata has {len(content)} bytes"])
@@ -62,5 +62,5 @@ class _MetadataUnpickler(pickle.Unpickler):
             raise ConfigError([f"base: .metadata asks for {module}.{name}, which no description of tensors needs"])
         found = getattr(importlib.import_module(module), name)
         if allowed is None and not (isinstance(found, type) and found.__module__ == module):
-            raise ConfigError([f"base: .metadata asks for {module}.{name}, which is no class of plain data"])
+            raise ConfigError([f"base: .metadata asks for {module}.{name}, which is not a class of plain data"])
         return found

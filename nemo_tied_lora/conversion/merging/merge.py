@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""base `.nemo` + adapters -> merged `.nemo`, in one pass over the file, with a few tens of megabytes beside the adapters.
+"""Merges adapters into a base `.nemo` in one pass over the file, with a few tens of megabytes beyond the adapters.
 
-The base is copied; then each piece of each weight is read, counted in the fingerprint, changed where it is adapted, and
-written back into its place. The copy gets its name when everything was checked.
+Copies the base, then reads each piece of each weight, adds it to the fingerprint, and writes it back if it is adapted.
+The copy gets its name when all checks are done.
 """
 
 from __future__ import annotations
@@ -36,14 +36,18 @@ _PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 @dataclass(frozen=True)
 class MergeReport:
-    """changed: the weights that hold an update, by name. elements: how many were changed. largest_change: of any
-    element, before it is cast to the base's dtype, which is `dtype`. fingerprint: of the base."""
+    """The result of a merge."""
 
     changed: tuple[str, ...]
+    """Names of the weights that were updated."""
     elements: int
+    """How many elements have changed."""
     largest_change: float
+    """The largest change of an element, before the cast to `dtype`."""
     dtype: str
+    """Of the base's linears."""
     fingerprint: dict[str, Any]
+    """Of the base."""
 
 
 @contextmanager
@@ -55,7 +59,7 @@ def merge_into(
     *,
     allow_other_base: bool = False,
 ) -> Iterator[tuple[Path, MergeReport]]:
-    """Writes the merged model beside `output`, hands over its path, and renames it when the body ends without an error.
+    """Writes the merged model beside `output`, yields its path, and renames it if the `with` body raises no error.
 
     Args:
         base: a `.nemo`: a tar, a gzipped tar, or an unpacked folder.
@@ -64,8 +68,9 @@ def merge_into(
         allow_other_base: see `base_identity.check_weights`.
 
     Raises:
-        ConfigError: the base's form is unknown, an adapter does not fit it or was trained on other weights, or a merged
-            weight would not be finite. OSError: it cannot be written. An older `output` is as it was in any case.
+        ConfigError: the base's format is unknown, an adapter does not fit it or was trained on other weights, or a
+            merged weight is not finite. An older `output` is unchanged.
+        OSError: the file cannot be written. An older `output` is unchanged.
     """
     updates = Updates(adapters)
     with file_beside(output, ".nemo") as (file, temporary):
@@ -85,7 +90,7 @@ def merge_into(
 
 
 def _copy(base: Path, file: IO[bytes]) -> None:
-    """The base as an uncompressed tar."""
+    """Writes the base as an uncompressed tar."""
     if base.is_dir():
         with tarfile.open(fileobj=file, mode="w") as tar:
             for path in tqdm(sorted(base.rglob("*")), desc="packing the base", unit="file"):
@@ -102,7 +107,7 @@ def _copy(base: Path, file: IO[bytes]) -> None:
 
 
 def _rewrite(file: IO[bytes], pieces: Sequence[Piece], updates: Updates, vocab_rows: int | None) -> MergeReport:
-    """One pass over all weights."""
+    """Updates all weights in one pass."""
     sums, elements = WeightChecksums(), 0
     changed: dict[str, None] = {}
     dtypes: dict[str, None] = {}
@@ -122,8 +127,8 @@ def _rewrite(file: IO[bytes], pieces: Sequence[Piece], updates: Updates, vocab_r
                 merged = updates.add(piece.key, part, offset)
                 if not torch.equal(merged, part):
                     file.seek(position)
-                    elements_of: Any = merged.contiguous().reshape(-1).view(torch.uint8).numpy()
-                    file.write(memoryview(elements_of))
+                    content: Any = merged.contiguous().reshape(-1).view(torch.uint8).numpy()
+                    file.write(memoryview(content))
                     elements += merged.numel()
                     if piece.crc is not None:
                         stale[piece.crc] = None
@@ -138,7 +143,7 @@ def _rewrite(file: IO[bytes], pieces: Sequence[Piece], updates: Updates, vocab_r
 
 
 def _slabs(file: IO[bytes], piece: Piece) -> Iterator[tuple[int, torch.Tensor, tuple[int, ...]]]:
-    """(position, tensor, offset) of parts of at most about `_SLAB` bytes, whole rows each."""
+    """(position, tensor, offset) of parts of whole rows, of about `_SLAB` bytes at most."""
     rows_dim = max(0, len(piece.shape) - 2)
     lead, rows = piece.shape[:rows_dim], piece.shape[rows_dim]
     row_bytes = piece.num_bytes // max(1, rows)
@@ -156,7 +161,7 @@ def _slabs(file: IO[bytes], piece: Piece) -> Iterator[tuple[int, torch.Tensor, t
 
 
 def _renew(file: IO[bytes], field: CrcField) -> None:
-    """Writes the archive's own checksum of a record that was changed."""
+    """Updates the archive's checksum of a changed record."""
     crc, left = 0, field.size
     file.seek(field.start)
     while left:
@@ -168,7 +173,7 @@ def _renew(file: IO[bytes], field: CrcField) -> None:
 
 
 def _vocab_rows(adapters: Sequence[tuple[str, AdapterFile, float]]) -> int | None:
-    """As the first adapter counted them."""
+    """The number of rows without padding in the fingerprint of the first adapter that records it; else None."""
     for _, file, _ in adapters:
         recorded = ((file.yaml.get("base") or {}).get("fingerprint") or {}).get("vocab_rows")
         if isinstance(recorded, int):
@@ -177,7 +182,7 @@ def _vocab_rows(adapters: Sequence[tuple[str, AdapterFile, float]]) -> int | Non
 
 
 def _check_base(name: str, file: AdapterFile, found: Mapping[str, Any], allow_other_base: bool) -> None:
-    """Compares the weights that were read: a legacy checkpoint's linears, else all."""
+    """Compares the fingerprints of the weights that were read: all, or only the linears of a legacy checkpoint."""
     recorded = (file.yaml.get("base") or {}).get("fingerprint")
     if not recorded:
         return

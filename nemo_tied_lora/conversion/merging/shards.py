@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where each weight's raw bytes lie in a base `.nemo`, whatever layout it was saved on.
+"""Types that locate the raw bytes of each weight in a base `.nemo`, saved on any layout.
 
-A `.nemo` is a tar; its weights are tensors that lie in it uncompressed and contiguous. A merged weight has the bytes'
-own dtype and shape, so it fits into the same place, and nothing else of the file has to be understood.
+A `.nemo` is a tar that holds tensors as uncompressed, contiguous bytes. A merged weight has the same dtype and shape, so
+it replaces these bytes, and the rest of the file is unchanged.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["CrcField", "Members", "Piece", "View", "members_of"]
 
 @dataclass(frozen=True)
 class CrcField:
-    """A stored checksum that covers `size` bytes from `start`, and the places where it is written."""
+    """A stored checksum over `size` bytes from `start`, and the positions where the file holds it."""
 
     start: int
     size: int
@@ -30,28 +30,28 @@ class CrcField:
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of one weight, row-major, without gaps.
-
-    key: the weight's name in a distributed checkpoint, without "model.". offset: of its first element in the whole
-    weight; shape: as many dims, the first ones 1 where they count layers. position: its first byte in the file.
-    crc: the checksum that covers it, if there is one.
-    """
+    """A part of one weight, row-major, without gaps."""
 
     key: str
+    """The weight's name in a distributed checkpoint, without "model."."""
     dtype: torch.dtype
     offset: tuple[int, ...]
+    """The position of its first element in the whole weight."""
     shape: tuple[int, ...]
+    """As many dims as `offset`; dims that count layers may be 1."""
     position: int
+    """Its first byte in the file."""
     crc: CrcField | None = None
+    """The checksum that covers it, if there is one."""
 
     @property
     def num_bytes(self) -> int:
-        """Bytes in the file."""
+        """The number of bytes in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 class View(io.RawIOBase):
-    """A part of a file as a file of its own."""
+    """A part of a file, as a readable file."""
 
     def __init__(self, file: IO[bytes], start: int, size: int):
         self._file, self._start, self._size, self._at = file, start, size, 0
@@ -78,14 +78,14 @@ class View(io.RawIOBase):
 
 
 Members = Mapping[str, tuple[int, int]]
-"""Name without a leading "./" to (first byte in the tar, size)."""
+"""Member name, without a leading "./", to (its first byte in the tar, its size)."""
 
 
 def members_of(file: IO[bytes]) -> Members:
-    """The plain files of an uncompressed tar.
+    """The regular files in an uncompressed tar.
 
     Raises:
-        tarfile.TarError: it is none.
+        tarfile.TarError: the file is not an uncompressed tar.
     """
     file.seek(0)
     with tarfile.open(fileobj=file, mode="r:") as tar:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where `torch.save` put the bytes: a zip whose records are stored as they are, one for each tensor's storage."""
+"""Locates the bytes of tensors in a file of `torch.save`: a zip with one uncompressed record per tensor storage."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _LOCAL, _CENTRAL, _DESCRIPTOR = b"PK\x03\x04", b"PK\x01\x02", b"PK\x07\x08"
 
 @dataclass(frozen=True)
 class Record:
-    """A record's content in the file that holds the archive, and its checksum."""
+    """The place of a record's content in the file that holds the archive, and its checksum."""
 
     position: int
     size: int
@@ -31,16 +31,16 @@ class Record:
 
 
 class StoredState:
-    """The state dict in the archive in `file[start : start + size]`, of which no tensor's content is read.
+    """The state dict in the archive `file[start : start + size]`, without the content of its tensors.
 
-    torch loads under `FakeTensorMode` everything but contents, and since 2.7 notes on each storage where it lies:
+    Under `FakeTensorMode` torch loads everything except contents. Since 2.7 it records the offset of each storage:
     https://docs.pytorch.org/tutorials/unstable/gpu_direct_storage.html.
 
     Args:
-        what: what the user calls the archive, for messages.
+        what: the archive's name for messages.
 
     Raises:
-        ConfigError: no archive of torch.save's, no state dict, or one that holds more than tensors and plain values.
+        ConfigError: `torch.save` did not write the archive, or it is not a state dict of tensors and plain values.
     """
 
     def __init__(self, file: IO[bytes], start: int, size: int, what: str) -> None:
@@ -52,31 +52,31 @@ class StoredState:
         if not isinstance(state, Mapping):
             raise ConfigError([f"{what}: holds no state dict"])
         self.tensors = {str(name): value for name, value in state.items() if isinstance(value, torch.Tensor)}
-        """Name to a tensor with its dtype, shape, strides and place in the storage; without content."""
+        """Name to a tensor with dtype, shape, strides and storage offset, but without content."""
 
     def record(self, name: str) -> Record:
-        """The record that holds a tensor's storage, whole.
+        """The record that holds a tensor's whole storage.
 
         Raises:
-            ConfigError: the storage does not lie in the archive as it is, or this torch does not say where.
+            ConfigError: no record holds the whole storage, or this torch does not report its offset.
         """
         storage = self.tensors[name].untyped_storage()
         offset = getattr(storage, "_checkpoint_offset", None)
         if offset is None:
             raise ConfigError(
-                [f"{self._what}: torch {torch.__version__} does not say where {name} lies; use torch 2.7 or later"]
+                [f"{self._what}: torch {torch.__version__} cannot report where {name} is; use torch 2.7 or later"]
             )
         record = self._records.get(self._start + offset)
         if record is None or record.size < storage.nbytes():
-            raise ConfigError([f"{self._what}: {name} does not lie in the checkpoint as it is"])
+            raise ConfigError([f"{self._what}: {name} is not stored as plain bytes; save the base again"])
         return record
 
 
 def records_of(file: IO[bytes], start: int, size: int) -> dict[str, Record]:
-    """Name (without the archive's own folder) to record, of the archive in `file[start : start + size]`.
+    """Name (without the archive's top folder) to record, for the archive `file[start : start + size]`.
 
     Raises:
-        ConfigError: a record is compressed, or the archive is none.
+        ConfigError: it is not a zip archive, or a record is compressed or damaged.
     """
     view: Any = View(file, start, size)
     try:
@@ -104,7 +104,7 @@ def records_of(file: IO[bytes], start: int, size: int) -> dict[str, Record]:
 
 
 def _crc_places(file: IO[bytes], central: int, header: int, local: bytes, end: int) -> tuple[int, ...]:
-    """In the central directory, and in the local header or behind the content."""
+    """Where a record's checksum is: in the central directory, and in the local header or after the content."""
     if not struct.unpack("<H", local[6:8])[0] & 8:
         return central + 16, header + 14
     signed = _read(file, end, 4) == _DESCRIPTOR

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a merged model says what base + adapter say: logits on a few prompts, on any layout."""
+"""Compares the logits of a merged model with those of base + adapters on a few prompts, on any layout."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from nemo_tied_lora.nemo.generation import load_base
 
 __all__ = ["compare_with_merged", "next_token_logits"]
 
-# Of the largest logit, for merged weights rounded to each dtype; everything is computed in float32.
+# Share of the largest logit, by the dtype that merged weights are rounded to. The models compute in float32.
 _TOLERANCES = {"torch.float32": 1e-4, "torch.float64": 1e-4, "torch.float16": 1e-2, "torch.bfloat16": 5e-2}
 _RANDOM_PROMPTS, _RANDOM_LENGTH = 4, 32
 
@@ -30,21 +30,21 @@ _RANDOM_PROMPTS, _RANDOM_LENGTH = 4, 32
 def compare_with_merged(
     cfg: DictConfig, adapters: Sequence[tuple[str, float]], candidate: str, record: str, dtype: str
 ) -> None:
-    """Writes `record` (JSON), and prints a line. All ranks call it.
+    """Compares the logits, writes `record` (JSON) and prints one line. All ranks call it.
 
     Args:
         cfg: base, prompts, trainer and model of the merge command.
         adapters: path and weight of each.
         candidate: the merged `.nemo`.
-        dtype: of its weights in the file.
+        dtype: the dtype of its weights in the file.
 
     Raises:
-        ConfigError: the largest difference is more than the rounding of the merged weights explains.
+        ConfigError: the largest difference is more than the rounding of merged weights can explain.
     """
     model: Any = load_base(cfg)
     prompts = _prompts(cfg, model)
     plain = next_token_logits(model, prompts)
-    _put_beside(model, cfg, adapters)
+    _add_adapters(model, cfg, adapters)
     adapted = next_token_logits(model, prompts)
     del model
     gc.collect()
@@ -65,17 +65,17 @@ def compare_with_merged(
             problems.append(
                 f"merged model: its logits differ from base + adapter by {facts['relative']:.2g}, relative"
             )
-    told = [problems]
-    torch.distributed.broadcast_object_list(told, src=0)
-    if told[0]:
-        raise ConfigError(told[0])
+    shared = [problems]
+    torch.distributed.broadcast_object_list(shared, src=0)
+    if shared[0]:
+        raise ConfigError(shared[0])
 
 
 @torch.no_grad()
 def next_token_logits(model: Any, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-    """(tokens, vocabulary) of each prompt, float32 on the CPU of every rank. All ranks call it.
+    """Logits (tokens, vocabulary) for each prompt, float32 on the CPU of every rank. All ranks call it.
 
-    Tensor-parallel ranks' parts are gathered; the last stage sends them to the others.
+    Tensor-parallel ranks gather their parts; the last stage broadcasts to the other stages.
     """
     model.eval()
     found = []
@@ -114,14 +114,14 @@ def _forward(batches: Any, model: Any) -> tuple[torch.Tensor, Any]:
     return model(tokens, positions, mask), collect
 
 
-def _put_beside(model: Any, cfg: DictConfig, adapters: Sequence[tuple[str, float]]) -> None:
-    """One adapter of weight 1 stays beside the weights; others are merged in memory, in float32, one after the other."""
+def _add_adapters(model: Any, cfg: DictConfig, adapters: Sequence[tuple[str, float]]) -> None:
+    """Adds the adapters to the base. One adapter of weight 1 is injected; others are merged in memory, in float32."""
     chunks = model._unwrap_model_list()
     if len(adapters) == 1 and adapters[0][1] == 1.0:
         load_adapter(chunks, adapters[0][0], allow_other_base=bool(cfg.allow_other_base))
         return
     for path, weight in adapters:
-        # The bases were compared by the merge itself; here the first adapter has changed the weights already.
+        # The merge has compared the bases already; here the first adapter has changed the weights.
         adapter = load_adapter(chunks, path, allow_other_base=True)
         state = adapter.full_state()
         adapter.load_full_state({name: t * weight if name.endswith(".B") else t for name, t in state.items()})
@@ -140,7 +140,7 @@ def _prompts(cfg: DictConfig, model: Any) -> list[list[int]]:
 def _compare(
     plain: Sequence[torch.Tensor], adapted: Sequence[torch.Tensor], merged: Sequence[torch.Tensor], dtype: str
 ) -> dict[str, Any]:
-    """Plain numbers; NaN anywhere makes `relative` NaN, which no tolerance passes."""
+    """The comparison as plain values. NaN in any logit makes `relative` NaN, which fails every tolerance."""
     base, side, new = (
         torch.cat([part.reshape(-1, part.shape[-1]) for part in parts]) for parts in (plain, adapted, merged)
     )
