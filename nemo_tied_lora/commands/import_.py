@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -62,9 +61,6 @@ def _fit(cfg: Mapping[str, Any]) -> int:
 
     base = None if cfg["base"] is None else base_model_config(cfg["base"], key="base")
     lora = read_lora(Path(cfg["path"]), base)
-    config = dataclasses.replace(
-        config, targets=tuple(lora.deltas), layers=_layers(lora.deltas, lora.sizes.num_layers)
-    )
     with tqdm(desc="fitting", unit="iteration") as bar:
 
         def progress(target: str, error: float) -> None:
@@ -117,12 +113,6 @@ _BASE_KEYS = (
     "position_embedding_type",
     "share_embeddings_and_output_weights",
 )
-
-
-def _layers(deltas: Mapping[str, Mapping[int, Any]], num_layers: int) -> tuple[int, ...] | None:
-    """The layers that the LoRA adapts; None if it adapts all."""
-    layers = tuple(sorted({layer for by_layer in deltas.values() for layer in by_layer}))
-    return None if len(layers) == num_layers else layers
 
 
 def _table(fits: Mapping[str, Any], errors: Mapping[str, Mapping[int, float]], bounds: Mapping[str, float]) -> str:

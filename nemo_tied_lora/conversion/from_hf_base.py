@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Hugging Face folder -> a base `.nemo` that restores on any layout, compared with transformers before it is kept."""
+"""Converts a Hugging Face folder to a base `.nemo` that loads on any layout, and compares it with transformers."""
 
 from __future__ import annotations
 
@@ -34,13 +34,15 @@ _SAMPLE_ROWS, _SAMPLE_LENGTH = 2, 48
 
 @dataclass(frozen=True)
 class Comparison:
-    """Logits of the written `.nemo` beside transformers', float32 on random tokens; texts of another tokenization."""
+    """A comparison of the written `.nemo` with transformers: float32 logits on random tokens, and token ids."""
 
     largest_difference: float
+    """Of the logits."""
     largest_logit: float
     differing_texts: tuple[str, ...]
+    """The sample texts with other token ids."""
     not_compared: str | None = None
-    """Why the tokenizers could not be compared."""
+    """The reason why the tokenizers could not be compared."""
 
     @property
     def relative(self) -> float:
@@ -49,9 +51,9 @@ class Comparison:
 
 
 def import_hf_base(cfg: DictConfig) -> tuple[NemoKeys, Comparison | None]:
-    """Reads `cfg.path`, writes `cfg.output`. One rank.
+    """Converts `cfg.path` to `cfg.output`. One rank calls it.
 
-    The file appears under its name only after it was restored from disk and agreed with transformers.
+    The file gets its name only after a model restored from it agrees with transformers.
 
     Raises:
         ConfigError: the model cannot be imported, its files are damaged or incomplete, or the logits differ by more
@@ -80,10 +82,10 @@ def import_hf_base(cfg: DictConfig) -> tuple[NemoKeys, Comparison | None]:
 
 
 def read_hf_config(folder: Path) -> dict[str, Any]:
-    """config.json with the defaults of its model type filled in; no code of the folder's own is run.
+    """config.json with the defaults of its model type. Never runs code from the folder.
 
     Raises:
-        ConfigError: there is none, it cannot be read, or its model type is not supported.
+        ConfigError: the file is missing or unreadable, or its model type is not supported.
     """
     import transformers
 
@@ -99,7 +101,7 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
 
 
 def sample_tokens(vocab_size: int, length: int) -> torch.Tensor:
-    """The same random tokens each time, (2, at most 48)."""
+    """Random tokens (2, at most 48), the same in every call."""
     generator = torch.Generator().manual_seed(1234)
     return torch.randint(0, vocab_size, (_SAMPLE_ROWS, min(_SAMPLE_LENGTH, length)), generator=generator)
 
@@ -117,9 +119,9 @@ def single_rank_logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def _storage_dtype(name: str, config: Mapping[str, Any]) -> torch.dtype:
-    """`auto`: what the folder has, by its own word."""
-    word = str(config.get("torch_dtype") or "float32") if name == "auto" else name
-    return getattr(torch, word.removeprefix("torch."))
+    """The dtype of stored weights; for `auto`, that of config.json."""
+    chosen = str(config.get("torch_dtype") or "float32") if name == "auto" else name
+    return getattr(torch, chosen.removeprefix("torch."))
 
 
 def _transformers_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
@@ -133,7 +135,7 @@ def _transformers_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
 
 
 class _EmptyModel(MegatronGPTTiedLoraModel):
-    """The base with uninitialised weights in the dtype in which they will be stored."""
+    """The base with uninitialized weights in the dtype in which they will be stored."""
 
     storage_dtype = torch.float32
 
@@ -149,7 +151,7 @@ def _write(
     model_cfg = copy.deepcopy(cfg.model)
     OmegaConf.resolve(model_cfg)
     with open_dict(model_cfg):
-        model_cfg.pop("peft", None)  # of from=lora
+        model_cfg.pop("peft", None)  # only from=lora uses it
         for key, value in keys.model.items():
             model_cfg[key] = value
         model_cfg.tokenizer = tokenizer_section(folder)
@@ -165,7 +167,7 @@ def _write(
         raise ConfigError(
             [f"path={folder}: the tokenizer has {model.tokenizer.vocab_size} pieces, the embedding {rows} rows"]
         )
-    model.model.to(dtype)  # norms are made in float32
+    model.model.to(dtype)  # Megatron creates norms in float32
     _fill(model.model, HfWeights(folder), keys, config)
     model.save_to(str(path))
 
@@ -204,7 +206,7 @@ def _fill(body: Any, weights: HfWeights, keys: NemoKeys, config: Mapping[str, An
         raise ConfigError(problems)
 
 
-# Transformer Engine's linears hold the norm that lies before them.
+# Transformer Engine's linears hold the norm before them.
 _FUSED_NORMS = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
@@ -222,7 +224,7 @@ def _name_in(parameters: Mapping[str, Any], name: str) -> str:
 
 
 def _compare(cfg: DictConfig, path: Path, folder: Path, tokens: torch.Tensor, expected: torch.Tensor) -> Comparison:
-    """Restores what was written, in float32."""
+    """Restores the written file in float32 and compares logits and tokens."""
     restored_cfg = copy.deepcopy(cfg)
     with open_dict(restored_cfg):
         restored_cfg.base = str(path)

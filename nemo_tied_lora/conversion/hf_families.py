@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names and row orders: Hugging Face's model families <-> Megatron's four linears.
+"""Translates names and row orders between Hugging Face's model families and Megatron's four linears.
 
-With H heads in G query groups (n = H / G heads a group), head size d and feed-forward size f, whole tensors at tensor
-parallel size 1:
+There are H heads in G query groups (n = H / G heads per group), of size d; f is the feed-forward size. Tensors are whole:
 
 ===========  ==========================================================  ==========================================
 target       Megatron's rows                                             Hugging Face's linears
@@ -14,14 +13,14 @@ linear_fc1   gated: f of gate, f of up; else f                           gate_pr
 linear_fc2   hidden                                                      down_proj; GPT-2: mlp.c_proj
 ===========  ==========================================================  ==========================================
 
-Columns have the same order everywhere: heads lie one after the other in linear_proj's input, and Hugging Face's rotary
-embedding rotates halves, as Megatron's does with `rotary_interleaved=False`. GPT-2's linears are `Conv1D`: their
-weights lie transposed.
+Columns have the same order in both: linear_proj's input has one head after the other, and Hugging Face's rotary embedding
+rotates halves, as Megatron's does with `rotary_interleaved=False`. GPT-2's linears are `Conv1D`, whose weights are
+transposed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -45,7 +44,7 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class BaseSizes:
-    """The sizes that the shapes of the linears and the orders of their rows depend on."""
+    """The sizes of a base that decide the shapes of its linears and the order of their rows."""
 
     num_layers: int
     hidden_size: int
@@ -57,13 +56,13 @@ class BaseSizes:
 
     @classmethod
     def from_model_config(cls, model: Mapping[str, Any], source: str) -> BaseSizes:
-        """From NeMo's model keys, as a base `.nemo` and an adapter's record of its base have them.
+        """Reads NeMo's model keys, of a base `.nemo` or of an adapter's record of its base.
 
         Args:
-            source: named in the errors.
+            source: the start of each error message.
 
         Raises:
-            ConfigError: every key that is missing or no whole number, or does not fit the others.
+            ConfigError: lists every key that is missing, is not a whole number, or does not fit the others.
         """
         needed = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
         wrong = [key for key in needed if not isinstance(model.get(key), int) or model[key] < 1]
@@ -75,7 +74,9 @@ class BaseSizes:
         heads = model["num_attention_heads"]
         groups = model.get("num_query_groups") or heads
         if heads % groups:
-            raise ConfigError([f"{source}: num_attention_heads={heads} is no multiple of num_query_groups={groups}"])
+            raise ConfigError(
+                [f"{source}: num_attention_heads={heads} is not a multiple of num_query_groups={groups}"]
+            )
         return cls(
             num_layers=model["num_layers"],
             hidden_size=model["hidden_size"],
@@ -88,7 +89,7 @@ class BaseSizes:
 
     @cached_property
     def linears(self) -> dict[str, LinearShape]:
-        """Target to shape; every layer has all four."""
+        """Target to shape. Every layer has all four targets."""
         layers = range(self.num_layers)
         widths = self.num_attention_heads * self.head_size, self.num_query_groups * self.head_size
         return {
@@ -96,8 +97,17 @@ class BaseSizes:
             **mlp_linears(self.hidden_size, self.ffn_hidden_size, self.gated, layers),
         }
 
+    def differences(self, shapes: Mapping[str, LinearShape]) -> Iterator[str]:
+        """Yields one problem per linear of an adapter that this base does not have, or has in another shape."""
+        for target, shape in shapes.items():
+            if target not in self.linears:
+                yield f"targets: {target} cannot be exported as plain LoRA; use to=safetensors"
+            elif shape.sides != self.linears[target].sides:
+                theirs = self.linears[target].sides
+                yield f"base: its {target} is {theirs} (in, out), the adapter's {shape.sides}; name the adapter's base"
+
     def rows(self, target: str, share: str) -> torch.Tensor:
-        """Which of the target's Megatron rows a Hugging Face linear holds, in the order in which it holds them.
+        """The numbers of the target's rows in Megatron that a Hugging Face linear holds, in that linear's order.
 
         Args:
             share: q, k, v, qkv (all q, then all k, then all v), gate, up or all.
@@ -114,20 +124,22 @@ class BaseSizes:
 
 @dataclass(frozen=True)
 class Part:
-    """One Hugging Face linear of a layer: its name below the layer, and its share of the target's rows."""
+    """One Hugging Face linear of a layer."""
 
     name: str
+    """Below the layer."""
     share: str
+    """Of the target's rows; see `BaseSizes.rows`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """How Hugging Face names the parts of one kind of model."""
+    """Hugging Face's names for the parts of one kind of model."""
 
     model_types: tuple[str, ...]
-    """`model_type` in config.json."""
+    """Values of `model_type` in config.json."""
     layers: str
-    """The list of layers."""
+    """The name of the list of layers."""
     targets: Mapping[str, tuple[Part, ...]]
     """Megatron's target -> the linears that hold its rows."""
     norms: Mapping[str, str]
@@ -138,10 +150,10 @@ class Family:
     """Whether weights are stored as (in, out)."""
     gated: bool
     nemo: Mapping[str, Any]
-    """NeMo's model keys that are the same for the whole family."""
+    """NeMo's model keys with the same value for the whole family."""
 
     def target_modules(self, targets: tuple[str, ...]) -> list[str]:
-        """peft's `target_modules` that match these targets and no other linear: the shortest unambiguous names."""
+        """peft's `target_modules` for these targets: the shortest names that match no other linear."""
         chosen = [part.name for target in targets for part in self.targets[target]]
         others = [part.name for target in self.targets if target not in targets for part in self.targets[target]]
         short = {name.rpartition(".")[2] for name in others}
@@ -216,7 +228,7 @@ def family_of_model_type(model_type: str | None, source: str) -> Family:
     """The family of a Hugging Face `model_type`.
 
     Raises:
-        ConfigError: it is none of those that are known.
+        ConfigError: the type is unknown.
     """
     for family in FAMILIES.values():
         if model_type in family.model_types:
@@ -226,10 +238,10 @@ def family_of_model_type(model_type: str | None, source: str) -> Family:
 
 
 def family_of_base(model: Mapping[str, Any], source: str) -> Family:
-    """The family whose Hugging Face models are built as a Megatron base is.
+    """The family whose Hugging Face models have the architecture of a Megatron base.
 
     Raises:
-        ConfigError: no family is, with the keys that differ.
+        ConfigError: no family has it. Lists the keys that differ for each family.
     """
     reasons = []
     for family in FAMILIES.values():
@@ -249,12 +261,12 @@ def family_of_base(model: Mapping[str, Any], source: str) -> Family:
 
 
 def split_rows(tensor: torch.Tensor, target: str, parts: tuple[Part, ...], sizes: BaseSizes) -> list[torch.Tensor]:
-    """Each Hugging Face linear's rows of a whole Megatron tensor (out, ...), in that linear's order."""
+    """Splits a whole Megatron tensor (out, ...) into the rows of each Hugging Face linear, in that linear's order."""
     return [tensor[sizes.rows(target, part.share)] for part in parts]
 
 
 def join_rows(tensors: list[torch.Tensor], target: str, parts: tuple[Part, ...], sizes: BaseSizes) -> torch.Tensor:
-    """The whole Megatron tensor (out, ...). The inverse of `split_rows`."""
+    """Joins the rows of Hugging Face linears to a whole Megatron tensor (out, ...). The inverse of `split_rows`."""
     joined = tensors[0].new_empty((sizes.linears[target].out_features, *tensors[0].shape[1:]))
     for tensor, part in zip(tensors, parts, strict=True):
         joined[sizes.rows(target, part.share)] = tensor

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Hugging Face folder's weights, tensor by tensor, and Megatron's tensors made of them."""
+"""Reads the weights of a Hugging Face folder tensor by tensor, and makes Megatron's tensors of them."""
 
 from __future__ import annotations
 
@@ -17,15 +17,14 @@ from nemo_tied_lora.errors import ConfigError
 __all__ = ["HfWeights", "megatron_tensors"]
 
 _IGNORED = re.compile(r"\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$")
-"""Constants that old versions of transformers kept beside the weights."""
+"""Constants that old versions of transformers stored with the weights."""
 
 
 class HfWeights:
-    """The tensors of a folder: safetensors shards read one tensor at a time, or legacy .bin files without pickle's
-    power to run code.
+    """The tensors in a folder of safetensors or legacy .bin files. Never runs code from a pickle.
 
     Raises:
-        ConfigError: the folder holds neither, or a shard is missing or damaged.
+        ConfigError: the folder has neither, or a shard is missing or damaged.
     """
 
     def __init__(self, folder: Path):
@@ -34,10 +33,10 @@ class HfWeights:
         self._legacy: tuple[Path | None, dict[str, torch.Tensor]] = (None, {})
 
     def take(self, name: str) -> torch.Tensor:
-        """A tensor by its name in the whole model; a folder of the body alone leaves the first word out.
+        """Reads a tensor by its name in the whole model. Also finds it without the first word, as in a bare body.
 
         Raises:
-            ConfigError: it is missing, unreadable, or holds NaN or infinity.
+            ConfigError: the tensor is missing, unreadable, or holds NaN or infinity.
         """
         known = next((n for n in (name, name.partition(".")[2]) if n in self._files), None)
         if known is None:
@@ -53,7 +52,7 @@ class HfWeights:
         return tensor
 
     def left_over(self) -> list[str]:
-        """Names of weights that nothing has taken."""
+        """Names of the weights that `take` has not read."""
         return sorted(name for name in self._files.keys() - self._taken if not _IGNORED.search(name))
 
     def _read(self, path: Path, name: str) -> torch.Tensor:
@@ -100,12 +99,12 @@ def _names(path: Path) -> list[str]:
 def megatron_tensors(
     weights: HfWeights, family: Family, sizes: BaseSizes, *, qkv_bias: bool, bias: bool, shared: bool, vocab_rows: int
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """(Megatron's name, whole tensor) of every parameter, in the order of the model; one at a time is in memory.
+    """Yields (Megatron's name, whole tensor) for every parameter, in the model's order, one at a time.
 
     Args:
         qkv_bias, bias: whether linear_qkv, and whether every linear, has a bias.
-        shared: the output layer is the embedding.
-        vocab_rows: of the padded embedding.
+        shared: whether the output layer is the embedding.
+        vocab_rows: the number of rows of the padded embedding.
     """
     whole = {name: source for name, source in family.whole.items() if not (shared and name == "output_layer.weight")}
     for name, source in whole.items():
@@ -129,11 +128,11 @@ def megatron_tensors(
 
 
 def _padded(tensor: torch.Tensor, rows: int, name: str) -> torch.Tensor:
-    """An embedding with rows added: the mean of the others.
+    """Pads an embedding with rows that are the mean of the others.
 
-    A softmax over the padded vocabulary then gives all padding together at most its share of the rows: the
-    exponential of a mean is at most the mean of the exponentials. Zeros would take nearly everything in a model whose
-    logits are all far below zero, as GPT-2's are.
+    The softmax over the padded vocabulary then gives the padding at most its share of the rows, because the exponential
+    of a mean is at most the mean of the exponentials. Zeros would get nearly all of the softmax in a model like GPT-2,
+    whose logits are all far below zero.
     """
     if name not in ("embedding.word_embeddings.weight", "output_layer.weight") or len(tensor) == rows:
         return tensor

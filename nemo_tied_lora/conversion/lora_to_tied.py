@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tied adapter that is closest to a LoRA adapter, whatever the LoRA was read from."""
+"""Fits a tied adapter to a LoRA adapter of peft or stock NeMo."""
 
 from __future__ import annotations
 
@@ -28,32 +28,32 @@ __all__ = ["FittedAdapter", "errors_of_file", "fit_adapter", "read_lora"]
 
 @dataclass
 class FittedAdapter:
-    """A tied adapter without a model, in the parts that `write_adapter` takes, and how well each target is fitted."""
+    """A tied adapter in the parts that `write_adapter` takes, and the quality of the fit."""
 
     config: TiedLoraConfig
     shapes: dict[str, LinearShape]
     state: dict[str, torch.Tensor]
     fits: dict[str, Fit]
+    """Target to its fit."""
     bounds: dict[str, float]
+    """Target to the lower bound of its relative error (`row_space_bound`)."""
 
 
 def read_lora(path: Path, base: Mapping[str, Any] | None) -> LoraDeltas:
-    """Reads either form.
+    """Reads a LoRA.
 
     Args:
         path: peft's folder, or NeMo's `.nemo`.
-        base: NeMo's model keys of the base; peft's folder does not know heads and groups, NeMo's file does.
+        base: NeMo's model keys of the base. None only for NeMo's `.nemo`, which holds them.
 
     Raises:
-        ConfigError: no such adapter, a damaged one, one that is no plain LoRA, or one that does not fit the base.
+        ConfigError: there is no such adapter, it is damaged, it is not plain LoRA, or it does not fit the base.
     """
-    if path.is_dir():
-        if base is None:
-            raise ConfigError(
-                ["base=null: name the base's .nemo: peft's folder does not say how its heads are grouped"]
-            )
-        return read_peft_lora(path, base)
-    return read_nemo_lora(path, base)
+    if not path.is_dir():
+        return read_nemo_lora(path, base)
+    if base is None:
+        raise ConfigError(["base=null: name the base's .nemo: peft's folder does not record how heads are grouped"])
+    return read_peft_lora(path, base)
 
 
 def fit_adapter(
@@ -65,18 +65,21 @@ def fit_adapter(
     tolerance: float,
     progress: Callable[[str, float], object] | None = None,
 ) -> FittedAdapter:
-    """The closest tied adapter, target by target.
+    """Fits the closest tied adapter, target by target.
 
-    A layer without a delta for a target that other layers have is fitted as zeros.
+    If a target has no delta in some layer, the fit takes zeros for it.
 
     Args:
-        config: rank, seed, and the preset's fields; targets and layers are those of the LoRA.
+        config: rank, seed and the preset's fields. The result has the targets and layers of the LoRA.
+        max_iterations, tolerance: see `fit_target`.
         progress: called with the target and its relative error after each iteration.
 
     Raises:
-        ConfigError: NaN, shapes, or a rank that does not fit.
+        ConfigError: the LoRA holds NaN or infinity, or the rank does not fit.
     """
-    layers = tuple(sorted({layer for by_layer in lora.deltas.values() for layer in by_layer}))
+    layers = lora.layers
+    some = None if len(layers) == lora.sizes.num_layers else layers
+    config = replace(config, targets=tuple(lora.deltas), layers=some)
     state: dict[str, torch.Tensor] = {}
     shapes, fits, bounds = {}, {}, {}
     for target in config.targets:
@@ -104,7 +107,7 @@ def fit_adapter(
 
 
 def errors_of_file(lora: LoraDeltas, file: AdapterFile) -> dict[str, float]:
-    """Target to the relative error of all its layers together, of the adapter as a file holds it (float32)."""
+    """Target to the relative error of the adapter in a file (float32), over all its layers."""
     errors = {}
     for target, shape in file.shapes.items():
         deltas = [lora.deltas[target].get(layer, _zero(shape)) for layer in shape.layers]
@@ -117,7 +120,7 @@ def errors_of_file(lora: LoraDeltas, file: AdapterFile) -> dict[str, float]:
 
 
 def _named(fit: Fit, target: str, layers: tuple[int, ...]) -> dict[str, torch.Tensor]:
-    """The file's names: tied tensors once, the others with their layer."""
+    """The fitted factors by their names in the file."""
     named: dict[str, torch.Tensor] = {}
     for factor in "ABuv":
         value = getattr(fit, factor)

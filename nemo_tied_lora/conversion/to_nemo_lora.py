@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The adapter as stock NeMo's LoRA `.nemo`, in the single-rank form that NeMo's loader and deployment tools take.
+"""Writes an adapter as stock NeMo's LoRA `.nemo`, in the single-rank form that NeMo's loader and deployment tools read.
 
 model_config.yaml     the base's keys, and model.peft with peft_scheme: lora
 model_weights.ckpt    model.decoder.layers.<i>.<block>.adapter_layer.<adapter>.linear_in.weight (r, in)
@@ -22,11 +22,11 @@ from nemo_tied_lora.checkpoint.tar import write_tar
 from nemo_tied_lora.conversion.hf_families import BaseSizes
 from nemo_tied_lora.conversion.untie_to_lora import expand, layers_of, plain_alpha
 from nemo_tied_lora.conversion.verify_export import Difference, largest_difference
-from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.errors import ConfigError, Problems
 from nemo_tied_lora.files import replace_file
 from nemo_tied_lora.planning.nemo_archive import read_members
 
-__all__ = ["ADAPTER_MODULES", "TARGET_MODULES", "check_nemo_lora", "read_nemo_lora_members", "write_nemo_lora"]
+__all__ = ["ADAPTER_MODULES", "check_nemo_lora", "read_nemo_lora_members", "write_nemo_lora"]
 
 _CONFIG, _STATE = "model_config.yaml", "model_weights.ckpt"
 _MAX_CONFIG_BYTES = 4 << 20
@@ -37,15 +37,14 @@ ADAPTER_MODULES = {
     "linear_fc1": "mlp.adapter_layer.lora_hto4h_adapter",
     "linear_fc2": "mlp.adapter_layer.lora_4htoh_adapter",
 }
-"""Target -> where NeMo hangs its LoRA, below the layer."""
+"""Target -> the name of NeMo's LoRA module below the layer."""
 
-TARGET_MODULES = {
+_TARGET_MODULES = {
     "linear_qkv": "attention_qkv",
     "linear_proj": "attention_dense",
     "linear_fc1": "mlp_fc1",
     "linear_fc2": "mlp_fc2",
 }
-"""Target -> NeMo's `lora_tuning.target_modules`."""
 
 
 def write_nemo_lora(file: AdapterFile, base: Mapping[str, Any], path: Path) -> Path:
@@ -53,12 +52,12 @@ def write_nemo_lora(file: AdapterFile, base: Mapping[str, Any], path: Path) -> P
 
     Args:
         file: the tied adapter.
-        base: NeMo's model keys of the base that it was trained on; they go into the file, whose readers need them.
+        base: NeMo's model keys of the base that it was trained on. The file holds them, because its readers need them.
 
     Raises:
-        ConfigError: the base's shapes are missing or not the adapter's; NeMo's LoRA has no such target.
+        ConfigError: the base's shapes are missing, or are not those of the adapter.
     """
-    _check_shapes(file, base)
+    _check_base(file, base)
     state = {}
     for lora in expand(file.config, file.shapes, file.state):
         name = _module_name(lora.layer, lora.target)
@@ -72,7 +71,7 @@ def write_nemo_lora(file: AdapterFile, base: Mapping[str, Any], path: Path) -> P
 
 
 def check_nemo_lora(path: Path, file: AdapterFile) -> Difference:
-    """Reads the `.nemo` back and compares what NeMo's layers compute from it with the tied formula."""
+    """Reads the `.nemo` back and compares its updates, as NeMo's layers compute them, with the tied formula."""
     description, weights = read_nemo_lora_members(path)
     state = torch.load(io.BytesIO(weights), map_location="cpu", weights_only=True)
     section = yaml.safe_load(description)["peft"]["lora_tuning"]
@@ -90,7 +89,7 @@ def read_nemo_lora_members(path: Path) -> tuple[bytes, bytes]:
     """(model_config.yaml, model_weights.ckpt) of stock NeMo's LoRA `.nemo`.
 
     Raises:
-        ConfigError: no tar, or one of the two is missing or cut short, or claims to be larger than the file.
+        ConfigError: the file is not a tar, or a member is missing, truncated, or claims to be larger than the file.
     """
     try:
         members = read_members(path, (_CONFIG, _STATE), max(_MAX_CONFIG_BYTES, path.stat().st_size))
@@ -107,37 +106,31 @@ def _module_name(layer: int, target: str) -> str:
 
 
 def _peft_section(file: AdapterFile) -> dict[str, Any]:
-    """`model.peft` as NeMo's own LoRA runs have it. `layer_selection` counts layers from 1."""
-    layers = layers_of(file.shapes)
+    """`model.peft` of a LoRA run of NeMo. `layer_selection` counts layers from 1."""
     return {
         "peft_scheme": "lora",
         "restore_from_path": None,
         "lora_tuning": {
             "variant": "nemo",
-            "target_modules": [TARGET_MODULES[target] for target in file.shapes],
+            "target_modules": [_TARGET_MODULES[target] for target in file.shapes],
             "adapter_dim": file.config.rank,
             "alpha": plain_alpha(file.config),
             "adapter_dropout": 0.0,
             "column_init_method": "xavier",
             "row_init_method": "zero",
-            "layer_selection": [layer + 1 for layer in layers],
+            "layer_selection": [layer + 1 for layer in layers_of(file.shapes)],
             "weight_tying": False,
             "position_embedding_strategy": None,
         },
     }
 
 
-def _check_shapes(file: AdapterFile, base: Mapping[str, Any]) -> None:
+def _check_base(file: AdapterFile, base: Mapping[str, Any]) -> None:
     sizes = BaseSizes.from_model_config(base, "base")
-    problems = [f"targets: NeMo's LoRA has no {target}" for target in file.shapes if target not in TARGET_MODULES]
-    for target in [target for target in file.shapes if target in TARGET_MODULES]:
-        ours, theirs = file.shapes[target].sides, sizes.linears[target].sides
-        if ours != theirs:
-            problems.append(f"base: its {target} is {theirs} (in, out), the adapter's {ours}; name the adapter's base")
+    problems = Problems(sizes.differences(file.shapes))
     if sizes.gated and not str(base["activation"]).startswith("fast-") and "linear_fc1" in file.shapes:
-        # NeMo's LoRA knows a gated linear_fc1 by the word "fast" alone, and would build half of it.
+        # NeMo's LoRA recognizes a gated linear_fc1 only by the word "fast". Without it, it builds half of the linear.
         problems.append(
             f"base: activation={base['activation']!r}: stock NeMo's LoRA takes linear_fc1 for ungated; drop it"
         )
-    if problems:
-        raise ConfigError(problems)
+    problems.raise_if_any()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The adapter as a folder that `peft.PeftModel.from_pretrained` loads onto the Hugging Face base: plain LoRA, exactly.
+"""Writes an adapter as plain LoRA in a folder that `peft.PeftModel.from_pretrained` loads onto the Hugging Face base.
 
 adapter_config.json           rank, alpha, target modules, layers
 adapter_model.safetensors     base_model.model.<linear>.lora_A.weight (r, in) and .lora_B.weight (out, r)
@@ -21,7 +21,7 @@ from nemo_tied_lora.checkpoint.read_nemo_adapter import AdapterFile
 from nemo_tied_lora.conversion.hf_families import BaseSizes, Family, family_of_base, join_rows, split_rows
 from nemo_tied_lora.conversion.untie_to_lora import expand, layers_of, plain_alpha
 from nemo_tied_lora.conversion.verify_export import Difference, largest_difference
-from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.errors import ConfigError, Problems
 from nemo_tied_lora.files import replace_folder
 
 __all__ = ["adapter_config", "check_hf_peft", "write_hf_peft"]
@@ -36,10 +36,11 @@ def write_hf_peft(file: AdapterFile, base: Mapping[str, Any], folder: Path, base
     Args:
         file: the tied adapter.
         base: NeMo's model keys of the base that it was trained on.
-        base_model: name or path of the Hugging Face base; peft itself does not need it, its users do.
+        base_model: name or path of the Hugging Face base, for users; peft does not need it.
 
     Raises:
-        ConfigError: the base is not built as a known Hugging Face family is, or has other shapes than the adapter.
+        ConfigError: the base does not match a known Hugging Face family, its shapes are not those of the adapter, or
+            `folder` holds something other than an export.
     """
     family, sizes = _fitting(file, base)
     if folder.exists():
@@ -47,7 +48,7 @@ def write_hf_peft(file: AdapterFile, base: Mapping[str, Any], folder: Path, base
         strangers = sorted(found - {_CONFIG, _STATE, _CARD})
         if not folder.is_dir() or strangers or (found and _CONFIG not in found):
             held = f", it holds {', '.join(strangers[:3])}" if strangers else ""
-            raise ConfigError([f"output={folder}: is there and is no export's folder{held}; name another"])
+            raise ConfigError([f"output={folder}: exists and is not an export{held}; name another"])
 
     def write(new: Path) -> None:
         save_file(dict(_tensors(file, family, sizes)), new / _STATE, metadata={"format": "pt"})
@@ -59,14 +60,14 @@ def write_hf_peft(file: AdapterFile, base: Mapping[str, Any], folder: Path, base
 
 
 def check_hf_peft(folder: Path, file: AdapterFile, base: Mapping[str, Any]) -> Difference:
-    """Reads the folder back and compares what each of its linears adds with the tied formula."""
+    """Reads the folder back and compares its updates with the tied formula."""
     family, sizes = _fitting(file, base)
     config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
     scale = config["lora_alpha"] / config["r"]
     with safe_open(folder / _STATE, framework="pt") as tensors:
 
         def update(layer: int, target: str, x: torch.Tensor) -> torch.Tensor:
-            """What peft adds to the target's output, its rows in Megatron's order."""
+            """peft's update of the target's output, with rows in Megatron's order."""
             outputs = []
             for part in family.targets[target]:
                 name = f"{_PREFIX}.{family.layer(layer)}.{part.name}"
@@ -78,7 +79,7 @@ def check_hf_peft(folder: Path, file: AdapterFile, base: Mapping[str, Any]) -> D
 
 
 def adapter_config(file: AdapterFile, family: Family, num_layers: int, base_model: str | None) -> dict[str, Any]:
-    """What adapter_config.json says. Layers are named only where some have no adapter."""
+    """The content of adapter_config.json. It names the layers only if some have no adapter."""
     layers = layers_of(file.shapes)
     all_layers = len(layers) == num_layers
     return {
@@ -104,23 +105,13 @@ def adapter_config(file: AdapterFile, family: Family, num_layers: int, base_mode
 
 
 def _fitting(file: AdapterFile, base: Mapping[str, Any]) -> tuple[Family, BaseSizes]:
-    """The family and shape of the base.
+    """The family and the sizes of the base.
 
     Raises:
-        ConfigError: the adapter's own shapes are not this base's.
+        ConfigError: no family matches the base, or its shapes are not those of the adapter.
     """
     family, sizes = family_of_base(base, "base"), BaseSizes.from_model_config(base, "base")
-    problems = []
-    for target, shape in file.shapes.items():
-        if target not in family.targets:
-            problems.append(f"targets: {target} has no counterpart in Hugging Face's {'/'.join(family.model_types)}")
-        elif shape.sides != sizes.linears[target].sides:
-            theirs = sizes.linears[target].sides
-            problems.append(
-                f"base: its {target} is {theirs} (in, out), the adapter's {shape.sides}; name the adapter's base"
-            )
-    if problems:
-        raise ConfigError(problems)
+    Problems(sizes.differences(file.shapes)).raise_if_any()
     return family, sizes
 
 
@@ -129,13 +120,13 @@ def _tensors(file: AdapterFile, family: Family, sizes: BaseSizes) -> Iterator[tu
         parts = family.targets[lora.target]
         for part, rows in zip(parts, split_rows(lora.lora_B, lora.target, parts, sizes), strict=True):
             name = f"{_PREFIX}.{family.layer(lora.layer)}.{part.name}"
-            # A copy each: safetensors refuses tensors that share memory, and peft's own files hold one a linear.
+            # A copy for each linear, as in peft's own files: safetensors refuses tensors that share memory.
             yield f"{name}.lora_A.weight", lora.lora_A.clone()
             yield f"{name}.lora_B.weight", rows.contiguous()
 
 
 def _card(file: AdapterFile, config: Mapping[str, Any], base_model: str | None) -> str:
-    """The model card: what the adapter is, how to load it, how it was made."""
+    """The model card: what the adapter is, how to load it, and how it was made."""
     head = ["---", "library_name: peft", "tags: [lora, tied-lora]", "pipeline_tag: text-generation"]
     if base_model is not None:
         head.append(f"base_model: {json.dumps(base_model)}")

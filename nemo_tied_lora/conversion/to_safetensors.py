@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The adapter's whole state as one safetensors file: each tied tensor once, the configuration in the metadata."""
+"""Writes an adapter's whole state as one safetensors file, with each tied tensor once and the config in the metadata."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def write_full_state(file: AdapterFile, path: Path) -> Path:
 
 
 def check_full_state(path: Path, file: AdapterFile) -> Difference:
-    """Reads the file back: 0 where every tensor has the same bits, else infinity at the first that has not."""
+    """Reads the file back. The difference is 0 if every tensor has the same bits, else infinity, with a tensor's name."""
     read = load_file(path)
     for name in {**file.state, **read}:
         if name not in read or name not in file.state or not torch.equal(read[name], file.state[name]):

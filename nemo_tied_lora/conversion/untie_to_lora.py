@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tied adapter layer by layer: per layer it is plain LoRA, exactly.
+"""Unties an adapter: in each layer it equals a plain LoRA, exactly.
 
 (alpha / r) diag(v) B diag(u) A x  =  (plain_alpha / r) lora_B lora_A x
-lora_A = diag(u) A  (r, in)           lora_B = diag(v) B  (out, r)
+lora_A = diag(u) A  (r, in)           lora_B = (alpha / plain_alpha) diag(v) B  (out, r)
 """
 
 from __future__ import annotations
@@ -18,33 +18,32 @@ from nemo_tied_lora.adapter.shapes import LinearShape
 from nemo_tied_lora.config import TiedLoraConfig
 from nemo_tied_lora.errors import ConfigError
 
-__all__ = ["PlainLora", "expand", "layers_of", "plain_alpha"]
+__all__ = ["PlainLora", "expand", "layers_of", "plain_alpha", "plain_lora"]
 
 
 @dataclass(frozen=True)
 class PlainLora:
-    """One layer's LoRA of one target, whole, in Megatron's row order: lora_A (r, in), lora_B (out, r)."""
+    """The LoRA of one linear in one layer, whole, with rows in Megatron's order."""
 
     layer: int
     target: str
     lora_A: torch.Tensor
+    """(r, in)."""
     lora_B: torch.Tensor
+    """(out, r)."""
 
 
 def plain_alpha(config: TiedLoraConfig) -> int:
-    """The alpha of the plain LoRA: the adapter's own where it is whole, else the rank, and `expand` folds the rest.
-
-    Readers of plain LoRA take alpha for a whole number.
-    """
+    """The alpha of the plain LoRA, a whole number because readers expect one: the adapter's own, else the rank."""
     alpha = config.rank if config.alpha is None else config.alpha
     return int(alpha) if float(alpha).is_integer() else config.rank
 
 
 def layers_of(shapes: Mapping[str, LinearShape]) -> tuple[int, ...]:
-    """The layers that have the adapter.
+    """The adapted layers.
 
     Raises:
-        ConfigError: they are not the same for every target, which plain LoRA's files cannot say.
+        ConfigError: the layers differ between targets, which files of plain LoRA cannot express.
     """
     layers = {shape.layers for shape in shapes.values()}
     if len(layers) > 1:
@@ -52,17 +51,22 @@ def layers_of(shapes: Mapping[str, LinearShape]) -> tuple[int, ...]:
     return layers.pop()
 
 
+def plain_lora(config: TiedLoraConfig, state: Mapping[str, torch.Tensor], layer: int, linear: str) -> PlainLora:
+    """One linear's LoRA, in float32 or the factors' wider dtype."""
+    factors = factors_of_layer(config, state, layer, linear)
+    dtype = torch.promote_types(factors["A"].dtype, torch.float32)
+    A, B = factors["A"].to(dtype), factors["B"].to(dtype)
+    if "u" in factors:
+        A = A * factors["u"].to(dtype).unsqueeze(1)
+    if "v" in factors:
+        B = B * factors["v"].to(dtype).unsqueeze(1)
+    folded = config.scale * config.rank / plain_alpha(config)
+    return PlainLora(layer, linear, A.contiguous(), (B if folded == 1.0 else B * folded).contiguous())
+
+
 def expand(
     config: TiedLoraConfig, shapes: Mapping[str, LinearShape], state: Mapping[str, torch.Tensor]
 ) -> Iterator[PlainLora]:
-    """Every layer's LoRA, float32 at least, layer by layer; only one at a time is in memory."""
-    folded = config.scale * config.rank / plain_alpha(config)
+    """Yields the LoRA of every linear, layer by layer, one at a time."""
     for layer, linear, _ in each_linear(shapes):
-        factors = factors_of_layer(config, state, layer, linear)
-        dtype = torch.promote_types(factors["A"].dtype, torch.float32)
-        A, B = factors["A"].to(dtype), factors["B"].to(dtype)
-        if "u" in factors:
-            A = A * factors["u"].to(dtype).unsqueeze(1)
-        if "v" in factors:
-            B = B * factors["v"].to(dtype).unsqueeze(1)
-        yield PlainLora(layer, linear, A.contiguous(), (B if folded == 1.0 else B * folded).contiguous())
+        yield plain_lora(config, state, layer, linear)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The written check of an export: what was read back from disk adds what the tied formula adds."""
+"""Checks an export: compares the updates of the written file with the tied formula."""
 
 from __future__ import annotations
 
@@ -16,17 +16,19 @@ __all__ = ["Difference", "largest_difference"]
 
 @dataclass(frozen=True)
 class Difference:
-    """The largest difference found, relative to the largest output of its linear, and where."""
+    """The largest difference that was found."""
 
     relative: float
+    """Relative to the largest output of its linear."""
     where: str
+    """The linear or tensor."""
 
     def __str__(self) -> str:
         return f"{self.relative:.1e} relative, at {self.where}"
 
 
 def largest_difference(file: AdapterFile, update: Callable[[int, str, torch.Tensor], torch.Tensor]) -> Difference:
-    """Compares `update(layer, target, x)` with the formula, written literally in float64, on one random x each."""
+    """Compares `update(layer, target, x)` with the literal formula, in float64, for one random x per target."""
     generator = torch.Generator().manual_seed(1234)
     worst = Difference(0.0, "every linear")
     for target, shape in file.shapes.items():
@@ -37,6 +39,6 @@ def largest_difference(file: AdapterFile, update: Callable[[int, str, torch.Tens
             h = factors["B"] @ (h * factors["u"] if "u" in factors else h)
             expected = file.config.scale * (h * factors["v"] if "v" in factors else h)
             error = (update(layer, target, x) - expected).abs().max() / expected.abs().max().clamp_min(1e-300)
-            if not error <= worst.relative:  # also where it is NaN
+            if not error <= worst.relative:  # also true for NaN
                 worst = Difference(float(error), f"layer {layer} {target}")
     return worst

@@ -226,7 +226,7 @@ def test_a_folder_that_is_no_export_is_not_replaced_and_an_old_export_is(tmp_pat
     file, folder = random_adapter(LLAMA, preset="tl6"), tmp_path / "peft"
     folder.mkdir()
     (folder / "thesis.tex").write_text("years of work")
-    with pytest.raises(ConfigError, match=r"is no export's folder, it holds thesis\.tex"):
+    with pytest.raises(ConfigError, match=r"exists and is not an export, it holds thesis\.tex"):
         write_hf_peft(file, LLAMA, folder, None)
     assert [path.name for path in folder.iterdir()] == ["thesis.tex"]
     (folder / "thesis.tex").unlink()

@@ -134,7 +134,7 @@ def test_an_adapter_that_is_no_plain_lora_or_of_another_base_is_refused(tmp_path
     with pytest.raises(ConfigError, match=r"use_dora=True(.|\n)*bias='all'"):
         read_lora(folder, LLAMA)
     (folder / "adapter_config.json").write_text("{")
-    with pytest.raises(ConfigError, match="is no peft adapter"):
+    with pytest.raises(ConfigError, match="is not a peft adapter"):
         read_lora(folder, LLAMA)
 
 
@@ -147,7 +147,7 @@ def test_nan_a_truncated_file_and_a_stranger_are_refused(tmp_path: Path, base: P
     words = ["import", "from=lora", f"path={folder}", f"base={base}", f"output={tmp_path / 'back.nemo'}", "rank=3"]
     assert main(words) == 2
     save_file({**tensors, "base_model.model.lm_head.weight": torch.ones(1)}, weights)
-    with pytest.raises(ConfigError, match=r"lm_head\.weight is no LoRA"):
+    with pytest.raises(ConfigError, match=r"lm_head\.weight is not a LoRA"):
         read_lora(folder, LLAMA)
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ConfigError, match="cannot be read"):

@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What adapters add to any part of any weight: the sum of weight * (alpha / r) diag(v) B diag(u) A, in float32."""
+"""Adds the updates of adapters, weight * (alpha / r) diag(v) B diag(u) A, to any part of any weight, in float32."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import torch
 
-from nemo_tied_lora.adapter.full_state import factors_of_layer
 from nemo_tied_lora.checkpoint.read_nemo_adapter import AdapterFile
+from nemo_tied_lora.conversion.untie_to_lora import PlainLora, plain_alpha, plain_lora
 from nemo_tied_lora.errors import ConfigError
 
 __all__ = ["Updates"]
@@ -20,19 +19,14 @@ _LINEAR = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class _Term:
-    """One adapter on one linear: B (out, r) with v and every scale folded in, A (r, in) with u."""
-
-    A: torch.Tensor
-    B: torch.Tensor
-
-
 class Updates:
-    """Adapters with their weights, ready to be added to pieces of the base.
+    """Adapters with their weights, to add to pieces of the base.
+
+    Args:
+        adapters: (name for messages, file, weight).
 
     Raises:
-        ConfigError: an adapter has experts, or two of them were made for linears of different shapes.
+        ConfigError: an adapter has experts, or two adapters were made for linears of different shapes.
     """
 
     def __init__(self, adapters: Sequence[tuple[str, AdapterFile, float]]):
@@ -41,7 +35,9 @@ class Updates:
         for name, file, _ in adapters:
             for target, linear in file.shapes.items():
                 if "." in target:
-                    problems.append(f"{name}: {target}: experts' linears cannot be merged yet; use the adapter beside")
+                    problems.append(
+                        f"{name}: {target}: experts' linears cannot be merged yet; use the adapter without merging"
+                    )
                 for layer in linear.layers:
                     shape = (linear.out_features, linear.in_features)
                     known = self._shapes.setdefault((layer, target), shape)
@@ -52,23 +48,23 @@ class Updates:
         self._adapters = list(adapters)
         self._seen = dict.fromkeys(self._shapes, 0)
         self.largest = 0.0
-        """The largest absolute change so far, of any element."""
+        """The largest absolute change of an element so far."""
 
     def adapts(self, key: str) -> bool:
-        """Whether some layer of this weight is adapted."""
+        """Returns whether an adapter updates some layer of this weight."""
         target = _target(key)
         return any(known == target for _, known in self._shapes)
 
     def add(self, key: str, part: torch.Tensor, offset: Sequence[int]) -> torch.Tensor:
-        """The merged part, in the part's own dtype.
+        """Returns the merged part, in the part's dtype.
 
         Args:
             key: the weight's name, as in `Piece`.
-            part: (layers, rows, columns), or (rows, columns) where the key has the layer's number.
-            offset: of its first element in the whole weight.
+            part: (layers, rows, columns), or (rows, columns) if the key has the layer's number.
+            offset: the position of its first element in the whole weight.
 
         Raises:
-            ConfigError: it lies outside the adapter's weight, or the sum is not finite.
+            ConfigError: the part is outside the adapter's weight, or the sum is not finite.
         """
         match, target = _LINEAR.match(key), _target(key)
         if match is None or target is None:
@@ -79,10 +75,10 @@ class Updates:
         return self._add_layers(target, part, offset)
 
     def check_complete(self) -> None:
-        """That every element of every adapted weight was updated once.
+        """Checks that every element of every adapted weight was updated once.
 
         Raises:
-            ConfigError: the base lacks some, or holds some twice.
+            ConfigError: the base lacks elements, or holds some twice.
         """
         wrong = [
             f"base: layer {layer} {target}: {seen} of {rows * columns} elements were found"
@@ -104,34 +100,23 @@ class Updates:
                 raise ConfigError([f"base: layer {first_layer + i} {target} is larger than the adapter's {shape}"])
             dtype = torch.promote_types(weight.dtype, torch.float32)
             change = torch.zeros(weight.shape, dtype=dtype)
-            for term in self._terms(
-                first_layer + i, target, slice(row, row + rows), slice(column, column + columns), dtype
-            ):
-                change.addmm_(term.B, term.A)
+            for lora, scale in self._loras(first_layer + i, target):
+                B, A = lora.lora_B[row : row + rows] * scale, lora.lora_A[:, column : column + columns]
+                change.addmm_(B.to(dtype), A.to(dtype))
             merged[i] = (weight.to(dtype) + change).to(weight.dtype)
             if not torch.isfinite(merged[i]).all():
-                raise ConfigError(
-                    [
-                        f"layer {first_layer + i} {target}: the merged weight is not finite in {weight.dtype}; nothing is written"
-                    ]
-                )
+                problem = f"the merged weight is not finite in {weight.dtype}; nothing is written"
+                raise ConfigError([f"layer {first_layer + i} {target}: {problem}"])
             self.largest = max(self.largest, float(change.abs().max())) if change.numel() else self.largest
             self._seen[first_layer + i, target] += weight.numel()
         return merged
 
-    def _terms(self, layer: int, target: str, rows: slice, columns: slice, dtype: torch.dtype) -> list[_Term]:
-        terms = []
-        for _, file, share in self._adapters:
-            if target not in file.shapes or layer not in file.shapes[target].layers:
-                continue
-            factors = factors_of_layer(file.config, file.state, layer, target)
-            A, B = factors["A"][:, columns].to(dtype), factors["B"][rows].to(dtype)
-            if "u" in factors:
-                A = A * factors["u"].to(dtype).unsqueeze(1)
-            scale = share * file.config.scale
-            B = B * (factors["v"][rows].to(dtype) * scale).unsqueeze(1) if "v" in factors else B * scale
-            terms.append(_Term(A, B))
-        return terms
+    def _loras(self, layer: int, target: str) -> Iterator[tuple[PlainLora, float]]:
+        """(the LoRA, its factor) for each adapter that updates the linear."""
+        for _, file, weight in self._adapters:
+            if target in file.shapes and layer in file.shapes[target].layers:
+                lora = plain_lora(file.config, file.state, layer, target)
+                yield lora, weight * plain_alpha(file.config) / file.config.rank
 
 
 def _target(key: str) -> str | None:
