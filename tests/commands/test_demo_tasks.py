@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pure data, no model: the quickstart's files, their splits and their tokenizer."""
+"""Pure maths: the quickstart's files, splits and tokenizer, without a model."""
 
 import hashlib
 import json
@@ -39,7 +39,7 @@ def language_of(row: dict[str, str]) -> str:
 
 
 def leaked_numbers(rows: dict[str, Rows]) -> set[int]:
-    """The numbers that are in a training file and in a held-out file, of whichever task and language."""
+    """The numbers that are both in a training file and in a held-out file, of any task and language."""
     trained = {number_of(row) for name in TRAINING_FILES for row in rows[name]}
     held_out = {number_of(row) for name in HELD_OUT_FILES for row in rows[name]}
     return trained & held_out
@@ -49,7 +49,7 @@ def test_no_held_out_number_is_in_any_training_file(rows: dict[str, Rows]) -> No
     assert leaked_numbers(rows) == set()
 
 
-def test_the_leak_check_sees_one_planted_number(rows: dict[str, Rows]) -> None:
+def test_the_leak_check_finds_one_planted_number(rows: dict[str, Rows]) -> None:
     planted = number_of(rows["finetune_test"][0])
     leaking = {**rows, "pretrain_train": [*rows["pretrain_train"], {"input": f"sv {planted}:", "output": ""}]}
     assert leaked_numbers(leaking) == {planted}
@@ -109,13 +109,13 @@ def test_the_base_never_sees_german(rows: dict[str, Rows]) -> None:
     base = rows["pretrain_train"] + rows["pretrain_validation"]
     assert {language_of(row) for row in base} == set(tasks.BASE_LANGUAGES)
     german = {tasks.number_in_words(number, tasks.FINETUNE_LANGUAGE) for number in tasks.NUMBERS}
-    # Three whole answers are spelled alike in Dutch and German; nothing longer is.
+    # Three whole answers are the same in Dutch and German, but nothing longer is.
     assert german & {row["output"] for row in base} <= {"acht", "elf", "vier"}
     for word in ("hundert", "tausend", "zwanzig", "eins", "fünf", "ß"):
         assert not any(word in row["output"] for row in base), word
 
 
-def test_the_answers_are_the_languages_own_words() -> None:
+def test_the_answers_are_in_the_right_language() -> None:
     assert {lang: tasks.number_in_words(1234, lang) for lang in (*tasks.BASE_LANGUAGES, "de")} == {
         "en": "one thousand two hundred thirty-four",
         "fr": "mille deux cent trente-quatre",
@@ -140,7 +140,7 @@ def test_an_unknown_language_is_refused_with_the_choices() -> None:
         tasks.number_in_words(1, "xx")
 
 
-def test_lines_have_only_nemos_fields_and_no_blank_that_nemo_would_strip(rows: dict[str, Rows]) -> None:
+def test_lines_have_only_nemos_fields_and_no_blanks_that_nemo_strips(rows: dict[str, Rows]) -> None:
     for row in (row for name in JSONL_FILES for row in rows[name]):
         assert set(row) == {"input", "output"}
         assert all(row.values())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole command: what it does not import. Some commands need no Megatron and no NeMo; the list of commands no torch."""
+"""The whole command: some commands import neither Megatron nor NeMo, and the list of commands imports no torch."""
 
 from __future__ import annotations
 

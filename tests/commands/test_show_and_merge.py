@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One process, no NeMo: `tied-lora show` and `tied-lora merge` as they are typed; merge's memory in a process of its own.
+"""One process, no NeMo: runs `tied-lora show` and `tied-lora merge`. Another process measures the memory of a merge.
 
-The check at the end of a merge restores both models on real NeMo: test_hugging_face.py.
+test_hugging_face.py covers the check at the end of a merge, which restores both models on real NeMo.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ def adapter(tmp_path: Path) -> Path:
     return tiny_adapter(tmp_path / "adapter.nemo", layers=LAYERS, hidden=HIDDEN, alpha=5.0)
 
 
-def said(capsys: pytest.CaptureFixture[str], words: Sequence[str], code: int) -> str:
-    """What the command printed, on stdout where it went well, else on stderr."""
+def run(capsys: pytest.CaptureFixture[str], words: Sequence[str], code: int) -> str:
+    """Runs the command; returns its stdout if it succeeds, else its stderr."""
     assert main(list(words)) == code
     captured = capsys.readouterr()
     return captured.err if code else captured.out
 
 
 def test_show_prints_config_parameters_and_norms_and_draws(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    printed = said(capsys, ["show", f"adapter={adapter}"], 0)
+    printed = run(capsys, ["show", f"adapter={adapter}"], 0)
     assert "rank 3, trained v B u A, tied A B, alpha 5" in printed
     for target in PLACES:
         assert printed.count(target) == 1 + LAYERS
@@ -66,7 +66,7 @@ def test_show_prints_config_parameters_and_norms_and_draws(adapter: Path, capsys
 
 
 def test_show_as_json_agrees_with_the_formula(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    facts = json.loads(said(capsys, ["show", f"adapter={adapter}", "output=null", "format=json"], 0))
+    facts = json.loads(run(capsys, ["show", f"adapter={adapter}", "output=null", "format=json"], 0))
     file = read_adapter(adapter)
     assert facts["trained_parameters"] == sum(tensor.numel() for tensor in file.state.values())
     merged = merged_weights({key: torch.zeros(w.shape) for key, w in whole_weights().items()}, [(file, 1.0)])
@@ -85,7 +85,7 @@ def test_show_as_json_agrees_with_the_formula(adapter: Path, capsys: pytest.Capt
 @pytest.mark.parametrize("experts", ["per_expert", "tied"])
 def test_show_counts_and_lists_every_expert(experts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tiny_adapter(tmp_path / "moe.nemo", layers=2, num_experts=3, experts=experts)
-    facts = json.loads(said(capsys, ["show", f"adapter={path}", "format=json"], 0))
+    facts = json.loads(run(capsys, ["show", f"adapter={path}", "format=json"], 0))
     assert facts["trained_parameters"] == sum(tensor.numel() for tensor in read_adapter(path).state.values())
     assert {f"experts.{expert}.linear_fc2" for expert in range(3)} < {layer["target"] for layer in facts["layers"]}
     assert len(facts["layers"]) == 2 * len(PLACES) + 3 * 2
@@ -107,11 +107,11 @@ def test_the_picture_has_no_panel_of_a_frozen_u_or_v(
     path = tiny_adapter(tmp_path / "a.nemo", **fields)
     file = read_adapter(path)
     assert panels_of(inspect_layers(file.config, file.shapes, file.state)) == shown
-    said(capsys, ["show", f"adapter={path}", f"output={tmp_path / 'new.png'}"], 0)
+    run(capsys, ["show", f"adapter={path}", f"output={tmp_path / 'new.png'}"], 0)
     assert (tmp_path / "new.png").read_bytes().startswith(PNG)
 
 
-def test_the_pictures_numbers_have_the_digits_that_tell_them_apart() -> None:
+def test_numbers_in_the_picture_have_enough_digits_to_differ() -> None:
     assert digits_that_differ(np.array([0.2, 3.9])) == 2
     assert digits_that_differ(np.array([1.001, 1.012, 1.015])) == 4
     assert digits_that_differ(np.array([3.76, 3.94])) == 4
@@ -120,25 +120,25 @@ def test_the_pictures_numbers_have_the_digits_that_tell_them_apart() -> None:
 
 
 def test_show_reports_every_problem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    problems = said(capsys, ["show", "adapter=nowhere.nemo", "output=x.pdf", "format=xml"], 2)
+    problems = run(capsys, ["show", "adapter=nowhere.nemo", "output=x.pdf", "format=xml"], 2)
     for part in ("adapter=nowhere.nemo", "output=x.pdf", "format='xml'"):
         assert part in problems
     (tmp_path / "damaged.nemo").write_bytes(b"x" * 2000)
-    assert "Traceback" not in said(capsys, ["show", f"adapter={tmp_path / 'damaged.nemo'}"], 2)
-    assert "adaptr=" in said(capsys, ["show", "adaptr=a.nemo"], 2)
+    assert "Traceback" not in run(capsys, ["show", f"adapter={tmp_path / 'damaged.nemo'}"], 2)
+    assert "adaptr=" in run(capsys, ["show", "adaptr=a.nemo"], 2)
 
 
 def words_of(base: Path, output: Path, *more: str) -> list[str]:
     return ["merge", f"base={base}", f"output={output}", "verify=false", *more]
 
 
-def test_merge_says_what_it_changed_and_replaces_an_older_file(
+def test_merge_reports_its_changes_and_replaces_an_older_file(
     tmp_path: Path, adapter: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base, output = distributed_base(tmp_path / "base.nemo", tmp_path / "base"), tmp_path / "merged.nemo"
     before = base.read_bytes()
     output.write_bytes(b"old")
-    printed = said(capsys, words_of(base, output, f"adapter={adapter}"), 0)
+    printed = run(capsys, words_of(base, output, f"adapter={adapter}"), 0)
     elements = sum(weight.numel() for weight in whole_weights().values())
     assert f"merged: {elements:,} elements of 4 weights" in printed
     assert f"written: {output} ({output.stat().st_size:,} bytes)" in printed
@@ -152,7 +152,7 @@ def test_merge_adds_several_adapters_with_weights_to_a_base_of_two_ranks(
 ) -> None:
     other = tiny_adapter(tmp_path / "b.nemo", preset="lora", rank=2, layers=LAYERS, hidden=HIDDEN)
     base, output = legacy_base(tmp_path / "base.nemo", tmp_path / "base", 2, 1), tmp_path / "merged.nemo"
-    said(capsys, words_of(base, output, f"adapters=[{adapter},{other}]", "weights=[0.7,-0.3]"), 0)
+    run(capsys, words_of(base, output, f"adapters=[{adapter},{other}]", "weights=[0.7,-0.3]"), 0)
     folder, shapes = content(output, tmp_path / "out"), shapes_of(HIDDEN, LAYERS)
     files = [(read_adapter(adapter), 0.7), (read_adapter(other), -0.3)]
     expected = merged_weights(whole_weights(), files)
@@ -175,7 +175,7 @@ def test_merge_refuses_what_is_not_finite_and_keeps_the_older_file(
     base, output = distributed_base(tmp_path / "base.nemo", tmp_path / "base"), tmp_path / "merged.nemo"
     output.write_bytes(b"old")
     share = "1e38" if cause == "weights" else "1.0"
-    problems = said(capsys, words_of(base, output, f"adapters=[{adapter}]", f"weights=[{share}]"), 2)
+    problems = run(capsys, words_of(base, output, f"adapters=[{adapter}]", f"weights=[{share}]"), 2)
     assert "not finite in torch.float32; nothing is written" in problems
     if cause == "base":
         assert "layer 2 linear_proj" in problems
@@ -183,30 +183,28 @@ def test_merge_refuses_what_is_not_finite_and_keeps_the_older_file(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter.nemo", "base", "base.nemo", "merged.nemo"]
 
 
-def test_merge_never_overwrites_what_it_reads(
-    tmp_path: Path, adapter: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_merge_never_overwrites_its_inputs(tmp_path: Path, adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = distributed_base(tmp_path / "base.nemo", tmp_path / "base")
     (tmp_path / "link.nemo").symlink_to(base)
     before = base.read_bytes(), adapter.read_bytes()
     for output in (base, adapter, tmp_path / "link.nemo"):
-        assert "is an input; name another" in said(capsys, words_of(base, output, f"adapter={adapter}"), 2)
+        assert "is an input; name another" in run(capsys, words_of(base, output, f"adapter={adapter}"), 2)
     (tmp_path / "folder.nemo").mkdir()
-    assert "is a folder" in said(capsys, words_of(base, tmp_path / "folder.nemo", f"adapter={adapter}"), 2)
+    assert "is a folder" in run(capsys, words_of(base, tmp_path / "folder.nemo", f"adapter={adapter}"), 2)
     assert (base.read_bytes(), adapter.read_bytes()) == before
 
 
 def test_merge_reports_every_problem(tmp_path: Path, adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wrong = ["base=nowhere.nemo", "adapters=[none.nemo]", "weights=[1,2]", "output=x.pt", "verify=maybe", "prompts=[]"]
-    problems = said(capsys, ["merge", *wrong], 2)
+    problems = run(capsys, ["merge", *wrong], 2)
     for part in ("base=nowhere.nemo", "none.nemo", "weights=[1, 2]", "output=x.pt", "verify='maybe'", "prompts=[]"):
         assert part in problems
-    assert "give one of them" in said(capsys, ["merge", "output=x.nemo"], 2)
-    problems = said(capsys, words_of(adapter, tmp_path / "m.nemo", f"adapter={adapter}"), 2)
+    assert "give one of them" in run(capsys, ["merge", "output=x.nemo"], 2)
+    problems = run(capsys, words_of(adapter, tmp_path / "m.nemo", f"adapter={adapter}"), 2)
     assert f"base={adapter}: is a Tied-LoRA adapter, not a base" in problems
     base = distributed_base(tmp_path / "base.nemo", tmp_path / "base")
     wide = tiny_adapter(tmp_path / "wide.nemo", hidden=2 * HIDDEN, layers=LAYERS + 1)
-    problems = said(capsys, words_of(base, tmp_path / "m.nemo", f"adapter={wide}"), 2)
+    problems = run(capsys, words_of(base, tmp_path / "m.nemo", f"adapter={wide}"), 2)
     assert "linear_qkv: the adapter was trained on 48 x 144 (in x out), this base has 24 x 72" in problems
     assert "it has an update for layer 4; this base has layers 0 to 3" in problems
 
@@ -220,15 +218,15 @@ def test_a_base_whose_config_is_a_bomb_is_refused(
         info.size = 64 << 20
         tar.addfile(info, io.BytesIO(b"#" * info.size))
     assert base.stat().st_size < 1 << 20
-    problems = said(capsys, words_of(base, tmp_path / "m.nemo", f"adapter={adapter}"), 2)
+    problems = run(capsys, words_of(base, tmp_path / "m.nemo", f"adapter={adapter}"), 2)
     assert f"base={base}: not a .nemo file: its model_config.yaml claims 67108864 bytes" in problems
 
 
 def test_merge_needs_a_few_of_the_bases_tensors_in_memory_not_the_model(tmp_path: Path) -> None:
-    """The base is some 260 MB on two ranks; its largest tensor 6 MB; parts of at most 16 MB are read.
+    """The base has 260 MB on two ranks and tensors of up to 6 MB. The merge reads parts of at most 16 MB.
 
-    Measured: 95 to 100 MB, what torch imports to load without contents and what the allocator and the page cache's
-    mappings keep included; the whole model would be 260 and more.
+    Measured: 95 to 100 MB. This includes torch's imports for loading without contents, the allocator's reserve and
+    mapped pages. The whole model would take 260 MB or more.
     """
     base, shapes, total = tmp_path / "base", shapes_of(WIDE, WIDE_LAYERS), 0
     for rank in range(2):
@@ -254,7 +252,7 @@ def test_merge_needs_a_few_of_the_bases_tensors_in_memory_not_the_model(tmp_path
 
 
 def print_memory_of_merge(words: list[str]) -> None:
-    """Bytes at the peak of the command beyond what its imports take."""
+    """Prints the command's peak memory in bytes, without the memory of its imports."""
     import nemo_tied_lora.conversion.merging.merge  # noqa: F401
     from tests.harness.resident_memory import memory_of
 

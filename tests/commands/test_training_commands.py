@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole commands on a tiny model: real NeMo, real ranks, real files."""
+"""The whole command on a tiny model: real NeMo, real ranks, real files."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_training_moves_the_adapter_and_records_what_it_did(
     assert list((workshop / "single").glob("events.out.tfevents.*"))
 
 
-def test_a_run_goes_on_where_it_stopped(workshop: Path, single: tuple[AdapterFile, dict, str]) -> None:
+def test_a_run_resumes_where_it_stopped(workshop: Path, single: tuple[AdapterFile, dict, str]) -> None:
     _, metrics, _ = finetune(workshop, "single", "trainer.max_steps=6")
     assert [step["step"] for step in metrics["steps"]] == [1, 2, 3, 4, 5, 6]
     assert [step["loss"] for step in metrics["steps"][:4]] == [step["loss"] for step in single[1]["steps"]]
@@ -76,7 +76,7 @@ def test_generate_completes_prompts_on_another_layout(workshop: Path, single: tu
     assert all(isinstance(answer["completion"], str) for answer in answers)
 
 
-def test_a_run_that_a_guard_stops_fails_with_the_reason_and_leaves_an_older_file(
+def test_a_run_that_a_guard_stops_fails_with_the_reason_and_keeps_an_older_file(
     workshop: Path, single: tuple[AdapterFile, dict, str]
 ) -> None:
     older = (workshop / "single" / "adapter.nemo").read_bytes()
@@ -135,27 +135,27 @@ def test_every_mistake_is_reported_at_once_before_torch_is_imported(workshop: Pa
     ]
     done = tied_lora("finetune", *wrong, folder=workshop, ok=False)
     assert done.returncode == 2
-    said = [
+    messages = [
         "adapter_dim=8: not a key of tied_lora; write rank",
         "tied: [A, B]",
         "alpha=0",
         "missing.jsonl: no such file",
     ]
-    said += ["validation_ds.file_names", "must end in .nemo", "num_attention_heads"]
-    assert [part for part in said if part not in done.stderr] == []
+    messages += ["validation_ds.file_names", "must end in .nemo", "num_attention_heads"]
+    assert [part for part in messages if part not in done.stderr] == []
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
     "command", ["", "plan", "finetune", "pretrain", "generate", "quickstart", "compare", "convert-checkpoint"]
 )
-def test_help_says_what_to_type(command: str, tmp_path: Path) -> None:
+def test_help_shows_what_to_type(command: str, tmp_path: Path) -> None:
     done = tied_lora(*command.split(), "--help", folder=tmp_path)
     assert "tied-lora" in done.stdout
     assert not list(tmp_path.iterdir())
 
 
-def test_the_launcher_starts_each_rank_or_says_how(tmp_path: Path) -> None:
+def test_the_launcher_starts_each_rank_or_explains_how(tmp_path: Path) -> None:
     script = str(ROOT / "launch" / "torchrun.sh")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What test_hugging_face.py runs under torchrun on real NeMo: importing on one rank, training on four.
+"""The stages that test_hugging_face.py runs under torchrun on real NeMo: import on one rank, training on four.
 
 python -m tests.conversion.hugging_face_ranks import|train FOLDER
 """
@@ -30,7 +30,7 @@ _STEPS = 3
 
 
 def main(argv: list[str]) -> int:
-    """One rank's part of a stage; rank 0 writes its results to FOLDER/<stage>.pt."""
+    """Runs one rank's part of a stage. Rank 0 writes its results to FOLDER/<stage>.pt."""
     from nemo_tied_lora.platform import prepare
 
     prepare(nemo=True)
@@ -68,7 +68,7 @@ def _import_all(folder: Path) -> dict[str, Any]:
 
 
 def _refusal(folder: Path) -> str:
-    """What importing says when the rows of a linear are mixed up on the way."""
+    """The error of an import that mixes up the rows of a linear."""
     from nemo_tied_lora.conversion.from_hf_base import import_hf_base
     from nemo_tied_lora.conversion.hf_families import BaseSizes
     from nemo_tied_lora.errors import ConfigError
@@ -92,7 +92,7 @@ class _Evil:
 
 
 def _legacy(folder: Path) -> dict[str, Any]:
-    """The Llama as one rank's legacy checkpoint; then with code in its pickle, and a stock adapter with code in its."""
+    """Logits of the Llama as one rank's legacy checkpoint; refusals of code in its pickle and in a stock adapter's."""
     model = _restore(folder / "llama.nemo", tp=1, pp=1)
     # Transformer Engine adds such states.
     state = {**model.state_dict(), "model.decoder.layers.0.self_attention._extra_state": io.BytesIO(b"")}
@@ -110,7 +110,7 @@ def _legacy(folder: Path) -> dict[str, Any]:
 
 
 def _with_weights(source: Path, path: Path, state: dict[str, Any]) -> None:
-    """A `.nemo` with the source's members, but for its weights."""
+    """Writes a `.nemo` with the source's members, except the weights."""
     content = io.BytesIO()
     torch.save(state, content)
     with tarfile.open(source) as old, tarfile.open(path, "w") as new:
@@ -124,7 +124,7 @@ def _with_weights(source: Path, path: Path, state: dict[str, Any]) -> None:
 
 
 def single_rank_logits_of(model: Any) -> torch.Tensor:
-    """Of the test's tokens."""
+    """Logits of the test's tokens."""
     from nemo_tied_lora.conversion.from_hf_base import single_rank_logits
 
     return single_rank_logits(model, tokens("llama"))
@@ -141,7 +141,7 @@ def _error_of(call: Callable[[], Any]) -> str:
 
 
 def _check_of_a_merge(folder: Path) -> list[str]:
-    """What the check says of two adapters' right merge, of one whose weights were swapped, and of the base unmerged."""
+    """Errors of the check for two adapters: none for the right merge; one for swapped weights, one for the bare base."""
     from nemo_tied_lora.checkpoint.write_nemo_adapter import write_adapter
     from nemo_tied_lora.commands.main import main as command
     from nemo_tied_lora.conversion.merging.verify_merge import compare_with_merged
@@ -167,7 +167,7 @@ def _check_of_a_merge(folder: Path) -> list[str]:
 
 
 def _stock_lora(folder: Path) -> dict[str, Any]:
-    """An adapter's nemo-lora export in stock NeMo's loader: what its layers add, beside the tied formula."""
+    """The updates of an adapter's nemo-lora export, loaded by stock NeMo, and those of the tied formula."""
     from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import MegatronGPTSFTModel
     from nemo.collections.nlp.modules.common.megatron.adapters.parallel_adapters import ParallelLinearAdapter
 
@@ -193,7 +193,7 @@ def _stock_lora(folder: Path) -> dict[str, Any]:
 
 
 def _fitted(folder: Path, file: Any, lora: Path) -> dict[str, Any]:
-    """Logits of the base, of the adapter that was exported, and of the one fitted to the export."""
+    """Logits of the base, of an exported adapter, and of the adapter fitted to the export."""
     from nemo_tied_lora.checkpoint.save_load_on_any_layout import load_adapter
     from nemo_tied_lora.checkpoint.write_nemo_adapter import write_adapter
     from nemo_tied_lora.commands.main import main as command
@@ -216,7 +216,7 @@ def _train_all(folder: Path) -> dict[str, Any]:
 
 
 def _train(folder: Path, family: str) -> dict[str, Any]:
-    """Base logits, a few steps of Adam with Tied-LoRA, logits with the adapter and merged; the adapter is saved."""
+    """Trains with Tied-LoRA for a few steps of Adam and saves; logits of the base, with the adapter, and merged."""
     from nemo_tied_lora import TiedLoraConfig, inject, save_adapter
     from nemo_tied_lora.checkpoint.read_nemo_adapter import read_adapter
     from nemo_tied_lora.planning.base_config import recorded_model_keys
@@ -253,7 +253,7 @@ def _restore(path: Path, *, tp: int, pp: int) -> Any:
 
 
 def _logits(body: Any, batch: torch.Tensor) -> torch.Tensor | None:
-    """Whole logits on every rank of the last stage, and on rank 0."""
+    """The whole logits, on every rank of the last stage and on rank 0."""
     with torch.no_grad():
         outputs = _run(body, batch, forward_only=True)
     shared = [outputs[0]["logits"] if outputs else None]

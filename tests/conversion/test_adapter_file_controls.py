@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Negative controls of adapters' files and merges, one process: each guard is taken out, and its test goes red."""
+"""One process: negative controls of adapter files and merges. Each test must fail if its guard is switched off."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.harness.ranks import single_process
 
 
 def nothing(*_: Any, **__: Any) -> None:
-    """A guard that looks at nothing."""
+    """A guard that checks nothing."""
 
 
 def all_finite(tensor: torch.Tensor) -> torch.Tensor:
@@ -47,7 +47,7 @@ class _EqualToAll:
 
 
 def fuzzed(test: Callable[..., None], *more: Any) -> Callable[[Path, pytest.MonkeyPatch], None]:
-    """A test of the fuzz file, on a file written while the guards were still there."""
+    """A test of damaged files, on a file that was written with all guards on."""
 
     def run(folder: Path, patch: pytest.MonkeyPatch) -> None:
         whole = folder.parent / "whole.nemo"
@@ -71,7 +71,7 @@ def with_adapter(test: Callable[..., None]) -> Callable[[Path, pytest.MonkeyPatc
     return run
 
 
-# What is taken out: (where, its name, what stands there instead, the test, what it then says).
+# The guard: (its module or class, its name, the replacement, the test, a part of the test's failure).
 Control = tuple[Any, str, Any, Callable[[Path, pytest.MonkeyPatch], Any], str]
 NOT_REFUSED = "DID NOT RAISE"
 CONTROLS: dict[str, Control] = {
@@ -80,7 +80,7 @@ CONTROLS: dict[str, Control] = {
         "replace_file",
         written_in_place,
         lambda folder, _: durability.test_a_kill_at_any_moment_leaves_the_old_file_or_the_new_one(folder),
-        "adapter.nemo: ",  # empty, or cut short: by when it was killed
+        "adapter.nemo: ",  # empty or truncated, depending on the moment of the kill
     ),
     "the tensors' checksum": (
         read_nemo_adapter,
@@ -96,14 +96,14 @@ CONTROLS: dict[str, Control] = {
         fuzzed(bad_input.test_what_a_tar_can_do_beyond_plain_files_is_refused, "a pax path"),
         "assert not True",
     ),
-    "what a seed stands for, when it is saved": (
+    "a factor stored as its seed, in writing": (
         seeded_factors.FrozenFactors,
         "check",
         lambda self, name, tensor: self.draw(name, tensor.dtype),
         lambda folder, _: file_tests.test_a_factor_that_is_not_what_the_seed_draws_is_not_stored_as_the_seed(folder),
         NOT_REFUSED,
     ),
-    "what a seed stands for, when it is read": (
+    "a factor stored as its seed, in reading": (
         seeded_factors.FrozenFactors,
         "compare",
         nothing,
@@ -117,7 +117,7 @@ CONTROLS: dict[str, Control] = {
         with_saved(refusals.test_a_file_with_other_content_is_refused_and_the_model_left_alone, "integers"),
         "is torch.int32, not a",
     ),
-    "finite numbers, when they are saved": (
+    "finite numbers, in writing": (
         nemo_adapter_format.torch,
         "isfinite",
         all_finite,
@@ -128,7 +128,7 @@ CONTROLS: dict[str, Control] = {
         adapter_updates.torch,
         "isfinite",
         all_finite,
-        with_adapter(test_merge.test_what_would_not_be_finite_is_not_written),
+        with_adapter(test_merge.test_a_merge_that_is_not_finite_is_not_written),
         NOT_REFUSED,
     ),
     "each element of a merge once": (
@@ -149,15 +149,15 @@ CONTROLS: dict[str, Control] = {
 
 
 @pytest.mark.parametrize("guard", CONTROLS)
-def test_without_the_guard_its_test_goes_red(guard: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_guard_its_test_fails(guard: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     single_process()
     tiny_adapter(tmp_path / "whole.nemo")
-    place, name, instead, test, said = CONTROLS[guard]
+    place, name, replacement, test, failure = CONTROLS[guard]
     assert callable(getattr(place, name))
     folder = tmp_path / "folder"
     folder.mkdir()
     with monkeypatch.context() as patch:
-        patch.setattr(place, name, instead)
-        reds = (AssertionError, pytest.fail.Exception, read_nemo_adapter.AdapterFileError)
-        with pytest.raises(reds, match=re.escape(said)):
+        patch.setattr(place, name, replacement)
+        failures = (AssertionError, pytest.fail.Exception, read_nemo_adapter.AdapterFileError)
+        with pytest.raises(failures, match=re.escape(failure)):
             test(folder, patch)

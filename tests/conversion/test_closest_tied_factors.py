@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pure maths, float64: the fit of a tied adapter to a LoRA adapter."""
+"""Pure maths in float64: the fit of a tied adapter to a LoRA."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OUT, IN, LAYERS, RANK = 30, 22, 5, 3
 
 
 def tied_deltas(name: str, *, rank: int = RANK, u_one: bool = False, v_one: bool = False) -> list[LowRank]:
-    """A tied adapter's layers as plain LoRA."""
+    """The layers of a tied adapter as plain LoRA."""
     A, B = full_tensor(f"{name} A", (rank, IN)), full_tensor(f"{name} B", (OUT, rank))
     u = torch.ones(LAYERS, rank, dtype=A.dtype) if u_one else full_tensor(f"{name} u", (LAYERS, rank))
     v = torch.ones(LAYERS, OUT, dtype=A.dtype) if v_one else full_tensor(f"{name} v", (LAYERS, OUT))
@@ -24,7 +24,7 @@ def tied_deltas(name: str, *, rank: int = RANK, u_one: bool = False, v_one: bool
 
 
 def lora_deltas(name: str, rank: int = RANK) -> list[LowRank]:
-    """A LoRA adapter that is no tied one."""
+    """A LoRA that no tied adapter equals."""
     return [
         LowRank(full_tensor(f"{name} {i} P", (OUT, rank)), full_tensor(f"{name} {i} Q", (rank, IN)))
         for i in range(LAYERS)
@@ -32,7 +32,7 @@ def lora_deltas(name: str, rank: int = RANK) -> list[LowRank]:
 
 
 def noisy(deltas: list[LowRank], share: float) -> list[LowRank]:
-    """With a rank-2 disturbance of this share of the norm in each layer."""
+    """Adds rank-2 noise, of this share of the norm, to each layer."""
     result = []
     for i, delta in enumerate(deltas):
         P, Q = full_tensor(f"noise {i} P", (OUT, 2)), full_tensor(f"noise {i} Q", (2, IN))
@@ -46,7 +46,7 @@ def dense(deltas: list[LowRank]) -> torch.Tensor:
 
 
 def model_of(fit: Fit) -> torch.Tensor:
-    """(L, out, in), by the literal formula."""
+    """The fitted updates (L, out, in), by the literal formula."""
     layers = []
     for i in range(LAYERS):
         A, B = (f[i] if isinstance(f, list) else f for f in (fit.A, fit.B))
@@ -62,7 +62,7 @@ def total(fit: Fit, deltas: list[LowRank]) -> float:
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("case", ["all four", "u = 1", "v = 1", "fewer ranks than asked for"])
-def test_a_lora_that_came_from_a_tied_adapter_is_recovered(case: str, seed: int) -> None:
+def test_a_lora_made_of_a_tied_adapter_is_recovered(case: str, seed: int) -> None:
     rank = 2 if case.startswith("fewer") else RANK
     deltas = tied_deltas(f"{case} {seed}", rank=rank, u_one=case == "u = 1", v_one=case == "v = 1")
     fit = fit_target(deltas, RANK, "tl6")
@@ -98,17 +98,17 @@ def test_one_layer_reaches_the_eckart_young_bound() -> None:
     tail = torch.linalg.svdvals(dense(delta)[0])[RANK:].norm() / dense(delta).norm()
     fit = fit_target(delta, RANK, "tl6", tolerance=1e-12)
     got = (fit.v[0].unsqueeze(1) * fit.B * fit.u[0] @ fit.A - dense(delta)[0]).norm() / dense(delta).norm()
-    # v is worth nothing where B is free: the bound is the optimum.
+    # With one layer, a free B makes v useless, so the bound is the optimum.
     assert float(got) == pytest.approx(float(tail), rel=1e-6)
     assert row_space_bound(delta, RANK) == pytest.approx(float(tail))
 
 
 @pytest.mark.parametrize("name", ["first", "second"])
-def test_no_fit_is_better_than_the_bound_and_a_nearly_tied_lora_comes_close_to_its_noise(name: str) -> None:
+def test_no_fit_is_below_the_bound_and_a_nearly_tied_lora_is_fitted_to_its_noise(name: str) -> None:
     loose = lora_deltas(name)
     assert total(fit_target(loose, RANK, "tl6"), loose) >= row_space_bound(loose, RANK) > 0.1
     near = noisy(tied_deltas(name), 0.01)
-    # The tied adapter beneath is 1% away, so the optimum is at most that far.
+    # The tied adapter without noise is 1% away, so the optimum is at most 1% away.
     assert row_space_bound(near, RANK) <= total(fit_target(near, RANK, "tl6"), near) <= 0.01
 
 
@@ -129,7 +129,7 @@ def test_vera_keeps_its_random_a_and_b() -> None:
     fit = fit_target(deltas, RANK, "vera", start=start)
     assert torch.equal(torch.as_tensor(fit.A), start[0])
     assert torch.equal(torch.as_tensor(fit.B), start[1])
-    # Each layer's v is the exact least-squares answer to its u: no single change of v lowers the error.
+    # Each layer's v is the exact least-squares solution for its u, so no change of v alone lowers the error.
     gradient = ((model_of(fit) - dense(deltas)) * (start[1] @ (fit.u.unsqueeze(2) * start[0]))).sum(2)
     assert gradient.abs().max() < 1e-3
 
@@ -176,7 +176,7 @@ def test_nan_shapes_and_ranks_are_refused() -> None:
 
 
 @pytest.mark.parametrize("fault", ["_update_A", "_update_B", "_update_u", "_update_v"])
-def test_recovery_fails_when_a_step_is_left_out(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recovery_fails_without_one_of_its_steps(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(closest_tied_factors._Alternation, fault, lambda self: None)
     monkeypatch.setattr(closest_tied_factors, "_turning_starts", lambda *_: [])
     deltas = noisy(tied_deltas("fault"), 0.3)

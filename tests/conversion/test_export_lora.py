@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One process, no NeMo: exports against transformers' and peft's own models, safetensors' own reader, and the command."""
+"""One process, no NeMo: compares exports with models of transformers and peft, and runs the command."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def hugging_face_model(base: dict[str, Any]) -> Any:
 
 
 def with_deltas(base: dict[str, Any], file: AdapterFile) -> Any:
-    """The model with every delta added to its weights, linear by linear, without a row table: heads are counted out."""
+    """The model with every delta added to its weights. Splits heads by hand, without the row table under test."""
     model, heads = hugging_face_model(base), base["num_attention_heads"]
     groups, size = base.get("num_query_groups", heads), base.get("kv_channels", 24 // heads)
     for target, shape in file.shapes.items():
@@ -135,7 +135,7 @@ def test_peft_finds_a_linear_for_every_tensor_and_a_tensor_for_every_linear(tmp_
         assert set(tensors.keys()) == wanted
 
 
-def test_the_model_card_says_how_to_load_it(tmp_path: Path) -> None:
+def test_the_model_card_shows_how_to_load_it(tmp_path: Path) -> None:
     folder = write_hf_peft(random_adapter(LLAMA, preset="tl6"), LLAMA, tmp_path / "peft", "my/base")
     card = (folder / "README.md").read_text()
     front = yaml.safe_load(card.split("---")[1])
@@ -181,7 +181,9 @@ def test_safetensors_own_reader_opens_the_full_state(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fault", ["v", "u", "alpha", "rows"])
-def test_the_written_check_sees_a_wrong_export(tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_check_of_the_written_file_finds_a_wrong_export(
+    tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = random_adapter(LLAMA, preset="tl6")
     wrong = {name: torch.ones_like(t) if name.endswith(f".{fault}") else t for name, t in file.state.items()}
     config = random_adapter(LLAMA, preset="tl6", alpha=4.0).config if fault == "alpha" else file.config
@@ -204,7 +206,7 @@ def test_splitting_and_joining_rows_is_the_identity(family: str) -> None:
         assert torch.equal(join_rows(split_rows(whole, target, parts, sizes), target, parts, sizes), whole)
 
 
-def test_a_base_of_no_family_or_of_other_shapes_is_refused(tmp_path: Path) -> None:
+def test_a_base_of_an_unknown_family_or_other_shapes_is_refused(tmp_path: Path) -> None:
     file = random_adapter(LLAMA, preset="tl6")
     with pytest.raises(ConfigError, match=r"not built as gpt2.*'rmsnorm'"):
         write_hf_peft(file, {**LLAMA, "position_embedding_type": "learned_absolute"}, tmp_path / "peft", None)
@@ -222,7 +224,7 @@ def test_a_base_of_no_family_or_of_other_shapes_is_refused(tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_is_no_export_is_not_replaced_and_an_old_export_is(tmp_path: Path) -> None:
+def test_an_old_export_is_replaced_and_any_other_folder_is_not(tmp_path: Path) -> None:
     file, folder = random_adapter(LLAMA, preset="tl6"), tmp_path / "peft"
     folder.mkdir()
     (folder / "thesis.tex").write_text("years of work")
@@ -256,7 +258,7 @@ def test_a_failed_export_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.
     assert [path.name for path in tmp_path.iterdir()] == ["peft"]
 
 
-def test_a_record_in_megatrons_words_is_read_as_nemos_keys() -> None:
+def test_a_record_of_megatrons_config_is_read_as_nemos_keys() -> None:
     architecture = {
         **{key: LLAMA[key] for key in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")},
         "num_query_groups": 2,
@@ -283,11 +285,11 @@ def test_the_command_writes_and_checks(tmp_path: Path, to: str, capsys: pytest.C
 
 def test_the_command_reports_every_problem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", "to=gguf", "adapter=none.nemo", "base=base.nemo"]) == 2
-    said = capsys.readouterr().err
+    printed = capsys.readouterr().err
     for part in (
         "to='gguf': unknown",
         "adapter=none.nemo: no such file",
         "output=null",
         "base=base.nemo: no such file",
     ):
-        assert part in said
+        assert part in printed

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two starts of real NeMo (one rank, then four): transformers', peft's and stock NeMo's own code say what is right.
+"""Two starts of real NeMo (one rank, then four), compared with the code of transformers, peft and stock NeMo.
 
 Random Llama, Mistral, Qwen2 and GPT-2 made by transformers -> imported -> trained with Tied-LoRA at tensor parallel 2 x
 pipeline parallel 2 -> exported -> loaded by peft onto the Hugging Face model.
@@ -69,7 +69,7 @@ def trained(folder: Path, imported: dict[str, Any]) -> dict[str, Any]:
 
 
 def assert_close(got: torch.Tensor, expected: torch.Tensor) -> None:
-    """Logits, but for the columns of padding."""
+    """Compares logits, except the columns of padding."""
     got = got[..., : expected.shape[-1]]
     assert (got - expected).abs().max() < CLOSE * expected.abs().max()
 
@@ -91,7 +91,7 @@ def test_the_imported_base_restores_at_tp2_pp2_with_transformers_logits(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_padding_takes_no_more_of_the_softmax_than_its_share(
+def test_padding_gets_at_most_its_share_of_the_softmax(
     trained: dict[str, Any], imported: dict[str, Any], family: str
 ) -> None:
     rows, padded = imported[family]["logits"].shape[-1], trained[family]["base"].shape[-1]
@@ -125,7 +125,7 @@ def test_peft_gives_the_trained_adapters_logits_beside_the_model_and_merged(
 def test_tied_lora_merge_gives_the_weights_of_pefts_merge_and_unload(
     folder: Path, trained: dict[str, Any], tmp_path: Path, base: str
 ) -> None:
-    """The command, on bases saved by one rank and by four; its check of logits has a test of its own."""
+    """Runs the command on bases saved by one rank and by four. Another test checks its comparison of logits."""
     family = base.removesuffix("_tp2_pp2")
     adapter, keys = folder / f"{family}_adapter.nemo", base_model_config(folder / f"{family}.nemo")
     words = [f"base={folder / base}.nemo", f"adapter={adapter}", f"output={tmp_path / 'merged.nemo'}"]
@@ -142,7 +142,7 @@ def test_tied_lora_merge_gives_the_weights_of_pefts_merge_and_unload(
 
 
 def expected_tensors(folder: Path, family: str, keys: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The four linears of a Hugging Face folder as Megatron has them, the layers' stacked."""
+    """The four linears of a Hugging Face folder in Megatron's order, with all layers stacked."""
     tensors = megatron_tensors(
         HfWeights(folder),
         family_of_model_type(family, "the test"),
@@ -161,7 +161,7 @@ def expected_tensors(folder: Path, family: str, keys: dict[str, Any]) -> dict[st
 
 
 def distributed_tensors(path: Path, folder: Path) -> dict[str, torch.Tensor]:
-    """A base `.nemo`'s floating-point tensors, read by torch."""
+    """The floating-point tensors of a base `.nemo`, read by torch."""
     with tarfile.open(path) as tar:
         tar.extractall(folder, filter="data")
     reader = dcp.FileSystemReader(folder / "model_weights")
@@ -174,7 +174,7 @@ def distributed_tensors(path: Path, folder: Path) -> dict[str, torch.Tensor]:
 def test_merge_compares_the_result_with_base_and_adapter_before_it_gets_its_name(
     folder: Path, trained: dict[str, Any]
 ) -> None:
-    """As a user types it: the check on two tensor-parallel ranks, of a base that four ranks saved."""
+    """Runs the command with its check on two tensor-parallel ranks, on a base that four ranks saved."""
     words = ["base=llama_tp2_pp2.nemo", "adapter=llama_adapter.nemo", "output=checked.nemo", "layout=tp2"]
     printed = tied_lora("merge", *words, "trainer.accelerator=cpu", folder=folder).stdout
     assert re.search(r"check: \d+ positions of 4 prompts: logits differ from base \+ adapter by at most", printed)
@@ -186,20 +186,20 @@ def test_merge_compares_the_result_with_base_and_adapter_before_it_gets_its_name
     assert facts["same_token"] == 1.0
 
 
-def test_the_check_of_a_merge_sees_swapped_weights_and_a_base_without_its_adapters(imported: dict[str, Any]) -> None:
+def test_the_check_of_a_merge_finds_swapped_weights_and_a_base_without_adapters(imported: dict[str, Any]) -> None:
     right, *wrong = imported["merge"]
     assert right == "no error"
     assert len(wrong) == 2
-    for said in wrong:
-        assert "merged model: its logits differ from base + adapter by" in said
+    for error in wrong:
+        assert "merged model: its logits differ from base + adapter by" in error
 
 
 def test_a_legacy_checkpoint_restores_and_code_in_its_pickle_is_not_run(imported: dict[str, Any]) -> None:
     legacy = imported["legacy"]
     assert_close(legacy["logits"], imported["llama"]["logits"])
     assert len(legacy["refusals"]) == 2
-    for said in legacy["refusals"]:
-        assert "cannot be read as tensors alone, and is not run" in said
+    for error in legacy["refusals"]:
+        assert "cannot be read as tensors alone, and is not run" in error
     assert legacy["run"] is False
 
 
@@ -215,21 +215,21 @@ def test_the_adapters_own_record_of_its_base_is_enough_to_export_it(
         assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
-def test_stock_nemos_loader_takes_the_nemo_lora_export_and_its_layers_add_the_same(imported: dict[str, Any]) -> None:
+def test_stock_nemo_loads_the_nemo_lora_export_and_adds_the_same_update(imported: dict[str, Any]) -> None:
     stock = imported["stock"]
     assert len(stock["errors"]) == 8
     assert max(stock["errors"].values()) < CLOSE
     assert stock["others"] == []
 
 
-def test_a_tied_adapter_fitted_to_a_lora_loads_onto_its_base_and_says_the_same(imported: dict[str, Any]) -> None:
+def test_a_tied_adapter_fitted_to_a_lora_loads_onto_its_base_with_the_same_logits(imported: dict[str, Any]) -> None:
     logits = imported["stock"]["logits"]
     assert (logits["exported"] - logits["plain"]).abs().max() > 0.01 * logits["plain"].abs().max()
     assert_close(logits["fitted"], logits["exported"])
 
 
 def test_weights_stored_in_half_precision_restore_in_float32(folder: Path, imported: dict[str, Any]) -> None:
-    """And what the command says of it."""
+    """Also checks the notes that the command prints."""
     printed = imported["half"]
     differ = re.search(r"logits differ from transformers' by at most \S+ \((\S+) of the largest\)", printed)
     assert differ is not None, printed
@@ -245,14 +245,14 @@ def test_an_import_whose_logits_differ_is_not_written(folder: Path, imported: di
     assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
 
 
-def test_mistrals_window_limits_the_sequence_and_is_told(imported: dict[str, Any]) -> None:
+def test_mistrals_window_limits_the_sequence_with_a_note(imported: dict[str, Any]) -> None:
     keys = imported["mistral"]["keys"]
     assert keys.model["encoder_seq_length"] == 16
     assert any("sliding window" in note for note in keys.notes)
     assert imported["llama"]["keys"].model["encoder_seq_length"] == 32
 
 
-def test_what_megatron_cannot_do_is_refused_by_name() -> None:
+def test_features_that_megatron_lacks_are_refused_by_name() -> None:
     llama = transformers.LlamaConfig(attention_bias=True, hidden_act="gelu").to_dict()
     with pytest.raises(ConfigError) as caught:
         nemo_keys(llama)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One process, no NeMo: LoRA adapters, peft's own and exported ones, read and fitted by a tied adapter."""
+"""One process, no NeMo: reads LoRA adapters, peft's own and exported ones, and fits tied adapters to them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.harness.random_adapters import GPT2, LLAMA, delta, random_adapter
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    """A base `.nemo` of which only the config is read."""
+    """A base `.nemo` with only a config."""
     return base_file(tmp_path / "base.nemo", LLAMA)
 
 
@@ -42,7 +42,7 @@ def base_file(path: Path, model: dict[str, Any]) -> Path:
 
 
 @pytest.mark.parametrize("preset", ["tl6", "tl5", "lora"])
-def test_an_exported_tied_adapter_comes_back_from_peft(
+def test_an_adapter_exported_to_peft_is_imported_again(
     tmp_path: Path, base: Path, preset: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = random_adapter(LLAMA, preset=preset, alpha=5.0, layers=[0, 2, 3])
@@ -64,7 +64,7 @@ def test_an_exported_tied_adapter_comes_back_from_peft(
     assert max(back.yaml["fitted"]["relative_errors"]["linear_qkv"].values()) < 1e-6
 
 
-def test_a_file_that_is_further_from_the_lora_than_the_fit_is_told(
+def test_a_file_that_is_further_from_the_lora_than_the_fit_is_reported(
     tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def swapped(path: Path, config: Any, shapes: Any, state: dict[str, torch.Tensor], facts: Any) -> Path:
@@ -79,7 +79,7 @@ def test_a_file_that_is_further_from_the_lora_than_the_fit_is_told(
     assert "further away than the fit: linear_proj" in capsys.readouterr().err
 
 
-def test_an_exported_tied_adapter_comes_back_from_stock_nemos_form_without_its_base(tmp_path: Path) -> None:
+def test_an_adapter_exported_to_stock_nemo_is_imported_again_without_its_base(tmp_path: Path) -> None:
     file = random_adapter(GPT2, preset="tl6", targets=["linear_qkv", "linear_fc2"])
     path = write_nemo_lora(file, GPT2, tmp_path / "lora.nemo")
     assert main(["import", "from=lora", f"path={path}", f"output={tmp_path / 'back.nemo'}", "rank=3"]) == 0
@@ -123,7 +123,7 @@ def test_pefts_own_adapter_is_read_as_peft_merges_it(tmp_path: Path, rslora: boo
             assert torch.allclose(got.P @ got.Q, want, atol=1e-5)
 
 
-def test_an_adapter_that_is_no_plain_lora_or_of_another_base_is_refused(tmp_path: Path, base: Path) -> None:
+def test_an_adapter_of_another_kind_or_base_is_refused(tmp_path: Path, base: Path) -> None:
     folder = write_hf_peft(random_adapter(LLAMA, preset="tl6"), LLAMA, tmp_path / "peft", None)
     with pytest.raises(ConfigError, match=r"\(48, r\)|needs"):
         read_lora(folder, {**LLAMA, "num_attention_heads": 4, "num_query_groups": 4})
@@ -138,7 +138,7 @@ def test_an_adapter_that_is_no_plain_lora_or_of_another_base_is_refused(tmp_path
         read_lora(folder, LLAMA)
 
 
-def test_nan_a_truncated_file_and_a_stranger_are_refused(tmp_path: Path, base: Path) -> None:
+def test_nan_a_truncated_file_and_an_unknown_tensor_are_refused(tmp_path: Path, base: Path) -> None:
     folder = write_hf_peft(random_adapter(LLAMA, preset="tl6"), LLAMA, tmp_path / "peft", None)
     weights = folder / "adapter_model.safetensors"
     tensors = load_file(weights)
@@ -155,7 +155,7 @@ def test_nan_a_truncated_file_and_a_stranger_are_refused(tmp_path: Path, base: P
     assert not (tmp_path / "back.nemo").exists()
 
 
-def test_nothing_in_a_nemo_file_is_unpickled_beyond_tensors(tmp_path: Path) -> None:
+def test_only_tensors_in_a_nemo_file_are_unpickled(tmp_path: Path) -> None:
     path, content = tmp_path / "evil.nemo", io.BytesIO()
     torch.save({"model.decoder.layers.0.x.linear_in.weight": Evil(tmp_path / "proof")}, content)
     with path.open("wb") as file:
@@ -167,7 +167,7 @@ def test_nothing_in_a_nemo_file_is_unpickled_beyond_tensors(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("form", ["tar", "gzip"])
-def test_a_nemo_file_that_is_cut_short_is_refused(tmp_path: Path, form: str) -> None:
+def test_a_truncated_nemo_file_is_refused(tmp_path: Path, form: str) -> None:
     path = write_nemo_lora(random_adapter(LLAMA, preset="tl6"), LLAMA, tmp_path / "lora.nemo")
     whole = path.read_bytes() if form == "tar" else gzip.compress(path.read_bytes())
     path.write_bytes(whole)
@@ -190,7 +190,7 @@ def test_a_nemo_file_that_claims_to_be_larger_than_it_is_is_refused(tmp_path: Pa
 
 
 class Evil:
-    """Touches a file where it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -202,9 +202,9 @@ class Evil:
 def test_the_command_reports_every_problem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wrong = ["path=nowhere", "output=x.pt", "rank=0", "model.peft.tied_lora.preset=tl9", "max_iterations=0"]
     assert main(["import", "from=lora", *wrong]) == 2
-    said = capsys.readouterr().err
+    printed = capsys.readouterr().err
     for part in ("path=nowhere", "output=x.pt", "rank=0", "preset='tl9'", "max_iterations=0"):
-        assert part in said
+        assert part in printed
     folder = write_hf_peft(random_adapter(LLAMA, preset="tl6"), LLAMA, tmp_path / "peft", None)
     assert main(["import", "from=lora", f"path={folder}", f"output={tmp_path / 'x.nemo'}"]) == 2
     assert "base=null: name the base's .nemo" in capsys.readouterr().err

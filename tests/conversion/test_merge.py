@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One process: adapters are merged into every form of a base's file, in place, and nowhere else."""
+"""One process: merges adapters into every format of a base's file, and checks that nothing else changes."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def whole_weights(dtype: torch.dtype = torch.float32) -> dict[tuple[int, str], t
 
 
 def merged_weights(weights: dict, files: list[tuple[AdapterFile, float]]) -> dict[tuple[int, str], torch.Tensor]:
-    """By the formula, through plain LoRA."""
+    """The merged weights, by the formula of plain LoRA."""
     merged = {key: weight.double() for key, weight in weights.items()}
     for file, share in files:
         for lora in expand(file.config, file.shapes, file.state):
@@ -75,7 +75,7 @@ def pack(path: Path, folder: Path) -> Path:
 
 
 def distributed_base(path: Path, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """torch's own distributed checkpoint, the layers' weights stacked; what else there is must stay as it is."""
+    """A distributed checkpoint of torch with all layers stacked, and other members that a merge must not change."""
     weights = whole_weights(dtype)
     state = {
         f"model.decoder.layers.{place}.weight": torch.stack([weights[layer, target] for layer in range(LAYERS)])
@@ -88,7 +88,7 @@ def distributed_base(path: Path, folder: Path, dtype: torch.dtype = torch.float3
 
 
 def legacy_base(path: Path, folder: Path, tp: int, pp: int) -> Path:
-    """A file for each rank with its shards, layers numbered within the stage."""
+    """One file per rank with its shards; layers are numbered within the stage."""
     weights, shapes = whole_weights(), shapes_of(HIDDEN, LAYERS)
     for tp_rank in range(tp):
         for pp_rank in range(pp):
@@ -105,7 +105,7 @@ def legacy_base(path: Path, folder: Path, tp: int, pp: int) -> Path:
 
 
 def zarr_base(path: Path, folder: Path) -> Path:
-    """Each tensor a folder of raw chunks: one a layer and, of two, a half of its rows."""
+    """One folder of raw chunks per tensor. A chunk has half of the rows of one layer."""
     weights = whole_weights()
     for target, place in PLACES.items():
         array = folder / "model_weights" / f"model.decoder.layers.{place}.weight"
@@ -182,7 +182,7 @@ def test_a_distributed_checkpoint_is_merged(
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2), (2, 2)])
-def test_a_file_for_each_rank_is_merged(tmp_path: Path, adapter: AdapterFile, tp: int, pp: int) -> None:
+def test_one_file_per_rank_is_merged(tmp_path: Path, adapter: AdapterFile, tp: int, pp: int) -> None:
     base = legacy_base(tmp_path / "base.nemo", tmp_path / "base", tp, pp)
     merge(base, tmp_path / "merged.nemo", (adapter, 1.0))
     folder, shapes = content(tmp_path / "merged.nemo", tmp_path / "out"), shapes_of(HIDDEN, LAYERS)
@@ -227,7 +227,7 @@ def refused(base: Path, output: Path, message: str, *adapters: tuple[AdapterFile
     assert sorted(path.name for path in output.parent.iterdir()) == before
 
 
-def test_what_would_not_be_finite_is_not_written(tmp_path: Path, adapter: AdapterFile) -> None:
+def test_a_merge_that_is_not_finite_is_not_written(tmp_path: Path, adapter: AdapterFile) -> None:
     base = distributed_base(tmp_path / "base.nemo", tmp_path / "base", torch.float16)
     refused(base, tmp_path / "merged.nemo", "not finite in torch.float16", (adapter, 1e7))
 
@@ -249,7 +249,7 @@ def test_a_base_that_lacks_a_layer_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["tar", "gzip", "gzip, damaged"])
-def test_a_base_that_is_cut_short_is_refused(tmp_path: Path, adapter: AdapterFile, form: str) -> None:
+def test_a_truncated_base_is_refused(tmp_path: Path, adapter: AdapterFile, form: str) -> None:
     base = legacy_base(tmp_path / "base.nemo", tmp_path / "base", 1, 1)
     whole = base.read_bytes() if form == "tar" else gzip.compress(base.read_bytes())
     middle = len(whole) // 2
@@ -257,7 +257,7 @@ def test_a_base_that_is_cut_short_is_refused(tmp_path: Path, adapter: AdapterFil
     refused(base, tmp_path / "merged.nemo", rf"^base={base}: not a whole \.nemo file: [^\n]+$", (adapter, 1.0))
 
 
-def test_nothing_in_a_bases_pickles_is_run(tmp_path: Path, adapter: AdapterFile) -> None:
+def test_no_code_in_a_bases_pickles_is_run(tmp_path: Path, adapter: AdapterFile) -> None:
     class Evil:
         def __reduce__(self) -> Any:
             return exec, (f"open({str(tmp_path / 'evidence')!r}, 'w')",)

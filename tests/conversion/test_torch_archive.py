@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One process: where torch.save put a state dict's tensors is known without reading one of them."""
+"""One process: locates the tensors in a file of torch.save without reading them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def saved(state: Any, **options: Any) -> bytes:
 
 
 def rewritten(archive: bytes, change: Callable[[str, bytes], bytes | None]) -> bytes:
-    """The same archive as another writer would put it: Python's, without alignment, records changed or left out."""
+    """The archive written again by Python's zipfile, without alignment, with records changed or removed."""
     written = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(archive)) as old, zipfile.ZipFile(written, "w") as new:
         for info in old.infolist():
@@ -61,7 +61,7 @@ def stored(archive: bytes) -> tuple[StoredState, io.BytesIO]:
 
 
 @pytest.mark.parametrize("form", ["of this torch", "of an older torch, on a GPU"])
-def test_every_tensor_lies_where_it_is_said_to_lie(form: str) -> None:
+def test_every_tensor_is_found_at_the_reported_place(form: str) -> None:
     archive = saved(STATE)
     if form != "of this torch":
         archive = rewritten(archive, as_an_older_torch_wrote_it_on_a_gpu)
@@ -104,7 +104,7 @@ class _Runs:
 
 
 def _with_larger_storage(name: str, content: bytes) -> bytes:
-    """The description claims 65 536 + 35 elements where 35 are."""
+    """data.pkl claims 65 536 + 35 elements; the record has 35."""
     return content.replace(b"K\x23t", b"J\x23\x00\x01\x00t") if name == "data.pkl" else content
 
 
@@ -145,7 +145,7 @@ def _compressed(archive: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_is_no_plain_state_dict_is_refused_in_a_line(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_anything_but_a_plain_state_dict_is_refused_in_one_line(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     make, message = REFUSED[kind]
     archive = make()
     with pytest.raises(ConfigError, match=message) as refusal:
@@ -154,8 +154,8 @@ def test_what_is_no_plain_state_dict_is_refused_in_a_line(kind: str, capsys: pyt
     assert capsys.readouterr().out == ""
 
 
-def test_a_torch_that_does_not_say_where_tensors_lie_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch 2.6 loads without contents, too, and notes no place."""
+def test_a_torch_that_does_not_report_offsets_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.6 also loads without contents, but records no offsets."""
 
     def of_an_older_torch(*_: Any) -> dict[str, torch.Tensor]:
         with FakeTensorMode():
