@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_tied_lora.commands.local_command import run_composed
-from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.errors import ConfigError, Problems
 
 __all__ = ["SUMMARY", "main"]
 
@@ -26,50 +26,45 @@ def main(argv: list[str]) -> int:
 
 
 def _run(cfg: Mapping[str, Any]) -> int:
-    output = _checked_output(cfg)
+    problems = Problems()
+    if cfg["output"] is None or Path(str(cfg["output"])).suffix != ".nemo":
+        problems.append(f"output={cfg['output']}: must be the path of a .nemo file")
     if cfg["checkpoint"] is None:
-        raise ConfigError(["checkpoint: missing; name a training checkpoint's folder, or a run's"])
-    from nemo_tied_lora.checkpoint import training_checkpoint
-
-    checkpoint = _find_checkpoint(Path(str(cfg["checkpoint"])), training_checkpoint)
+        problems.append("checkpoint: missing; name a training checkpoint's folder, or a run's")
+    problems.raise_if_any()
     from tqdm import tqdm
 
     from nemo_tied_lora.checkpoint.checkpoint_to_adapter import write_adapter_of
 
+    checkpoint, output = _find_checkpoint(Path(str(cfg["checkpoint"]))), Path(str(cfg["output"]))
     try:
         description = write_adapter_of(checkpoint, output, lambda names: tqdm(names, desc="converting", unit="tensor"))
     except OSError as error:
         raise ConfigError([f"output={output}: {error}"]) from error
-    print(_verify(checkpoint, output, description["step"]))
+    size = f"{output.stat().st_size:,} bytes"
+    print(f"written: {output} ({size}), the adapter of step {description['step']} of {checkpoint}")
+    _verify(checkpoint, output)
     return 0
 
 
-def _checked_output(cfg: Mapping[str, Any]) -> Path:
-    if cfg["output"] is None or Path(str(cfg["output"])).suffix != ".nemo":
-        raise ConfigError([f"output={cfg['output']}: must be the path of a .nemo file"])
-    return Path(str(cfg["output"]))
-
-
-def _find_checkpoint(path: Path, training_checkpoint: Any) -> Path:
+def _find_checkpoint(path: Path) -> Path:
     """Returns `path` if it is a checkpoint, else the newest checkpoint in it: `path` is then a run's folder."""
+    from nemo_tied_lora.checkpoint.training_checkpoint import is_checkpoint, read_description
+
     if not path.exists():
         raise ConfigError([f"checkpoint={path}: no such folder"])
-    if training_checkpoint.is_checkpoint(path):
+    if is_checkpoint(path):
         return path
-    found = [p for place in (path, path / "checkpoints") if place.is_dir() for p in sorted(place.iterdir())]
-    steps = [
-        (training_checkpoint.read_description(p)["step"], p) for p in found if training_checkpoint.is_checkpoint(p)
-    ]
+    found = [p for folder in (path, path / "checkpoints") if folder.is_dir() for p in sorted(folder.iterdir())]
+    steps = [(read_description(p)["step"], p) for p in found if is_checkpoint(p)]
     if not steps:
-        problem = (
-            "neither it nor a folder in it is a checkpoint of tied-lora finetune; NeMo's .ckpt files cannot be read"
-        )
+        problem = "neither it nor a folder in it is a checkpoint of tied-lora finetune; NeMo's .ckpt is not supported"
         raise ConfigError([f"checkpoint={path}: {problem}"])
     return max(steps)[1]
 
 
-def _verify(checkpoint: Path, output: Path, step: int) -> str:
-    """Reads the file back and compares it with the checkpoint, bit for bit. Returns the report.
+def _verify(checkpoint: Path, output: Path) -> None:
+    """Reads the file back, compares it with the checkpoint bit for bit, and prints the result.
 
     Raises:
         ConfigError: a tensor differs.
@@ -80,11 +75,10 @@ def _verify(checkpoint: Path, output: Path, step: int) -> str:
     from nemo_tied_lora.checkpoint.training_checkpoint import read_tensors
 
     written, kept = read_adapter(output).state, read_tensors(checkpoint, "adapter")
-    wrong = [name for name in kept if name not in written or not torch.equal(written[name], kept[name])]
-    if wrong or written.keys() != kept.keys():
-        raise ConfigError([f"{output}: differs from the checkpoint in {', '.join(wrong) or 'its tensors'}"])
+    wrong = [
+        n for n in {**kept, **written} if n not in kept or n not in written or not torch.equal(kept[n], written[n])
+    ]
+    if wrong:
+        raise ConfigError([f"{output}: differs from the checkpoint in {', '.join(wrong)}"])
     values = sum(tensor.numel() for tensor in written.values())
-    return (
-        f"written: {output} ({output.stat().st_size:,} bytes), the adapter of step {step} of {checkpoint}\n"
-        f"checked: {len(written)} tensors, {values:,} values, equal to the checkpoint's bit for bit"
-    )
+    print(f"checked: {len(written)} tensors, {values:,} values, equal to the checkpoint's bit for bit")

@@ -8,8 +8,7 @@ from typing import Any
 from nemo.collections.nlp.parts.peft_config import PEFT_CONFIG_MAP, PEFTConfig
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_tied_lora.config import TiedLoraConfig
-from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.planning.base_config import adapter_section
 
 __all__ = ["SCHEME", "TiedLoraPEFTConfig", "register"]
 
@@ -27,10 +26,9 @@ class TiedLoraPEFTConfig(PEFTConfig):
     """
 
     def __init__(self, cfg: DictConfig) -> None:
-        section = OmegaConf.to_container(cfg.peft.get(SCHEME) or OmegaConf.create({}), resolve=True)
-        if not isinstance(section, dict):
-            raise ConfigError([f"model.peft.tied_lora={section!r}: must be a section with keys of its own"])
-        self.tied_lora = TiedLoraConfig.from_mapping({str(key): value for key, value in section.items()})
+        section = cfg.peft.get(SCHEME)
+        values = OmegaConf.to_container(section, resolve=True) if OmegaConf.is_config(section) else section
+        self.tied_lora = adapter_section({SCHEME: values})
         super().__init__({}, name_key_to_cfg={})
 
     def get_config_dict(self) -> dict[str, Any]:
