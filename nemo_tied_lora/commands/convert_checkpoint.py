@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_tied_lora.commands.local_command import run_composed
+from nemo_tied_lora.commands.local_command import check_output, run_composed
 from nemo_tied_lora.errors import ConfigError, Problems
 
 __all__ = ["SUMMARY", "main"]
@@ -27,8 +27,7 @@ def main(argv: list[str]) -> int:
 
 def _run(cfg: Mapping[str, Any]) -> int:
     problems = Problems()
-    if cfg["output"] is None or Path(str(cfg["output"])).suffix != ".nemo":
-        problems.append(f"output={cfg['output']}: must be the path of a .nemo file")
+    check_output(problems, cfg["output"], [cfg["checkpoint"]])
     if cfg["checkpoint"] is None:
         problems.append("checkpoint: missing; name a training checkpoint's folder, or a run's")
     problems.raise_if_any()

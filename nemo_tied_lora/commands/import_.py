@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from nemo_tied_lora.commands.distributed_command import run_command
-from nemo_tied_lora.commands.local_command import run_composed
+from nemo_tied_lora.commands.local_command import check_output, run_composed
 from nemo_tied_lora.config import TiedLoraConfig
 from nemo_tied_lora.errors import ConfigError, Problems
 from nemo_tied_lora.planning.base_config import base_model_config
@@ -133,7 +133,8 @@ def _check_lora(cfg: Mapping[str, Any]) -> TiedLoraConfig:
     Raises:
         ConfigError: all problems together.
     """
-    problems = Problems(_output_problems(cfg))
+    problems = Problems()
+    check_output(problems, cfg["output"], [cfg["path"], cfg["base"]])
     if cfg["path"] is None or not Path(cfg["path"]).exists():
         problems.append(f"path={cfg['path']}: no such file or folder; name peft's folder or NeMo's LoRA .nemo")
     if cfg["base"] is not None and not Path(cfg["base"]).exists():
@@ -186,7 +187,7 @@ def _check(cfg: Mapping[str, Any]) -> None:
         problems.append(f"path={cfg['path']}: no such folder; name a Hugging Face model's")
     elif not (Path(cfg["path"]) / "config.json").is_file():
         problems.append(f"path={cfg['path']}: holds no config.json; this is not a Hugging Face model")
-    problems += _output_problems(cfg)
+    check_output(problems, cfg["output"], [cfg["path"]])
     problems.one_of("dtype", cfg["dtype"], _DTYPES)
     problems.whole_number("vocab_multiple", cfg["vocab_multiple"])
     if not isinstance(cfg["tolerance"], (int, float)) or cfg["tolerance"] <= 0:
@@ -196,13 +197,3 @@ def _check(cfg: Mapping[str, Any]) -> None:
             "trainer.devices, trainer.num_nodes: must be 1: import runs on one rank; the .nemo loads on any layout"
         )
     problems.raise_if_any()
-
-
-def _output_problems(cfg: Mapping[str, Any]) -> Iterator[str]:
-    output = cfg["output"]
-    if output is None or not str(output).endswith(".nemo"):
-        yield f"output={output}: must name the .nemo file to write"
-    elif Path(output).is_dir():
-        yield f"output={output}: is a folder"
-    elif any(cfg[key] is not None and Path(output).resolve() == Path(cfg[key]).resolve() for key in ("path", "base")):
-        yield f"output={output}: is an input; name another"

@@ -5,15 +5,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from nemo_tied_lora.errors import ConfigError, report
+from nemo_tied_lora.errors import ConfigError, Problems, report
 from nemo_tied_lora.planning.compose import compose_config, plain
 from nemo_tied_lora.planning.config_folder import config_folder
 
-__all__ = ["parser", "run_composed"]
+__all__ = ["check_output", "parser", "run_composed"]
 
 
 def parser(command: str, summary: str, examples: str, groups: Iterable[str]) -> argparse.ArgumentParser:
@@ -60,3 +61,14 @@ def run_composed(
         return work(plain(cfg))
     except ConfigError as error:
         return report(command, error)
+
+
+def check_output(problems: Problems, output: object, inputs: Iterable[object]) -> None:
+    """Appends a problem if `output` is not the path of a `.nemo` file, is a folder, or is one of the inputs."""
+    path = Path(str(output))
+    if output is None or path.suffix != ".nemo":
+        problems.append(f"output={output}: must be the path of a .nemo file")
+    elif path.is_dir():
+        problems.append(f"output={output}: is a folder")
+    elif path.resolve() in [Path(str(other)).resolve() for other in inputs if other is not None]:
+        problems.append(f"output={output}: is an input; name another")

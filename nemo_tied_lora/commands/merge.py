@@ -16,7 +16,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from nemo_tied_lora.commands.distributed_command import run_command
-from nemo_tied_lora.commands.local_command import run_composed
+from nemo_tied_lora.commands.local_command import check_output, run_composed
 from nemo_tied_lora.errors import ConfigError, Problems
 from nemo_tied_lora.launching.torchrun import is_rank, start_ranks
 from nemo_tied_lora.planning.architecture import Architecture
@@ -119,7 +119,7 @@ def _check_settings(cfg: Mapping[str, Any]) -> tuple[dict[str, Any], Layout]:
         problems.file("adapter", path, "name an adapter's .nemo")
     if len(weights) != len(paths) or not all(type(w) in (int, float) and w - w == 0 for w in weights):
         problems.append(f"weights={cfg['weights']}: must hold one finite number for each adapter")
-    problems += _output_problems(cfg, [cfg["base"], *paths])
+    check_output(problems, cfg["output"], [cfg["base"], *paths])
     for key in ("verify", "allow_other_base"):
         problems.flag(key, cfg[key])
     prompts = cfg["prompts"]
@@ -136,16 +136,6 @@ def _check_settings(cfg: Mapping[str, Any]) -> tuple[dict[str, Any], Layout]:
     problems.raise_if_any()
     assert layout is not None
     return model, layout
-
-
-def _output_problems(cfg: Mapping[str, Any], inputs: list[str | None]) -> list[str]:
-    if cfg["output"] is None or Path(cfg["output"]).suffix != ".nemo":
-        return [f"output={cfg['output']}: must be a file that ends in .nemo"]
-    output = Path(cfg["output"])
-    if output.is_dir():
-        return [f"output={output}: is a folder"]
-    same = [path for path in inputs if path is not None and output.resolve() == Path(path).resolve()]
-    return [f"output={output}: is an input; name another" for _ in same[:1]]
 
 
 def _check_shapes(model: Mapping[str, Any], adapters: list[tuple[str, Any, float]]) -> None:

@@ -27,6 +27,7 @@ _EXAMPLES = """  tied-lora quickstart
   tied-lora quickstart "overrides=['model.peft.tied_lora.rank=32','trainer.max_steps=600']"
 """
 _SHOWN = 5
+_FROM_RUN = ("trained_parameters", "parameter_table", "lora_parameters", "base_parameters", "tokens_per_second")
 _BATCH = {"micro_batch_size": 32, "global_batch_size": 32}
 
 
@@ -81,10 +82,7 @@ def _run(cfg: Mapping[str, Any]) -> None:
         "exact_match_before": before["exact_match"],
         "exact_match_after": after["exact_match"],
         "test_examples": len(answers["examples"]),
-        "trained_parameters": run["trained_parameters"],
-        "parameter_table": run["parameter_table"],
-        "lora_parameters": run["lora_parameters"],
-        "base_parameters": run["base_parameters"],
+        **{key: run[key] for key in _FROM_RUN},
         "wall_seconds": time.perf_counter() - started,
         "base_was_there": had_base,
         "pretraining_seconds": 0.0 if had_base else pretraining_seconds,
@@ -93,7 +91,6 @@ def _run(cfg: Mapping[str, Any]) -> None:
         "layout": layout,
         "preset": preset,
         "seed": cfg["seed"],
-        "tokens_per_second": run["tokens_per_second"],
         "steps": len(run["steps"]),
     }
     _publish(folder, training, metrics, _table(answers["examples"], before["answers"], after["answers"]))

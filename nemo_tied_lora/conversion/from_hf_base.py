@@ -23,11 +23,11 @@ from nemo_tied_lora.conversion.hf_families import BaseSizes, family_of_model_typ
 from nemo_tied_lora.conversion.hf_tokenizer import differing_texts, tokenizer_section
 from nemo_tied_lora.conversion.hf_weights import HfWeights, megatron_tensors
 from nemo_tied_lora.errors import ConfigError
-from nemo_tied_lora.nemo.generation import load_base
+from nemo_tied_lora.nemo.generation import load_base, next_token_logits
 from nemo_tied_lora.nemo.model import MegatronGPTTiedLoraModel
 from nemo_tied_lora.nemo.process_groups import ensure_process_groups
 
-__all__ = ["Comparison", "import_hf_base", "read_hf_config", "sample_tokens", "single_rank_logits"]
+__all__ = ["Comparison", "import_hf_base"]
 
 _SAMPLE_ROWS, _SAMPLE_LENGTH = 2, 48
 
@@ -60,12 +60,12 @@ def import_hf_base(cfg: DictConfig) -> tuple[NemoKeys, Comparison | None]:
             than `cfg.tolerance` of the largest one.
     """
     folder, output = Path(cfg.path), Path(cfg.output)
-    config = read_hf_config(folder)
+    config = _read_config(folder)
     keys = nemo_keys(config, vocab_multiple=cfg.vocab_multiple)
     dtype = _storage_dtype(cfg.dtype, config)
     expected = None
     if cfg.verify:
-        tokens = sample_tokens(config["vocab_size"], keys.model["encoder_seq_length"])
+        tokens = _sample_tokens(config["vocab_size"], keys.model["encoder_seq_length"])
         expected = _transformers_logits(folder, tokens)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as beside:
@@ -81,7 +81,7 @@ def import_hf_base(cfg: DictConfig) -> tuple[NemoKeys, Comparison | None]:
     return keys, comparison
 
 
-def read_hf_config(folder: Path) -> dict[str, Any]:
+def _read_config(folder: Path) -> dict[str, Any]:
     """config.json with the defaults of its model type. Never runs code from the folder.
 
     Raises:
@@ -100,22 +100,10 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
     return config.to_dict()
 
 
-def sample_tokens(vocab_size: int, length: int) -> torch.Tensor:
+def _sample_tokens(vocab_size: int, length: int) -> torch.Tensor:
     """Random tokens (2, at most 48), the same in every call."""
     generator = torch.Generator().manual_seed(1234)
     return torch.randint(0, vocab_size, (_SAMPLE_ROWS, min(_SAMPLE_LENGTH, length)), generator=generator)
-
-
-def single_rank_logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """Logits (batch, sequence, padded vocabulary) of a NeMo model on one rank, float32."""
-    body = model.model
-    device = next(body.parameters()).device
-    length = tokens.shape[1]
-    mask = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)[None, None]
-    positions = torch.arange(length, device=device).expand(len(tokens), length)
-    body.eval()
-    with torch.no_grad():
-        return body(tokens.to(device), positions, mask).float().cpu()
 
 
 def _storage_dtype(name: str, config: Mapping[str, Any]) -> torch.dtype:
@@ -230,7 +218,7 @@ def _compare(cfg: DictConfig, path: Path, folder: Path, tokens: torch.Tensor, ex
         restored_cfg.base = str(path)
         restored_cfg.model = {key: cfg.model[key] for key in _LAYOUT_KEYS}
     model = load_base(restored_cfg)
-    got = single_rank_logits(model, tokens)[..., : expected.shape[-1]]
+    got = torch.stack(next_token_logits(model, tokens.tolist()))[..., : expected.shape[-1]]
     texts: tuple[str, ...] = ()
     reason = None
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads a base on any layout and completes prompts."""
+"""Loads a base on any layout, completes prompts, and computes logits."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronLMPPTrainerBuilder
 from omegaconf import DictConfig, OmegaConf, open_dict
 from tqdm import tqdm
@@ -15,7 +18,7 @@ from tqdm import tqdm
 from nemo_tied_lora.nemo.model import MegatronGPTTiedLoraModel
 from nemo_tied_lora.nemo.process_groups import ensure_process_groups
 
-__all__ = ["complete", "load_base"]
+__all__ = ["complete", "load_base", "next_token_logits"]
 
 
 def load_base(cfg: DictConfig) -> MegatronGPTTiedLoraModel:
@@ -83,6 +86,37 @@ def complete(
     return shared[0]
 
 
+@torch.no_grad()
+def next_token_logits(model: Any, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """Logits (tokens, vocabulary) for each prompt, float32 on the CPU of every rank. All ranks call it.
+
+    Tensor-parallel ranks gather their parts; the last stage broadcasts to the other stages.
+    """
+    model.eval()
+    found = []
+    for prompt in prompts:
+        tokens = torch.tensor([list(prompt)], device=next(model.parameters()).device)
+        outputs = get_forward_backward_func()(
+            forward_step_func=_forward,
+            data_iterator=iter([tokens]),
+            model=model.model if isinstance(model.model, list) else [model.model],
+            num_microbatches=1,
+            seq_length=tokens.shape[1],
+            micro_batch_size=1,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+        logits = [output[0].float().cpu() for output in outputs]
+        last = parallel_state.get_pipeline_model_parallel_last_rank()
+        torch.distributed.broadcast_object_list(
+            logits_of := [logits[0] if logits else None],
+            src=last,
+            group=parallel_state.get_pipeline_model_parallel_group(),
+        )
+        found.append(logits_of[0])
+    return found  # type: ignore[return-value]
+
+
 def _completions(model: Any, prompts: Sequence[str], answer: Any) -> list[str]:
     tokenizer = model.tokenizer
     texts = []
@@ -92,3 +126,15 @@ def _completions(model: Any, prompts: Sequence[str], answer: Any) -> list[str]:
             new = new[: new.index(tokenizer.eos_id)]
         texts.append(tokenizer.ids_to_text([int(token) for token in new]))
     return texts
+
+
+def _forward(batches: Any, model: Any) -> tuple[torch.Tensor, Any]:
+    tokens = next(batches)
+    length = tokens.shape[1]
+    positions = torch.arange(length, device=tokens.device).unsqueeze(0)
+    mask = torch.ones(length, length, dtype=torch.bool, device=tokens.device).triu(1)[None, None]
+
+    def collect(output: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
+        return gather_from_tensor_model_parallel_region(output)
+
+    return model(tokens, positions, mask), collect

@@ -212,7 +212,7 @@ def test_what_is_half_written_or_half_removed_is_no_checkpoint(tmp_path: Path) -
         with pytest.raises(CheckpointError, match="not a training checkpoint"):
             training_checkpoint.read_description(tmp_path / hidden)
     (tmp_path / ".step=4.removed" / "linear_qkv.safetensors").unlink()
-    assert _find_checkpoint(tmp_path, training_checkpoint).name == "step=6"
+    assert _find_checkpoint(tmp_path).name == "step=6"
 
 
 def test_a_damaged_last_checkpoint_is_named_before_a_run_goes_on_from_it(tmp_path: Path) -> None:

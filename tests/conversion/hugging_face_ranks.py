@@ -125,9 +125,9 @@ def _with_weights(source: Path, path: Path, state: dict[str, Any]) -> None:
 
 def single_rank_logits_of(model: Any) -> torch.Tensor:
     """Logits of the test's tokens."""
-    from nemo_tied_lora.conversion.from_hf_base import single_rank_logits
+    from nemo_tied_lora.nemo.generation import next_token_logits
 
-    return single_rank_logits(model, tokens("llama"))
+    return torch.stack(next_token_logits(model, tokens("llama").tolist()))
 
 
 def _error_of(call: Callable[[], Any]) -> str:
@@ -197,16 +197,15 @@ def _fitted(folder: Path, file: Any, lora: Path) -> dict[str, Any]:
     from nemo_tied_lora.checkpoint.save_load_on_any_layout import load_adapter
     from nemo_tied_lora.checkpoint.write_nemo_adapter import write_adapter
     from nemo_tied_lora.commands.main import main as command
-    from nemo_tied_lora.conversion.from_hf_base import single_rank_logits
 
     base, fitted = folder / "llama.nemo", folder / "fitted.nemo"
     assert command(["import", "from=lora", f"path={lora}", f"base={base}", f"output={fitted}", "rank=3"]) == 0
     write_adapter(folder / "exported.nemo", file.config, file.shapes, file.state, {})
     model = _restore(base, tp=1, pp=1)
-    logits = {"plain": single_rank_logits(model, tokens("llama"))}
+    logits = {"plain": single_rank_logits_of(model)}
     for name in ("exported", "fitted"):
         adapter = load_adapter(model.model, folder / f"{name}.nemo")
-        logits[name] = single_rank_logits(model, tokens("llama"))
+        logits[name] = single_rank_logits_of(model)
         adapter.remove()
     return {"logits": logits}
 

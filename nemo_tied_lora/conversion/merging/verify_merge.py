@@ -11,16 +11,14 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from omegaconf import DictConfig
 
 from nemo_tied_lora.checkpoint.save_load_on_any_layout import load_adapter
 from nemo_tied_lora.errors import ConfigError
 from nemo_tied_lora.files import write_json
-from nemo_tied_lora.nemo.generation import load_base
+from nemo_tied_lora.nemo.generation import load_base, next_token_logits
 
-__all__ = ["compare_with_merged", "next_token_logits"]
+__all__ = ["compare_with_merged"]
 
 # Share of the largest logit, by the dtype that merged weights are rounded to. The models compute in float32.
 _TOLERANCES = {"torch.float32": 1e-4, "torch.float64": 1e-4, "torch.float16": 1e-2, "torch.bfloat16": 5e-2}
@@ -69,49 +67,6 @@ def compare_with_merged(
     torch.distributed.broadcast_object_list(shared, src=0)
     if shared[0]:
         raise ConfigError(shared[0])
-
-
-@torch.no_grad()
-def next_token_logits(model: Any, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-    """Logits (tokens, vocabulary) for each prompt, float32 on the CPU of every rank. All ranks call it.
-
-    Tensor-parallel ranks gather their parts; the last stage broadcasts to the other stages.
-    """
-    model.eval()
-    found = []
-    for prompt in prompts:
-        tokens = torch.tensor([list(prompt)], device=next(model.parameters()).device)
-        outputs = get_forward_backward_func()(
-            forward_step_func=_forward,
-            data_iterator=iter([tokens]),
-            model=model.model if isinstance(model.model, list) else [model.model],
-            num_microbatches=1,
-            seq_length=tokens.shape[1],
-            micro_batch_size=1,
-            forward_only=True,
-            collect_non_loss_data=True,
-        )
-        logits = [output[0].float().cpu() for output in outputs]
-        last = parallel_state.get_pipeline_model_parallel_last_rank()
-        torch.distributed.broadcast_object_list(
-            logits_of := [logits[0] if logits else None],
-            src=last,
-            group=parallel_state.get_pipeline_model_parallel_group(),
-        )
-        found.append(logits_of[0])
-    return found  # type: ignore[return-value]
-
-
-def _forward(batches: Any, model: Any) -> tuple[torch.Tensor, Any]:
-    tokens = next(batches)
-    length = tokens.shape[1]
-    positions = torch.arange(length, device=tokens.device).unsqueeze(0)
-    mask = torch.ones(length, length, dtype=torch.bool, device=tokens.device).triu(1)[None, None]
-
-    def collect(output: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
-        return gather_from_tensor_model_parallel_region(output)
-
-    return model(tokens, positions, mask), collect
 
 
 def _add_adapters(model: Any, cfg: DictConfig, adapters: Sequence[tuple[str, float]]) -> None:
