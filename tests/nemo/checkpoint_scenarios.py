@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Short fine-tuning runs in one process, for what NeMo's checkpoint options mean. `main` prints a JSON object last."""
+"""Short fine-tuning runs in one process that check NeMo's checkpoint options. `main` prints a JSON object last."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from safetensors.torch import load_file
 __all__ = ["SCENARIOS", "SHARDED", "At", "checkpoint", "main", "run", "state", "tensors_in"]
 
 PARAMS = "exp_manager.checkpoint_callback_params"
-# Microbatches of one sample: at another data parallel size the same samples weigh the same.
+# Microbatches of one sample: each sample has the same weight at every data-parallel size.
 SHARDED = ["model.optim.name=mcore_distributed_optim", "model.micro_batch_size=1"]
 COMMON = ["trainer.max_steps=4", "model.data.validation_ds.metric.name=loss", f"{PARAMS}.save_top_k=-1"]
 
 
 class At(Callback):
-    """Does something before the training step of that number."""
+    """Calls a function before the training step of that number."""
 
     def __init__(self, step: int, do: Callable[[Any], Any]) -> None:
         self.step, self.do, self.result = step, do, None
@@ -38,7 +38,7 @@ class At(Callback):
 
 
 class Preempted(Callback):
-    """NeMo's callback as exp_manager arms it where there is a GPU."""
+    """NeMo's callback, set up as exp_manager does on a machine with a GPU."""
 
     def on_fit_start(self, trainer: Any, *_: Any) -> None:
         from nemo.utils.callbacks.preemption import PreemptionCallback
@@ -47,7 +47,7 @@ class Preempted(Callback):
 
 
 def run(name: str, *arguments: str, callbacks: tuple[Callback, ...] = ()) -> dict[str, Any]:
-    """`tied-lora finetune` on this very rank, with callbacks of the test's own."""
+    """Runs `tied-lora finetune` in this process, with the test's callbacks."""
     from nemo_tied_lora.nemo import training_runs
     from nemo_tied_lora.nemo.checkpoint_strategy import TiedLoraTrainerBuilder
     from nemo_tied_lora.planning.compose import compose_config
@@ -62,7 +62,7 @@ def run(name: str, *arguments: str, callbacks: tuple[Callback, ...] = ()) -> dic
 
 
 def stopped(name: str, *arguments: str, step: int = 3) -> None:
-    """A run that ends as by a power cut, before that step."""
+    """Runs until that step, and ends as after a power cut."""
 
     class PowerCut(BaseException):
         pass
@@ -91,7 +91,7 @@ def adapter_in(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def tensors_in(folder: Path, prefix: str = "") -> dict[str, torch.Tensor]:
-    """By safetensors' own reader."""
+    """Reads a folder with safetensors' own reader."""
     files = [load_file(file) for file in sorted(folder.glob("*.safetensors"))]
     found = {key: tensor for tensors in files for key, tensor in tensors.items()}
     return {key.removeprefix(prefix): tensor for key, tensor in found.items() if key.startswith(prefix)}
@@ -106,13 +106,13 @@ def nemo(name: str) -> Path:
 
 
 def at_the_end() -> dict[str, bool]:
-    """save_nemo_on_train_end: the last adapter's .nemo among the checkpoints."""
+    """save_nemo_on_train_end: writes the last adapter's .nemo into the checkpoints' folder."""
     run("at_the_end", f"{PARAMS}.save_nemo_on_train_end=true")
     return {"the last": same(state(nemo("at_the_end")), state(Path("at_the_end/adapter.nemo")))}
 
 
 def never() -> dict[str, bool]:
-    """None of them: no .nemo among the checkpoints; a second run without resume_if_exists starts anew."""
+    """No option: there is no .nemo in the checkpoints' folder, and a run without resume_if_exists starts again."""
     first = run("never")
     second = run("never", "exp_manager.resume_if_exists=false")
     again = run("never", "trainer.max_steps=6")
@@ -126,7 +126,7 @@ def never() -> dict[str, bool]:
 
 
 def always() -> dict[str, bool]:
-    """always_save_nemo: with every checkpoint."""
+    """always_save_nemo: writes the .nemo with every checkpoint."""
     early = At(3, lambda _: state(nemo("always")))
     run("always", f"{PARAMS}.always_save_nemo=true", callbacks=(early,))
     return {
@@ -137,7 +137,7 @@ def always() -> dict[str, bool]:
 
 
 def best() -> dict[str, bool]:
-    """save_best_model with save_nemo_on_train_end: the best checkpoint's adapter; here the first, for the mode."""
+    """save_best_model with save_nemo_on_train_end: writes the best checkpoint's adapter; the mode makes it the first."""
     result = run(
         "best", f"{PARAMS}.save_nemo_on_train_end=true", f"{PARAMS}.save_best_model=true", f"{PARAMS}.mode=max"
     )
@@ -151,7 +151,7 @@ def best() -> dict[str, bool]:
 
 
 def always_best() -> dict[str, bool]:
-    """always_save_nemo with save_best_model: the best so far, while the run goes on from where it is."""
+    """always_save_nemo with save_best_model: writes the best adapter so far, and the run itself is unchanged."""
     early = At(6, lambda _: state(nemo("always_best")))
     best_so_far = [f"{PARAMS}.always_save_nemo=true", f"{PARAMS}.save_best_model=true", f"{PARAMS}.mode=max"]
     run("always_best", "trainer.max_steps=6", *best_so_far, callbacks=(early,))
@@ -166,7 +166,7 @@ def always_best() -> dict[str, bool]:
 
 
 def preempted() -> dict[str, bool]:
-    """The preemption callback: SIGTERM ends the run after the step with a "-last" checkpoint; it goes on from there."""
+    """The preemption callback: SIGTERM ends the run after the step with a "-last" checkpoint. The run resumes from it."""
     want = run("uninterrupted", "trainer.max_steps=6")
     signalled = At(3, lambda _: os.kill(os.getpid(), signal.SIGTERM))
     code = None
@@ -179,14 +179,14 @@ def preempted() -> dict[str, bool]:
     return {
         "code": code == 0,
         "after the step": len(left) == 1 and "-step=3-" in left[0],
-        "goes on": [s["loss"] for s in got["steps"]] == [s["loss"] for s in want["steps"]],
+        "resumes": [s["loss"] for s in got["steps"]] == [s["loss"] for s in want["steps"]],
         "validates as ever": got["validations"] == want["validations"],
         "same adapter": same(state(Path("preempted/adapter.nemo")), state(Path("uninterrupted/adapter.nemo"))),
     }
 
 
 def resumed_and_tested() -> dict[str, bool]:
-    """A resumed run with a test set saves what it trained, not what it resumed from."""
+    """A resumed run with a test set saves the trained adapter, not the one that it resumed from."""
     tested = ["model.data.test_ds.file_names=[validation.jsonl]", "model.data.test_ds.metric.name=loss"]
     run("tested_straight")
     stopped("tested")
@@ -194,11 +194,11 @@ def resumed_and_tested() -> dict[str, bool]:
     return {"trained": same(state(Path("tested/adapter.nemo")), state(Path("tested_straight/adapter.nemo")))}
 
 
-def goes_on(name: str, *arguments: str, copy: str | None = None) -> dict[str, bool]:
-    """A run that was stopped, against one that was not: all that the last checkpoint holds, and what was measured.
+def resumes(name: str, *arguments: str, copy: str | None = None) -> dict[str, bool]:
+    """Compares a stopped and resumed run with an uninterrupted one: the last checkpoint's contents, and the metrics.
 
     Args:
-        copy: a folder that gets what the stopped run had left.
+        copy: a folder that gets a copy of the stopped run's folder.
     """
     want = run(f"{name}_straight", *arguments)
     stopped(name, *arguments)
@@ -218,36 +218,36 @@ def goes_on(name: str, *arguments: str, copy: str | None = None) -> dict[str, bo
 
 
 def dropout() -> dict[str, bool]:
-    """Masks of the steps after the resume are those of the uninterrupted run."""
+    """After the resume, dropout masks are those of the uninterrupted run."""
     masks = ["model.peft.tied_lora.dropout=0.1", "model.hidden_dropout=0.1", "model.attention_dropout=0.1"]
-    return goes_on("dropout", *masks)
+    return resumes("dropout", *masks)
 
 
 def plain_torch() -> dict[str, bool]:
-    """torch's own Adam, which counts steps per parameter, as NeMo's where apex is there."""
+    """torch's own Adam, which counts steps per parameter, as NeMo's does with apex."""
     from nemo.core.optim import optimizers
 
     ours = optimizers.AVAILABLE_OPTIMIZERS["adamw"]
     optimizers.AVAILABLE_OPTIMIZERS["adamw"] = torch.optim.AdamW
     try:
-        return goes_on("plain_torch", "model.optim.name=adamw")
+        return resumes("plain_torch", "model.optim.name=adamw")
     finally:
         optimizers.AVAILABLE_OPTIMIZERS["adamw"] = ours
 
 
 def o2() -> dict[str, bool]:
-    """bfloat16 with float32 masters."""
-    result = goes_on("o2", "trainer.precision=bf16", "model.megatron_amp_O2=true")
+    """bfloat16 with float32 main parameters."""
+    result = resumes("o2", "trainer.precision=bf16", "model.megatron_amp_O2=true")
     return {**result, "masters": "master" in result}
 
 
 def distributed_optimizer() -> dict[str, bool]:
-    """megatron-core's distributed optimizer; `spread_scenarios` goes on with the copy."""
-    return goes_on("distributed", *SHARDED, copy="spread")
+    """megatron-core's distributed optimizer; `spread_scenarios` resumes from the copy."""
+    return resumes("distributed", *SHARDED, copy="spread")
 
 
 def pruned() -> dict[str, bool]:
-    """save_top_k: as many as in a run that was never killed; here between a checkpoint and its "-last"."""
+    """save_top_k: a run killed between a checkpoint and its "-last" keeps as many as an uninterrupted one."""
     two = ["trainer.max_steps=8", f"{PARAMS}.save_top_k=2"]
     run("pruned_straight", *two)
     aside = Path("aside")
@@ -264,10 +264,10 @@ def pruned() -> dict[str, bool]:
 
 
 def full_disk() -> dict[str, bool]:
-    """A save that fails ends the run with the reason; what was saved before is as it was, and the run goes on."""
+    """A failed save ends the run with the reason. Earlier checkpoints are unchanged, and the run resumes from them."""
     from nemo_tied_lora.checkpoint.training_checkpoint import CheckpointWriter
 
-    add, told = CheckpointWriter.add, None
+    add, message = CheckpointWriter.add, None
 
     def no_space(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -276,34 +276,35 @@ def full_disk() -> dict[str, bool]:
     try:
         run("full_disk", callbacks=(At(3, lambda _: setattr(CheckpointWriter, "add", no_space)),))
     except OSError as error:
-        told = str(error)
+        message = str(error)
     finally:
         CheckpointWriter.add = add  # type: ignore[method-assign]
     left = sorted(p.name.split("-step=")[1][0] for p in Path("full_disk/checkpoints").iterdir() if p.is_dir())
     run("full_disk")
     return {
-        "reason": "No space left" in (told or ""),
+        "reason": "No space left" in (message or ""),
         "older ones": left == ["2", "2"],
-        "goes on": same(state(Path("full_disk/adapter.nemo")), state(Path("full_disk_straight/adapter.nemo"))),
+        "resumes": same(state(Path("full_disk/adapter.nemo")), state(Path("full_disk_straight/adapter.nemo"))),
     }
 
 
 def unwritable() -> dict[str, bool]:
-    """An adapter that cannot be written at the end is told; typing the command again writes it, and trains no step."""
+    """If the adapter cannot be written at the end, the error says so; the same command then writes it without a step."""
     place = Path("unwritable_place")
     place.write_text("a file where a folder should be")
-    said = refusal("unwritable", f"output={place}/adapter.nemo")
+    message = refusal("unwritable", f"output={place}/adapter.nemo")
     place.unlink()
     result = run("unwritable", f"output={place}/adapter.nemo")
     return {
-        "told": f"output={place}/adapter.nemo: cannot be written" in said and "type the command again" in said,
+        "reported": f"output={place}/adapter.nemo: cannot be written" in message
+        and "type the command again" in message,
         "written": same(state(place / "adapter.nemo"), adapter_in(checkpoint("unwritable", 4))),
         "no step more": [step["step"] for step in result["steps"]] == [1, 2, 3, 4],
     }
 
 
 def refused() -> dict[str, bool]:
-    """Another learning rate, other data, another adapter, another base; but more steps, or other workers, are fine."""
+    """Another learning rate, data, adapter or base is refused; more steps or other workers are allowed."""
     stopped("refused")
     settings, saved = Path("refused/checkpoints/settings.json"), "in the checkpoint"
     rate = refusal("refused", "model.optim.lr=1e-3")
@@ -336,7 +337,7 @@ def refused() -> dict[str, bool]:
 
 
 def refusal(name: str, *changes: str) -> str:
-    """What the user is told."""
+    """The message of the refusal."""
     from nemo_tied_lora.errors import ConfigError
 
     try:
@@ -369,7 +370,7 @@ SCENARIOS: dict[str, Callable[[], dict[str, bool]]] = {
 
 
 def main(argv: list[str], scenarios: dict[str, Callable[[], dict[str, bool]]] = SCENARIOS) -> None:
-    """Runs the scenarios in the folder `argv[0]`; a failing one is reported by its error."""
+    """Runs the scenarios in the folder `argv[0]`. The result of a failing one is its error."""
     import traceback
 
     from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Short fits on real NeMo, many in one start of the ranks: same base, data and adapter, any layout, any of NeMo's loops."""
+"""Short fits on real NeMo in one start of the ranks, with one base, data set and adapter, on any layout and loop of NeMo."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LOOPS: dict[str, tuple[str, ...]] = {
     # gloo cannot average in a collective
     "mcore": ("model.optim.name=mcore_distributed_optim", "+model.optim.average_in_collective=false"),
 }
-"""NeMo's loops, each to its overrides."""
+"""Each loop of NeMo to its overrides."""
 
 _FULL = (
     "model.activations_checkpoint_granularity=full",
@@ -77,18 +77,18 @@ UNGUARDED = {
     "drift before a checkpoint": _COMPARE,
     "drift before the file": _COMPARE,
 }
-"""Negative controls: the fit, and what is switched off when it is done again."""
+"""Negative controls: the fit to the guard that is switched off when the fit runs again."""
 UNSUMMED = ("O1 pp2", "O2 pp2")
-"""Done again without the sum over stages; in megatron-core's own loop it is `finalize_model_grads` that sums."""
+"""Fits to run again without the sum over stages; `finalize_model_grads` does it in megatron-core's own loop."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """One fit: Hydra overrides, and what is done to it.
+    """One fit: its Hydra overrides and its faults.
 
     poison: (step from 1, rank, tensor): that rank's summed gradient gets a NaN in its last element.
-    drift: (step from 1, rank, tensor): a bit of that rank's copy is flipped before the tie guard looks.
-    checkpoint_at: the step after which a training checkpoint is asked for; 0: none.
+    drift: (step from 1, rank, tensor): a bit of that rank's copy is flipped before the tie guard runs.
+    checkpoint_at: the step after which a training checkpoint is written; 0: none.
     off: a guard that is switched off (see tests/harness/switched_off.py).
     """
 
@@ -104,7 +104,7 @@ class Fit:
 
 @dataclass
 class FitRecord:
-    """What a fit did on this rank. start, state: the whole adapter before and after it, in float32."""
+    """The results of a fit on this rank. start, state: the whole adapter before and after it, in float32."""
 
     failure: str | None = None
     traceback: str = ""
@@ -113,15 +113,15 @@ class FitRecord:
     state: dict[str, torch.Tensor] = field(default_factory=dict)
     local_bits: dict[str, bytes] = field(default_factory=dict)
     untouched: list[bool] = field(default_factory=list)
-    """Of each step: whether every parameter, every moment and step count, and the learning rate stayed as they were."""
+    """For each step: whether every parameter, moment and step count, and the learning rate, are unchanged."""
     global_step: int = 0
     files: list[str] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
-    """What metrics.json would hold of the run."""
+    """The run's part of metrics.json."""
 
 
 def fits_of(world_size: int) -> dict[str, Fit]:
-    """Every fit of the suite on so many ranks."""
+    """All fits of the suite that need this number of ranks."""
     if world_size == 1:
         fits = {loop: Fit(overrides=overrides, steps=5) for loop, overrides in LOOPS.items()}
         interleaved = (*LOOPS["O2"], "model.virtual_pipeline_model_parallel_size=2")
@@ -183,7 +183,7 @@ def _outcome(world_size: int) -> list[dict[str, FitRecord]] | AssertionError:
 
 
 def fit_records(world_size: int) -> list[dict[str, FitRecord]]:
-    """Each rank's record of every fit; the ranks are started once, also when they fail."""
+    """Each rank's record of every fit. The ranks start once, even if they fail."""
     result = _outcome(world_size)
     if isinstance(result, AssertionError):
         raise result
@@ -191,7 +191,7 @@ def fit_records(world_size: int) -> list[dict[str, FitRecord]]:
 
 
 def make_data(folder: Path) -> None:
-    """JSONL files and a tokenizer. All answers have the same length, so that a mean over microbatches is the mean."""
+    """Writes JSONL files and a tokenizer. Answers have one length, so a mean over microbatches is the mean over tokens."""
     words = ["eins", "zwei", "drei", "vier", "five", "nine", "sept", "huit"]
     examples = [{"input": f"{i % 8}:", "output": words[i % 8]} for i in range(64)]
     for name in ("train", "validation"):
@@ -211,7 +211,7 @@ def make_data(folder: Path) -> None:
 
 
 def run_fits(folder: str, fits: dict[str, Fit]) -> dict[str, FitRecord]:
-    """On a rank: every fit, one after the other; a fit's exception is its record, not the end."""
+    """Runs all fits on a rank, one after the other. An exception goes into the fit's record and does not end the rank."""
     from nemo_tied_lora.platform import prepare
 
     prepare(nemo=True)
@@ -233,7 +233,7 @@ def run_fits(folder: str, fits: dict[str, Fit]) -> dict[str, FitRecord]:
 
 @contextmanager
 def _fresh_layout() -> Iterator[None]:
-    """Forgets the layout of the fit before: NeMo and Megatron keep it in globals, for one run a process."""
+    """Clears the layout of the previous fit: NeMo and Megatron keep it in globals, for one run per process."""
     from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
     from nemo.utils.metaclasses import Singleton
 
@@ -305,7 +305,7 @@ def _whole(adapter: Any) -> dict[str, torch.Tensor]:
 
 
 def _watcher(fit: Fit, record: FitRecord) -> Any:
-    """A callback that notes losses, norms, and whether a step changed anything."""
+    """A callback that records losses, norms, and whether a step changed anything."""
     from lightning.pytorch import Callback
 
     class Watcher(Callback):
@@ -358,13 +358,13 @@ def _flip(adapter: Any, name: str) -> None:
 
 
 def _planted(cls: type, fit: Fit) -> Callable[..., Any]:
-    """The model, with the fit's poison in the gradients that its `training_step` leaves."""
+    """The model class, with the fit's poison added to the gradients after `training_step`."""
 
     class Planted(cls):  # type: ignore[misc,valid-type]
         def training_step(self, dataloader_iter: Any) -> Any:
             loss = super().training_step(dataloader_iter)
-            here = (self.trainer.global_step + 1, torch.distributed.get_rank())
-            if fit.poison is not None and fit.poison[:2] == here:
+            position = (self.trainer.global_step + 1, torch.distributed.get_rank())
+            if fit.poison is not None and fit.poison[:2] == position:
                 parameter = dict(self.tied_lora.named_parameters())[fit.poison[2]]
                 gradient = getattr(parameter, "main_grad", None)
                 (parameter.grad if gradient is None else gradient).view(-1)[-1] = float("nan")

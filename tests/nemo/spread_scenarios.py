@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run of one rank resumes with its optimizer's state spread over two ranks.
 
-Rank 0 prints a JSON object last. `checkpoint_scenarios.distributed_optimizer` has left the stopped run.
+Rank 0 prints a JSON object last. `checkpoint_scenarios.distributed_optimizer` made the stopped run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["main", "spread"]
 
 
 def spread() -> dict[str, Any]:
-    """Every tensor arrives with its bits in the ranks' shards; the steps after it agree to the rounding of sums."""
+    """The ranks' shards hold every tensor bit for bit; later steps agree to the rounding of sums."""
 
     def written_again(trainer: Any) -> dict[str, torch.Tensor]:
         trainer.save_checkpoint("again.ckpt")
@@ -43,5 +43,5 @@ def without_random_states(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def main(argv: list[str]) -> None:
-    """On each rank, in the folder `argv[0]`."""
+    """Runs on each rank, in the folder `argv[0]`."""
     checkpoint_scenarios.main(argv, {"spread": spread})

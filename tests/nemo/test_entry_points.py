@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NeMo's own entry points, without a model: the scheme is where NeMo's users look for it, and errors say what to do."""
+"""One process, real NeMo, no model: the scheme in NeMo's map, and the remedies in its errors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ cfg = OmegaConf.create({"peft": {"peft_scheme": "tied_lora", "tied_lora": {"pres
 assert scheme(cfg).tied_lora == TiedLoraConfig.preset("tl5", rank=4)
 assert scheme(OmegaConf.create({"peft": {"peft_scheme": "tied_lora"}})).tied_lora == TiedLoraConfig()
 
-def said(kind, call):
+def message_of(kind, call):
     try:
         call()
     except kind as error:
@@ -34,28 +34,28 @@ def said(kind, call):
     raise AssertionError(f"{kind.__name__} was not raised")
 
 wrong = OmegaConf.create({"peft": {"tied_lora": {"adapter_dim": 8, "weight_tying": True}}})
-text = said(ConfigError, lambda: scheme(wrong))
+text = message_of(ConfigError, lambda: scheme(wrong))
 assert "write rank" in text and "tied: [A, B]" in text, text
 
-# NeMo's own injection would skip what it does not know, silently.
-text = said(TypeError, scheme(cfg).get_config_dict)
+# NeMo's own injection would silently skip a config that it does not know.
+text = message_of(TypeError, scheme(cfg).get_config_dict)
 assert "MegatronGPTTiedLoraModel" in text, text
 
 model = MegatronGPTTiedLoraModel.__new__(MegatronGPTTiedLoraModel)
-text = said(ValueError, lambda: MegatronGPTTiedLoraModel.add_adapter(model, [scheme(cfg), scheme(cfg)]))
+text = message_of(ValueError, lambda: MegatronGPTTiedLoraModel.add_adapter(model, [scheme(cfg), scheme(cfg)]))
 assert "cannot be combined" in text, text
 
-# Of several ranks one may have a damaged file of its own: no refusal, which all would have to share.
+# With several ranks, only one may have a damaged file. So it is not a ConfigError, which all ranks would share.
 from nemo_tied_lora.nemo.legacy_weights import _load
 pathlib.Path("model_weights.ckpt").write_bytes(b"no pickle")
-assert "as tensors alone" in said(ConfigError, lambda: _load("model_weights.ckpt"))
+assert "as tensors alone" in message_of(ConfigError, lambda: _load("model_weights.ckpt"))
 os.environ["WORLD_SIZE"] = "2"
-assert "as tensors alone" in said(RuntimeError, lambda: _load("model_weights.ckpt"))
-print("all said")
+assert "as tensors alone" in message_of(RuntimeError, lambda: _load("model_weights.ckpt"))
+print("done")
 """
 
 
-def test_the_scheme_is_in_nemos_map_and_its_errors_say_what_to_do(tmp_path: Path) -> None:
+def test_the_scheme_is_in_nemos_map_and_its_errors_name_the_remedy(tmp_path: Path) -> None:
     done = run_forked(fork_program, PROGRAM, cwd=tmp_path, env=user_environment(), timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.splitlines()[-1] == "all said"
+    assert done.stdout.splitlines()[-1] == "done"

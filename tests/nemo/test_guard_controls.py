@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Negative controls: each guard switched off in turn, and the test that goes red. None may stay green.
+"""Negative controls: switches each guard off, and runs the test that must then fail.
 
-Those of the parameters' flags are in tests/adapter/test_flag_controls.py, those of the guards that need ranks in
-trouble in tests/resilience/test_ranks_in_trouble.py, and those of NeMo's loop in tests/nemo/test_guarded_training.py:
-each where its ranks are.
+Other controls are where their ranks are: tests/adapter/test_flag_controls.py for the parameters' flags,
+tests/resilience/test_ranks_in_trouble.py for ranks in trouble, tests/nemo/test_guarded_training.py for NeMo's loop.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from tests.harness.forks import run_forked
 from tests.harness.paths import ROOT
 from tests.harness.switched_off import run_tests
 
-# What is switched off: (where, the test, words of its failure: it is to fail for want of the guard and of nothing else).
+# Guard: (its function, the test, words of the test's failure, which show that it fails because the guard is off).
 CONTROLS = {
     "tie guard": (
         "nemo_tied_lora.adapter.replica_check:check_ties",
@@ -71,7 +70,7 @@ CONTROLS = {
     ),
     "a loop of one's own with Megatron's DDP": (
         "nemo_tied_lora.planning.training_loop_checks:check_ddp",
-        "nemo/test_nemo_loops.py::test_a_loop_of_ones_own_is_told_before_it_wraps_the_model",
+        "nemo/test_nemo_loops.py::test_your_own_loop_is_refused_before_it_wraps_the_model",
         "DID NOT RAISE",
     ),
     "layouts of experts": (
@@ -105,7 +104,7 @@ CONTROLS = {
         "DID NOT RAISE",
     ),
 }
-# Of the checks of a layout: what is checked, and the function that does it.
+# Checks of a layout: the checked value to the function that checks it.
 LAYOUT_CHECKS = {
     "world size": "world",
     "data parallel size": "world",
@@ -133,7 +132,7 @@ CONTROLS |= {
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
-    """Each control's test: pytest's exit code and why it failed. One process for all of them."""
+    """Control to its test's exit code and failure. One process runs all of them."""
     folder = tmp_path_factory.mktemp("switched_off")
     rows, ends = [control[:2] for control in CONTROLS.values()], folder / "ends.json"
     done = run_forked(run_tests, rows, str(ends), cwd=ROOT, env=user_environment(), timeout=600)
@@ -142,7 +141,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, s
 
 
 @pytest.mark.parametrize("guard", CONTROLS)
-def test_without_the_guard_its_test_goes_red(outcomes: dict[str, tuple[int, str]], guard: str) -> None:
+def test_without_the_guard_its_test_fails(outcomes: dict[str, tuple[int, str]], guard: str) -> None:
     code, failure = outcomes[guard]
     assert code == pytest.ExitCode.TESTS_FAILED, failure
     assert CONTROLS[guard][2] in failure, failure

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guards in real fits on two ranks (one start for all of them), and what they say; settings and names without ranks."""
+"""Several ranks: the guards in real fits on two ranks, in one start. Settings and names are tested without ranks."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def check_skip(name: str, ranks: list[FitRecord]) -> None:
         assert rank.steps[1]["skipped"] == ranks[0].steps[1]["skipped"]
         assert rank.summary["skipped_steps"] == 1
         assert [step.get("skipped") for step in rank.summary["steps"]] == [None, tensor, None]
-    said = ranks[0].steps[1]["skipped"]
+    message = ranks[0].steps[1]["skipped"]
     where = "shared by all layers" if name == "skip dp2" else "layer 3"
     rank_named = 0 if name == "skip dp2" else 1
-    assert said == f"the gradient of {tensor} ({where}) holds NaN or infinity on rank {rank_named}"
+    assert message == f"the gradient of {tensor} ({where}) holds NaN or infinity on rank {rank_named}"
 
 
 @pytest.mark.parametrize("name", [f"skip {loop}" for loop in LOOPS] + ["skip dp2"])
-def test_a_nan_on_one_rank_skips_the_step_on_all_and_touches_nothing(name: str) -> None:
+def test_a_nan_on_one_rank_skips_the_step_on_all_ranks(name: str) -> None:
     check_skip(name, both(name))
 
 
@@ -54,7 +54,7 @@ def test_by_default_the_run_stops_on_every_rank_with_the_name_and_saves_nothing(
     check_stop("stop", both("stop"))
 
 
-def test_skipping_ends_when_no_step_is_left_to_take() -> None:
+def test_too_many_skipped_steps_in_a_row_stop_the_run() -> None:
     ranks = both("ten in a row")
     assert ranks[0].failure == ranks[1].failure
     assert f"{MOST_SKIPPED_IN_A_ROW} steps in a row skipped" in str(ranks[0].failure)
@@ -85,7 +85,7 @@ def test_replicas_that_drift_apart_stop_every_rank_before_anything_is_written(na
 
 
 @pytest.mark.parametrize("name", UNGUARDED)
-def test_without_the_guard_the_same_check_goes_red(name: str) -> None:
+def test_without_the_guard_the_same_check_fails(name: str) -> None:
     check = {"stop": check_stop, "skip": check_skip, "drift": check_drift}[name.split()[0]]
     with pytest.raises(AssertionError):
         check(name, both(f"{name}, unguarded"))
@@ -121,7 +121,7 @@ def test_the_tensor_nearest_to_the_cause_is_named() -> None:
     assert str(found).endswith("(layer 10) holds NaN or infinity on rank 0, and of 3 more tensor(s)")
 
 
-def test_gradients_in_main_grad_and_missing_ones_are_looked_at() -> None:
+def test_gradients_in_main_grad_are_checked_and_missing_ones_are_allowed() -> None:
     single_process()
     parameter = nn.Parameter(torch.zeros(2))
     assert find_nonfinite([("u", parameter)]) is None

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NeMo's training loops on two ranks (one start for all fits): each gives the single-process run's adapter.
+"""Several ranks: each of NeMo's training loops on two ranks trains the same adapter as one process. One start for all.
 
-float32 throughout but for O2, which NeMo has in bfloat16 only. What is compared is how far the steps have moved each tensor;
-one that is not trained is off by 1, one trained on a part of its gradient by about as much.
-- 1e-4 in float32: reordered sums leave 3e-6 at most (measured), for Adam divides by small second moments.
-- 4e-1 in bfloat16: 8 bits, 4e-3 at each product, and each layout rounds other sums. Where an element's gradient is as small
-  as that, Adam steps either way, at full size: a u, of 4 elements, is then off by up to 0.23, any other tensor by 0.08.
+All fits use float32, except O2, which NeMo has only in bfloat16. The tests compare how far the steps have moved each tensor:
+an untrained tensor is off by 1, and one trained on a part of its gradient by about as much. Tolerances:
+- 1e-4 in float32: reordered sums cause at most 3e-6 (measured), because Adam divides by small second moments.
+- 4e-1 in bfloat16: its 8 bits cause 4e-3 per product, and each layout rounds other sums. If an element's gradient is that
+  small, Adam may step either way, at full size. A u of 4 elements is then off by up to 0.23, any other tensor by 0.08.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ RECOMPUTES = ("tp2 full recompute", "pp2 full recompute", "pp2 selective recompu
 
 
 def close(got: FitRecord, want: FitRecord, loop: str) -> list[str]:
-    """Where a fit departs from the other, a line each: in a loss, a norm, or in how far it has moved a tensor."""
+    """One line per difference between two fits: in a loss, a norm, or the movement of a tensor."""
     found = []
     for name in ("reduced_train_loss", "grad_norm"):
         series = [[step[name] for step in fit.steps if name in step] for fit in (got, want)]
@@ -63,15 +63,15 @@ def test_the_loop_gives_the_single_process_adapter(loop: str, layout: str) -> No
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-def test_five_steps_move_what_was_compared(loop: str) -> None:
+def test_five_steps_move_every_compared_tensor(loop: str) -> None:
     fit = oracle(loop)
     assert len(fit.steps) == 5
     assert [name for name, tensor in fit.state.items() if torch.equal(tensor, fit.start[name])] == []
 
 
 @pytest.mark.parametrize("name", UNSUMMED)
-def test_without_the_sum_over_stages_another_adapter_comes_out(name: str) -> None:
-    """Not of what one stage has for itself: of the shared tensors, each."""
+def test_without_the_sum_over_stages_the_adapter_differs(name: str) -> None:
+    """Each shared tensor differs; the tensors of a single stage do not."""
     loop = name.split()[0]
     for record in ranks_of(f"{name}, unsummed"):
         departs = {line.split(":")[0] for line in close(record, oracle(loop), loop)}
@@ -94,7 +94,7 @@ def test_recomputation_changes_nothing_in_the_other_loops(loop: str) -> None:
         assert close(record, oracle(loop), loop) == []
 
 
-def test_gathers_that_overlap_the_forward_pass_are_waited_for() -> None:
+def test_overlapped_gathers_finish_before_the_forward_pass_needs_them() -> None:
     for record in ranks_of("mcore dp2 overlap"):
         assert close(record, oracle("mcore"), "mcore") == []
 
@@ -141,13 +141,13 @@ def test_each_half_of_a_refused_pair_is_fine() -> None:
 
 
 def test_nemos_own_loop_would_fail_where_overlap_meets_recomputation() -> None:
-    """The refusal is not for nothing; when this no longer fails, it can go."""
+    """The reason for the refusal. If this no longer fails, remove the refusal."""
     failures = [records[f"{OVERLAP_AND_FULL}, unguarded"].failure for records in fit_records(2)]
     assert all(failure is not None and "AssertionError: Cannot set grad twice" in failure for failure in failures)
 
 
-def test_nemos_model_refuses_the_adapter_in_such_a_loop_by_itself() -> None:
-    """A script of one's own meets no pre-flight."""
+def test_nemos_model_refuses_the_adapter_in_such_a_loop() -> None:
+    """A user's own script has no pre-flight."""
     for records in fit_records(2):
         record = records[OVERLAP_AND_FULL]
         assert str(record.failure).startswith("ConfigError: model.optim.overlap_grad_sync=true: not possible")
@@ -155,13 +155,13 @@ def test_nemos_model_refuses_the_adapter_in_such_a_loop_by_itself() -> None:
 
 
 def test_nemo_itself_builds_no_interleaved_model() -> None:
-    """Which the pre-flight says beforehand; when this no longer fails, interleaving is to be tested."""
+    """The reason for a refusal in the pre-flight. If this no longer fails, test interleaving."""
     failure = fit_records(1)[0]["interleaved"].failure
     assert failure == "AssertionError: Virtual pipeline model parallel size is no longer supported for nemo 1.0"
 
 
-def test_a_loop_of_ones_own_is_told_before_it_wraps_the_model() -> None:
-    """Of either config only the fields that are read."""
+def test_your_own_loop_is_refused_before_it_wraps_the_model() -> None:
+    """The configs have only the fields that the check reads."""
     overlap, plain = SimpleNamespace(overlap_grad_reduce=True), SimpleNamespace(overlap_grad_reduce=False)
     full = SimpleNamespace(recompute_granularity="full", recompute_modules=None)
     mlp = SimpleNamespace(recompute_granularity="selective", recompute_modules=["mlp"])

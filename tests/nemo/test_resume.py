@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run that is killed goes on bit for bit: the whole command, on real ranks, with real SIGKILLs."""
+"""The whole command: a killed run resumes bit for bit, on real ranks, with real SIGKILLs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.harness.command_runs import TIMEOUT, finetune_arguments, tied_lora, u
 from tests.harness.forks import fork_module, fork_on_ranks, run_forked
 from tests.nemo import checkpoint_scenarios, spread_scenarios
 
-# 10 steps of 16 samples from 64: shuffled anew at each of three passes. Two ranks with masks of their own.
+# 10 steps of 16 samples from 64, shuffled again for each of three passes. Two ranks, each with its own masks.
 RUN = [
     "trainer.max_steps=10",
     "model.global_batch_size=16",
@@ -28,8 +28,8 @@ RUN = [
 ]
 DROPOUT = ["layout=tp2", "model.peft.tied_lora.dropout=0.1", "model.hidden_dropout=0.1", "model.attention_dropout=0.1"]
 
-# Kills its own process, rank 0, as a power cut would: after a checkpoint of that step was given its name, and before
-# NeMo removed the one before; or between two files of one.
+# Kills rank 0, like a power cut: after the checkpoint of that step has its name, and before NeMo removes the previous one;
+# or between two files of a checkpoint.
 _PLANT = """
 import os, signal
 kind, _, step = os.environ.get("KILL", "").partition(":")
@@ -65,7 +65,7 @@ def plant(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def run(workshop: Path, name: str, *arguments: str, plant: str | None = None, kill: str = "") -> Any:
-    """The command; where it is to be killed, it must be."""
+    """Runs the command. With `kill`, checks that it was killed."""
     planted = {"PYTHONPATH": plant, "KILL": kill} if plant else {}
     done = tied_lora(
         "finetune", *finetune_arguments(name), *RUN, *arguments, folder=workshop, ok=not kill, planted=planted
@@ -86,12 +86,12 @@ def checkpoint(workshop: Path, name: str, step: int, last: bool = True) -> Path:
 
 
 def curves(metrics: dict[str, Any]) -> list[dict[str, float]]:
-    """What must not depend on how often a run was stopped."""
+    """The metrics that must not depend on how often a run was stopped."""
     return [{k: v for k, v in step.items() if k != "seconds"} for step in metrics["steps"]]
 
 
 def without_times_and_places(description: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint's JSON but for seconds, and for paths, which name the run's folder."""
+    """A checkpoint's JSON without seconds and without paths, which contain the run's folder."""
     text = json.dumps(description)
     found = json.loads(text)
     recorder = next(state for key, state in found["lightning"]["callbacks"].items() if "RunRecorder" in key)
@@ -103,12 +103,12 @@ def without_times_and_places(description: dict[str, Any]) -> dict[str, Any]:
     }
     found.pop("files")
     found["facts"].pop("training")
-    # How often training was entered, which Lightning counts and nothing reads.
+    # Lightning counts how often training was entered; nothing reads it.
     found["lightning"]["loops"]["fit_loop"].pop("epoch_progress")
     return found
 
 
-def test_a_run_killed_after_a_save_and_in_the_middle_of_one_goes_on_bit_for_bit(workshop: Path, plant: str) -> None:
+def test_a_run_killed_after_a_save_and_during_one_resumes_bit_for_bit(workshop: Path, plant: str) -> None:
     run(workshop, "straight", *DROPOUT)
     run(workshop, "killed", *DROPOUT, plant=plant, kill="after:6")
     left = [p.name.split("-step=")[1][0] for p in (workshop / "killed" / "checkpoints").glob("*-last")]
@@ -156,9 +156,9 @@ def _converts_to_the_adapter_that_the_run_saved(workshop: Path) -> None:
     assert "is a checkpoint of tied-lora finetune" in base.stderr
 
 
-def test_a_run_goes_on_at_other_layouts_to_the_rounding_of_sums(workshop: Path, plant: str) -> None:
+def test_a_run_resumes_on_other_layouts_to_the_rounding_of_sums(workshop: Path, plant: str) -> None:
     run(workshop, "one_layout")
-    # Tensor parallel to none, none to pipeline stages and back; a start costs more than all its steps.
+    # From tensor parallel to pipeline parallel to one rank. A start takes longer than all its steps.
     for layout, kill in (("tp2", "after:4"), ("pp2", "after:6"), ("single", "")):
         run(workshop, "layouts", f"layout={layout}", plant=plant, kill=kill)
     wanted, found = record(workshop, "one_layout"), record(workshop, "layouts")
@@ -194,11 +194,11 @@ def wrong_on_one_rank(workshop: Path) -> list[str]:
     return claims_that_do_not_hold(workshop, fork_module, checkpoint_scenarios.__name__, [str(workshop)])
 
 
-def test_nemos_options_keep_their_meaning_and_every_optimizer_goes_on(wrong_on_one_rank: list[str]) -> None:
+def test_nemos_options_keep_their_meaning_and_every_optimizer_resumes(wrong_on_one_rank: list[str]) -> None:
     assert wrong_on_one_rank == [], "\n".join(wrong_on_one_rank)
 
 
-def test_an_optimizers_state_goes_on_spread_over_data_parallel_ranks(
+def test_an_optimizers_state_resumes_spread_over_data_parallel_ranks(
     workshop: Path, wrong_on_one_rank: list[str]
 ) -> None:
     assert claims_that_do_not_hold(workshop, fork_on_ranks, spread_scenarios.__name__, [str(workshop)], 2) == []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole command, disturbed: real NeMo on two tensor-parallel ranks started as srun starts them, without an agent."""
+"""The whole command, disturbed: real NeMo on two tensor-parallel ranks, started without an agent, as srun does."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LONGER = [f"trainer.max_steps={STEPS}", "trainer.val_check_interval=15", f"watch
 
 
 def arguments(name: str) -> list[str]:
-    """Of `finetune` in the folder `name`."""
+    """Arguments of `finetune` in the folder `name`."""
     files = [
         f"model.data.{ds}.file_names=[{n}.jsonl]" for ds, n in (("train_ds", "train"), ("validation_ds", "validation"))
     ]
@@ -58,7 +58,7 @@ def start(folder: Path, name: str, *command: str) -> list[Forked]:
 
 
 def disturb(folder: Path, name: str, action: Callable[[list[Forked]], None]) -> list[int]:
-    """Starts a new run, waits for its first steps, does something to it; returns the exit codes."""
+    """Starts a new run, waits for its first steps, disturbs it, and returns the exit codes."""
     assert read_status(folder / name) is None, f"another test's run is in {folder / name}"
     ranks = start(folder, name)
     try:
@@ -95,7 +95,7 @@ def final(folder: Path, name: str) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(workshop: Path) -> str:
-    """What the command prints for a run that nothing happens to."""
+    """The output of an undisturbed run."""
     return tied_lora("finetune", *arguments("undisturbed"), folder=workshop).stdout
 
 
@@ -111,18 +111,18 @@ def test_a_run_shows_what_it_checked_and_that_it_finished(workshop: Path, undist
 def test_lightning_does_not_answer_a_signal_in_our_place() -> None:
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     answer_alone(trainer)
-    heard: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    received: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
     try:
         trainer._signal_connector.register_signal_handlers()
         os.kill(os.getpid(), signal.SIGTERM)
-        assert (heard, trainer.received_sigterm) == ([signal.SIGTERM], False)
+        assert (received, trainer.received_sigterm) == ([signal.SIGTERM], False)
     finally:
         trainer._signal_connector.teardown()
         signal.signal(signal.SIGTERM, before)
 
 
-def test_a_signal_to_one_rank_stops_all_at_one_step_and_the_run_goes_on_unchanged(
+def test_a_signal_to_one_rank_stops_all_at_one_step_and_the_run_resumes_unchanged(
     workshop: Path, undisturbed: str
 ) -> None:
     codes = disturb(workshop, "stopped", lambda ranks: ranks[1].send_signal(signal.SIGTERM))
@@ -151,7 +151,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_the_run_goes_on_unchange
     assert metrics(workshop, "stopped") == got
 
 
-def test_when_a_rank_is_killed_the_other_ends_in_time_and_names_it(workshop: Path) -> None:
+def test_if_a_rank_is_killed_the_other_ends_in_time_and_names_it(workshop: Path) -> None:
     killed: list[float] = []
 
     def kill(ranks: list[Forked]) -> None:
@@ -168,7 +168,7 @@ def test_when_a_rank_is_killed_the_other_ends_in_time_and_names_it(workshop: Pat
 
 
 def test_generate_runs_on_ranks_that_srun_started(workshop: Path) -> None:
-    """No agent holds a store here: rank 0's own is at MASTER_PORT, where Lightning's would be too."""
+    """Without an agent, rank 0's store is at MASTER_PORT, the port that Lightning would use too."""
     prompts = ["prompts=['1:','2:']", "tokens_to_generate=3", "trainer.precision=32", "output=answers.jsonl"]
     ranks = start(workshop, "generate", "generate", "base=base.nemo", "layout=tp2", *prompts)
     try:
