@@ -22,7 +22,7 @@ from nemo_tied_lora.checkpoint.tar import write_tar
 from nemo_tied_lora.checkpoint.write_nemo_adapter import write_adapter
 from nemo_tied_lora.commands.main import main
 from nemo_tied_lora.conversion.lora_to_tied import read_lora
-from nemo_tied_lora.conversion.to_nemo_lora import write_nemo_lora
+from nemo_tied_lora.conversion.to_nemo_lora import read_nemo_lora_members, write_nemo_lora
 from nemo_tied_lora.conversion.to_peft_lora import write_hf_peft
 from nemo_tied_lora.errors import ConfigError
 from tests.conversion.test_export_lora import hugging_face_model
@@ -136,6 +136,18 @@ def test_an_adapter_of_another_kind_or_base_is_refused(tmp_path: Path, base: Pat
     (folder / "adapter_config.json").write_text("{")
     with pytest.raises(ConfigError, match="is not a peft adapter"):
         read_lora(folder, LLAMA)
+
+
+def test_a_stock_nemo_lora_of_more_layers_or_another_variant_is_refused(tmp_path: Path) -> None:
+    path = write_nemo_lora(random_adapter(LLAMA, preset="tl6"), LLAMA, tmp_path / "lora.nemo")
+    with pytest.raises(ConfigError, match=r"layers\.3\.\S+ is not a LoRA of a linear in layers 0 to 1"):
+        read_lora(path, {**LLAMA, "num_layers": 2})
+    config, weights = read_nemo_lora_members(path)
+    with path.open("wb") as file:
+        members = {"model_config.yaml": config.replace(b"variant: nemo", b"variant: canonical")}
+        write_tar(file, {**members, "model_weights.ckpt": weights})
+    with pytest.raises(ConfigError, match="variant=canonical: only variant nemo can be read"):
+        read_lora(path, LLAMA)
 
 
 def test_nan_a_truncated_file_and_an_unknown_tensor_are_refused(tmp_path: Path, base: Path) -> None:
