@@ -55,6 +55,18 @@ def make_linear(
     return linear.requires_grad_(False)
 
 
+class PlainLinear(nn.Module):
+    """Takes and returns what megatron-core's TEColumnParallelLinear and TERowParallelLinear do."""
+
+    def __init__(self, parallel_mode: str):
+        super().__init__()
+        self.parallel_mode = parallel_mode
+        self.weight = nn.Parameter(full_tensor("weight", (OUT, IN)))
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return functional.linear(x, self.weight), None
+
+
 def attach(linear: nn.Module, kind: str, **fields: Any) -> LinearAdapter:
     """Swaps the update in; every factor that is stored is random, so that none hides another's error."""
     config = TiedLoraConfig(rank=RANK, **fields)
@@ -126,38 +138,6 @@ def test_scale_is_alpha_over_rank_and_one_by_default(alpha: float | None) -> Non
     adapter = attach(linear, "column", alpha=alpha)
     expected = literal(sample(), linear.weight, stored(adapter), 1.0 if alpha is None else 4.0)  # type: ignore[arg-type]
     torch.testing.assert_close(linear(sample())[0], expected, **EXACT)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("trained", [("B",), ("v", "u"), ("v", "B", "u")], ids="".join)
-def test_frozen_A_keeps_no_activation_as_wide_as_x(kind: str, trained: tuple[str, ...]) -> None:
-    assert IN not in widths_kept_for_backward(kind, trained)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_trained_A_keeps_x_itself_and_not_a_copy(kind: str) -> None:
-    linear = make_linear(kind)
-    attach(linear, kind, trained=FACTORS)
-    x = sample().requires_grad_()
-    kept = [t for t in kept_for_backward(lambda: linear(x)) if t.numel() == x.numel() and t.shape[-1] == IN]
-    assert {t.untyped_storage().data_ptr() for t in kept} == {x.untyped_storage().data_ptr()}
-
-
-def widths_kept_for_backward(kind: str, trained: tuple[str, ...]) -> set[int]:
-    """Last sizes of the activations, tensors with the 5 * 3 positions of the sample, that autograd keeps."""
-    linear = make_linear(kind)
-    attach(linear, kind, trained=trained)
-    kept = kept_for_backward(lambda: linear(sample().requires_grad_()))
-    widths = {t.shape[-1] for t in kept if t.dim() > 1 and t.numel() == 15 * t.shape[-1]}
-    assert RANK in widths  # h: the measurement sees activations at all
-    return widths
-
-
-def kept_for_backward(forward: Callable[[], Any]) -> list[torch.Tensor]:
-    kept: list[torch.Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
-        forward()
-    return kept
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -331,66 +311,6 @@ def test_a_non_contiguous_output_gradient_gives_the_same(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("other_first", [True, False])
-def test_another_consumer_of_x_neither_sees_nor_spoils_the_update(kind: str, other_first: bool) -> None:
-    """The update is accumulated into the base's own memory: x, and gradients that others hold, stay as they are."""
-    linear = make_linear(kind)
-    adapter = attach(linear, kind)
-    leaf, twin = sample().requires_grad_(), sample().requires_grad_()
-    twins = {name: p.detach().clone().requires_grad_() for name, p in stored(adapter).items()}
-    x, twin_x = leaf * 2.0, twin * 2.0
-    before = x.detach().clone()
-    x.retain_grad()
-    twin_x.retain_grad()
-    if other_first:
-        side = x.sin()
-        output = linear(x)[0]
-    else:
-        output = linear(x)[0]
-        side = x.sin()
-    expected = literal(twin_x, linear.weight, twins, 1.0) + linear.bias
-    assert torch.equal(x, before)
-    (output.square().sum() + 3.0 * side.sum()).backward()
-    (expected.square().sum() + 3.0 * twin_x.sin().sum()).backward()
-    torch.testing.assert_close(x.grad, twin_x.grad, **EXACT)
-    torch.testing.assert_close(leaf.grad, twin.grad, **EXACT)
-    for name, parameter in stored(adapter).items():
-        torch.testing.assert_close(parameter.grad, twins[name].grad, **EXACT)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_same_input_through_two_linears_gives_both_gradients(kind: str) -> None:
-    first, second = make_linear(kind), make_linear(kind)
-    adapters = [attach(first, kind), attach(second, kind, trained=("B", "A"))]
-    x, twin_x = sample().requires_grad_(), sample().requires_grad_()
-    (got,) = torch.autograd.grad((first(x)[0] * second(x)[0]).sum(), [x])
-    outputs = [literal(twin_x, first.weight, dict(stored(adapter)), 1.0) + first.bias for adapter in adapters]
-    (expected,) = torch.autograd.grad((outputs[0] * outputs[1]).sum(), [twin_x])
-    torch.testing.assert_close(got, expected, **EXACT)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_two_outputs_do_not_share_memory(kind: str) -> None:
-    linear = make_linear(kind)
-    attach(linear, kind)
-    first = linear(sample())[0]
-    kept = first.detach().clone()
-    linear(sample(name="another"))
-    assert torch.equal(first, kept)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_upstream_gradient_is_left_as_it_was(kind: str) -> None:
-    linear = make_linear(kind)
-    attach(linear, kind)
-    output = linear(sample().requires_grad_())[0]
-    upstream = full_tensor("upstream", tuple(output.shape))
-    before = upstream.clone()
-    output.backward(upstream)
-    assert torch.equal(upstream, before)
-
-
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_gradients_the_output_is_the_same(kind: str, mode: Callable[[], Any]) -> None:
     linear = make_linear(kind)
@@ -417,112 +337,3 @@ def test_microbatches_accumulate_the_gradient_of_the_whole_batch(kind: str) -> N
     expected = torch.autograd.grad(whole, list(stored(adapter).values()))
     for name, gradient in zip(stored(adapter), expected, strict=True):
         torch.testing.assert_close(accumulated[name], gradient, **EXACT)
-
-
-class FusedNormLinear(nn.Module):
-    """Takes and returns what megatron-core's TELayerNormColumnParallelLinear does (extensions/transformer_engine.py).
-
-    Transformer Engine returns y, or (y, bias), and appends the norm's output where `return_layernorm_output` is set;
-    Megatron's wrapper makes a pair of it where the bias is not returned.
-    """
-
-    parallel_mode = "column"
-
-    def __init__(self, te_return_bias: bool):
-        super().__init__()
-        self.te_return_bias = te_return_bias
-        self.return_layernorm_output = False
-        self.layer_norm_weight = nn.Parameter(1.0 + full_tensor("norm", (IN,)))
-        self.weight = nn.Parameter(full_tensor("weight", (OUT, IN)))
-        self.bias = nn.Parameter(full_tensor("bias", (OUT,)))
-
-    def forward(self, x: torch.Tensor) -> Any:
-        normed = self.norm(x)
-        output = functional.linear(normed, self.weight, None if self.te_return_bias else self.bias)
-        parts = [
-            output,
-            *([self.bias] if self.te_return_bias else []),
-            *([normed] if self.return_layernorm_output else []),
-        ]
-        result = parts[0] if len(parts) == 1 else tuple(parts)
-        return result if self.te_return_bias else (result, None)
-
-    def norm(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.layer_norm(x, (IN,), self.layer_norm_weight)
-
-
-@pytest.mark.parametrize("te_return_bias", [True, False])
-@pytest.mark.parametrize("trained", [FACTORS, ("v", "u")], ids="".join)
-def test_a_fused_norm_feeds_the_update_and_is_hidden_from_the_caller(te_return_bias: bool, trained: tuple) -> None:
-    linear = FusedNormLinear(te_return_bias).requires_grad_(False)
-    assert linear_kind(linear) == "column"
-    adapter = attach(linear, "column", trained=trained, alpha=6.0)
-    x, twin_x = sample().requires_grad_(), sample().requires_grad_()
-    twins = {name: p.detach().clone().requires_grad_(p.requires_grad) for name, p in stored(adapter).items()}
-    output, bias = linear(x)
-    expected = literal(linear.norm(twin_x), linear.weight, twins, 2.0)  # type: ignore[arg-type]
-    assert bias is (linear.bias if te_return_bias else None)
-    torch.testing.assert_close(output, expected + (0 if te_return_bias else linear.bias), **EXACT)
-    got = gradients(output, wanting_grad({**stored(adapter), "x": x}))
-    for name, gradient in gradients(expected, wanting_grad({**twins, "x": twin_x})).items():
-        torch.testing.assert_close(got[name], gradient, **EXACT)
-    detach_from_linear(linear)
-    base, _ = linear(x)
-    assert isinstance(base, torch.Tensor)
-    assert type(linear) is FusedNormLinear
-
-
-def test_a_fused_norm_linear_that_is_off_returns_what_its_caller_expects() -> None:
-    """Merging switches the update off: the norm's output must not reach the caller then."""
-    linear = FusedNormLinear(False).requires_grad_(False)
-    base, _ = linear(sample())
-    adapter = attach(linear, "column")
-    linear(sample())
-    adapter.enabled = False
-    output, _ = linear(sample())
-    assert isinstance(output, torch.Tensor)
-    assert torch.equal(output, base)
-
-
-class PlainLinear(nn.Module):
-    """Takes and returns what megatron-core's TEColumnParallelLinear and TERowParallelLinear do."""
-
-    def __init__(self, parallel_mode: str):
-        super().__init__()
-        self.parallel_mode = parallel_mode
-        self.weight = nn.Parameter(full_tensor("weight", (OUT, IN)))
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return functional.linear(x, self.weight), None
-
-
-@pytest.mark.parametrize("mode", KINDS)
-def test_a_transformer_engine_linear_without_a_norm_is_adapted_by_its_own_mode(mode: str) -> None:
-    linear = PlainLinear(mode).requires_grad_(False)
-    assert linear_kind(linear) == mode
-    adapter = attach(linear, mode)
-    torch.testing.assert_close(
-        linear(sample())[0], literal(sample(), linear.weight, dict(stored(adapter)), 1.0), **EXACT
-    )
-
-
-@pytest.mark.parametrize(
-    "module", [nn.Linear(IN, OUT), nn.LayerNorm(IN), nn.Identity()], ids=lambda m: type(m).__name__
-)
-def test_other_modules_have_no_kind(module: nn.Module) -> None:
-    assert linear_kind(module) is None
-
-
-class KeepsItsOutput(PlainLinear):
-    """exp's backward needs exp's output."""
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return super().forward(x)[0].exp(), None
-
-
-def test_backward_raises_where_the_base_kept_the_output_that_is_accumulated_into() -> None:
-    linear = KeepsItsOutput("column").requires_grad_(False)
-    attach(linear, "column")
-    output = linear(sample().requires_grad_())[0]
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        output.sum().backward()
