@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a Tied-LoRA adapter is: rank, targets, what is trained, what is tied, how it starts (arXiv 2311.09578)."""
+"""The adapter's configuration: rank, targets, what is trained, what is tied, initial values (arXiv 2311.09578)."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ PRESETS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 
-# Keys that other adapters use for the same thing: what to write instead.
+# Keys of other adapters, and what to write instead.
 _FOREIGN_KEYS = {
     "adapter_dim": "write rank",
     "r": "write rank",
@@ -52,7 +52,7 @@ _FOREIGN_KEYS = {
     "adapter_dropout": "write dropout",
     "lora_dropout": "write dropout",
     "target_modules": "write targets",
-    "layer_selection": "write layers, which counts from 0 (layer_selection counted from 1)",
+    "layer_selection": "write layers, which counts from 0 (layer_selection counts from 1)",
     "layers_to_transform": "write layers",
     "column_init_method": "write init_A",
     "row_init_method": "write init_B",
@@ -66,8 +66,8 @@ _FOREIGN_KEYS = {
 class TiedLoraConfig:
     """``y = W x + (alpha / rank) * diag(v) B diag(u) A x`` on every selected linear of every selected layer.
 
-    Tied tensors exist once per target and serve all layers; untied A and B exist once per layer. u and v are
-    always per layer; where they are not trained they are 1 and are not stored.
+    A tied A or B exists once per target and serves all layers; an untied one exists once per layer. u and v always belong
+    to one layer; if they are not trained, they are 1 and are not stored.
 
     Raises:
         ConfigError: lists every field that is out of bounds, before anything is built.
@@ -89,23 +89,23 @@ class TiedLoraConfig:
     tied: Sequence[str] = ("A", "B")
     """Any subset of A, B: the tensors that all layers share."""
     experts: str = "per_expert"
-    """What experts of a mixture share of the tied tensors. per_expert: expert e of all layers shares, each expert for
-    itself; tied: all experts of all layers share. Without effect on a dense model."""
+    """How the experts of a mixture share tied tensors. per_expert: expert e shares them over all layers. tied: all
+    experts of all layers share them. No effect on a dense model."""
     init_A: str | None = None
-    """normal, xavier, kaiming or zero. None: xavier, or zero where A is the one factor that starts at 0."""
+    """normal, xavier, kaiming or zero. None: xavier, or zero if A is the one factor that starts at 0."""
     init_B: str | None = None
-    """normal, xavier, kaiming or zero. None: xavier, or zero where B is the one factor that starts at 0."""
+    """normal, xavier, kaiming or zero. None: xavier, or zero if B is the one factor that starts at 0."""
     init_u: float | None = None
-    """Every element of a trained u. None: 1, or 0 where u is the one factor that starts at 0."""
+    """The value of every element of a trained u. None: 1, or 0 if u is the one factor that starts at 0."""
     init_v: float | None = None
-    """Every element of a trained v. None: 0."""
+    """The value of every element of a trained v. None: 0."""
     init_std: float = 0.02
-    """Standard deviation of init method normal."""
+    """Standard deviation of the init method normal."""
     seed: int = 1234
-    """Seeds the initial A and B, whole tensors, independent of the parallel layout."""
+    """Seeds the initial A and B as whole tensors, so they do not depend on the parallel layout."""
     frozen_factors: str = "tensor"
-    """How a file holds an A or B that is not trained. tensor: as it is; seed: as the seed, with a checksum that refuses
-    a generator which draws other numbers."""
+    """How a file stores an A or B that is not trained. tensor: the tensor. seed: the seed, and a checksum by which
+    loading refuses a generator that draws other numbers."""
 
     def __post_init__(self) -> None:
         for name in ("targets", "trained", "tied", "layers"):
@@ -125,7 +125,7 @@ class TiedLoraConfig:
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> TiedLoraConfig:
-        """The named configuration (lora, vera, tl5, tl6), with any field overridden.
+        """Returns the named configuration (lora, vera, tl5, tl6), with any field overridden.
 
         Raises:
             ConfigError: the preset or a field is unknown, or a value is out of bounds.
@@ -134,19 +134,19 @@ class TiedLoraConfig:
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> TiedLoraConfig:
-        """From plain keys (a YAML's ``model.peft.tied_lora``): the fields of this class and ``preset``.
+        """Builds the configuration from plain keys (a YAML's ``model.peft.tied_lora``): the fields and ``preset``.
 
-        A key whose value is None means the default. All problems are reported together.
+        The value None means the default.
 
         Raises:
-            ConfigError: unknown keys (with what to write instead), an unknown preset, values out of bounds.
+            ConfigError: lists all unknown keys (with what to write instead), an unknown preset, values out of bounds.
         """
         given = {key: value for key, value in mapping.items() if value is not None}
         preset = given.pop("preset", "tl6")
         problems = Problems()
         problems.one_of("preset", preset, PRESETS)
         known = {field.name for field in dataclasses.fields(cls)}
-        # A foreign switch that is off asks for nothing.
+        # A key of another adapter that is switched off has no effect.
         for key in [k for k in given if k not in known]:
             value = given.pop(key)
             if not (key == "weight_tying" and value is False):
@@ -155,7 +155,7 @@ class TiedLoraConfig:
         return problems.build(cls, **{**chosen, **given})
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, ready for YAML or JSON; ``from_mapping`` reads them back."""
+        """Returns plain values for YAML or JSON; ``from_mapping`` reads them."""
         values = dataclasses.asdict(self)
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
@@ -180,9 +180,9 @@ class TiedLoraConfig:
         return next(factor for factor in FACTORS if factor in self.trained)
 
     def init_of(self, factor: str) -> str | float:
-        """How the factor starts: an init method for A and B, a fill value for u and v.
+        """Returns how the factor starts: an init method for A and B, a fill value for u and v.
 
-        A user's own value wins; the default is the paper's (u = 1, v = 0, random A and B) with the zero factor at 0.
+        The user's value wins. The default is the paper's (u = 1, v = 0, random A and B), with the zero factor at 0.
         """
         own = getattr(self, f"init_{factor}")
         if own is not None:
@@ -235,7 +235,7 @@ class TiedLoraConfig:
                 yield f"init_{factor}={fill!r}: a frozen {factor} is 1; remove it or add {factor} to trained"
 
     def _start_problems(self) -> Iterable[str]:
-        """The update must start at exactly 0 and must be able to leave it."""
+        """Checks that the update starts at exactly 0 and can leave 0."""
         starts_at_zero = [f for f in FACTORS if self.init_of(f) in ("zero", 0.0)]
         stuck = [f for f in starts_at_zero if f not in self.trained]
         if stuck:

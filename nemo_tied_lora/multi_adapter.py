@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several adapters on one model, by name: one of them, or none, acts at a time.
+"""Several named adapters on one model; at most one is active at a time.
 
     adapters = Adapters(model)
     adapters.load("customer", "customer.nemo")
     adapters.switch("customer")
 
-The adapters may differ in everything: rank, targets, layers, what is trained, what is tied. Switching attaches one
-adapter's factors to the model's linears and detaches another's; no tensor is copied. Frozen factors with the same bits,
-as all VeRA adapters of one seed and rank have them, lie in memory once.
+The adapters may have different ranks, targets, layers, trained and tied factors. Switching detaches one adapter from the
+model's linears and attaches another; it copies no tensor. Frozen factors with the same bits are in memory once, as in
+all VeRA adapters of one seed and rank.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ __all__ = ["Adapters"]
 class Adapters:
     """Named adapters on one base model.
 
-    All ranks make the same calls in the same order. Without an active adapter the model is the base as it was, its
-    trainable parameters included. Move or cast the model before adapters are loaded; to wrap it in Megatron's DDP, which
-    lays out memory for the parameters that it finds, switch to the adapter that is to be trained first, and stay with it.
+    All ranks make the same calls in the same order. Without an active adapter the model is the unchanged base, including
+    its trainable parameters. Move or cast the model before you load adapters. Megatron's DDP allocates memory for the
+    parameters that it finds: before you wrap the model, switch to the adapter that you train, and do not switch again.
 
     Args:
         model: one Megatron module, or the list of a stage's chunks, without an adapter.
@@ -48,36 +48,39 @@ class Adapters:
 
     @property
     def active(self) -> str | None:
-        """The name of the adapter that acts, None where the model is the base."""
+        """The name of the active adapter; None if the model is the base."""
         return self._chosen if self._enabled else None
 
     def load(self, name: str, path: str | os.PathLike, **options: Any) -> Adapter:
-        """Loads a `.nemo` adapter under a name; options: as `load_adapter`'s. What is active stays active.
+        """Loads a `.nemo` adapter under a name. The active adapter stays active.
+
+        Args:
+            options: as for `load_adapter`.
 
         Raises:
-            ConfigError: the name is taken or empty, the file is no whole adapter or was trained on another base; model
-                and adapters are as they were.
-            FileNotFoundError: no such file.
+            ConfigError: the name is taken or empty, the file is not a complete adapter, or it was trained on another
+                base. Model and adapters are unchanged.
+            FileNotFoundError: the file does not exist.
         """
         self._check_new(name)
         with self._bare():
             return self._keep(name, load_adapter(self._model, path, **options))
 
     def add(self, name: str, config: TiedLoraConfig) -> Adapter:
-        """A new adapter, to be trained. What is active stays active.
+        """Adds a new adapter for training. The active adapter stays active.
 
         Raises:
-            ConfigError: the name is taken or empty, or as `inject`; model and adapters are as they were.
+            ConfigError: the name is taken or empty, or as `inject`. Model and adapters are unchanged.
         """
         self._check_new(name)
         with self._bare():
             return self._keep(name, inject(self._model, config))
 
     def switch(self, name: str) -> None:
-        """Makes this adapter act instead of any other; also after `disable`.
+        """Makes this adapter the active one, also after `disable`.
 
         Raises:
-            ConfigError: no adapter has this name. RuntimeError: the active one is merged.
+            ConfigError: no adapter has this name. RuntimeError: the active adapter is merged.
         """
         adapter = self[name]
         if self.active != name:
@@ -86,7 +89,7 @@ class Adapters:
         self._chosen, self._enabled = name, True
 
     def disable(self) -> None:
-        """The base alone, until `enable` or `switch`.
+        """Makes the model the base, until `enable` or `switch`.
 
         Raises:
             RuntimeError: the active adapter is merged.
@@ -95,17 +98,17 @@ class Adapters:
         self._enabled = False
 
     def enable(self) -> None:
-        """The adapter again that acted before `disable`.
+        """Makes the adapter active again that was active before `disable`.
 
         Raises:
-            ConfigError: none did, or it was deleted.
+            ConfigError: no adapter was active, or it was deleted.
         """
         if self._chosen is None:
             raise ConfigError([f"enable: no adapter was active; switch to one of {self._known()}"])
         self.switch(self._chosen)
 
     def delete(self, name: str) -> None:
-        """Forgets an adapter and frees its memory. If it was active, the model is then the base.
+        """Removes an adapter and frees its memory. If it was active, the model becomes the base.
 
         Raises:
             ConfigError: no adapter has this name. RuntimeError: it is merged.
@@ -118,14 +121,14 @@ class Adapters:
             self._chosen, self._enabled = None, True
 
     def num_bytes(self) -> int:
-        """Bytes of all adapters' tensors on this rank, shared ones once."""
+        """Bytes of all adapters' tensors on this rank; shared ones count once."""
         factors = [chunk.factors for adapter in self._adapters.values() for chunk in adapter.chunks]
         parameters = {id(parameter): parameter for each in factors for parameter in each.parameters()}
         return sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())
 
     def __getitem__(self, name: str) -> Adapter:
         if name not in self._adapters:
-            raise ConfigError([f"adapter {name!r}: there is none of that name; there are {self._known()}"])
+            raise ConfigError([f"adapter {name!r}: unknown; the adapters are {self._known()}"])
         return self._adapters[name]
 
     def __contains__(self, name: object) -> bool:
@@ -152,7 +155,7 @@ class Adapters:
 
     @contextmanager
     def _bare(self) -> Iterator[None]:
-        """The base without an adapter; whatever happens inside, the active one is back afterwards."""
+        """Detaches the active adapter meanwhile, and attaches it again even after an exception."""
         active = self.active
         self._detach()
         try:
@@ -162,7 +165,7 @@ class Adapters:
                 self._adapters[active].attach()
 
     def _keep(self, name: str, adapter: Adapter) -> Adapter:
-        """Shares what is frozen, per chunk, and keeps the adapter detached."""
+        """Shares frozen factors with the other adapters, and keeps the adapter detached."""
         adapter.detach()
         for index, chunk in enumerate(adapter.chunks):
             share_frozen(chunk.factors, (other.chunks[index].factors for other in self._adapters.values()))

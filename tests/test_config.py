@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pure maths: what a configuration means, what it refuses, and the paper's parameter counts. No torch, no model."""
+"""Pure maths, no torch: what a configuration means, what it refuses, and the paper's parameter counts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PAPER = [
 
 
 def problems_of(**values: Any) -> tuple[str, ...]:
-    """What the class refuses, a line each; none if it refuses nothing."""
+    """The problems that the class reports; empty if it accepts the values."""
     try:
         TiedLoraConfig(**values)
     except ConfigError as error:
@@ -40,7 +40,7 @@ def problems_of(**values: Any) -> tuple[str, ...]:
 
 
 def problems_of_mapping(mapping: Mapping[str, Any]) -> tuple[str, ...]:
-    """The same for the YAML's form."""
+    """The problems that `from_mapping` reports."""
     try:
         TiedLoraConfig.from_mapping(mapping)
     except ConfigError as error:
@@ -156,7 +156,7 @@ def test_nemos_target_names_are_translated(given: Any, expected: tuple[str, ...]
     assert TiedLoraConfig(targets=given).targets == expected
 
 
-def test_lists_are_ordered_and_freed_of_repetitions() -> None:
+def test_lists_are_sorted_without_repetitions() -> None:
     given = {"trained": ["A", "u", "A"], "tied": ["B", "A"], "layers": [3, 1, 3], "targets": ["mlp", "mlp_fc1"]}
     config = TiedLoraConfig(**given)  # type: ignore[arg-type]
     assert (config.trained, config.tied) == (("u", "A"), ("A", "B"))
@@ -283,7 +283,7 @@ def test_another_factor_may_be_the_one_at_zero() -> None:
         ("something", "the keys are preset, alpha"),
     ],
 )
-def test_an_unknown_key_is_answered_with_what_to_write(key: str, advice: str) -> None:
+def test_an_unknown_key_is_refused_with_the_right_one(key: str, advice: str) -> None:
     (problem,) = problems_of_mapping({key: True})
     assert problem.startswith(f"{key}=True: not a key of tied_lora")
     assert advice in problem

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several adapters on one model: one process, then TP 2 and PP 2. Outputs are compared bit for bit with one loaded alone."""
+"""One process, then TP 2 and PP 2: several adapters on one model give the same bits as each alone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from nemo_tied_lora.planning.parallel_layout import Layout
 from tests.harness.ranks import run_ranks, single_process
 from tests.harness.tiny_gpt import SEQUENCE, VOCAB, build_gpt, full_tensor
 
-# Nothing in which two of them are alike, but for the first two: the same frozen A and B.
+# All of them differ; only the first two share something: the same frozen A and B.
 CONFIGS: dict[str, dict[str, Any]] = {
     "vera": {"preset": "vera", "rank": 4, "seed": 7},
     "vera_too": {"preset": "vera", "rank": 4, "seed": 7},
@@ -35,7 +35,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def randomize(adapter: Any, name: str) -> None:
-    """Trained factors away from zero and different from one adapter to the next; frozen ones as drawn."""
+    """Makes trained factors random and different in each adapter; keeps frozen ones as drawn."""
     shapes = expected_shapes(adapter.config, adapter.shapes)
     drawn = adapter.full_state()
     trained = adapter.config.trained
@@ -45,7 +45,7 @@ def randomize(adapter: Any, name: str) -> None:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Name to the `.nemo` file of each adapter, trained (as it were) on one rank."""
+    """Name to the `.nemo` file of each adapter, written on one rank."""
     single_process()
     folder = tmp_path_factory.mktemp("adapters")
     paths = {}
@@ -67,7 +67,7 @@ def model() -> Any:
 
 @pytest.fixture
 def adapters(model: Any, files: dict[str, str]) -> Adapters:
-    """All of CONFIGS, none active."""
+    """Has all adapters of CONFIGS; none is active."""
     several = Adapters(model)
     for name in CONFIGS:
         several.load(name, files[name])
@@ -75,7 +75,7 @@ def adapters(model: Any, files: dict[str, str]) -> Adapters:
 
 
 def logits(model: Any) -> bytes:
-    """The last stage's logits of a fixed batch, their bits; on the other stages nothing."""
+    """The bits of the last stage's logits for a fixed batch; empty on other stages."""
     tokens = torch.randint(0, VOCAB, (2, SEQUENCE), generator=torch.Generator().manual_seed(3))
     positions = torch.arange(SEQUENCE).expand(2, SEQUENCE)
     mask = torch.ones(SEQUENCE, SEQUENCE, dtype=torch.bool).triu(1)[None, None]
@@ -97,7 +97,7 @@ def logits(model: Any) -> bytes:
 
 
 def alone(path: str) -> bytes:
-    """The logits of a fresh model with this adapter and no other."""
+    """The logits of a new model with only this adapter."""
     model = build_gpt()
     load_adapter(model, path)
     return logits(model)
@@ -124,7 +124,7 @@ def test_each_adapter_gives_the_bits_that_it_gives_alone(
     assert (adapters.active, logits(model)) == ("vera", wanted["vera"])
 
 
-def test_a_disabled_model_is_the_base_as_it_was(files: dict[str, str]) -> None:
+def test_a_disabled_model_is_the_unchanged_base(files: dict[str, str]) -> None:
     single_process()
     plain, model = build_gpt(), build_gpt()
     model.decoder.final_layernorm.requires_grad_(False)
@@ -155,7 +155,7 @@ def test_switching_copies_nothing(model: Any, adapters: Adapters) -> None:
 
 
 class _Allocations(torch.utils._python_dispatch.TorchDispatchMode):
-    """Every operator on a tensor that runs inside."""
+    """Records every tensor operator that runs inside."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -242,7 +242,7 @@ def test_a_refused_adapter_changes_nothing(
     assert (adapters.active, list(adapters), logits(model)) == (active, names, before)
 
 
-def test_unknown_names_are_answered_with_the_known_ones(model: Any, adapters: Adapters) -> None:
+def test_an_unknown_name_is_refused_with_the_known_ones(model: Any, adapters: Adapters) -> None:
     for call in (adapters.switch, adapters.delete, adapters.__getitem__):
         with pytest.raises(ConfigError, match=r"'nobody'.*'vera', 'vera_too'"):
             call("nobody")
@@ -286,7 +286,7 @@ def test_a_new_adapter_is_trained_beside_the_loaded_ones(
 
 
 def _on_a_rank(files: dict[str, str]) -> dict[str, Any]:
-    """Bits with all loaded, and with each loaded alone; what is shared; what a wrong base leaves."""
+    """On a rank: the bits with all adapters and with each alone, what is shared, and the state after a refusal."""
     model = build_gpt()
     adapters = Adapters(model)
     for name in CONFIGS:
@@ -319,7 +319,7 @@ def _on_a_rank(files: dict[str, str]) -> dict[str, Any]:
 
 
 def planned_bytes_of_two(layout: dict[str, int]) -> int:
-    """What `tied-lora plan` says that two such adapters take on a rank, float64."""
+    """The bytes on one rank that `tied-lora plan` reports for two such adapters in float64."""
     sizes = {"num_layers": 4, "hidden_size": 24, "ffn_hidden_size": 40, "kv_channels": 6, "seq_length": SEQUENCE}
     arch = Architecture(**sizes, num_attention_heads=4, num_query_groups=4)
     ranks = Layout(tp_size=layout.get("tp", 1), pp_size=layout.get("pp", 1), devices=2)
@@ -348,7 +348,7 @@ def test_it_works_on_parallel_layouts(files: dict[str, str], layout: dict[str, i
             assert all(torch.equal(state[key], wanted[key]) for key in wanted), name
 
 
-# Negative controls: what a fault in the sharing or the switching does to the claims above.
+# Negative controls: a fault in sharing or switching makes the tests above fail.
 
 
 def test_control_loading_into_shared_memory_would_change_the_other(

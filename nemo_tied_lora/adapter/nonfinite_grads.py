@@ -98,5 +98,5 @@ def _finite(gradients: Sequence[torch.Tensor]) -> torch.Tensor | None:
     if not gradients:
         return None
     largest = torch._foreach_norm(list(gradients), float("inf"))
-    alike = len({value.dtype for value in largest}) == 1
-    return torch.stack(largest if alike else [value.double() for value in largest]).isfinite()
+    one_dtype = len({value.dtype for value in largest}) == 1
+    return torch.stack(largest if one_dtype else [value.double() for value in largest]).isfinite()

@@ -141,7 +141,9 @@ def check_weights(
     problems = list(_weight_differences(recorded.get("fingerprint") or {}, found.get("fingerprint") or {}))
     known, own = ((side.get("tokenizer") or {}).get("sha256") for side in (recorded, found))
     if known and own and known != own:
-        problems.append(f"tokenizer: the adapter was trained with another one (sha256 {known[:12]}, here {own[:12]})")
+        problems.append(
+            f"tokenizer: the adapter was trained with another one (sha256 {known[:12]}, this base's {own[:12]})"
+        )
     if not problems:
         return
     if allow_other_base:
@@ -158,5 +160,5 @@ def _weight_differences(recorded: Mapping[str, Any], found: Mapping[str, Any]) -
     names = [name for name in dict.fromkeys((*known, *own)) if known.get(name) != own.get(name)]
     yield (
         f"base: the adapter was trained on other weights: {', '.join(names) or 'unknown ones'} "
-        f"(fingerprint {recorded.get('value')}, here {found.get('value')})"
+        f"(fingerprint {recorded.get('value')}, this base's {found.get('value')})"
     )

@@ -171,15 +171,15 @@ def remove_leftovers(folder: Path, *, first: bool, timeout: float = 120.0) -> No
     """
     if first:
         _undo_half_replaced(folder)
-        for remains in _remains(folder):
-            shutil.rmtree(remains, ignore_errors=True)
+        for leftover in _leftovers(folder):
+            shutil.rmtree(leftover, ignore_errors=True)
         for marker in _idle_markers(folder):
             marker.unlink(missing_ok=True)
         for older in _last_checkpoints(folder)[:-1]:
             remove(older)
         return
     started = time.monotonic()
-    while _remains(folder) or _idle_markers(folder) or len(_named_last(folder)) > 1:
+    while _leftovers(folder) or _idle_markers(folder) or len(_named_last(folder)) > 1:
         if time.monotonic() - started > timeout:
             problem = f"holds leftovers of a killed run, and rank 0 has not removed them in {timeout:g} s"
             raise CheckpointError([f"{folder}: {problem}; check that rank 0 runs"])
@@ -203,7 +203,7 @@ def _undo_half_replaced(folder: Path) -> None:
             os.rename(hidden, folder / name)
 
 
-def _remains(folder: Path) -> list[Path]:
+def _leftovers(folder: Path) -> list[Path]:
     return [path for suffix in (_PARTIAL, _REMOVED) for path in folder.glob(f".*{suffix}")]
 
 

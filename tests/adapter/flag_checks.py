@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Megatron reads from an adapter's parameters, a check for each, and what each flag is when it is switched off.
+"""One check per flag that Megatron reads from an adapter's parameters, and how to switch each flag off.
 
-Runs on the ranks of tests/adapter/test_flag_controls.py. A check returns the names of what came out wrong: none with all flags
+Runs on the ranks of tests/adapter/test_flag_controls.py. A check returns the names of wrong tensors: none if all flags are
 as `inject` sets them.
 """
 
@@ -52,11 +52,11 @@ Trained = dict[str, Any]
 
 
 def nothing(adapter: Adapter) -> None:
-    """All flags as `inject` sets them."""
+    """Leaves all flags as `inject` sets them."""
 
 
 def without(flag: str) -> Off:
-    """No parameter has the flag."""
+    """Removes the flag from all parameters."""
 
     def off(adapter: Adapter) -> None:
         for parameter in (p for chunk in adapter.chunks for p in chunk.factors.parameters()):
@@ -66,7 +66,7 @@ def without(flag: str) -> Off:
 
 
 def without_config(flag: str) -> Off:
-    """The model's config does not have the flag."""
+    """Removes the flag from the model's config."""
 
     def off(adapter: Adapter) -> None:
         for chunk in adapter.chunks:
@@ -76,10 +76,10 @@ def without_config(flag: str) -> Off:
 
 
 def train(off: Off, **model: Any) -> Trained:
-    """A step of Megatron's own loop: its DDP, `finalize_model_grads`, distributed optimizer; a part of the rows for each
-    data-parallel rank.
+    """One step of Megatron's own loop: its DDP, `finalize_model_grads`, distributed optimizer.
 
-    Adam with an epsilon of 1 and gradients that are small beside it: what it adds is as large as the gradient.
+    Each data-parallel rank gets a part of the rows. Adam's epsilon is 1 and the gradients are much smaller, so a step is
+    as large as the gradient.
     """
     body = build_gpt(dtype=torch.float32, **model)
     adapter = adapted(body)
@@ -106,7 +106,7 @@ def train(off: Off, **model: Any) -> Trained:
 
 
 def adapted(body: nn.Module) -> Adapter:
-    """An adapter that is random everywhere."""
+    """An adapter with random values in every factor."""
     adapter = inject(body, TiedLoraConfig.preset("tl6", rank=3))
     adapter.load_full_state({name: whole(name, shape) for name, shape in shapes(adapter).items()})
     return adapter
@@ -141,7 +141,7 @@ def loss(labels: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, dict
 
 
 def saved_more_or_less_than_once(off: Off) -> list[str]:
-    """dist_checkpointing's own look at which rank writes what, before anything is written; it is rank 0 that tells."""
+    """dist_checkpointing's own check of which rank writes what, before anything is written. Only rank 0 reports."""
     adapter = adapted(build_gpt(dtype=torch.float32, llama=True, groups=2))
     with off(adapter) or nullcontext():
         state = adapter.chunks[0].factors.sharded_state_dict("decoder.tied_lora.")
@@ -154,7 +154,7 @@ def saved_more_or_less_than_once(off: Off) -> list[str]:
 
 
 def replica_id(place: int) -> Off:
-    """Every rank and chunk claims to be the first in one place of `replica_id`: (chunk, tensor parallel, data parallel)."""
+    """Makes every rank and chunk claim to be the first in one place of `replica_id`: (chunk, tensor, data parallel)."""
 
     @contextmanager
     def off(adapter: Adapter) -> Iterator[None]:
@@ -177,7 +177,7 @@ def replica_id(place: int) -> Off:
 
 
 def parts_by_megatrons_rule(off: Off) -> list[str]:
-    """Each sharded factor cut out of the whole by Megatron's own code, which is told nothing but the parameter's flags."""
+    """Megatron's own code cuts each sharded factor out of the whole tensor; it knows only the parameter's flags."""
     adapter = adapted(build_gpt(dtype=torch.float32, llama=True, groups=2))
     off(adapter)
     wrong = []
@@ -211,10 +211,9 @@ def matches(name: str, parameter: nn.Parameter, shape: tuple[int, ...]) -> bool:
 
 
 def fused_gradients(off: Off) -> list[str]:
-    """A tied factor used twice, once through Megatron's fused weight-gradient path, with Megatron's DDP around the model.
+    """Uses a tied factor twice, once through Megatron's fused weight-gradient path, with Megatron's DDP around the model.
 
-    The kernel needs a GPU; its stand-in does what it does: it adds to `main_grad`. Memory that nobody has written
-    holds NaN.
+    The kernel needs a GPU; its stand-in adds to `main_grad` like the kernel. Memory that was never written holds NaN.
     """
     body = build_gpt(dtype=torch.float32, num_layers=1)
     adapter = adapted(body)

@@ -41,7 +41,7 @@ def test_an_unknown_way_to_tie_experts_is_refused() -> None:
 
 
 def formula(config: TiedLoraConfig) -> dict[str, int]:
-    """The count of experts.py's table, written out once more."""
+    """The count by the table in experts.py, written independently."""
     counts = {}
     for group, (inputs, outputs, layers, experts) in GROUPS.items():
         copies = dict.fromkeys("ABuv", layers * experts)
@@ -85,7 +85,7 @@ def test_bad_sizes_of_a_mixture_are_reported_together() -> None:
 
 @pytest.mark.parametrize("experts", ["per_expert", "tied"])
 def test_what_is_tied_is_one_tensor_and_nothing_else_is(experts: str) -> None:
-    """Dense and experts' linears have one shape here, and still do not share."""
+    """The linears of dense layers and of experts have the same shape here, and still share nothing."""
     single_process()
     model = build_gpt(**{**MIXTURE, "moe_ffn_hidden_size": 40, "moe_shared_expert_intermediate_size": 40})
     adapter = inject(model, TiedLoraConfig(rank=3, targets=["linear_fc1"], experts=experts))
@@ -102,7 +102,7 @@ def test_what_is_tied_is_one_tensor_and_nothing_else_is(experts: str) -> None:
     assert len({id(tensor) for tensor in owned}) == 2 * (1 + len(layers) * (EXPERTS + 1))
 
 
-def test_the_adapter_starts_as_the_base_and_leaves_it_as_it_was() -> None:
+def test_the_adapter_starts_as_the_base_and_removal_restores_it() -> None:
     single_process()
     model = build_gpt(**MIXTURE)
     base, names = logits(model), [name for name, _ in model.named_parameters()]

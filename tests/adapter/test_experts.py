@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mixtures of experts: one process, then two ranks (one start), on megatron-core's own MoE layer."""
+"""One process, then two ranks (one start): mixtures of experts on megatron-core's own MoE layer; refusals, training, files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.parity.training import Record, randomise, train
 # agree, so it rounds to the same bits.
 RELATIVE = 1e-9
 EXPERTS = 4
-# Layer 1 is dense: with two stages both hold experts, and only the first a dense layer. Expert 2 gets no token.
+# Layer 1 is dense, so of two stages both have experts and only the first has a dense layer. Expert 2 gets no token.
 MIXTURE: dict[str, Any] = {
     "llama": True,
     "groups": 2,
@@ -63,13 +63,13 @@ RUNS: dict[str, dict[str, Any]] = {
     "B tied": {"rank": 2, "tied": ["B"], "experts": "tied", "targets": ["mlp"], "layers": [0, 1, 3]},
 }
 SHORT = {"steps": 3, "microbatches": 2}
-# Where a rank has to sum what sequence parallelism and the dispatcher leave partial: the replicated factors.
+# The replicated factors: sequence parallelism and the dispatcher leave their gradients partial.
 PARTIAL = {("linear_qkv", f) for f in "Au"} | {("linear_fc1", f) for f in "Au"}
 PARTIAL |= {(target, f) for target in ("linear_proj", "linear_fc2") for f in "Buv"}
 
 
 def randomised(model: nn.Module, config: dict[str, Any]) -> Adapter:
-    """Every stored factor random: one that starts at 0 hides what the others do."""
+    """Makes every stored factor random: a factor at 0 would hide errors in the others."""
     adapter = inject(model, TiedLoraConfig.from_mapping(config))
     randomise(adapter)
     return adapter
@@ -95,11 +95,11 @@ def wrong(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> li
     ]
 
 
-# --- one process -----------------------------------------------------------------------------------------------------
+# One process
 
 
 def planned(**changes: Any) -> Architecture:
-    """The mixture, as a configuration file says it."""
+    """The mixture, as a configuration file describes it."""
     keys = {
         "num_layers": 4,
         "hidden_size": 24,
@@ -158,7 +158,7 @@ def test_what_does_not_touch_experts_is_never_refused() -> None:
 
 
 def test_grouped_experts_are_refused_by_name_and_attention_beside_them_is_not() -> None:
-    """A stand-in has the real one's shape: megatron-core's needs Transformer Engine or a CUDA extension."""
+    """Uses a stand-in with the real class's attributes: megatron-core's needs Transformer Engine or a CUDA extension."""
 
     class TEGroupedMLP(nn.Module):
         def __init__(self) -> None:
@@ -177,7 +177,7 @@ def test_grouped_experts_are_refused_by_name_and_attention_beside_them_is_not() 
     assert len(linears(inject(model, TiedLoraConfig(rank=3, targets=["attention"])))) == 8
 
 
-# --- two ranks -------------------------------------------------------------------------------------------------------
+# Two ranks
 
 
 def with_megatrons_ddp(config: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -217,7 +217,7 @@ def refusal(**options: Any) -> list[str]:
 
 
 def dropout_masks() -> dict[str, list[float]]:
-    """On a rank: what dropout leaves of ones in front of an expert's linears."""
+    """On a rank: the result of dropout on ones, for an expert's linears."""
     adapter = inject(build_gpt(**MIXTURE, sequence_parallel=True), TiedLoraConfig(rank=3, dropout=0.5))
     masks = {}
     for name in ("experts.0.linear_fc1", "experts.0.linear_fc2"):
@@ -227,13 +227,13 @@ def dropout_masks() -> dict[str, list[float]]:
 
 
 def held(experts: str, **options: Any) -> int:
-    """On a rank: the adapter's elements."""
+    """On a rank: the number of the adapter's elements."""
     adapter = inject(build_gpt(**MIXTURE, **options), TiedLoraConfig(rank=3, experts=experts))
     return sum(parameter.numel() for parameter in adapter.parameters())
 
 
 def saved(folder: str) -> dict[str, torch.Tensor]:
-    """On a rank: what is written, as the adapter's own file and into Megatron's checkpoint."""
+    """On a rank: the state that was written to the adapter's own file and to Megatron's checkpoint."""
     from megatron.core import dist_checkpointing
 
     model = build_gpt(**MIXTURE, sequence_parallel=True)
@@ -310,7 +310,7 @@ def test_training_matches_the_single_process(
 
 
 def test_gradients_without_the_sum_are_noticed(ranks: list[dict[str, Any]], oracle: dict[str, Record]) -> None:
-    """All replicated factors, experts' too, and nothing else; the idle expert's are 0 with and without."""
+    """Exactly the replicated factors are wrong, also those of experts, except the idle expert's, which are always 0."""
     for rank in ranks:
         names = wrong(rank["no sum"].gradients[0], oracle["tl6, tied"].gradients[0])
         assert {tuple(name.split(".")[-2:]) for name in names} == PARTIAL

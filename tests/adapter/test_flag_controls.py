@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Four ranks (one start): every flag that Megatron reads from the adapter switched off in turn, and the check that goes red."""
+"""Four ranks (one start): switches off each flag that Megatron reads from the adapter, and sees its check fail."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ TWICE = {"Invalid access pattern"}
 
 @dataclass(frozen=True)
 class Control:
-    """check: of CHECKS. off: what is switched off. wrong: what comes out wrong then, and nothing else does.
+    """check: a name in CHECKS. off: switches the flag off. wrong: exactly the names that are wrong then.
 
-    some: some of it are enough, for which depends on how sizes fall.
+    some: some of these names are enough, because which ones depends on sizes.
     """
 
     check: str
@@ -66,7 +66,7 @@ CONTROLS = {
 
 
 def on_a_rank() -> dict[str, Any]:
-    """Every check as it is, and with each flag off."""
+    """Runs every check with all flags on, and with each flag off."""
     found: dict[str, Any] = {}
     for layout in ({"pp": 2}, {"tp": 2}):
         relayout(**layout)
@@ -79,7 +79,7 @@ def on_a_rank() -> dict[str, Any]:
 
 @functools.cache
 def outcomes() -> list[dict[str, Any]] | AssertionError:
-    """Each rank's, the ranks being started once, also when they fail."""
+    """The results of each rank. The ranks are started once, even if they fail."""
     try:
         return run_ranks(on_a_rank, world_size=4)
     except AssertionError as failure:
@@ -93,7 +93,7 @@ def single() -> Trained:
 
 
 def wrong(name: str) -> set[str]:
-    """What came out wrong on any rank, in a check or with a flag off."""
+    """The names that are wrong on any rank."""
     ranks = outcomes()
     if isinstance(ranks, AssertionError):
         raise ranks
@@ -104,7 +104,7 @@ def wrong(name: str) -> set[str]:
 
 
 def differences(got: Trained) -> list[str]:
-    """float32 leaves 1e-5 of sums that are reordered and of small differences; what a flag prevents is 10% and more."""
+    """Reordered float32 sums differ by 1e-5; the errors that a flag prevents are at least 10%."""
     want = single()
     found = [] if got["norm"] == pytest.approx(want["norm"], rel=1e-3) else ["norm"]
     for name, change in want["changes"].items():
@@ -114,12 +114,12 @@ def differences(got: Trained) -> list[str]:
 
 
 @pytest.mark.parametrize("check", CHECKS)
-def test_with_every_flag_the_check_is_green(check: str) -> None:
+def test_with_every_flag_the_check_passes(check: str) -> None:
     assert wrong(check) == set()
 
 
 @pytest.mark.parametrize("flag", CONTROLS)
-def test_without_the_flag_its_check_goes_red(flag: str) -> None:
+def test_without_the_flag_its_check_fails(flag: str) -> None:
     control, found = CONTROLS[flag], wrong(flag)
     if control.some:
         assert found
@@ -129,7 +129,7 @@ def test_without_the_flag_its_check_goes_red(flag: str) -> None:
 
 
 def test_a_tied_factor_in_a_fused_kernel_needs_zero_out_wgrad() -> None:
-    """Only kernels for GPUs read this flag, so it is their code around a stand-in that goes red."""
+    """Only GPU kernels read this flag, so their code runs around a stand-in here."""
     single_process()
     assert fused_gradients(nothing) == []
     assert fused_gradients(without("zero_out_wgrad")) == ["linear_qkv.A"]

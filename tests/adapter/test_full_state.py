@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two ranks, one start: the layout-free state at TP 2, at PP 2 and on one process, bit for bit."""
+"""Two ranks (one start): the whole state at TP 2, at PP 2 and on one process, bit for bit."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ State = dict[str, torch.Tensor]
 
 @dataclass
 class Record:
-    """One rank's: the state as injected, a loaded one read back, and what this rank itself holds of that one."""
+    """Of one rank: the state as injected, a loaded state read back, and this rank's own parts of the loaded one."""
 
     start: State
     loaded: State
@@ -64,7 +64,7 @@ class Record:
 
 
 def whole_state(case: Case, start: State) -> State:
-    """Random numbers that depend on the name alone: a tensor in another's place is noticed."""
+    """Random numbers that depend only on the name, so a swapped tensor is noticed."""
     return {name: full_tensor(f"state {name}", tuple(t.shape)).to(t.dtype) for name, t in start.items()}
 
 
@@ -95,7 +95,7 @@ def record_layouts() -> dict[str, dict[str, Record]]:
 
 @pytest.fixture(scope="module")
 def two_ranks() -> TwoRanks:
-    """Spawned once; a failure too is kept, and not tried again for each test."""
+    """The ranks are started once, even if they fail."""
     return run_ranks(record_layouts, world_size=2, tp=2)
 
 
@@ -111,7 +111,7 @@ def megatron() -> None:
 
 
 def assert_same(got: State, expected: State) -> None:
-    """Names in the same order, dtypes, shapes and bits."""
+    """Checks that names, their order, dtypes, shapes and bits are the same."""
     assert list(got) == list(expected)
     for name in expected:
         assert got[name].dtype == expected[name].dtype, name
@@ -148,7 +148,7 @@ def test_a_state_of_two_ranks_loads_on_one(case: str, source: str, two_ranks: Tw
 
 
 def test_each_tensor_parallel_rank_holds_the_part_that_the_table_says(two_ranks: TwoRanks) -> None:
-    """The parts are written out here; reading back what was loaded would not notice a wrong one."""
+    """The expected parts are written out here: reading back what was loaded would not notice a wrong part."""
     state = one_process("llama tl6").loaded
     for rank in two_ranks:
         held = rank["tp2"]["llama tl6"]
@@ -209,7 +209,7 @@ def test_names_and_shapes_are_the_contract() -> None:
     ],
 )
 def test_what_is_stored(case: str, names: set[str]) -> None:
-    """Frozen A and B are there, for they are needed; a frozen u or v is 1 and is not."""
+    """Frozen A and B are stored; a frozen u or v is 1 and is not."""
     assert set(one_process(case).loaded) == names
 
 
@@ -249,7 +249,7 @@ def test_a_float32_state_loads_into_a_bfloat16_adapter() -> None:
 BAD: dict[str, tuple[Any, str]] = {
     "missing": (lambda s: s.pop("linear_qkv.A"), "state: linear_qkv.A is missing"),
     "unexpected": (lambda s: s.update({"linear_qkv.C": torch.ones(1)}), "state: linear_qkv.C is unexpected"),
-    "of a layer that is not there": (
+    "of a layer that does not exist": (
         lambda s: s.update({"layers.4.linear_qkv.u": torch.ones(RANK)}),
         "state: layers.4.linear_qkv.u is unexpected",
     ),

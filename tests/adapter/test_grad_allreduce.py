@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One process, then two ranks (one start): who sums which gradient, with Megatron's own DDP and without it."""
+"""One process, then two ranks (one start): which code sums which gradient, with and without Megatron's DDP."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def forward_and_backward(model: nn.Module) -> None:
 
 
 def with_megatrons_ddp(name: str, loop: str) -> Gradients:
-    """On a rank: the gradients after `finalize_model_grads`, DDP being given the config that built the model."""
+    """On a rank: the gradients after `finalize_model_grads`. DDP gets the config that built the model."""
     model = build_gpt()
     callers_own_config = model.config
     adapter = inject(model, TiedLoraConfig.from_mapping(CONFIGS[name]))
@@ -87,7 +87,7 @@ def with_megatrons_ddp(name: str, loop: str) -> Gradients:
 
 
 def count_all_reduces() -> dict[str, int]:
-    """On a rank: how many all-reduces `reduce_gradients` starts, of how many elements."""
+    """On a rank: the number of elements of each all-reduce that `reduce_gradients` starts."""
     model = build_gpt()
     adapter = inject(model, TiedLoraConfig(rank=3))
     randomise(adapter)
@@ -108,7 +108,7 @@ def count_all_reduces() -> dict[str, int]:
 
 
 def sum_marked_over_tensor_parallel() -> list[list[float]]:
-    """On a rank: gradients of three parameters after the sum: marked, not marked, marked and without a gradient."""
+    """On a rank: the gradients after the sum of three parameters: marked, not marked, marked without a gradient."""
     parameters = [nn.Parameter(torch.zeros(2)) for _ in range(3)]
     for parameter, marked in zip(parameters, (True, False, True), strict=True):
         parameter.sequence_parallel = marked  # type: ignore[attr-defined]
@@ -122,9 +122,9 @@ def sum_marked_over_tensor_parallel() -> list[list[float]]:
 
 
 def dropout_masks() -> dict[str, list[float]]:
-    """On a rank: what dropout leaves of ones in front of each linear, plain and under sequence parallelism.
+    """On a rank: the result of dropout on ones, for each kind of linear, with and without sequence parallelism.
 
-    Megatron gives the default generator the same seed on all tensor-parallel ranks, as is done here.
+    Like Megatron, it seeds the default generator alike on all tensor-parallel ranks.
     """
     masks = {}
     for sequence_parallel in (False, True):
@@ -153,7 +153,7 @@ def on_a_rank() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def two_ranks() -> list[dict[str, Any]]:
-    """Spawned once; a failure too is kept, and not tried again for each test."""
+    """The ranks are started once, even if they fail."""
     return run_ranks(on_a_rank, world_size=2, pp=2)
 
 
@@ -214,7 +214,7 @@ def test_per_layer_gradients_are_not_touched() -> None:
     assert all(p.grad is None for p in own[1::2])
 
 
-def test_nothing_is_done_where_megatron_keeps_the_gradients() -> None:
+def test_nothing_is_done_if_megatron_keeps_the_gradients() -> None:
     adapter = two_chunks()
     for chunk in adapter.chunks:
         for _, parameter in chunk.factors.named_parameters():
@@ -225,7 +225,7 @@ def test_nothing_is_done_where_megatron_keeps_the_gradients() -> None:
         assert torch.equal(parameter.main_grad, torch.ones_like(parameter))  # type: ignore[attr-defined]
 
 
-def test_main_grad_is_summed_where_the_caller_asks_for_it() -> None:
+def test_main_grad_is_summed_if_the_caller_asks_for_it() -> None:
     adapter = two_chunks()
     for parameter in adapter.parameters():
         parameter.main_grad = torch.ones_like(parameter)  # type: ignore[attr-defined]
@@ -242,7 +242,7 @@ def test_frozen_tied_factors_are_not_summed() -> None:
 
 @pytest.fixture(scope="module")
 def oracle() -> dict[str, Gradients]:
-    """The whole model on one process, the mean of the microbatches."""
+    """The gradients of the whole model on one process: the mean over the microbatches."""
     single_process()
     results = {}
     for name, config in CONFIGS.items():
@@ -257,7 +257,7 @@ def oracle() -> dict[str, Gradients]:
 
 
 def wrong(got: Gradients, expected: Gradients) -> list[str]:
-    """Names whose gradient is not the oracle's."""
+    """The names whose gradient differs from the oracle's."""
     return [name for name, g in got.items() if not (g - expected[name]).norm() <= RELATIVE * expected[name].norm()]
 
 
@@ -265,7 +265,7 @@ def wrong(got: Gradients, expected: Gradients) -> list[str]:
 def test_a_sum_after_megatrons_own_changes_nothing(
     name: str, two_ranks: list[dict[str, Any]], oracle: dict[str, Gradients]
 ) -> None:
-    """The caller hands DDP the config with which the model was built: the flag must be on that very object."""
+    """The caller gives DDP the config that built the model, so the flag must be on that object."""
     stages = [rank["ddp"][name, "reduced again"] for rank in two_ranks]
     assert stages[0].keys() | stages[1].keys() == oracle[name].keys()
     assert [wrong(gradients, oracle[name]) for gradients in stages] == [[], []]
@@ -302,7 +302,7 @@ def whole_sequence() -> Record:
 def test_sequence_parallel_gradients_without_the_sum_are_noticed(
     two_ranks: list[dict[str, Any]], whole_sequence: Record
 ) -> None:
-    """Replicated factors are those whose gradient is partial: A and u of columns, B, u and v of rows."""
+    """The gradients of replicated factors are partial: A and u of columns; B, u and v of rows."""
     partial_over_ranks = {("linear_qkv", f) for f in "Au"} | {("linear_fc1", f) for f in "Au"}
     partial_over_ranks |= {(t, f) for t in ("linear_proj", "linear_fc2") for f in "Buv"}
     for rank in two_ranks:

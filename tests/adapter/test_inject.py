@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One process, a tiny real megatron-core GPT: what injection builds, trains, refuses and gives back."""
+"""One process, a tiny real megatron-core GPT: what injection builds and trains."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def loss_of(model: nn.Module, seed: int = 0) -> torch.Tensor:
 
 
 def randomise(adapter: Adapter) -> None:
-    """Every stored factor random: one that starts at 0 hides what the others do."""
+    """Makes every stored factor random: a factor at 0 would hide errors in the others."""
     shapes = expected_shapes(adapter.config, adapter.shapes)
     adapter.load_full_state({name: full_tensor(f"start {name}", shape) for name, shape in shapes.items()})
 
@@ -67,7 +67,7 @@ def stored(adapter: Adapter) -> dict[str, nn.Parameter]:
 def formula(
     shapes: dict[str, tuple[int, int]], layers: int, rank: int, trained: Sequence[str], tied: Sequence[str]
 ) -> int:
-    """The paper's count, written out once more."""
+    """The paper's count, written independently."""
     total = 0
     for inputs, outputs in shapes.values():
         total += ("A" in trained) * rank * inputs * (1 if "A" in tied else layers)
@@ -92,7 +92,7 @@ def test_every_combination_builds_and_trains_or_is_refused(trained: tuple[str, .
     start = values(adapter.chunks[0].factors)
     losses, moved = train_two_steps(model, adapter)
     ones_trained = {name for name in start if name.rpartition(".")[2] in trained}
-    # Step one: all others' gradients are products with the one factor that is 0. Step two moves everything.
+    # In step one all other gradients are products with the factor that is 0. Step two moves everything.
     assert moved[0] == {name for name in start if name.endswith(f".{config.zero_factor}")}
     assert moved[1] == ones_trained == {name for name, _ in adapter.named_parameters()}
     assert losses[0] == pytest.approx(loss_of_logits(base_logits), abs=0)
@@ -116,7 +116,7 @@ def loss_of_logits(output: torch.Tensor) -> float:
 
 
 def train_two_steps(model: nn.Module, adapter: Adapter) -> tuple[list[float], list[set[str]]]:
-    """Loss before each step and after the last; the tensors that differ from the start after each step."""
+    """Returns the loss before each step and after the last, and after each step the names that differ from the start."""
     optimizer = torch.optim.Adam(adapter.parameters(), lr=1e-2)
     start = values(adapter.chunks[0].factors)
     losses, moved = [], []
@@ -134,7 +134,7 @@ def train_two_steps(model: nn.Module, adapter: Adapter) -> tuple[list[float], li
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("preset", ["lora", "vera", "tl5", "tl6"])
 def test_whole_model_gradients_equal_the_formula_written_beside_the_base(style: str, preset: str) -> None:
-    """The oracle is the base model with a hook on each linear, which knows nothing of this project's layers."""
+    """The oracle is the base model with a hook on each linear. It uses none of this project's layers."""
     model, twin = (build_gpt(num_layers=2, **STYLES[style]) for _ in "12")
     adapter = inject(model, TiedLoraConfig.preset(preset, rank=3, alpha=5.0))
     randomise(adapter)
@@ -185,7 +185,7 @@ def test_shapes_and_counts_per_target(style: str) -> None:
     ("preset", "count"), [("lora", 4_194_304), ("tl6", 524_544), ("tl5", 131_072), ("vera", 393_472)]
 )
 def test_full_llama2_7b_shapes_give_the_papers_counts(preset: str, count: int) -> None:
-    """On the meta device, which stores no numbers: 6.7 billion parameters of base."""
+    """On the meta device, which stores no values: the base has 6.7 billion parameters."""
     config = TransformerConfig(
         num_layers=32,
         hidden_size=4096,
@@ -235,7 +235,7 @@ def test_tied_tensors_are_one_object_for_all_layers_and_listed_once() -> None:
         assert pair[0] is stored(adapter)[f"{target}.A"]
         assert pair[1] is stored(adapter)[f"{target}.B"]
     storages = [p.untyped_storage().data_ptr() for p in stored(adapter).values()]
-    assert len(set(storages)) == len(storages)  # targets share nothing with each other, nor layers their u and v
+    assert len(set(storages)) == len(storages)  # targets share nothing, and neither do the u and v of layers
     listed = [id(p) for p in adapter.parameters()]
     assert len(listed) == len(set(listed)) == 4 * (2 + 2 * 3)
     in_model = [id(p) for p in model.parameters() if p.requires_grad]
@@ -243,7 +243,7 @@ def test_tied_tensors_are_one_object_for_all_layers_and_listed_once() -> None:
 
 
 def test_chunks_hold_tied_tensors_of_their_own_with_the_same_bits() -> None:
-    """megatron-core's DDP points `main_grad` into each chunk's own buffer: one object cannot serve two chunks."""
+    """megatron-core's DDP points `main_grad` into a buffer per chunk, so one parameter cannot serve two chunks."""
     chunks = [build_gpt(num_layers=2), build_gpt(num_layers=2)]
     for layer in chunks[1].decoder.layers:
         layer.layer_number += 2
@@ -287,7 +287,7 @@ def test_factors_take_the_bases_dtype() -> None:
 
 
 class Wrapper(nn.Module):
-    """As Megatron's Float16Module and DDP do: the model is at `module`."""
+    """Holds the model at `module`, like Megatron's Float16Module and DDP."""
 
     def __init__(self, module: nn.Module):
         super().__init__()
@@ -329,7 +329,7 @@ def test_target_selection(given: list[str] | str, adapted: list[str]) -> None:
 
 @pytest.mark.parametrize("trained", [FACTORS, ("v", "u")], ids="".join)
 def test_flags_that_megatron_reads(trained: tuple[str, ...]) -> None:
-    """One rank: the sharded ones carry their dim also at TP 1, for checkpoints; blocks are the stride."""
+    """Sharded factors have their dim even at TP 1, for checkpoints; the stride is the number of blocks."""
     model = build_gpt(num_layers=2, **STYLES["llama"])
     adapter = inject(model, TiedLoraConfig(rank=3, trained=trained))
     assert model.config.has_cond_embedder is True
@@ -353,7 +353,7 @@ def test_flags_that_megatron_reads(trained: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("trained", [FACTORS, ("v", "u"), ("A",)], ids="".join)
 @pytest.mark.parametrize("layers", [None, [1]], ids=["all layers", "layer 1"])
 def test_full_recompute_gives_the_same_gradients(trained: tuple[str, ...], layers: list[int] | None) -> None:
-    """Checkpointed layers see only inputs that require no gradient where the base is frozen."""
+    """With a frozen base, the inputs of checkpointed layers require no gradient."""
     recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     results = []
     for options in ({}, recompute):
@@ -367,12 +367,12 @@ def test_full_recompute_gives_the_same_gradients(trained: tuple[str, ...], layer
     for name, gradient in plain.items():
         assert gradient is not None
         assert recomputed[name] is not None, name
-        # A layer whose input needs a gradient takes another path: float64 sums in another order.
+        # A layer whose input needs a gradient takes another path, which sums in another order.
         torch.testing.assert_close(recomputed[name], gradient, rtol=1e-9, atol=1e-13)
 
 
 def test_recompute_really_recomputes() -> None:
-    """The control of the test above: without the recomputation there would be nothing to compare."""
+    """Negative control of the test above: without recomputation it would compare nothing."""
     model = build_gpt(num_layers=2, recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     inject(model, TiedLoraConfig(rank=3))
     calls: list[int] = []

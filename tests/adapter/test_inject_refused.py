@@ -28,14 +28,14 @@ def test_the_base_is_frozen_and_keeps_its_keys() -> None:
     added = [key for key in model.state_dict() if key not in keys]
     assert [key for key in model.state_dict() if key in keys] == keys
     assert sorted(added) == sorted(f"decoder.tied_lora.{name}" for name in stored(adapter))
-    # A base checkpoint still loads: nothing is missing but the adapter.
+    # A base checkpoint still loads: only the adapter's keys are missing.
     result = model.load_state_dict(weights, strict=False)
     assert [key for key in result.missing_keys if key not in added and not key.endswith("_extra_state")] == []
     assert result.unexpected_keys == []
 
 
 @pytest.mark.parametrize("had_flag", [None, False, True])
-def test_remove_gives_everything_back(had_flag: bool | None) -> None:
+def test_remove_restores_everything(had_flag: bool | None) -> None:
     model = build_gpt(num_layers=2, recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     if had_flag is not None:
         model.config.has_cond_embedder = had_flag
@@ -53,7 +53,7 @@ def test_remove_gives_everything_back(had_flag: bool | None) -> None:
 
 
 def description(model: nn.Module) -> dict[str, Any]:
-    """All that injection could leave behind: classes, attributes, hooks, keys, flags, the config."""
+    """Everything that injection could leave behind: classes, attributes, hooks, keys, flags, the config."""
     return {
         "modules": [(name, type(module), sorted(vars(module))) for name, module in model.named_modules()],
         "hooks": [(name, len(module._forward_hooks)) for name, module in model.named_modules()],
@@ -88,7 +88,7 @@ def test_a_model_without_megatron_linears_is_refused() -> None:
         inject(nn.Sequential(nn.Linear(4, 4)), TiedLoraConfig())
 
 
-def test_a_target_that_is_missing_is_refused_with_those_that_are_there() -> None:
+def test_a_missing_target_is_refused_with_those_that_exist() -> None:
     model = build_gpt(num_layers=1)
     model.decoder.layers[0].mlp = nn.Identity()
     refused(
@@ -152,7 +152,7 @@ def test_several_errors_are_reported_together_and_nothing_is_changed() -> None:
 
 
 def refused(model: nn.Module, messages: list[str], **fields: Any) -> None:
-    """`inject` raises one ConfigError with all messages, each in a line of its own, and leaves the model alone."""
+    """Checks that `inject` raises one ConfigError with all messages, one per line, and does not change the model."""
     before = description(model)
     with pytest.raises(ConfigError) as error:
         inject(model, TiedLoraConfig(**{"rank": 3, **fields}))

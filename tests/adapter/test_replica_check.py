@@ -19,13 +19,13 @@ from nemo_tied_lora.adapter.replica_check import TieError, check_ties, checksums
 from tests.harness.ranks import run_ranks, single_process
 from tests.harness.tiny_gpt import build_gpt, full_tensor
 
-# Layout to its sizes on four ranks; data parallelism takes what is left.
+# Layout to its sizes on four ranks; the rest is data parallel.
 LAYOUTS = {
     "tp2 pp2": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
     "pp2 dp2": {"pipeline_model_parallel_size": 2},
     "tp2 cp2": {"tensor_model_parallel_size": 2, "context_parallel_size": 2},
 }
-# Layout, configuration, tensor, rank that gets another bit: the ranks that hold the same, as the message says them.
+# (layout, configuration, tensor, rank that gets another bit): the ranks that hold the tensor, as in the message.
 PLANTED = {
     "tied over the pipeline and tensor parallel": ("tp2 pp2", "tl6", "linear_qkv.A", 3, (0, 1, 2)),
     "tied and sharded": ("tp2 pp2", "tl6", "linear_qkv.B", 3, (1,)),
@@ -51,14 +51,14 @@ def build(preset: str, dtype: torch.dtype = torch.float32) -> Adapter:
 
 
 def flip_lowest_bit(adapter: Adapter, name: str) -> None:
-    """Of the last element, in every chunk that holds the tensor."""
+    """Flips the lowest bit of the last element, in every chunk that holds the tensor."""
     for chunk in adapter.chunks:
         words = chunk.factors.get_parameter(name).data.view(-1).view(torch.int32)
         words[-1] ^= 1
 
 
 def refusal(adapter: Adapter, folder: str | None = None) -> tuple[str, list[tuple]] | None:
-    """What the guard says, None where it is content."""
+    """The guard's message; None if it finds no difference."""
     try:
         if folder is None:
             check_ties(adapter, "after step 7: ")
@@ -81,7 +81,7 @@ def on_each_layout(folder: str) -> dict[str, Any]:
         for case, (where, preset, name, rank, _) in PLANTED.items():
             if where == layout:
                 outcome[case] = _planted(adapters[preset], name, rank)
-        outcome[f"mended {layout}"] = refusal(adapters["tl6"])
+        outcome[f"restored {layout}"] = refusal(adapters["tl6"])
     outcome["saved"] = refusal(adapters["tl6"], folder)
     good = (Path(folder) / "adapter.nemo").read_bytes()
     planted_on = torch.distributed.get_rank() == 1
@@ -93,18 +93,18 @@ def on_each_layout(folder: str) -> dict[str, Any]:
 
 
 def _planted(adapter: Adapter, name: str, rank: int) -> Any:
-    here = torch.distributed.get_rank() == rank
-    if here:
+    is_changed = torch.distributed.get_rank() == rank
+    if is_changed:
         flip_lowest_bit(adapter, name)
-    said = refusal(adapter)
-    if here:
+    message = refusal(adapter)
+    if is_changed:
         flip_lowest_bit(adapter, name)
-    return said
+    return message
 
 
 @functools.cache
 def outcomes() -> list[dict[str, Any]] | AssertionError:
-    """Each rank's, the ranks being started once, also when they fail."""
+    """The results of each rank. The ranks are started once, even if they fail."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             ranks = run_ranks(on_each_layout, folder, world_size=4)
@@ -124,9 +124,9 @@ def on_all_ranks(case: str) -> list[Any]:
 @pytest.mark.parametrize("case", PLANTED)
 def test_one_different_bit_stops_every_rank_and_names_tensor_and_ranks(case: str) -> None:
     _, _, name, rank, others = PLANTED[case]
-    said = on_all_ranks(case)
-    assert all(answer == said[0] for answer in said)
-    message, differences = said[0]
+    results = on_all_ranks(case)
+    assert all(result == results[0] for result in results)
+    message, differences = results[0]
     assert [(n, set(ranks)) for n, _, ranks in differences] == [(name, {others, (rank,)})]
     assert message.startswith("tie guard: after step 7: 1 tensor(s) differ")
     line = next(line for line in message.splitlines() if name in line)
@@ -139,12 +139,12 @@ def test_one_different_bit_stops_every_rank_and_names_tensor_and_ranks(case: str
 def test_healthy_replicas_pass(layout: str) -> None:
     for preset in ("tl6", "vera", "lora"):
         assert on_all_ranks(f"healthy {layout} {preset}") == [None] * 4
-    assert on_all_ranks(f"mended {layout}") == [None] * 4
+    assert on_all_ranks(f"restored {layout}") == [None] * 4
 
 
 def test_nothing_is_saved_over_a_good_file() -> None:
     assert on_all_ranks("saved") == [None] * 4
-    assert all(said[1][0][0] == "linear_fc1.A" for said in on_all_ranks("saved over it"))
+    assert all(result[1][0][0] == "linear_fc1.A" for result in on_all_ranks("saved over it"))
     assert on_all_ranks("good file kept") == [True] * 4
     result = outcomes()
     assert isinstance(result, list)
@@ -203,6 +203,6 @@ def test_the_checksum_tells_signed_zeros_and_simple_swaps_apart() -> None:
     ids=str,
 )
 def test_the_checksum_is_the_same_in_every_version(dtype: torch.dtype, first: int, second: int) -> None:
-    """Nodes that run different versions of this package would accuse each other."""
+    """Otherwise nodes with different versions of this package would report each other."""
     tensor = torch.arange(-7, 8, dtype=torch.float64).reshape(3, 5).to(dtype)
     assert [value & (2**64 - 1) for value in checksums([tensor, -tensor]).tolist()] == [first, second]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pure maths: the words are splitmix64's."""
+"""Pure maths: the words are those of splitmix64."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MASK = 2**64 - 1
 
 
 def mixed(word: int) -> int:
-    """The published algorithm, on Python's integers."""
+    """The published algorithm on Python integers."""
     word = (word ^ word >> 30) * 0xBF58476D1CE4E5B9 & MASK
     word = (word ^ word >> 27) * 0x94D049BB133111EB & MASK
     return word ^ word >> 31

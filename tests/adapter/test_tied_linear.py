@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pure maths, one process: one linear with its update against the formula written out, output and every gradient."""
+"""Pure maths, one process: output and every gradient of one adapted linear equal the formula."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KINDS = ("column", "row")
 IN, OUT, RANK = 7, 10, 3
 SUBSETS = [subset for size in range(1, 5) for subset in itertools.combinations(FACTORS, size)]
 TIES: list[tuple[str, ...]] = [(), ("A",), ("B",), ("A", "B")]
-# float64, and sums in another order: a few units in the last place.
+# float64 sums in another order differ by a few units in the last place.
 EXACT = {"rtol": 1e-12, "atol": 1e-13}
 
 
@@ -36,7 +36,7 @@ def megatron() -> None:
 def make_linear(
     kind: str, *, dtype: torch.dtype = torch.float64, bias: bool = True, skip_bias_add: bool = False
 ) -> Any:
-    """A frozen Megatron linear, (OUT, IN), with fixed numbers."""
+    """A frozen Megatron linear (OUT, IN) with fixed values."""
     config = TransformerConfig(
         num_layers=1, hidden_size=8, num_attention_heads=2, use_cpu_initialization=True, params_dtype=dtype
     )
@@ -68,7 +68,7 @@ class PlainLinear(nn.Module):
 
 
 def attach(linear: nn.Module, kind: str, **fields: Any) -> LinearAdapter:
-    """Swaps the update in; every factor that is stored is random, so that none hides another's error."""
+    """Attaches an adapter whose stored factors are all random: a factor at 0 would hide errors in the others."""
     config = TiedLoraConfig(rank=RANK, **fields)
     shapes = {"A": (RANK, IN), "B": (OUT, RANK), "u": (RANK,), "v": (OUT,)}
     dtype = linear.weight.dtype  # type: ignore[union-attr]
@@ -86,7 +86,7 @@ def stored(adapter: LinearAdapter) -> dict[str, nn.Parameter]:
 
 
 def literal(x: torch.Tensor, weight: torch.Tensor, factors: dict[str, torch.Tensor], scale: float) -> torch.Tensor:
-    """W x + scale diag(v) B diag(u) A x with the diagonal matrices written out, x (..., in)."""
+    """W x + scale diag(v) B diag(u) A x for x (..., in), with explicit diagonal matrices."""
     u = torch.diag(factors.get("u", torch.ones(RANK, dtype=x.dtype)))
     v = torch.diag(factors.get("v", torch.ones(OUT, dtype=x.dtype)))
     update = v @ factors["B"] @ u @ factors["A"]
@@ -98,7 +98,7 @@ def sample(*lead: int, dtype: torch.dtype = torch.float64, name: str = "x") -> t
 
 
 def gradients(output: torch.Tensor, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Of a loss that weighs every output element differently."""
+    """The gradients of a loss in which every output element has another weight."""
     weights = full_tensor("loss", tuple(output.shape), 1.0).to(output.dtype)
     return dict(zip(inputs, torch.autograd.grad((output * weights).sum(), list(inputs.values())), strict=True))
 
@@ -142,7 +142,7 @@ def test_scale_is_alpha_over_rank_and_one_by_default(alpha: float | None) -> Non
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_dropout_acts_on_x_on_the_adapters_path_only(kind: str) -> None:
-    """With W = 0 and diag(v) B diag(u) A x = the sum of x = 1, each output counts the elements that were kept."""
+    """With W = 0 and diag(v) B diag(u) A x = sum(x), each output counts the elements that dropout kept."""
     linear = make_linear(kind, bias=False)
     linear.weight.data.zero_()
     adapter = attach(linear, kind, trained=("B", "A"), dropout=0.25)
@@ -154,7 +154,7 @@ def test_dropout_acts_on_x_on_the_adapters_path_only(kind: str) -> None:
     kept = output[:, 0] * 0.75
     torch.testing.assert_close(kept, kept.round(), rtol=0, atol=1e-9)  # kept elements are scaled by 1 / 0.75
     assert kept.unique().numel() > 3
-    # 28,000 draws with standard deviation 0.43: the mean lies within 0.015 of 0.75 (six standard errors).
+    # 28,000 draws with standard deviation 0.43: the mean is within 0.015 of 0.75 (six standard errors).
     assert abs(kept.mean().item() / IN - 0.75) < 0.015
     assert torch.equal(output, output[:, :1].expand_as(output))
 
@@ -203,7 +203,7 @@ def test_a_bias_that_the_caller_adds_is_passed_on(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_link_that_is_off_gives_the_base_and_swapping_out_gives_the_class_back(kind: str) -> None:
+def test_a_disabled_adapter_gives_the_base_and_detaching_restores_the_class(kind: str) -> None:
     linear = make_linear(kind)
     cls, base = type(linear), linear(sample())[0]
     adapter = attach(linear, kind)
@@ -218,7 +218,7 @@ def test_a_link_that_is_off_gives_the_base_and_swapping_out_gives_the_class_back
     assert torch.equal(linear(sample())[0], base)
 
 
-def test_the_link_registers_nothing_on_the_base_linear() -> None:
+def test_the_adapter_registers_nothing_on_the_base_linear() -> None:
     linear = make_linear("column")
     before = list(linear.state_dict()), [n for n, _ in linear.named_modules()]
     attach(linear, "column")
@@ -231,7 +231,7 @@ def test_autocast_computes_in_bfloat16(kind: str, trained: tuple[str, ...]) -> N
     plain = kind == "plain"
     linear, base = (PlainLinear("row") if plain else make_linear(kind, dtype=torch.float32, bias=False) for _ in "12")
     adapter = attach(linear.float().requires_grad_(False), "row" if plain else kind, trained=trained)
-    # Megatron's own linears cannot go backward under autocast on a CPU: their backward meets bfloat16 and float32.
+    # The backward of Megatron's own linears fails under autocast on a CPU: it gets bfloat16 and float32.
     x = sample(dtype=torch.float32).requires_grad_(plain)
     twins = {name: p.detach().double().requires_grad_(p.requires_grad) for name, p in stored(adapter).items()}
     twin_x = x.detach().double().requires_grad_(plain)
@@ -270,7 +270,7 @@ def test_a_bfloat16_model_stays_in_bfloat16(kind: str) -> None:
 
 
 def close(got: torch.Tensor, expected: torch.Tensor) -> None:
-    """Relative error of the whole tensor: bfloat16 keeps 8 bits, and a handful of roundings follow one another."""
+    """Compares relative to the whole tensor: bfloat16 keeps 8 bits, and several roundings add up."""
     error = (got.double() - expected.double()).norm() / expected.double().norm()
     assert error < 0.02, f"relative error {error:.3f}"
 
@@ -328,7 +328,7 @@ def test_microbatches_accumulate_the_gradient_of_the_whole_batch(kind: str) -> N
     linear = make_linear(kind)
     adapter = attach(linear, kind)
     batches = [sample(), sample(name="second")]
-    # Both forwards before both backwards, as a pipeline's warm-up does.
+    # Both forwards come before both backwards, as in a pipeline's warm-up.
     losses = [linear(x.requires_grad_())[0].square().sum() for x in batches]
     for loss in losses:
         loss.backward()

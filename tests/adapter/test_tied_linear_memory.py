@@ -47,12 +47,12 @@ def test_trained_A_keeps_x_itself_and_not_a_copy(kind: str) -> None:
 
 
 def widths_kept_for_backward(kind: str, trained: tuple[str, ...]) -> set[int]:
-    """Last sizes of the activations, tensors with the 5 * 3 positions of the sample, that autograd keeps."""
+    """The last sizes of the activations that autograd keeps: of tensors with the 5 * 3 positions of the sample."""
     linear = make_linear(kind)
     attach(linear, kind, trained=trained)
     kept = kept_for_backward(lambda: linear(sample().requires_grad_()))
     widths = {t.shape[-1] for t in kept if t.dim() > 1 and t.numel() == 15 * t.shape[-1]}
-    assert RANK in widths  # h: the measurement sees activations at all
+    assert RANK in widths  # h, so the measurement does see activations
     return widths
 
 
@@ -66,7 +66,7 @@ def kept_for_backward(forward: Callable[[], Any]) -> list[torch.Tensor]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("other_first", [True, False])
 def test_another_consumer_of_x_neither_sees_nor_spoils_the_update(kind: str, other_first: bool) -> None:
-    """The update is accumulated into the base's own memory: x, and gradients that others hold, stay as they are."""
+    """The update adds in place to the base's memory; x and the gradients that others hold must not change."""
     linear = make_linear(kind)
     adapter = attach(linear, kind)
     leaf, twin = sample().requires_grad_(), sample().requires_grad_()
@@ -113,7 +113,7 @@ def test_two_outputs_do_not_share_memory(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_upstream_gradient_is_left_as_it_was(kind: str) -> None:
+def test_the_upstream_gradient_is_unchanged(kind: str) -> None:
     linear = make_linear(kind)
     attach(linear, kind)
     output = linear(sample().requires_grad_())[0]
@@ -124,13 +124,13 @@ def test_the_upstream_gradient_is_left_as_it_was(kind: str) -> None:
 
 
 class KeepsItsOutput(PlainLinear):
-    """exp's backward needs exp's output."""
+    """Saves its output for backward, because exp's backward needs it."""
 
     def forward(self, x: torch.Tensor) -> Any:
         return super().forward(x)[0].exp(), None
 
 
-def test_backward_raises_where_the_base_kept_the_output_that_is_accumulated_into() -> None:
+def test_backward_raises_if_the_base_saved_the_output_that_is_changed_in_place() -> None:
     linear = KeepsItsOutput("column").requires_grad_(False)
     attach(linear, "column")
     output = linear(sample().requires_grad_())[0]

@@ -37,8 +37,8 @@ def megatron() -> None:
 class FusedNormLinear(nn.Module):
     """Takes and returns what megatron-core's TELayerNormColumnParallelLinear does (extensions/transformer_engine.py).
 
-    Transformer Engine returns y, or (y, bias), and appends the norm's output where `return_layernorm_output` is set;
-    Megatron's wrapper makes a pair of it where the bias is not returned.
+    Transformer Engine returns y or (y, bias), and appends the norm's output if `return_layernorm_output` is set.
+    Megatron's wrapper makes a pair of it if the bias is not returned.
     """
 
     parallel_mode = "column"
@@ -88,7 +88,7 @@ def test_a_fused_norm_feeds_the_update_and_is_hidden_from_the_caller(te_return_b
 
 
 def test_a_fused_norm_linear_that_is_off_returns_what_its_caller_expects() -> None:
-    """Merging switches the update off: the norm's output must not reach the caller then."""
+    """Merging disables the adapter; the norm's output must not reach the caller then."""
     linear = FusedNormLinear(False).requires_grad_(False)
     base, _ = linear(sample())
     adapter = attach(linear, "column")

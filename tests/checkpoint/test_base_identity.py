@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One process, then two ranks (one start): an adapter knows its base, on every layout, and refuses another one."""
+"""One process, then two ranks (one start): an adapter identifies its base on every layout and refuses another."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def test_one_changed_element_of_any_weight_is_noticed_and_named(kind: str) -> No
     assert fingerprint_model([model]) == before
 
 
-def test_what_stands_elsewhere_is_not_the_same() -> None:
-    """Sums do not see an order: the places' factors do."""
+def test_elements_in_another_place_change_the_fingerprint() -> None:
+    """A plain sum does not notice swapped elements; the factors of their places do."""
 
     def checksum(tensor: torch.Tensor, key: str = "decoder.layers.w", offset: tuple[int, ...] = (0, 0, 0)) -> str:
         sums = WeightChecksums()
@@ -94,7 +94,7 @@ def test_what_stands_elsewhere_is_not_the_same() -> None:
 
 
 def test_a_fingerprint_is_the_same_in_every_version() -> None:
-    """It stands in files: another version of this package must know the base again."""
+    """It is stored in files, so other versions of this package must compute the same."""
     sums = WeightChecksums()
     sums.add("model.decoder.layers.3.mlp.linear_fc1.weight", torch.arange(-7.0, 8.0).reshape(3, 5), (4, 10))
     sums.add("model.embedding.word_embeddings.weight", torch.arange(6, dtype=torch.bfloat16).reshape(2, 3), (0, 0))
@@ -118,7 +118,7 @@ def test_a_base_loaded_in_another_precision_is_the_same_base() -> None:
 
 
 def test_padding_of_the_vocabulary_does_not_count() -> None:
-    """Megatron fills the rows that a layout adds with zeros; what a larger layout left there is cut off by name."""
+    """Megatron fills the rows that a layout adds with zeros; `vocab_rows` excludes what a larger layout left there."""
     sums = [WeightChecksums() for _ in range(2)]
     rows = full_tensor("rows", (5, 4))
     sums[0].add("embedding", rows, (0, 0))
@@ -203,11 +203,11 @@ def test_another_tokenizer_is_refused_and_can_be_allowed(saved: Path) -> None:
     load_adapter(build_gpt(groups=2), saved, tokenizer={"sha256": "a" * 64})
 
 
-def test_a_file_that_knows_no_base_is_not_compared() -> None:
+def test_a_file_without_a_recorded_base_is_not_compared() -> None:
     check_weights({}, {"fingerprint": {"value": "x"}, "tokenizer": {"sha256": "y"}}, "old.nemo")
 
 
-def test_a_tokenizer_is_known_by_what_it_was_trained_to_not_by_its_path() -> None:
+def test_a_tokenizer_is_identified_by_its_content_not_by_its_path() -> None:
     class Pieces:
         def __init__(self, model: bytes):
             self.model = model

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several ranks: megatron-core's own distributed checkpoint of an injected model, saved at TP=2, loaded at PP=2."""
+"""Two ranks: megatron-core's distributed checkpoint of an injected model, saved at TP 2 and loaded at PP 2."""
 
 from __future__ import annotations
 

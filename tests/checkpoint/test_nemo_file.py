@@ -63,7 +63,7 @@ def test_members_and_keys_on_disk_hold_each_tied_tensor_once(saved: Path) -> Non
     assert torch.equal(tensors["linear_fc1.v"][2], full_tensor("file layers.2.linear_fc1.v", (80,)))
 
 
-def test_the_yaml_says_what_was_trained(tmp_path: Path) -> None:
+def test_the_yaml_records_what_was_trained(tmp_path: Path) -> None:
     path = save_adapter(build(), tmp_path / "adapter.nemo", facts={"base": {"name": "tiny", "layers": LAYERS}})
     description = yaml.safe_load(members_of(path)[YAML])
     assert description["format_version"] == 2
@@ -92,7 +92,7 @@ def test_facts_do_not_replace_the_formats_own_keys(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("preset", ["lora", "vera", "tl5", "tl6"])
 def test_the_file_is_no_larger_than_the_formula_and_64_kib(tmp_path: Path, preset: str) -> None:
-    """hidden 256, 6 layers: large enough that a tied tensor written once a layer would show."""
+    """hidden 256, 6 layers: large enough to notice a tied tensor that is written once per layer."""
     layers, hidden, rank = 6, 256, 32
     model = build_gpt(num_layers=layers, hidden=hidden, ffn=4 * hidden, dtype=torch.float32)
     path = save_adapter(inject(model, TiedLoraConfig.preset(preset, rank=rank)), tmp_path / "adapter.nemo")

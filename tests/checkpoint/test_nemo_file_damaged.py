@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One process, with its memory limited: whatever is done to an adapter's file, it loads as it was or is refused."""
+"""One process with limited memory: a changed adapter file is refused, or loads with unchanged contents."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory, whole: bytes) -> AdapterF
 
 @pytest.fixture(autouse=True)
 def little_memory() -> Iterator[None]:
-    """More than `MORE_MEMORY` bytes beyond what the process has already is a MemoryError."""
+    """Raises MemoryError for more than `MORE_MEMORY` bytes beyond what the process already has."""
     with open("/proc/self/statm") as file:
         used = int(file.read().split()[0]) * resource.getpagesize()
     before = resource.getrlimit(resource.RLIMIT_AS)
@@ -52,7 +52,7 @@ def little_memory() -> Iterator[None]:
 
 
 def survives(path: Path, expected: AdapterFile) -> bool:
-    """Whether the file loads, and then as it was. Else it is refused with a message, in time, with nothing written."""
+    """Returns whether the file loads; checks that it has not changed, or is refused with a message, fast, writing nothing."""
     before = sorted(os.listdir(path.parent)), sorted(os.listdir("."))
     start = time.perf_counter()
     file, refusal = None, ""
@@ -73,7 +73,7 @@ def survives(path: Path, expected: AdapterFile) -> bool:
 
 
 def test_a_flipped_bit_anywhere_is_refused_or_harmless(tmp_path: Path, whole: bytes, expected: AdapterFile) -> None:
-    """Each byte of the headers once, and places drawn from all of the file. In the content no bit is harmless."""
+    """Flips a bit in each byte of the headers, and at random places in the file. In the content no flip is harmless."""
     path = tmp_path / "adapter.nemo"
     draw = random.Random(1)
     offsets = member_offsets(whole)
@@ -124,7 +124,7 @@ def test_swapped_members_are_refused_and_their_order_is_free(
 
 
 def with_size(whole: bytes, name: str, size: bytes) -> bytes:
-    """The member's header claims another size, with a right checksum."""
+    """Makes the member's header claim another size, with a correct checksum."""
     start = member_offsets(whole)[name][0] - 512
     block = bytearray(whole[start : start + 512])
     block[124:136] = size
@@ -189,7 +189,7 @@ def test_a_safetensors_header_of_any_content_is_refused(
 
 
 def resealed(members: dict[str, bytes], state: bytes | None = None, **changes: Any) -> dict[str, bytes]:
-    """Members with other content whose checksums are right: whoever edits a file can make them again."""
+    """Members with other content and correct checksums: whoever edits a file can also update them."""
     from nemo_tied_lora.checkpoint.nemo_adapter_format import content_facts
 
     description = yaml.safe_load(members[CONFIG])
@@ -244,7 +244,7 @@ def test_what_a_tar_can_do_beyond_plain_files_is_refused(
 def test_a_file_with_holes_is_not_read_as_far_as_it_claims(
     tmp_path: Path, whole: bytes, expected: AdapterFile
 ) -> None:
-    """100 GiB that take no room on the disk, behind headers that claim them, for either member."""
+    """Sparse files: headers claim 100 GiB that use no disk space, for either member."""
     path = tmp_path / "adapter.nemo"
     for name in (STATE, CONFIG):
         with open(path, "wb") as file:

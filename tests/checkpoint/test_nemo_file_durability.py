@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Forked processes: an adapter's file is the old one or the new one, whatever happens to whoever writes it."""
+"""Forked processes: an adapter's file is the old or the new one, whatever happens to the writer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KILLS = 60
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """One that any user may enter: pytest's own are the user's alone."""
+    """A folder that every user may enter; pytest's own belong to one user."""
     path = Path(tempfile.mkdtemp())
     path.chmod(0o755)
     yield path
@@ -35,25 +35,25 @@ def folder() -> Iterator[Path]:
 
 
 def in_a_fork(work: Callable[[], object]) -> tuple[int, str]:
-    """(exit code, what was raised) of a child process that may limit itself, or change its user."""
+    """Returns (exit code, error) of a child process, which may limit itself or change its user."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
-        said, code = "", 0
+        message, code = "", 0
         try:
             work()
         except BaseException as error:
-            said, code = f"{type(error).__name__}: {error}", 1
-        os.write(write, said.encode())
+            message, code = f"{type(error).__name__}: {error}", 1
+        os.write(write, message.encode())
         os._exit(code)
     os.close(write)
     with os.fdopen(read) as pipe:
-        said = pipe.read()
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), said
+        message = pipe.read()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), message
 
 
 def test_a_kill_at_any_moment_leaves_the_old_file_or_the_new_one(folder: Path) -> None:
-    """SIGKILL at moments drawn at random, while a child replaces one adapter by another without pause."""
+    """Sends SIGKILL at random moments while a child keeps replacing one adapter by another."""
     path, draw = folder / "adapter.nemo", random.Random(3)
     adapters = [read_adapter(tiny_adapter(path, hidden=256, rank=32, seed=seed)) for seed in (1, 2)]
     start = time.perf_counter()
@@ -89,7 +89,7 @@ def test_what_a_killed_writer_left_is_removed_by_the_next_and_what_a_living_one_
     long_ago = time.time() - 3600
     while not (found := list(folder.iterdir())):
         time.sleep(0.01)
-    time.sleep(0.1)  # it is locked by now
+    time.sleep(0.1)  # it holds the lock now
     os.utime(found[0], (long_ago, long_ago))
     tiny_adapter(path)
     assert found[0].exists()
@@ -105,20 +105,20 @@ def test_a_full_disk_is_a_clear_error_and_the_old_file_is_intact(folder: Path) -
     before = path.read_bytes()
 
     def write() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # the kernel refuses the rest, as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # the kernel refuses more bytes, as on a full disk
         tiny_adapter(path, seed=2)
 
-    code, said = in_a_fork(write)
+    code, message = in_a_fork(write)
     assert code == 1
-    assert said.startswith("OSError: ")
-    assert "the adapter could not be written; an older file is unchanged" in said
-    assert str(path) in said
+    assert message.startswith("OSError: ")
+    assert "the adapter could not be written; an older file is unchanged" in message
+    assert str(path) in message
     assert path.read_bytes() == before
     assert os.listdir(folder) == [path.name]
 
 
 def test_a_device_is_not_replaced_by_a_file(folder: Path) -> None:
-    """Such as /dev/null, for someone who wants to see the check alone and may write anywhere."""
+    """For example /dev/null, if root only wants to see the check."""
     device = folder / "adapter.nemo"
     os.mkfifo(device)
     with pytest.raises(OSError, match="not a regular file; refusing to replace it"):
@@ -133,14 +133,14 @@ def test_a_folder_that_may_not_be_written_to_is_a_clear_error_and_the_old_file_i
     folder.chmod(0o555)
 
     def write() -> None:
-        if os.getuid() == 0:  # who may write anywhere
+        if os.getuid() == 0:  # root may write anywhere
             os.setuid(65534)
         tiny_adapter(path, seed=2)
 
-    code, said = in_a_fork(write)
+    code, message = in_a_fork(write)
     assert code == 1
-    assert said.startswith("PermissionError: ")
-    assert "Permission denied; the adapter could not be written; an older file is unchanged" in said
-    assert str(path) in said
+    assert message.startswith("PermissionError: ")
+    assert "Permission denied; the adapter could not be written; an older file is unchanged" in message
+    assert str(path) in message
     assert path.read_bytes() == before
     assert os.listdir(folder) == [path.name]

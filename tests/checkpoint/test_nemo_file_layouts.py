@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two ranks, one start: a file saved on any layout, interleaved chunks too, loads on any other, and is the same file."""
+"""Two ranks (one start): every layout, also with interleaved chunks, saves the same file, which loads on every other."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def megatron() -> None:
 
 
 def model_of(layout: str, **options: Any) -> Any:
-    """Of this rank, after another layout was made: a model, or the list of its chunks."""
+    """Switches to the layout; returns this rank's model, or the list of its chunks."""
     relayout(**LAYOUTS[layout])
     if layout not in CHUNKS:
         return build_gpt(**options)
@@ -43,7 +43,7 @@ def model_of(layout: str, **options: Any) -> Any:
 
 
 def save_and_load_on_a_rank(folder: str) -> dict[str, Any]:
-    """Each layout writes its file; each then loads every layout's."""
+    """Writes one file per layout, then loads each file on each layout."""
     results: dict[str, Any] = {}
     for layout in LAYOUTS:
         save_adapter(build(model_of(layout, **LLAMA)), Path(folder) / f"{layout}.nemo")
@@ -68,7 +68,7 @@ def save_and_load_on_a_rank(folder: str) -> dict[str, Any]:
 
 
 def streamed(adapter: Adapter) -> None:
-    """What `save_adapter` writes from, kept by nobody."""
+    """Consumes the iterator from which `save_adapter` writes, and keeps no tensor."""
     factors = [chunk.factors for chunk in adapter.chunks]
     for _ in full_state.stream(adapter.config, adapter.shapes, factors, torch.device("cpu")):
         pass
@@ -91,7 +91,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def two_ranks(folder: Path) -> list[dict[str, Any]]:
-    """Spawned once; a failure too is kept, and not tried again for each test."""
+    """The ranks are started once, even if they fail."""
     return run_ranks(save_and_load_on_a_rank, str(folder), world_size=2, tp=2)
 
 
@@ -108,13 +108,13 @@ def test_the_file_does_not_depend_on_the_layout(two_ranks: list[dict[str, Any]],
     assert [layout for layout in LAYOUTS if (folder / f"{layout}.nemo").read_bytes() != saved] == []
 
 
-def test_the_interleaved_layout_has_two_chunks_of_layers_that_are_no_neighbours(
+def test_the_interleaved_layout_has_two_chunks_of_layers_that_are_not_adjacent(
     two_ranks: list[dict[str, Any]],
 ) -> None:
     assert [rank["layers of chunks"] for rank in two_ranks] == [[[1], [3]], [[2], [4]]]
 
 
-def test_the_file_is_there_on_every_rank_when_the_call_returns(two_ranks: list[dict[str, Any]]) -> None:
+def test_every_rank_sees_the_file_when_the_call_returns(two_ranks: list[dict[str, Any]]) -> None:
     assert [rank[f"readable after {layout}"] for rank in two_ranks for layout in LAYOUTS] == [True] * 6
 
 
@@ -128,13 +128,13 @@ def test_no_rank_holds_more_than_one_target_while_all_are_gathered(
         for ends in (("fc1.A", "fc1.B"), ("A", "B"))
     )
     for rank in two_ranks:
-        # Of one tensor the part, the parts of all ranks and the whole, and the whole one before.
+        # One tensor's part, the parts of all ranks, the whole, and the previous whole tensor.
         assert rank[f"memory of stream at {layout}"] < one_target
         assert rank[f"memory of full_state at {layout}"] >= whole
 
 
 def test_a_failure_of_the_rank_that_writes_is_an_error_on_every_rank(two_ranks: list[dict[str, Any]]) -> None:
-    """The others must not wait for it for ever."""
+    """The other ranks must not wait forever."""
     assert two_ranks[0]["failure"].startswith("IsADirectoryError")
     assert two_ranks[1]["failure"].startswith("OSError")
     assert "a_folder" in two_ranks[1]["failure"]

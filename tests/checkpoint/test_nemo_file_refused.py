@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One process: every file that is no adapter is refused, by both readers, and the model is left alone."""
+"""One process: both readers refuse every file that is not an adapter, and the model does not change."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def saved(tmp_path: Path) -> Path:
 
 
 def test_a_file_of_version_1_is_still_read(tmp_path: Path, saved: Path) -> None:
-    """It held every layer's tensors apart, no checksums, and little of its base."""
+    """Version 1 did not stack the layers' tensors, had no checksums, and recorded little about its base."""
     file = read_adapter(saved)
     description = {
         "format_version": 1,
@@ -68,7 +68,7 @@ def with_member(name: str, content: bytes) -> Callable[[Members], Members]:
 
 def with_yaml(change: Callable[[dict[str, Any]], Any]) -> Callable[[Members], Members]:
     def changed(members: Members) -> Members:
-        """Whoever edits the file can also make its checksum again."""
+        """Changes the YAML and its checksum: whoever edits the file can update both."""
         description = yaml.safe_load(members[YAML])
         description.pop("checksum")
         change(description)
@@ -145,7 +145,7 @@ def test_all_that_is_missing_unexpected_and_misshapen_is_listed_at_once(saved: P
 
 
 def refused(path: Path, message: str) -> None:
-    """With a message that names the file, by both readers; the model stays as it was."""
+    """Checks that both readers refuse the file with a message that names it, and that the model does not change."""
     with pytest.raises(AdapterFileError) as error:
         read_adapter(path)
     assert str(path) in str(error.value)
@@ -167,7 +167,7 @@ def test_nothing_in_the_yaml_is_run(saved: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE]
 )
-def test_a_member_that_is_no_file_is_refused(saved: Path, kind: bytes) -> None:
+def test_a_member_that_is_not_a_regular_file_is_refused(saved: Path, kind: bytes) -> None:
     members = members_of(saved)
     with tarfile.open(saved, "w") as tar:
         for name in (YAML, STATE):
@@ -181,7 +181,7 @@ def test_a_member_that_is_no_file_is_refused(saved: Path, kind: bytes) -> None:
     refused(saved, "unexpected member 'adapter.safetensors'")
 
 
-def test_a_member_that_stands_there_twice_is_refused(saved: Path) -> None:
+def test_a_repeated_member_is_refused(saved: Path) -> None:
     members = members_of(saved)
     with tarfile.open(saved, "a") as tar:
         info = tarfile.TarInfo(STATE)
@@ -197,7 +197,7 @@ def test_names_that_tar_writes_with_a_dot_are_read(saved: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"\0" * 10240, b"not a tar", b"PK\x03\x04" + b"\0" * 600])
-def test_what_is_no_tar_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_not_a_tar_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "adapter.nemo"
     path.write_bytes(content)
     refused(path, "")
@@ -207,6 +207,6 @@ def test_a_folder_is_refused(tmp_path: Path) -> None:
     refused(tmp_path, "is a folder")
 
 
-def test_a_file_that_is_not_there_is_not_found(tmp_path: Path) -> None:
+def test_a_missing_file_is_not_found(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nothing\.nemo"):
         read_adapter(tmp_path / "nothing.nemo")

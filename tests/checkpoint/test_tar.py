@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pure Python: tars as they are written. Reading them is tested with adapters' files."""
+"""Pure Python: how tars are written. The tests of adapter files cover how tars are read."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a checkpoint is made of: the folder, the JSON, random states; and, on several ranks, moments on other layouts."""
+"""One process: a checkpoint's folder, JSON and random states. Several ranks: moments move to other layouts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.harness.ranks import run_ranks, single_process
 from tests.harness.relayout import relayout
 from tests.harness.tiny_gpt import build_gpt, full_tensor
 
-# Tied and untied, and a stage without a single parameter.
+# Tied and untied factors, and a stage without parameters.
 ADAPTERS = {
     "tl6": {"preset": "tl6", "rank": 3},
     "vera": {"preset": "vera", "rank": 3},
@@ -39,7 +39,7 @@ ADAPTERS = {
 
 
 def step(adapter: Any, optimizer: torch.optim.Optimizer, number: int) -> None:
-    """A step on gradients that are the same whole tensors on every layout."""
+    """Takes a step on gradients that are the same whole tensors on every layout."""
     trained = {n: s for n, s in whole_shapes(adapter).items() if n.rsplit(".", 1)[-1] in adapter.config.trained}
     parts = scatter_slot(adapter, {n: full_tensor(f"gradient {number} {n}", s) for n, s in trained.items()})
     for parameter, part in parts.items():
@@ -67,9 +67,9 @@ def build(config: dict[str, Any]) -> tuple[Any, torch.optim.Optimizer]:
 
 
 def move(config: dict[str, Any], *, fault: bool = False) -> dict[str, Any]:
-    """Two steps at TP=2, one at PP=2, one without either (two data-parallel ranks), one at PP=2, one at TP=2.
+    """Takes two steps at TP 2, one at PP 2, one at DP 2, one at PP 2, one at TP 2.
 
-    `fault` leaves the moments behind at the first move.
+    `fault` does not move the moments at the first change of layout.
     """
     saved: Any = None
     for number, layout in enumerate([{"tp": 2}, {"pp": 2}, {}, {"pp": 2}, {"tp": 2}]):
@@ -121,7 +121,7 @@ def test_moments_and_step_counts_move_over_layouts_bit_for_bit() -> None:
 def test_random_states_are_restored_whole() -> None:
     single_process()
     draws = lambda: (torch.rand(3).tolist(), numpy.random.normal(), random.gauss(0, 1), dropped())  # noqa: E731
-    random.gauss(0, 1)  # leaves the second number of its pair behind
+    random.gauss(0, 1)  # keeps the second number of its pair for the next call
     numpy.random.normal()
     states = {key: tensor.clone() for key, tensor in rng_state.capture(torch.device("cpu")).items()}
     first = draws()
@@ -177,7 +177,7 @@ def test_a_checkpoint_has_its_name_only_when_it_is_whole(tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
 
 
-def test_settling_leaves_one_last_checkpoint_and_no_remains(tmp_path: Path) -> None:
+def test_cleaning_leaves_one_last_checkpoint_and_no_leftovers(tmp_path: Path) -> None:
     write(tmp_path / "step=4-last", 4)
     write(tmp_path / "step=6-last", 6)
     write(tmp_path / "step=6", 6)
@@ -194,17 +194,17 @@ def test_settling_leaves_one_last_checkpoint_and_no_remains(tmp_path: Path) -> N
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step=6", "step=6-last", "theirs", "theirs-unfinished"]
 
 
-def test_a_checkpoint_that_was_being_replaced_comes_back(tmp_path: Path) -> None:
+def test_a_checkpoint_that_was_being_replaced_is_restored(tmp_path: Path) -> None:
     path = tmp_path / "step=6-last"
     write(path)
     CheckpointWriter(path)
-    path.rename(tmp_path / ".step=6-last.removed")  # as `finish` does, and then is killed
+    path.rename(tmp_path / ".step=6-last.removed")  # the state of a `finish` that was killed
     training_checkpoint.remove_leftovers(tmp_path, first=True)
     assert [p.name for p in tmp_path.iterdir()] == ["step=6-last"]
     assert training_checkpoint.read_description(path)["step"] == 1
 
 
-def test_what_is_half_written_or_half_removed_is_no_checkpoint(tmp_path: Path) -> None:
+def test_a_half_written_or_half_removed_folder_is_not_a_checkpoint(tmp_path: Path) -> None:
     write(tmp_path / "step=6")
     for hidden in (".step=8.partial", ".step=4.removed"):
         shutil.copytree(tmp_path / "step=6", tmp_path / hidden)
@@ -215,7 +215,7 @@ def test_what_is_half_written_or_half_removed_is_no_checkpoint(tmp_path: Path) -
     assert _find_checkpoint(tmp_path).name == "step=6"
 
 
-def test_a_damaged_last_checkpoint_is_named_before_a_run_goes_on_from_it(tmp_path: Path) -> None:
+def test_a_damaged_last_checkpoint_is_named_before_a_run_resumes_from_it(tmp_path: Path) -> None:
     write(tmp_path / "step=6-last")
     (tmp_path / "step=6-last" / "linear_qkv.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"step=6-last/linear_qkv.safetensors: has 0 bytes, not \d+"):
@@ -242,7 +242,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(damage: str, tmp_path: Path) ->
 def test_a_failed_write_leaves_the_older_checkpoint(tmp_path: Path) -> None:
     write(tmp_path / "x", 1)
     writer = CheckpointWriter(tmp_path / "x")
-    (tmp_path / ".x.partial" / "linear_qkv.safetensors").mkdir()  # nothing can take its place
+    (tmp_path / ".x.partial" / "linear_qkv.safetensors").mkdir()  # a file cannot replace a folder
     with pytest.raises(OSError, match="linear_qkv"):
         writer.add("linear_qkv", {"adapter/linear_qkv.A": torch.ones(2)})
     writer.abandon()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The switches: each does nothing where the real thing is there, and megatron-core runs here with all of them."""
+"""One process: each switch does nothing if the machine has the part, and megatron-core runs here with all switches."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SWITCHES = {
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[patching.Patch]:
-    """Patches that a switch asks for, none of them applied."""
+    """Collects the patches that a switch asks for, without applying them."""
     asked: list[patching.Patch] = []
 
     def note(patches: tuple[patching.Patch, ...]) -> tuple[str, ...]:
@@ -50,7 +50,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[patching.Patch]:
 
 @pytest.mark.parametrize("question", SWITCHES)
 @pytest.mark.parametrize("nemo", [False, True])
-def test_a_switch_touches_nothing_where_the_real_thing_is(
+def test_a_switch_changes_nothing_if_the_machine_has_the_part(
     question: str, nemo: bool, counted: list[patching.Patch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(detect, question, lambda: True)
@@ -59,7 +59,7 @@ def test_a_switch_touches_nothing_where_the_real_thing_is(
 
 
 @pytest.mark.parametrize("question", ["has_gpu", "has_apex"])
-def test_a_switch_acts_where_it_is_not(
+def test_a_switch_acts_if_the_machine_lacks_the_part(
     question: str, counted: list[patching.Patch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(detect, question, lambda: False)
@@ -68,7 +68,7 @@ def test_a_switch_acts_where_it_is_not(
 
 
 def test_no_apex_does_not_assume_a_machine_without_a_gpu() -> None:
-    """A GPU machine without apex must work: the two tables share no name."""
+    """A GPU machine without apex must work, so the two tables share no name."""
     gpu = {p.target for p in (*no_gpu.TORCH_PATCHES, *no_gpu.MEGATRON_PATCHES, *no_gpu.NEMO_PATCHES)}
     apex = {p.target for p in (*no_apex.MEGATRON_PATCHES, *no_apex.NEMO_PATCHES)}
     assert not gpu & apex
@@ -102,8 +102,8 @@ def test_prepare_twice_replaces_nothing_more_and_megatron_trains() -> None:
     assert model.decoder.layers[0].self_attention.linear_qkv.weight.grad.abs().sum() > 0
 
 
-def test_the_cheap_parts_import_neither_torch_nor_megatron() -> None:
-    """`tied-lora plan` and every refusal answer in about a second; jobs are launched where torch is not installed."""
+def test_planning_and_launching_import_neither_torch_nor_megatron() -> None:
+    """So `tied-lora plan` and refusals take about a second, and `launch` runs on machines without torch."""
     code = (
         "import sys, nemo_tied_lora.commands.plan, nemo_tied_lora.planning.preflight, nemo_tied_lora.commands.distributed_command;"
         "import nemo_tied_lora.commands.launch, nemo_tied_lora.commands.report, nemo_tied_lora.commands.status;"
@@ -139,7 +139,7 @@ def test_cuda_type_names_end_with_the_block() -> None:
     assert parameter.type() == "torch.FloatTensor"
 
 
-def test_a_named_random_state_is_drawn_from_and_the_default_one_goes_on() -> None:
+def test_drawing_from_a_named_random_state_leaves_the_default_one() -> None:
     single_process()
     from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 
