@@ -35,7 +35,7 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
-    """Imports torch and Megatron only when something that needs them is used: `tied-lora plan` does not."""
+    """Imports torch and Megatron on first use of a name that needs them, so `tied-lora plan` does not import them."""
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib

@@ -25,7 +25,6 @@ from nemo_tied_lora.config import TiedLoraConfig
 __all__ = [
     "ChunkFactors",
     "Factors",
-    "frozen_parameters",
     "initial_tensor",
     "own_frozen",
     "share_frozen",
@@ -202,8 +201,8 @@ def share_frozen(factors: nn.Module, others: Iterable[nn.Module]) -> None:
         factors: one model chunk's factors. Parameters are replaced; their values do not change.
         others: the other adapters' factors for the same chunk.
     """
-    known = [{path: parameter for path, _, _, parameter in frozen_parameters(other)} for other in others]
-    for path, holder, name, parameter in frozen_parameters(factors):
+    known = [{path: parameter for path, _, _, parameter in _frozen_parameters(other)} for other in others]
+    for path, holder, name, parameter in _frozen_parameters(factors):
         candidates = {id(frozen[path]): frozen[path] for frozen in known if path in frozen}
         for candidate in candidates.values():
             if _same_bits(parameter, candidate):
@@ -214,7 +213,7 @@ def share_frozen(factors: nn.Module, others: Iterable[nn.Module]) -> None:
 
 def own_frozen(factors: nn.Module) -> None:
     """Replaces shared frozen parameters by copies, so that loading values does not change other adapters."""
-    for _, holder, name, parameter in list(frozen_parameters(factors)):
+    for _, holder, name, parameter in list(_frozen_parameters(factors)):
         if getattr(parameter, "is_shared_by_adapters", False):
             copy = nn.Parameter(parameter.detach().clone(), requires_grad=False)
             copy.__dict__.update(parameter.__dict__)
@@ -222,7 +221,7 @@ def own_frozen(factors: nn.Module) -> None:
             setattr(holder, name, copy)
 
 
-def frozen_parameters(factors: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
+def _frozen_parameters(factors: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
     """Yields (full name, module that holds it, name in that module, parameter) of every frozen parameter."""
     for prefix, holder in factors.named_modules():
         for name, parameter in list(holder.named_parameters(recurse=False)):

@@ -18,7 +18,7 @@ from nemo_tied_lora.adapter.full_state import factors_of_layer
 from nemo_tied_lora.adapter.shapes import LinearShape
 from nemo_tied_lora.config import TiedLoraConfig
 
-__all__ = ["LayerFacts", "inspect_layers", "update_singular_values"]
+__all__ = ["LayerFacts", "inspect_layers"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def inspect_layers(
     facts = []
     for layer, linear, _ in each_linear(shapes):
         factors = {f: t.double() for f, t in factors_of_layer(config, state, layer, linear).items()}
-        values = update_singular_values(config, factors)
+        values = _update_singular_values(config, factors)
         vectors = {f: factors[f] for f in "uv" if f in factors}
         facts.append(
             LayerFacts(
@@ -59,7 +59,7 @@ def inspect_layers(
     return facts
 
 
-def update_singular_values(config: TiedLoraConfig, factors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def _update_singular_values(config: TiedLoraConfig, factors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """The r largest singular values of dW, descending, from A (r, in), B (out, r), u (r,) and v (out,)."""
     A, B = factors["A"], factors["B"]
     if "u" in factors:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that an adapter is written to and read from."""
+"""Files: the adapter's `.nemo`, training checkpoints, and the identity of the base."""

@@ -19,7 +19,6 @@ __all__ = [
     "BaseMismatchError",
     "check_architecture",
     "check_weights",
-    "describe_architecture",
     "describe_base",
     "tokenizer_identity",
 ]
@@ -67,13 +66,13 @@ def describe_base(
     rows = (tokenizer or {}).get("vocab_size")
     return {
         **({"name": name} if name else {}),
-        "architecture": describe_architecture(chunks[0]),
+        "architecture": _describe_architecture(chunks[0]),
         **({"tokenizer": dict(tokenizer)} if tokenizer else {}),
         "fingerprint": fingerprint_model(chunks, vocab_rows=rows),
     }
 
 
-def describe_architecture(chunk: Any) -> dict[str, Any]:
+def _describe_architecture(chunk: Any) -> dict[str, Any]:
     """Returns a GPTModel's sizes and kinds as plain values, the same on every layout."""
     config = chunk.config
     facts = {name: getattr(config, name, None) for name in _CONFIG_FACTS}
@@ -114,7 +113,7 @@ def check_architecture(recorded: Mapping[str, Any], chunk: Any, who: str) -> Non
     Raises:
         BaseMismatchError: has one line per difference.
     """
-    known, found = recorded.get("architecture") or {}, describe_architecture(chunk)
+    known, found = recorded.get("architecture") or {}, _describe_architecture(chunk)
     problems = [
         f"{who}: {fact}: the adapter was trained on {known.get(fact)!r}, this model has {found.get(fact)!r}"
         for fact in dict.fromkeys((*known, *found))

@@ -18,20 +18,12 @@ from nemo_tied_lora.adapter.injected_adapter import Adapter
 from nemo_tied_lora.adapter.replica_check import check_ties
 from nemo_tied_lora.adapter.target_modules import gpt_model
 from nemo_tied_lora.checkpoint.base_identity import check_architecture, check_weights, describe_base
-from nemo_tied_lora.checkpoint.nemo_adapter_packing import FORMAT_VERSION, order_of_writing
-from nemo_tied_lora.checkpoint.read_nemo_adapter import AdapterFile, AdapterFileError, is_adapter_file, read_adapter
+from nemo_tied_lora.checkpoint.nemo_adapter_packing import order_of_writing
+from nemo_tied_lora.checkpoint.read_nemo_adapter import AdapterFileError, read_adapter
 from nemo_tied_lora.checkpoint.weight_checksums import fingerprint_model
 from nemo_tied_lora.checkpoint.write_nemo_adapter import write_adapter
 
-__all__ = [
-    "FORMAT_VERSION",
-    "AdapterFile",
-    "AdapterFileError",
-    "is_adapter_file",
-    "load_adapter",
-    "read_adapter",
-    "save_adapter",
-]
+__all__ = ["load_adapter", "save_adapter"]
 
 
 def save_adapter(

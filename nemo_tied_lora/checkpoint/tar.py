@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import tarfile
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import IO
 
@@ -53,16 +53,7 @@ def find_members(file: IO[bytes], names: Collection[str]) -> dict[str, Member]:
     """
     end = file.seek(0, 2)
     members: dict[str, Member] = {}
-    position = 0
-    for _ in range(_MAX_HEADERS):
-        file.seek(position)
-        block = file.read(BLOCK)
-        if not block.strip(b"\0"):
-            if not members:
-                raise TarError("not a whole .nemo file: empty" if not block else "not a whole .nemo file: no members")
-            return members
-        info = _parse(block, position)
-        content = position + BLOCK
+    for info, content in _headers(file):
         if info.type in (tarfile.XHDTYPE, tarfile.XGLTYPE):
             _check_pax(file.read(min(info.size, _MAX_PAX_BYTES + 1)))
         else:
@@ -72,26 +63,17 @@ def find_members(file: IO[bytes], names: Collection[str]) -> dict[str, Member]:
             members[name] = Member(content, info.size)
         if content + info.size > end:
             raise TarError(f"truncated: {info.name[:200]!r} claims {info.size} bytes, the file has {end - content}")
-        position = content + -(-info.size // BLOCK) * BLOCK
-    raise TarError(f"more than {_MAX_HEADERS} members; not a tied-LoRA adapter")
+    if not members:
+        raise TarError(f"not a whole .nemo file: {'no members' if end else 'empty'}")
+    return members
 
 
 def has_member(file: IO[bytes], name: str) -> bool:
     """Returns whether one of the first members has this name; False if the file is not a tar."""
-    position = 0
-    for _ in range(_MAX_HEADERS):
-        file.seek(position)
-        block = file.read(BLOCK)
-        if not block.strip(b"\0"):
-            return False
-        try:
-            info = _parse(block, position)
-        except TarError:
-            return False
-        if info.name.removeprefix("./") == name:
-            return True
-        position += BLOCK + -(-info.size // BLOCK) * BLOCK
-    return False
+    try:
+        return any(info.name.removeprefix("./") == name for info, _ in _headers(file))
+    except TarError:
+        return False
 
 
 def member_header(name: str, size: int) -> bytes:
@@ -122,6 +104,20 @@ def write_tar(file: IO[bytes], members: Mapping[str, bytes]) -> None:
     for name, content in members.items():
         file.write(member_header(name, len(content)) + content + pad_member(len(content)))
     file.write(end_tar(file.tell()))
+
+
+def _headers(file: IO[bytes]) -> Iterator[tuple[tarfile.TarInfo, int]]:
+    """Yields (header, start of the content) of every member. The file's position is then the start of the content."""
+    position = 0
+    for _ in range(_MAX_HEADERS):
+        file.seek(position)
+        block = file.read(BLOCK)
+        if not block.strip(b"\0"):
+            return
+        info = _parse(block, position)
+        yield info, position + BLOCK
+        position += BLOCK + info.size + len(pad_member(info.size))
+    raise TarError(f"more than {_MAX_HEADERS} members; not a tied-LoRA adapter")
 
 
 def _parse(block: bytes, position: int) -> tarfile.TarInfo:
