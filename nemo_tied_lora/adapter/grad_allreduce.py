@@ -49,7 +49,7 @@ def mark_parameters(
         parameter.zero_out_wgrad = True  # type: ignore[attr-defined]  # fused kernels: used by several layers
         if parameter.requires_grad:
             parameter.pipeline_parallel = True  # type: ignore[attr-defined]  # finalize_model_grads sums over PP
-            parameter.shared_embedding = True  # type: ignore[attr-defined]  # DDP: a bucket of its own
+            parameter.shared_embedding = True  # type: ignore[attr-defined]  # DDP gives it a separate bucket
             parameter.shared = not first  # type: ignore[attr-defined]  # norms and zero counts: once
 
 

@@ -111,8 +111,7 @@ def seal(description: Mapping[str, Any]) -> bytes:
     content = body.encode() + f"checksum: {hashlib.sha256(body.encode()).hexdigest()}\n".encode()
     if len(content) > MAX_WRITTEN_CONFIG_BYTES:
         raise ValueError(
-            f"{CONFIG_MEMBER}: would have {len(content)} bytes, more than {MAX_WRITTEN_CONFIG_BYTES}; "
-            "hand over fewer facts"
+            f"{CONFIG_MEMBER}: would have {len(content)} bytes, more than {MAX_WRITTEN_CONFIG_BYTES}; pass fewer facts"
         )
     return content
 

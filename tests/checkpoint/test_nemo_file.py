@@ -124,12 +124,12 @@ def test_a_file_full_of_facts_is_as_large_as_planned(tmp_path: Path, layers: int
     path = tmp_path / "full.nemo"
     write_adapter(path, empty.config, empty.shapes, empty.state, {"note": "x" * room})
     assert path.stat().st_size == largest_file(empty.config, empty.shapes, element_bytes=4)
-    with pytest.raises(ValueError, match="hand over fewer facts"):
+    with pytest.raises(ValueError, match="pass fewer facts"):
         write_adapter(path, empty.config, empty.shapes, empty.state, {"note": "x" * (room + 1)})
 
 
 def test_facts_that_would_make_the_file_large_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="hand over fewer facts"):
+    with pytest.raises(ValueError, match="pass fewer facts"):
         save_adapter(build(), tmp_path / "adapter.nemo", facts={"losses": list(range(20_000))})
     assert list(tmp_path.iterdir()) == []
 

@@ -297,7 +297,7 @@ BAD_YAMLS: dict[str, Callable[[dict[str, Any]], bytes]] = {
     "layers that are a text": bad_yaml(lambda d: d["targets"]["linear_qkv"].update(layers="0123")),
     "no layers": bad_yaml(lambda d: d["targets"]["linear_qkv"].update(layers=[])),
     "2^60 experts": bad_yaml(lambda d: d["targets"]["linear_qkv"].update(num_experts=1 << 60)),
-    "a kind of its own": bad_yaml(lambda d: d["targets"]["linear_qkv"].update(kind="diagonal")),
+    "an unknown kind": bad_yaml(lambda d: d["targets"]["linear_qkv"].update(kind="diagonal")),
     "targets that are a list": bad_yaml(lambda d: d.update(targets=[1, 2])),
     "no peft": bad_yaml(lambda d: d.pop("peft")),
     "a huge tensor from a seed": bad_yaml(
