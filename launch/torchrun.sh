@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Starts a tied-lora command on every rank of one or more machines that no scheduler manages. On each machine:
+# Starts a tied-lora command on every rank of one or more machines without a scheduler. Run on each machine:
 #
 #   launch/torchrun.sh finetune trainer.num_nodes=2 layout=tp8 model.restore_from_path=base.nemo ...
 #
-# with, in the environment: NNODES (default 1), NODE_RANK (0 to NNODES-1), MASTER_ADDR and MASTER_PORT (of the machine
-# with NODE_RANK 0) and NPROC_PER_NODE (default: its GPUs, or 1 where it has none).
+# Environment variables: NNODES (default 1), NODE_RANK (0 to NNODES-1), MASTER_ADDR and MASTER_PORT (of the machine
+# with NODE_RANK 0) and NPROC_PER_NODE (default: the number of GPUs, or 1 without a GPU).
 set -euo pipefail
 
 if [[ $# -eq 0 ]]; then
@@ -21,4 +21,4 @@ fi
 exec torchrun \
     --nnodes "${NNODES:-1}" --node-rank "${NODE_RANK:-0}" --nproc-per-node "$NPROC_PER_NODE" \
     --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-29500}" \
-    -m "nemo_tied_lora.commands.$command" "$@"
+    -m nemo_tied_lora.commands.main "$command" "$@"
