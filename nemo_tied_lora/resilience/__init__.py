@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The machines that a run has been given: whether they fit it, hold the same software, and reach each other."""
+"""Runs one rank: rendezvous, checks of the machines, watchdog, stop signals, restarts and the status file."""

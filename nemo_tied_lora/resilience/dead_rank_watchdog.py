@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A rank that dies or stands still ends the run on all ranks, with an error that names it.
+"""Ends the run on all ranks if a rank dies or hangs, with an error that names the rank.
 
-Each rank sets a beat in the ranks' store from a thread of its own. Rank 0 watches all beats, the others watch rank 0's:
-two reads a rank and beat, however many ranks there are. Counters are compared with the reader's clock, so that clocks need
-not agree. Three things end a run:
+A thread of each rank writes a heartbeat to the ranks' store. Rank 0 reads all heartbeats; the others read rank 0's. That is
+two reads per rank and heartbeat, for any number of ranks. Each reader uses only its own clock, so clocks need not agree.
+Three things end a run:
 
-- a beat that does not change for `timeout_s`: the process is gone, or stopped;
-- no rank that gets on for `stuck_s` while it trains: the ranks that are not waiting for others are named;
-- a rank that says it failed.
+- a heartbeat does not change for `timeout_s`: the process is dead or stopped
+- no rank makes progress for `stuck_s` in training: the error names the ranks that are not waiting for others
+- a rank reports that it failed
 
-The verdict is left in the store; every rank prints it and exits with `EXIT_CODE`, whatever its main thread is waiting
-for: a collective whose peer is gone cannot be interrupted otherwise.
+The verdict is written to the store. Every rank prints it and exits with `EXIT_CODE`, whatever its main thread waits for: a
+collective whose peer is dead cannot be interrupted in another way.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from nemo_tied_lora.resilience.rendezvous import node_name
 __all__ = ["EXIT_CODE", "Watchdog"]
 
 EXIT_CODE = 70
-"""Of ranks that the watchdog ends (sysexits' EX_SOFTWARE)."""
+"""Exit code of ranks that the watchdog ends (EX_SOFTWARE of sysexits.h)."""
 
 _BEAT_S = 5.0
 _FAREWELL_S = 3.0
@@ -41,13 +41,13 @@ _WAITING = ("torch/distributed", "megatron/core/pipeline_parallel/p2p_communicat
 
 
 class Watchdog:
-    """One rank's part.
+    """The watchdog of one rank.
 
     Args:
-        store: a connection of its own: the main thread may wait in another.
-        timeout_s: silence after which a rank counts as gone; 0: never looked at.
-        stuck_s: standstill in training after which the run counts as stuck; 0: never.
-        on_end: called with the reason and the exit code, on one surviving rank, before it exits.
+        store: a separate connection, because the main thread may wait in another.
+        timeout_s: seconds without a heartbeat after which a rank counts as dead.
+        stuck_s: seconds without progress in training after which the run counts as stuck. 0: never.
+        on_end: called on one surviving rank before it exits, with the reason and the exit code.
     """
 
     def __init__(
@@ -67,24 +67,26 @@ class Watchdog:
         self._main = threading.main_thread().ident
         self._position, self._place, self._watched = 0, "start", False
         self._count, self._done, self._ending = 0, threading.Event(), threading.Lock()
-        self._round_ended = self._looked = time.monotonic()
-        # rank: (beat, when it last changed here)
+        self._round_ended = self._last_check = time.monotonic()
+        # rank: (heartbeat, when this rank last saw it change)
         self._seen: dict[int, tuple[int, float]] = {}
         self._moved = (-1, time.monotonic())
-        self._threads = [threading.Thread(target=part, daemon=True) for part in (self._talk, self._judge)]
+        self._threads = [
+            threading.Thread(target=part, daemon=True) for part in (self._exchange_heartbeats, self._watch_store)
+        ]
 
     def start(self) -> None:
-        """Called by every rank; each waits for nobody."""
-        self._beat()
+        """Starts the threads. All ranks call it; it waits for no other rank."""
+        self._write_heartbeat()
         for thread in self._threads:
             thread.start()
 
     def moved(self, place: str, *, watched: bool = True) -> None:
-        """The main thread got on. `watched`: from now on standing still for `stuck_s` is an error."""
+        """Records progress of the main thread. `watched`: from now on, no progress for `stuck_s` is an error."""
         self._position, self._place, self._watched = self._position + 1, place, watched
 
     def stop(self) -> None:
-        """This rank's work is done; its silence means nothing any more."""
+        """Stops watching, because this rank's work is done. The others no longer expect its heartbeat."""
         if self._done.is_set():
             return
         self._done.set()
@@ -94,78 +96,78 @@ class Watchdog:
                 thread.join(timeout=self._every + 1)
 
     def fail(self, reason: str, code: int = EXIT_CODE) -> None:
-        """Ends the run on all ranks; does not return.
+        """Ends the run on all ranks. Does not return.
 
         Args:
-            code: what every rank exits with.
+            code: the exit code of every rank.
         """
         self._store.compare_set("verdict", "", json.dumps({"reason": reason, "code": code, "gone": []}))
         self._end(json.loads(self._store.get("verdict")))
 
     def fail_after_peers(self, reason: str) -> None:
-        """As `fail`, for an error that another rank's death may have caused: that rank is to be named, if there is one."""
-        # Silence is found within timeout_s and three rounds; as much again for a machine that is busy.
+        """Like `fail`, for an error that another rank's death may have caused. Waits, so that the dead rank can be named."""
+        # A dead rank is found within timeout_s and three rounds. Twice as many rounds, for a busy machine.
         deadline = time.monotonic() + self._timeout_s + 6 * self._every
         while time.monotonic() < deadline:
             time.sleep(self._every / 4)
         self.fail(reason)
 
-    def _talk(self) -> None:
-        """Beats and looks, until the end. Errors of the store mean that whoever holds it is gone."""
+    def _exchange_heartbeats(self) -> None:
+        """Thread: writes and reads heartbeats until the end. A store error means that the store's process is gone."""
         while not self._done.wait(self._every):
             try:
-                self._beat()
-                self._look()
+                self._write_heartbeat()
+                self._check_heartbeats()
             except RuntimeError as error:
                 if not self._done.is_set():
                     self._store_lost(str(error).splitlines()[0])
                 return
             self._round_ended = time.monotonic()
 
-    def _judge(self) -> None:
-        """The store's own silence: a stopped process keeps its connections, and a read from it waits for ever."""
+    def _watch_store(self) -> None:
+        """Thread: watches the store itself. A stopped process keeps its connections, so a read from it waits for ever."""
         before = time.monotonic()
         while not self._done.wait(self._every):
             now = time.monotonic()
-            if self._slept(before, now):
+            if self._was_suspended(before, now):
                 self._round_ended = now
             before = now
             if now - self._round_ended > self._timeout_s:
                 self._store_lost(f"no answer for {self._timeout_s:.0f} s")
                 return
 
-    def _slept(self, before: float, now: float) -> bool:
-        """Whether it was this process that stood still, as under `scontrol suspend`: then the others need time too."""
+    def _was_suspended(self, before: float, now: float) -> bool:
+        """Whether this process itself was suspended, as by `scontrol suspend`. Then the others need time too."""
         return now - before > self._every + self._timeout_s / 2
 
-    def _beat(self) -> None:
+    def _write_heartbeat(self) -> None:
         self._count += 1
         where = _main_frames(self._main)
         beat = {"count": self._count, "position": self._position, "place": self._place, "watched": self._watched}
         beat |= {"node": node_name(), "pid": os.getpid(), "where": where[0], "waiting": where[1]}
         self._store.set(f"beat/{self._rank}", json.dumps(beat))
 
-    def _look(self) -> None:
+    def _check_heartbeats(self) -> None:
         if self._store.check(["verdict"]):
             self._end(json.loads(self._store.get("verdict")))
         watched = range(self._world) if self._rank == 0 else [0]
         now = time.monotonic()
-        if self._slept(self._looked, now):  # what it knew is too old
+        if self._was_suspended(self._last_check, now):  # what this rank knows is too old
             self._seen, self._moved = {}, (-1, now)
-        self._looked = now
-        beats = self._beats([rank for rank in watched if rank != self._rank])
+        self._last_check = now
+        beats = self._read_heartbeats([rank for rank in watched if rank != self._rank])
         for rank, beat in beats.items():
             if rank not in self._seen or self._seen[rank][0] != beat.get("count"):
                 self._seen[rank] = (beat.get("count"), now)
         running = [rank for rank, beat in beats.items() if not beat.get("done")]
         silent = [rank for rank in running if now - self._seen[rank][1] > self._timeout_s]
         if silent:
-            named = ", ".join(_called(rank, beats[rank]) for rank in silent[:_NAMED])
-            self._pass_verdict(silent, f"{named}: no sign of life for {self._timeout_s:.0f} s; gone, or stopped")
+            named = ", ".join(_rank_name(rank, beats[rank]) for rank in silent[:_NAMED])
+            self._record_verdict(silent, f"{named}: no sign of life for {self._timeout_s:.0f} s; dead or stopped")
         elif self._rank == 0:
-            self._look_for_standstill(beats, now)
+            self._check_progress(beats, now)
 
-    def _look_for_standstill(self, beats: Mapping[int, Any], now: float) -> None:
+    def _check_progress(self, beats: Mapping[int, Any], now: float) -> None:
         mine = {"position": self._position, "place": self._place, "watched": self._watched}
         where = _main_frames(self._main)
         mine |= {"node": node_name(), "pid": os.getpid(), "where": where[0], "waiting": where[1]}
@@ -176,45 +178,45 @@ class Watchdog:
         watched = self._stuck_s and all(beat["watched"] for beat in everyone.values())
         if watched and now - self._moved[1] > self._stuck_s:
             busy = [rank for rank, beat in everyone.items() if not beat["waiting"]] or list(everyone)
-            named = [f"{_called(rank, everyone[rank])} in {everyone[rank]['where']}" for rank in busy[:_NAMED]]
+            named = [f"{_rank_name(rank, everyone[rank])} in {everyone[rank]['where']}" for rank in busy[:_NAMED]]
             reason = (
                 f"no step for {self._stuck_s:.0f} s at {mine['place']}; not waiting for others: {', '.join(named)}"
             )
-            self._pass_verdict([], reason)
+            self._record_verdict([], reason)
 
-    def _beats(self, ranks: list[int]) -> dict[int, Any]:
-        """Those that have begun."""
+    def _read_heartbeats(self, ranks: list[int]) -> dict[int, Any]:
+        """Returns the heartbeats of the ranks that have started."""
         keys = [f"beat/{rank}" for rank in ranks]
         if not keys:
             return {}
-        if not self._store.check(keys):  # one that never began is named when the ranks meet
-            there = [key for key in keys if self._store.check([key])]
-            ranks, keys = [rank for rank, key in zip(ranks, keys, strict=True) if key in there], there
+        if not self._store.check(keys):  # the rendezvous names a rank that never started
+            present = [key for key in keys if self._store.check([key])]
+            ranks, keys = [rank for rank, key in zip(ranks, keys, strict=True) if key in present], present
         return {rank: json.loads(value) for rank, value in zip(ranks, self._store.multi_get(keys), strict=True)}
 
-    def _pass_verdict(self, gone: list[int], reason: str) -> None:
+    def _record_verdict(self, gone: list[int], reason: str) -> None:
         self._store.compare_set("verdict", "", json.dumps({"reason": reason, "code": EXIT_CODE, "gone": gone}))
         self._end(json.loads(self._store.get("verdict")))
 
     def _store_lost(self, problem: str) -> None:
         holder = "torchrun" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        reason = f"{holder}, which holds the ranks' store at {where}: gone, or stopped ({problem})"
+        reason = f"{holder}, which holds the ranks' store at {where}: dead or stopped ({problem})"
         self._end({"reason": reason, "code": EXIT_CODE, "gone": [0]}, reachable=False)
 
     def _end(self, verdict: Mapping[str, Any], *, reachable: bool = True) -> None:
-        """Prints the verdict and exits; rank 0, whose store the others read it from, last."""
-        with self._ending:  # for ever: the first thread that comes takes the process with it
+        """Prints the verdict and exits. Rank 0 exits last, because the others read the verdict from its store."""
+        with self._ending:  # never released: the first thread here ends the process
             reason, gone = str(verdict["reason"]), verdict["gone"]
             print(f"tied-lora: rank {self._rank}: the run ends: {reason}", file=sys.stderr, flush=True)
             survivors = [rank for rank in range(self._world) if rank not in gone] or [0]
             if self._rank == survivors[0]:
                 _try(lambda: self._on_end(reason, int(verdict["code"])))
             if reachable:
-                _try(lambda: self._say_farewell(len(gone)))
+                _try(lambda: self._wait_for_others(len(gone)))
             os._exit(int(verdict["code"]))
 
-    def _say_farewell(self, gone: int) -> None:
+    def _wait_for_others(self, gone: int) -> None:
         self._store.add("farewells", 1)
         deadline = time.monotonic() + _FAREWELL_S + 2 * self._every
         while self._rank == 0 and time.monotonic() < deadline:
@@ -224,25 +226,25 @@ class Watchdog:
 
 
 def _main_frames(ident: int | None) -> tuple[str, bool]:
-    """(the main thread's innermost line, whether it is waiting in a collective)."""
+    """Returns (the main thread's innermost line, whether it waits in a collective)."""
     frame: FrameType | None = sys._current_frames().get(ident or 0)
     if frame is None:
         return "unknown", False
     innermost = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} {frame.f_code.co_name}"
     depth = 0
-    while frame is not None and depth < 6:  # decorators of torch.distributed stand around its calls
+    while frame is not None and depth < 6:  # torch.distributed wraps its calls in decorators
         if any(part in frame.f_code.co_filename for part in _WAITING):
             return innermost, True
         frame, depth = frame.f_back, depth + 1
     return innermost, False
 
 
-def _called(rank: int, beat: Mapping[str, Any]) -> str:
+def _rank_name(rank: int, beat: Mapping[str, Any]) -> str:
     return f"rank {rank} (node {beat.get('node')}, process {beat.get('pid')})"
 
 
 def _try(action: Callable[[], Any]) -> None:
-    """What is worth trying on the way out, and no reason to stay."""
+    """Calls `action` on the way out. Prints its error and continues."""
     try:
         action()
     except Exception as error:

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One all-reduce over every parallel group, its result checked and its bandwidth measured, before a model is loaded.
+"""Tries one all-reduce in every parallel group before a model is loaded: checks the result, measures the bandwidth.
 
-Each rank contributes x[i] = (i mod 13) + (rank mod 997) + 1, so that the sum over a group is known exactly:
-n (i mod 13) + the sum of (rank mod 997) + 1, whole numbers that float32 holds.
+Each rank contributes x[i] = (i mod 13) + (rank mod 997) + 1. So the sum over a group of n ranks is known exactly:
+n (i mod 13) + the sum of (rank mod 997) + 1 over its ranks. float32 represents these whole numbers exactly.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -61,7 +61,7 @@ def check(rendezvous: Rendezvous, values: Mapping[str, Any]) -> list[str]:
 
 
 def group_ranks(layout: Layout, kind: str, *, pipeline_before_data: bool = False) -> list[list[int]]:
-    """The groups of one kind, as Megatron lays them over the ranks.
+    """Returns the groups of one kind, as Megatron assigns ranks to them.
 
     Args:
         pipeline_before_data: NeMo's `use_tp_pp_dp_mapping`.
@@ -76,16 +76,16 @@ def group_ranks(layout: Layout, kind: str, *, pipeline_before_data: bool = False
 def check_groups(
     rendezvous: Rendezvous, groups: Mapping[str, Sequence[Sequence[int]]], device: torch.device
 ) -> list[Any]:
-    """This rank's all-reduce over each group that it is in; called by every rank, the default process group set up.
+    """Runs an all-reduce over each group that this rank is in. All ranks call it, after the default process group exists.
 
-    A group that does not finish within the rendezvous's time is a problem; the groups after it are not tried.
+    A group that does not finish within the rendezvous's time is a problem. The groups after it are not tried.
 
     Returns:
-        {"kind", "ranks", "bytes", "seconds", "problem"} for each.
+        One {"kind", "ranks", "bytes", "seconds", "problem"} per group.
     """
     results: list[Any] = []
-    for kind, of_kind in groups.items():
-        for ranks in of_kind:
+    for kind, members in groups.items():
+        for ranks in members:
             if rendezvous.rank in ranks and len(ranks) > 1:
                 results.append({"kind": kind, "ranks": list(ranks), **_all_reduce(rendezvous, kind, ranks, device)})
                 if results[-1]["seconds"] is None:
@@ -93,17 +93,26 @@ def check_groups(
     return results
 
 
-def report(said: Mapping[int, Iterable[Mapping[str, Any]]], nodes: Mapping[int, str]) -> tuple[list[str], list[str]]:
-    """(a line for each kind of group: how many, the slowest one's bandwidth; problems)."""
+def report(
+    results_of: Mapping[int, Sequence[Mapping[str, Any]]], nodes: Mapping[int, str]
+) -> tuple[list[str], list[str]]:
+    """Returns (lines, problems). There is one line per kind of group: the number of groups and the lowest bandwidth.
+
+    Args:
+        results_of: each rank's result of `check_groups`.
+        nodes: each rank's node.
+    """
     lines, problems = [], []
     for kind, name in GROUPS.items():
-        results = [result for of_rank in said.values() for result in of_rank if result["kind"] == kind]
-        having: dict[str, list[int]] = {}
-        for rank, of_rank in said.items():
-            for result in of_rank:
+        results = [result for found in results_of.values() for result in found if result["kind"] == kind]
+        by_problem: dict[str, list[int]] = {}
+        for rank, found in results_of.items():
+            for result in found:
                 if result["kind"] == kind and result["problem"]:
-                    having.setdefault(f"{result['problem']} of ranks {result['ranks']}", []).append(rank)
-        problems += [f"all-reduce, {name}: {text} (on {name_ranks(of, nodes)})" for text, of in having.items()]
+                    by_problem.setdefault(f"{result['problem']} of ranks {result['ranks']}", []).append(rank)
+        problems += [
+            f"all-reduce, {name}: {text} (on {name_ranks(ranks, nodes)})" for text, ranks in by_problem.items()
+        ]
         timed = [(_bandwidth(result), result["ranks"]) for result in results if result["seconds"]]
         if timed:
             slowest, ranks = min(timed)
@@ -114,19 +123,21 @@ def report(said: Mapping[int, Iterable[Mapping[str, Any]]], nodes: Mapping[int, 
 
 
 def contribution(rank: int, elements: int, device: torch.device) -> torch.Tensor:
-    """What a rank adds."""
+    """Returns what a rank contributes to the sum."""
     pattern = torch.arange(elements, device=device, dtype=torch.float32) % _PERIOD
     return pattern + (rank % _MODULUS + 1)
 
 
 def _all_reduce(rendezvous: Rendezvous, kind: str, ranks: Sequence[int], device: torch.device) -> dict[str, Any]:
     elements = _ELEMENTS[device.type]
-    limit = timedelta(seconds=2 * rendezvous.timeout_s)  # ours comes first, with a message
+    limit = timedelta(seconds=2 * rendezvous.timeout_s)  # our own limit comes first, and has a better message
     size = 4 * elements
     try:
-        # Only the members call it: with thousands of ranks there are thousands of groups.
+        # Only the members of a group create it: with thousands of ranks there are thousands of groups.
         group = dist.new_group(list(ranks), timeout=limit, use_local_synchronization=True)
-        _timed(contribution(rendezvous.rank, elements, device), group, rendezvous.timeout_s)  # connects
+        _timed(
+            contribution(rendezvous.rank, elements, device), group, rendezvous.timeout_s
+        )  # the first all-reduce also connects
         values = contribution(rendezvous.rank, elements, device)
         seconds = _timed(values, group, rendezvous.timeout_s)
         problem = None if seconds else f"not finished within {rendezvous.timeout_s:.0f} s"
@@ -139,14 +150,14 @@ def _all_reduce(rendezvous: Rendezvous, kind: str, ranks: Sequence[int], device:
 
 
 def _timed(values: torch.Tensor, group: Any, timeout_s: float) -> float | None:
-    """Seconds of one all-reduce in place; None where it does not finish: waiting would block for ever."""
+    """Returns the seconds of one all-reduce in place. None if it does not finish; `wait` would then block for ever."""
     started = time.perf_counter()
     work = dist.all_reduce(values, group=group, async_op=True)
     while not work.is_completed():
         if time.perf_counter() - started > timeout_s:
             return None
         time.sleep(_POLL_S if time.perf_counter() - started > 0.5 else 0)
-    work.wait()  # raises what went wrong
+    work.wait()  # raises its error
     if values.device.type == "cuda":
         torch.cuda.synchronize(values.device)
     return time.perf_counter() - started
@@ -163,6 +174,6 @@ def _wrong(values: torch.Tensor, ranks: Sequence[int]) -> str | None:
 
 
 def _bandwidth(result: Mapping[str, Any]) -> float:
-    """Bytes per second that each rank sends in a ring: 2 (n-1)/n of the tensor."""
+    """Returns the bytes per second that each rank sends in a ring: 2 (n-1)/n of the tensor."""
     size = len(result["ranks"])
     return 2 * (size - 1) / size * result["bytes"] / result["seconds"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where ranks meet before there is a process group: a store on rank 0 (or torchrun's), and what they tell each other."""
+"""Exchanges messages between ranks before a process group exists, through a store on rank 0 or torchrun's store."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ _RANK_0_FACTOR = 4
 
 
 def node_name() -> str:
-    """This machine, as SLURM or the machine itself calls it."""
+    """Returns the name of this machine, from SLURM or from the machine itself."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """The ranks of a launcher, reached through a TCPStore; every method is called by all of them.
+    """All ranks of a run, reached through a TCPStore. All ranks call every method.
 
-    The store is torchrun's where it has one, else rank 0 holds it, at MASTER_ADDR:MASTER_PORT.
+    torchrun holds the store if it has one. Otherwise rank 0 holds it, at MASTER_ADDR:MASTER_PORT.
     """
 
     store: Store
@@ -45,29 +45,29 @@ class Rendezvous:
         """Joins the other ranks.
 
         Raises:
-            ConfigError: the launcher's variables are missing or wrong, or rank 0 was not reached in time.
+            ConfigError: the launcher's variables are missing or wrong, or rank 0 did not answer in time.
         """
         rank, world_size = (_whole(environment, name) for name in ("RANK", "WORLD_SIZE"))
         return cls(connect(timeout_s, environment), rank, world_size, timeout_s)
 
     def put(self, topic: str, message: Any) -> None:
-        """Leaves this rank's message, anything that JSON holds."""
+        """Stores this rank's message, a JSON value."""
         self.store.set(f"{topic}/{self.rank}", json.dumps(message))
 
     def gather(self, topic: str) -> dict[int, Any]:
-        """Every rank's message, as far as they come within `timeout_s`."""
+        """Returns every rank's message. Leaves out ranks that put none within `timeout_s`."""
         keys = [f"{topic}/{rank}" for rank in range(self.world_size)]
         deadline = time.monotonic() + self.timeout_s
         while not self.store.check(keys) and time.monotonic() < deadline:
             time.sleep(_POLL_S)
-        there = [rank for rank, key in enumerate(keys) if self.store.check([key])]
-        return {rank: json.loads(self.store.get(keys[rank])) for rank in there}
+        present = [rank for rank, key in enumerate(keys) if self.store.check([key])]
+        return {rank: json.loads(self.store.get(keys[rank])) for rank in present}
 
     def broadcast(self, topic: str, message: Any = None) -> Any:
-        """Rank 0's message, on every rank.
+        """Returns rank 0's message on every rank.
 
         Raises:
-            ConfigError: it did not come within four times `timeout_s`: rank 0 itself waits for the slowest rank.
+            ConfigError: no message within four times `timeout_s`. Rank 0 itself may wait for the slowest rank.
         """
         if self.rank == 0:
             self.store.set(topic, json.dumps(message))
@@ -89,7 +89,7 @@ class Rendezvous:
         return result
 
     def agree(self, problems: Sequence[str], topic: str = "problems") -> list[str]:
-        """All ranks' problems, the same on every rank; those that only some ranks have name their nodes.
+        """Returns all ranks' problems, the same on every rank. A problem of only some ranks names their nodes.
 
         A rank that does not come is a problem too.
         """
@@ -99,10 +99,10 @@ class Rendezvous:
 
 
 def connect(timeout_s: float, environment: Mapping[str, str] = os.environ, *, client: bool = False) -> Store:
-    """A connection to the ranks' store; with `client`, one more to a store that is there.
+    """Connects to the ranks' store. Rank 0 creates it, unless torchrun has one or `client` is True.
 
     Raises:
-        ConfigError: MASTER_ADDR or MASTER_PORT is missing or wrong, or there is no answer.
+        ConfigError: MASTER_ADDR or MASTER_PORT is missing or wrong, or nothing answers.
     """
     address, port = environment.get("MASTER_ADDR"), _whole(environment, "MASTER_PORT")
     if not address:
@@ -112,7 +112,7 @@ def connect(timeout_s: float, environment: Mapping[str, str] = os.environ, *, cl
     timeout = datetime.timedelta(seconds=timeout_s)
     try:
         store = TCPStore(address, port, is_master=holds, timeout=timeout, wait_for_workers=False)
-    except RuntimeError as error:  # torch's DistError is one
+    except RuntimeError as error:  # torch's DistError is a RuntimeError
         reason = str(error).splitlines()[0]
         problem = "cannot be listened on" if holds else f"rank 0 was not reached within {timeout_s:.0f} s"
         raise ConfigError([f"MASTER_ADDR={address}, MASTER_PORT={port}: {problem}: {reason}"]) from None
@@ -120,12 +120,12 @@ def connect(timeout_s: float, environment: Mapping[str, str] = os.environ, *, cl
 
 
 def name_ranks(ranks: Sequence[int], nodes: Mapping[int, str]) -> str:
-    """'node n2 (ranks 4 to 7)', each node once."""
-    of_node: dict[str, list[int]] = {}
+    """Returns text such as "node n2 (ranks 4 to 7)", with each node once."""
+    by_node: dict[str, list[int]] = {}
     for rank in sorted(ranks):
-        of_node.setdefault(nodes.get(rank, "unknown"), []).append(rank)
-    named = [f"node {node} ({_ranks(of)})" for node, of in list(of_node.items())[:_NAMED]]
-    return ", ".join(named) + (f" and {len(of_node) - _NAMED} nodes more" if len(of_node) > _NAMED else "")
+        by_node.setdefault(nodes.get(rank, "unknown"), []).append(rank)
+    named = [f"node {node} ({_ranks(its_ranks)})" for node, its_ranks in list(by_node.items())[:_NAMED]]
+    return ", ".join(named) + (f" and {len(by_node) - _NAMED} more nodes" if len(by_node) > _NAMED else "")
 
 
 def _ranks(ranks: Sequence[int]) -> str:
@@ -137,17 +137,17 @@ def _ranks(ranks: Sequence[int]) -> str:
 
 def _merged(answers: Mapping[int, Any], world_size: int, timeout_s: float) -> list[str]:
     nodes = {rank: answer["node"] for rank, answer in answers.items()}
-    having: dict[str, list[int]] = {}
+    by_problem: dict[str, list[int]] = {}
     for rank, answer in sorted(answers.items()):
         for problem in answer["problems"]:
-            having.setdefault(problem, []).append(rank)
+            by_problem.setdefault(problem, []).append(rank)
     merged = [
         problem if len(ranks) == len(answers) else f"{problem} (on {name_ranks(ranks, nodes)})"
-        for problem, ranks in having.items()
+        for problem, ranks in by_problem.items()
     ]
     missing = sorted(set(range(world_size)) - answers.keys())
     if missing:
-        merged.append(f"{_ranks(missing)} of {world_size}: not started, or not here within {timeout_s:.0f} s")
+        merged.append(f"{_ranks(missing)} of {world_size}: not started, or did not arrive within {timeout_s:.0f} s")
     return merged
 
 

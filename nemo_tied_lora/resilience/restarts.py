@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a run has finished before, and how often it was started again."""
+"""Decides from the status file whether a run has finished before, and whether it may start again."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from nemo_tied_lora.resilience.status_file import STATUS_FILE, read_status
 __all__ = ["Preempted", "fingerprint", "finished_already", "finished_before", "preempted_code", "restarted"]
 
 
-# What does not change what is trained, or where the result lies.
+# Settings that change neither the training nor the place of the result.
 _IRRELEVANT = ("verbose", "preflight", "watchdog", "preemption")
 _IRRELEVANT_TRAINER = ("devices", "num_nodes", "enable_progress_bar", "log_every_n_steps")
 
 
 class Preempted(Exception):
-    """The run has been asked to stop, has saved what it had, and can be continued."""
+    """The run was asked to stop and has saved a checkpoint. The same command resumes it."""
 
 
 def fingerprint(values: Mapping[str, Any]) -> str:
-    """Of the settings and input files that decide what comes out of a run; not of how many ranks it runs on."""
+    """Hashes the settings and input files that decide the result of a run. The number of ranks is not one of them."""
     settings = {key: value for key, value in values.items() if key not in _IRRELEVANT}
     settings["trainer"] = {k: v for k, v in values["trainer"].items() if k not in _IRRELEVANT_TRAINER}
     data = (values["model"].get("data") or {}).values()
@@ -39,7 +39,7 @@ def fingerprint(values: Mapping[str, Any]) -> str:
 
 
 def finished_before(folder: Path | None, settings: str) -> str | None:
-    """The file that a run with these settings has already written in this folder; None: it has yet to finish."""
+    """Returns the file that a run with these settings has written in this folder. None: it has not finished."""
     status = None if folder is None else read_status(folder)
     if status is None or status.get("state") != "finished" or status.get("settings") != settings:
         return None
@@ -65,10 +65,10 @@ def preempted_code(values: Mapping[str, Any], code: int) -> int:
 
 
 def restarted(folder: Path | None, settings: str, allowed: int) -> dict[str, int]:
-    """The new run's counts of restarts: all, and those in a row after which no further checkpoint was there.
+    """Returns the new run's counts of restarts: all, and those in a row without a new checkpoint.
 
     Raises:
-        ConfigError: more than `allowed` in a row: something ends every run before it can save.
+        ConfigError: more than `allowed` restarts in a row without a new checkpoint.
     """
     before = None if folder is None else read_status(folder)
     if before is None or before.get("settings") != settings or before.get("state") == "finished":
@@ -84,6 +84,7 @@ def restarted(folder: Path | None, settings: str, allowed: int) -> dict[str, int
 
 
 def _stamp(path: str) -> list[int] | None:
+    """Returns a file's size and time of change. None if there is no file."""
     try:
         found = os.stat(path)
     except OSError:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`status.json`: what a run is doing, seen from outside, and by the run that comes after it.
+"""Writes and reads `status.json`, which shows what a run is doing. The next run with the same settings reads it too.
 
-One rank writes it, atomically, so that a reader meets a whole file. Neither torch nor NeMo is imported.
+One rank writes it atomically. Imports neither torch nor NeMo.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["ENDED", "STALE_S", "STATES", "STATUS_FILE", "RunStatus", "read_statu
 STATES = ("starting", "preflight", "training", "saving", "finished", "failed", "preempted")
 ENDED = ("finished", "failed", "preempted")
 STALE_S = 60
-"""A run that has not ended renews its file at least every ten seconds; one that is older shows no sign of life."""
+"""Seconds. A running run renews its file at least every ten seconds; an older file shows no sign of life."""
 
 
 STATUS_FILE = "status.json"
@@ -30,7 +30,7 @@ _RENEW_S = 10.0
 
 
 class RunStatus:
-    """The writer. `active` on one rank; elsewhere everything but `fail` does nothing. Threads may share it."""
+    """Writes the file on the one rank that is `active`. On other ranks only `fail` has an effect. Thread-safe."""
 
     def __init__(self, folder: Path | None, *, active: bool, **fields: Any) -> None:
         self._path = None if folder is None else folder / STATUS_FILE
@@ -38,7 +38,7 @@ class RunStatus:
         self._fields: dict[str, Any] = {"state": "starting", **fields}
 
     def update(self, *, now: Any = False, **fields: Any) -> None:
-        """Sets fields; writes at once where the state changes or `now` says so, else every two seconds at most."""
+        """Sets fields. Writes at once if the state changes or `now` is true, otherwise at most every two seconds."""
         with self._lock:
             changed = "state" in fields and fields["state"] != self._fields["state"]
             self._fields |= fields
@@ -46,17 +46,17 @@ class RunStatus:
                 self._write()
 
     def start(self) -> None:
-        """Writes, and from now on renews the file from a thread, as a sign of life."""
+        """Writes the file, and renews it from a thread as a sign of life."""
         self.update(now=True)
         if self._active and self._path is not None:
             threading.Thread(target=self._renew, daemon=True).start()
 
     def fail(self, reason: str) -> None:
-        """Records why the run ended, from any rank: on one that is not active, in what the file says by now."""
+        """Records why the run ended. A rank that is not active adds the reason to the file's current content."""
         with self._lock:
             if not self._active and self._path is not None:
                 self._fields = read_status(self._path.parent) or self._fields
-                if self._fields["state"] in ENDED:  # by rank 0, which knew more
+                if self._fields["state"] in ENDED:  # rank 0 has recorded the end, and knew more
                     return
             self._active = True
             self.update(now=True, state="failed", reason=reason)
@@ -80,7 +80,7 @@ class RunStatus:
 
 
 def read_status(folder: Path) -> dict[str, Any] | None:
-    """What `status.json` in the folder says; None where there is none, or none that can be read."""
+    """Returns the content of `status.json` in the folder. None if it is missing or unreadable."""
     try:
         values = json.loads((folder / STATUS_FILE).read_text())
     except (OSError, ValueError):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SIGTERM and SIGUSR1 are answered by this process alone: what a library forks from it dies of them, as it would have.
+"""Handles SIGTERM and SIGUSR1 in this process only. They still end a process that a library forks from it.
 
-A pool of forked workers ends them by SIGTERM. With a Python handler inherited, a signal that arrives before a worker's
-interpreter is set up is forgotten by Python, and the pool waits for that worker for ever. So a fork happens with these
-signals blocked, and the child lets them through when their default action is back.
+A pool of forked workers ends its workers with SIGTERM. If a worker inherits a Python handler, and the signal arrives before
+the worker's interpreter is set up, Python loses the signal, and the pool waits for that worker for ever. So a fork happens
+with these signals blocked, and the child unblocks them after it has restored their default action.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from types import FrameType
 __all__ = ["STOP_SIGNALS", "answered_by", "ignore_from_now"]
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""What SLURM and people send to a run that is to stop."""
+"""The signals with which SLURM and people stop a run."""
 
 
 @contextmanager
 def answered_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Calls the handler for each of `STOP_SIGNALS` meanwhile; in the main thread only, as `signal.signal`.
+    """Calls `handler` for each of `STOP_SIGNALS` inside the block. Like `signal.signal`, it works in the main thread only.
 
-    Afterwards the old one is back, but where another was set in between.
+    At the end it restores the old handler, unless someone has set another one in the meantime.
     """
     _register_once()
     previous = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
@@ -40,10 +40,10 @@ def answered_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[No
 
 
 def ignore_from_now() -> None:
-    """To the end of this process, whose exit code is settled.
+    """Ignores `STOP_SIGNALS` until this process ends, because its exit code is decided.
 
-    srun sends SIGTERM to all others as soon as one rank has ended with a code that is not 0, and reports what they died
-    of: a run that is refused would look like one that was stopped, and be started again.
+    As soon as one rank exits with another code than 0, srun sends SIGTERM to the others and reports their exit codes. A
+    refused run would look like a stopped one, and would be started again.
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -54,7 +54,7 @@ _thread = threading.local()
 
 
 def _register_once() -> None:
-    """Hooks of a fork cannot be taken back; they do nothing while nobody answers."""
+    """Registers the fork hooks once, because they cannot be removed. They do nothing while no handler is set."""
     if not _state["registered"]:
         os.register_at_fork(before=_before, after_in_parent=_after, after_in_child=_in_child)
         _state["registered"] = True

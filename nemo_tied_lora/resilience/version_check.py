@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether all ranks run the same software on the same configuration."""
+"""Checks that all ranks run the same software with the same configuration."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def compare(rendezvous: Rendezvous, configuration: Mapping[str, Any]) -> None:
 
 
 def software(configuration: Mapping[str, Any]) -> dict[str, str]:
-    """What must be the same on every rank, as texts: versions, this package's code, the composed configuration."""
+    """Returns what must be the same on every rank: versions, and hashes of this package's code and the configuration."""
     facts = {"python": platform.python_version()}
     facts |= {name: installed_version(name) or "not installed" for name in _PACKAGES}
     facts["nemo_tied_lora's code"] = _code_hash(Path(__file__).resolve().parents[1])
@@ -51,16 +51,16 @@ def software(configuration: Mapping[str, Any]) -> dict[str, str]:
     return facts
 
 
-def differences(said: Mapping[int, Mapping[str, Any]]) -> list[str]:
-    """A line for each thing that differs, naming the nodes that are not like the most.
+def differences(answers: Mapping[int, Mapping[str, Any]]) -> list[str]:
+    """Returns one line per difference. It names the nodes that differ from most ranks.
 
     Args:
-        said: each rank's {"node": its name, "software": `software()`}.
+        answers: each rank's {"node": its name, "software": `software()`}.
     """
     problems = []
-    nodes = {rank: str(one["node"]) for rank, one in said.items()}
-    for name in sorted({name for one in said.values() for name in one["software"]}):
-        values = {rank: one["software"].get(name, "missing") for rank, one in said.items()}
+    nodes = {rank: str(answer["node"]) for rank, answer in answers.items()}
+    for name in sorted({name for answer in answers.values() for name in answer["software"]}):
+        values = {rank: answer["software"].get(name, "missing") for rank, answer in answers.items()}
         usual, _ = Counter(values.values()).most_common(1)[0]
         for value in sorted(set(values.values()) - {usual}):
             ranks = [rank for rank, found in values.items() if found == value]
@@ -71,7 +71,7 @@ def differences(said: Mapping[int, Mapping[str, Any]]) -> list[str]:
 
 
 def _code_hash(folder: Path) -> str:
-    """Over the names and contents of the package's sources."""
+    """Hashes the names and contents of the package's sources."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
         digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes() + b"\0")

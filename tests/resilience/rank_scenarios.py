@@ -231,15 +231,15 @@ SCENARIOS: dict[str, tuple[int, Callable[[], int], Callable[[list[int], Path], N
     ),
     "finished": (2, finished, nothing),
     # Negative controls: the same with the guard switched off. They are given up after CONTROL_S.
-    "killed, unwatched": (3, without(Watchdog, "_look", look_away, train), to(2, signal.SIGKILL)),
-    "stopped, unwatched": (3, without(Watchdog, "_look", look_away, train), to(1, signal.SIGSTOP)),
-    "stopped_rank_0, unjudged": (2, without(Watchdog, "_judge", look_away, train), to(0, signal.SIGSTOP)),
-    "standing_still, unwatched": (2, without(Watchdog, "_look_for_standstill", look_away, stand_still), nothing),
+    "killed, unwatched": (3, without(Watchdog, "_check_heartbeats", look_away, train), to(2, signal.SIGKILL)),
+    "stopped, unwatched": (3, without(Watchdog, "_check_heartbeats", look_away, train), to(1, signal.SIGSTOP)),
+    "stopped_rank_0, unjudged": (2, without(Watchdog, "_watch_store", look_away, train), to(0, signal.SIGSTOP)),
+    "standing_still, unwatched": (2, without(Watchdog, "_check_progress", look_away, stand_still), nothing),
     "problem_on_one, untold": (2, without(Rendezvous, "agree", keep_to_oneself, problem_on_one), nothing),
     "wrong_sum, unchecked": (4, without(group_check, "_wrong", lambda *args: None, wrong_sum), nothing),
     "another_version, uncompared": (
         4,
-        without(version_check, "differences", lambda said: [], another_version),
+        without(version_check, "differences", lambda answers: [], another_version),
         nothing,
     ),
 }

@@ -130,7 +130,7 @@ def test_without_the_guard_the_same_check_goes_red(ends: dict[str, Any], name: s
 def test_a_rank_that_never_comes_is_named(ends: dict[str, Any]) -> None:
     end = ends["rank_missing"]
     assert end["codes"] == [2, 0]
-    assert "rank 1 of 2: not started, or not here within 10 s" in end["logs"][0]
+    assert "rank 1 of 2: not started, or did not arrive within 10 s" in end["logs"][0]
 
 
 def test_a_sound_allocation_passes_and_prints_each_groups_bandwidth(ends: dict[str, Any]) -> None:
