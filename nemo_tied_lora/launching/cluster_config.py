@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `cluster` section of `configs/launch.yaml`: where and how a run is started. Its defaults are in configs/cluster."""
+"""Checks the section `cluster` of `configs/launch.yaml`: where and how a run starts. Defaults are in configs/cluster."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _LEAST = {"nodes": 1, "gpus_per_node": 1, "cpus_per_task": 1, "save_seconds": 1,
 
 @dataclass(frozen=True, kw_only=True)
 class Container:
-    """What pyxis is told."""
+    """The container in which pyxis runs the ranks."""
 
     image: str | None = None
     """A squashfs file or an enroot URI. None: no container."""
@@ -38,11 +38,11 @@ class Container:
             if not re.fullmatch(r"/[^:,]*:/[^:,]*(:[^:,]+)?", str(mount))
         )
         if self.image is None and (self.mounts or self.workdir):
-            problems.append("cluster.container.image=null: mounts and workdir mean nothing without one")
+            problems.append("cluster.container.image=null: mounts and workdir need an image; name one, or remove them")
         problems.raise_if_any()
 
     def host_path(self, path: str) -> str | None:
-        """Where a path of the container lies outside; None where no mount shows it."""
+        """Returns the path outside the container. None if no mount contains it."""
         if self.image is None:
             return path
         whole = path if path.startswith("/") else f"{(self.workdir or '').rstrip('/')}/{path}"
@@ -55,10 +55,10 @@ class Container:
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """The section, checked.
+    """The section `cluster`.
 
     Raises:
-        ConfigError: all its problems together.
+        ConfigError: with all problems.
     """
 
     kind: str
@@ -101,7 +101,7 @@ class Cluster:
 
     @classmethod
     def from_mapping(cls, section: Mapping[str, Any]) -> Cluster:
-        """From the composed section; unknown keys are problems, and so is a list where a word belongs."""
+        """Reads the composed section. Refuses unknown keys, and values of the wrong kind."""
         problems = Problems()
         values = problems.known_keys("cluster", section, sorted(field.name for field in fields(cls)))
         for key in ("srun", "setup"):
@@ -114,7 +114,7 @@ class Cluster:
 
     @property
     def exported(self) -> dict[str, str]:
-        """The environment's variables that are set here."""
+        """The environment variables that have a value."""
         return {name: str(value) for name, value in (self.environment or {}).items() if value is not None}
 
     def _time_problems(self) -> Iterator[str]:
@@ -126,21 +126,22 @@ class Cluster:
             yield f"cluster.time={self.time!r}: write minutes, or [days-]hours:minutes:seconds, in quotes"
             return
         if isinstance(self.save_seconds, int) and limit <= self.save_seconds:
-            yield f"cluster.time={self.time}: not longer than cluster.save_seconds={self.save_seconds}, the time to save"
+            yield f"cluster.time={self.time}: must be longer than cluster.save_seconds={self.save_seconds}, the time to save"
 
     def _environment_problems(self) -> Iterator[str]:
         for name, value in (self.environment or {}).items():
             if not _VARIABLE.fullmatch(str(name)):
-                yield f"cluster.environment.{name}: not a variable's name"
+                yield f"cluster.environment.{name}: not a valid name of a variable"
             elif value is not None and looks_secret(str(name)):
-                yield f"cluster.environment.{name}: a secret; remove it here and export it in the shell that launches"
+                yield f"cluster.environment.{name}: a secret; remove it and export it in the shell that launches"
 
 
 def seconds(limit: str | int) -> int:
-    """SLURM's time limit (minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]) in seconds.
+    """Returns SLURM's time limit in seconds. Formats: minutes, minutes:seconds, hours:minutes:seconds,
+    days-hours[:minutes[:seconds]].
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: the text has another format.
     """
     match = _TIME.fullmatch(str(limit))
     if match is None:
@@ -155,7 +156,7 @@ def seconds(limit: str | int) -> int:
 
 
 def looks_secret(key: str) -> bool:
-    """Whether a key's last part, or a variable's name, says that its value is a secret."""
+    """Whether the last part of a key, or a variable's name, suggests that its value is a secret."""
     return bool(_SECRET.search(key.rpartition(".")[2]))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run is: its resolved configuration, and the versions of what it runs on."""
+"""Records a run: its resolved configuration, and the versions of the software."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ _PACKAGES = (
 
 
 def write_record(folder: Path, cfg: DictConfig, overrides: Sequence[str]) -> None:
-    """config.yaml and versions.json, whole or not at all."""
+    """Writes config.yaml and versions.json into the folder."""
     write_atomically(folder / "config.yaml", resolved_yaml(cfg).encode())
     write_json(folder / "versions.json", {**versions(), "arguments": list(overrides)})
 
 
 def resolved_yaml(cfg: DictConfig) -> str:
-    """Every value of the config; what reads the environment stays as it is written, for it may be a secret."""
+    """Returns the resolved configuration. Interpolations that read the environment stay, because it may hold secrets."""
     return OmegaConf.to_yaml(OmegaConf.create(_resolved(cfg)))
 
 
 def versions() -> dict[str, Any]:
-    """Python's, the packages' (null: not installed) and the code's commit."""
+    """Returns the versions of Python and of packages (None: not installed), and the commit of the code."""
     return {
         "python": platform.python_version(),
         "packages": {name: installed_version(name) for name in _PACKAGES},
@@ -53,7 +53,7 @@ def versions() -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout that the package runs from, "+" behind it where files differ; None outside of one."""
+    """Returns the commit of the package's checkout, with a "+" if files differ from it. None: not a checkout."""
     source = Path(__file__).resolve().parents[2]
     if not (source / ".git").exists():
         return None
@@ -80,7 +80,7 @@ def _value(node: DictConfig | ListConfig, key: Any) -> Any:
 
 
 def _masked(value: Any) -> Any:
-    """A secret that came here through several interpolations, as the name of its variable."""
+    """Replaces secrets, which interpolations may have inserted, with the names of their variables."""
     if isinstance(value, str):
         for name, secret in os.environ.items():
             if len(secret) > 3 and looks_secret(name):

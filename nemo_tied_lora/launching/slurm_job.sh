@@ -1,11 +1,11 @@
 # shellcheck shell=bash
-# What follows is the same for one node and for thousands, for one run and for each task of an array.
+# The rest is the same for one node and for thousands, for one run and for each task of an array.
 
 arguments+=("$@")  # sbatch SCRIPT key=value ...
 restart=${SLURM_RESTART_COUNT:-0}
 job=$SLURM_JOB_ID
 if [[ -n $index ]]; then
-    # By its array name: the plain number of an array's last task is the number of the whole array.
+    # The array name, because the plain job number of an array's last task is the number of the whole array.
     job=${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}
     IFS=$'\t' read -r -a point < <(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" "$index")
     folder=${point[0]}
@@ -18,7 +18,7 @@ if ! mkdir -p "$logs" || ! touch "$logs"; then
     exit 2
 fi
 
-finished=$folder/logs/$job.finished  # this job's own: another, a pre-flight say, may use the folder too
+finished=$folder/logs/$job.finished  # named after the job: another job, such as a pre-flight, may use the folder too
 if ((restart == 0)); then
     rm -f "$finished"
 elif [[ -e $finished ]]; then
@@ -27,17 +27,17 @@ elif [[ -e $finished ]]; then
 fi
 cp -- "$0" "$logs/job.sbatch"
 if ((SLURM_NTASKS % SLURM_JOB_NUM_NODES)); then
-    say "refused: $SLURM_NTASKS tasks on $SLURM_JOB_NUM_NODES nodes; ask for as many on each, with --ntasks-per-node"
+    say "refused: $SLURM_NTASKS tasks on $SLURM_JOB_NUM_NODES nodes; ask for the same number on each, with --ntasks-per-node"
     exit 2
 fi
 arguments+=("trainer.num_nodes=$SLURM_JOB_NUM_NODES" "trainer.devices=$((SLURM_NTASKS / SLURM_JOB_NUM_NODES))")
 arguments+=("exp_manager.explicit_log_dir=$folder")
 
-# The address by which SLURM itself reaches the first node, where rank 0 and this script run: names need not resolve.
+# Rank 0 and this script run on the first node. SLURM's own address of it works even if host names do not resolve.
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 [[ $(scontrol --oneliner show node "${nodes[0]}") =~ NodeAddr=([^ ]+) ]]
 export MASTER_ADDR=${BASH_REMATCH[1]}
-# Below the ports that systems give to outgoing connections; another for each job and restart; the first that is free.
+# Below the ports of outgoing connections, different for each job and restart, and free.
 MASTER_PORT=$((20000 + (SLURM_JOB_ID * 8 + restart) % 12000))
 while (exec 3<>"/dev/tcp/127.0.0.1/$MASTER_PORT") 2>/dev/null; do MASTER_PORT=$((MASTER_PORT + 1)); done
 export MASTER_PORT
@@ -48,12 +48,12 @@ if [[ -n $container_image ]]; then
     inside+=("--container-image=$container_image" --no-container-entrypoint)
     [[ -z $container_mounts ]] || inside+=("--container-mounts=$container_mounts")
     [[ -z $container_workdir ]] || inside+=("--container-workdir=$container_workdir")
-    # Of a variable that the image sets too, the image's value would win.
+    # Without this, the image's value of a variable would win.
     inside+=("--container-env=MASTER_ADDR,MASTER_PORT${exported:+,$exported}")
 fi
 [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || inside+=("--cpus-per-task=$SLURM_CPUS_PER_TASK")  # srun does not inherit it
 
-# One task first: a mistake that can be found without the other ranks ends here, and is not tried again.
+# One task first: a mistake that it can find ends the job here, without a restart.
 say "checking the configuration; its record and the logs are in $logs"
 code=0
 srun --nodes=1 --ntasks=1 --ntasks-per-node=1 "${srun_options[@]}" "${inside[@]}" \
@@ -63,9 +63,9 @@ if ((code == 2)); then
     exit 2
 fi
 
-# SLURM sends SIGTERM to this script too, when the job is cancelled, preempted or requeued: the ranks come first.
-told=''
-trap 'told=yes; say "SIGTERM: waiting for the ranks"' TERM
+# SLURM sends SIGTERM to this script too, if the job is cancelled, preempted or requeued. The script waits for the ranks.
+terminated=''
+trap 'terminated=yes; say "SIGTERM: waiting for the ranks"' TERM
 if ((code == 0)); then
     say "starting $SLURM_NTASKS ranks on $SLURM_JOB_NUM_NODES nodes"
     # shellcheck disable=SC2016 # each task expands its own variables
@@ -75,14 +75,14 @@ if ((code == 0)); then
             exec "$@"' rank "$python" -m nemo_tied_lora.commands.finetune "${arguments[@]}" &
     ranks=$!
     wait "$ranks" || code=$?
-    while kill -0 "$ranks" 2>/dev/null; do  # a signal ended the waiting, not the ranks
+    while kill -0 "$ranks" 2>/dev/null; do  # a signal ended only the waiting
         code=0
         wait "$ranks" || code=$?
     done
 fi
 
-if [[ $code == 0 && -n $told ]]; then
-    code=143  # srun, which got the signal too, says 0 where it gave up waiting for its ranks
+if [[ $code == 0 && -n $terminated ]]; then
+    code=143  # srun got the signal too, and returns 0 if it stopped waiting for its ranks
 fi
 if ((code == 0)); then
     touch "$finished"
@@ -94,14 +94,14 @@ if ((code == 2)); then
     exit 2
 fi
 state=''
-for _ in 1 2 3; do  # a SIGTERM ends squeue too, and a busy controller may not answer at once
+for _ in 1 2 3; do  # SIGTERM may end squeue too, and a busy controller may not answer at once
     state=$(squeue --noheader --jobs="$job" --format=%T) && break
     sleep 3
 done
 if [[ $state != RUNNING ]]; then
     say "ended from outside (${state:-no longer known to SLURM}), exit code $code"
 elif ((restart < max_requeues)); then
-    say "exit code $code: requeued to go on from the last checkpoint, $((max_requeues - restart)) times more at most"
+    say "exit code $code: requeued to resume from the last checkpoint, at most $((max_requeues - restart)) more times"
     scontrol requeue "$job"
 else
     say "exit code $code after $restart restarts: not requeued again (max_requeues=$max_requeues)"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The SLURM script of a run or a sweep: sbatch's options, the settings, and `slurm_job.sh`, which is always the same."""
+"""Renders the SLURM script of a run or a sweep: sbatch's options, the settings, and `slurm_job.sh`, which never changes."""
 
 from __future__ import annotations
 
@@ -17,48 +17,48 @@ __all__ = ["Job", "render"]
 _HEAD = """\
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# tied-lora finetune on SLURM, one task a rank. Change what stands between here and "What follows": sbatch's options and
-# the settings; or let `tied-lora launch` write them. Keys behind the script's name are added: sbatch SCRIPT key=value ...
-# A job that is about to meet its time limit saves, goes back into the queue and goes on; so does one that has failed.
-# Secrets come from the environment of the shell that calls sbatch, and nowhere else.
+# Runs tied-lora finetune on SLURM, one task per rank. You may change sbatch's options and the settings, down to the line
+# "The rest"; or let `tied-lora launch` write them. To add keys to the configuration: sbatch SCRIPT key=value ...
+# Near its time limit, the job saves, requeues itself, and resumes. It also requeues itself after a failure.
+# Secrets come only from the environment of the shell that calls sbatch.
 """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What one submission starts."""
+    """One submission to SLURM."""
 
     name: str
     folder: str
-    """The run's folder; a sweep's holds its runs' folders."""
+    """The run's folder. A sweep's folder contains one folder per run."""
     arguments: Sequence[str]
-    """Hydra overrides of `tied-lora finetune`; in a sweep those that all runs share."""
+    """Hydra overrides of `tied-lora finetune`. In a sweep, those that all runs share."""
     cluster: Cluster
     nodes: int
     ranks_per_node: int
     num_runs: int | None = None
-    """Runs of a sweep. None: one run, no sweep."""
+    """Number of runs of a sweep. None: a single run."""
 
     def __post_init__(self) -> None:
         Problems(
-            f"{key}={value!r}: quotes, backslashes and line breaks cannot stand in an #SBATCH line"
+            f"{key}={value!r}: quotes, backslashes and line breaks cannot stand in an #SBATCH line; remove them"
             for key, value in _words(self)
             if re.search(r"[\"'\\\n`$]", str(value))
         ).raise_if_any()
 
     @property
     def index(self) -> str | None:
-        """A sweep's index file: a line a run, its folder and its own overrides between tabs."""
+        """A sweep's index file. One line per run: its folder and its overrides, separated by tabs. None: no sweep."""
         return None if self.num_runs is None else f"{self.folder}/sweep.tsv"
 
     @property
     def log(self) -> str:
-        """The file of what the script itself says; the ranks' logs lie in folders beside it."""
+        """The log of the script itself. The ranks' logs are in folders beside it."""
         return self.cluster.log or f"{self.folder}/logs/{'%j' if self.num_runs is None else '%A_%a'}.log"
 
 
 def render(job: Job) -> str:
-    """The script. Whatever comes from the user is quoted, but for cluster.setup, which is shell by intent."""
+    """Returns the script. It quotes all values of the user, except cluster.setup, which is shell code."""
     directives = "\n".join(f"#SBATCH --{option}" for option in _directives(job))
     body = resources.files("nemo_tied_lora.launching").joinpath("slurm_job.sh").read_text(encoding="utf-8")
     body = body.removeprefix("# shellcheck shell=bash\n")
@@ -66,7 +66,7 @@ def render(job: Job) -> str:
 
 
 def _words(job: Job) -> Iterator[tuple[str, object]]:
-    """What a user may put into sbatch's options."""
+    """Yields the user's values in sbatch's options, with their keys."""
     yield "name", job.name
     names = ("partition", "account", "qos", "reservation", "constraint", "memory", "log")
     yield from ((f"cluster.{name}", getattr(job.cluster, name)) for name in names)
@@ -97,7 +97,7 @@ def _directives(job: Job) -> Iterator[str]:
         yield "exclusive"
     if job.num_runs is not None:
         yield f"array=0-{job.num_runs - 1}%{cluster.at_once}"
-    # To the ranks, not to this script (which B:TERM would mean): they save, then the script decides.
+    # The signal goes to the ranks. With B:TERM it would go to the script. The ranks save, then the script decides.
     yield f"signal=TERM@{cluster.save_seconds}"
     yield "requeue"
     yield "open-mode=append"
@@ -122,5 +122,5 @@ def _quoted(value: str | None) -> str:
 
 
 def _word(value: str) -> str:
-    """sbatch splits its lines at blanks; `Job` lets no quotes through."""
+    """Quotes a value with blanks, at which sbatch splits its lines. `Job` refuses quotes in values."""
     return f'"{value}"' if re.search(r"[\s#]", value) else value

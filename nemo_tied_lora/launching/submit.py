@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A launch from its arguments: composed, checked against the cluster and the files, then submitted or run here."""
+"""Prepares a launch from its arguments, checks it, and submits it to SLURM or runs it on this machine."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from nemo_tied_lora.planning.preflight import check_finetuning
 __all__ = ["SCRIPT", "Launch", "prepare", "print_launch", "run_here", "submit"]
 
 _MODULE = "nemo_tied_lora.commands.finetune"
-# What a base's own file always says; the rest of an architecture is guessed from defaults where it does not.
+# Keys that every base's file has. Other keys may be missing there, and their defaults prove nothing.
 _COMPARED = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
 SCRIPT = "job.sbatch"
 """The rendered script's name in the run's folder."""
@@ -54,18 +54,18 @@ class Launch:
 
     @property
     def files(self) -> dict[str, str]:
-        """The files that a submission writes, by path."""
+        """Path to content of the files that a submission writes."""
         index = self.job.index
         script = {f"{self.job.folder}/{SCRIPT}": render(self.job)}
         return script if index is None else {**script, index: index_file(self.job.folder, self.runs)}
 
 
 def prepare(settings: Mapping[str, Any], arguments: Sequence[str], config_dir: str | None = None) -> Launch:
-    """Composes and checks everything that this machine can see.
+    """Composes the configurations, and checks everything that this machine can see.
 
     Args:
         settings: `configs/launch.yaml`, composed.
-        arguments: the overrides of `tied-lora finetune`, sweeps among them.
+        arguments: the overrides of `tied-lora finetune`, with or without sweeps.
 
     Raises:
         ConfigError: all problems together.
@@ -104,7 +104,7 @@ def prepare(settings: Mapping[str, Any], arguments: Sequence[str], config_dir: s
 
 
 def print_launch(launch: Launch) -> None:
-    """What `submit`, or `run_here`, would do: every command, and every file that goes to SLURM, whole."""
+    """Prints what `submit` or `run_here` would do: each command, and the content of each file for SLURM."""
     job = launch.job
     if job.cluster.kind == "slurm":
         print(f"# {shlex.join(_command(launch))}")
@@ -119,10 +119,10 @@ def print_launch(launch: Launch) -> None:
 
 
 def submit(launch: Launch) -> str:
-    """Writes the script and each run's record, and hands the script to sbatch; returns the job's number.
+    """Writes the script and each run's record, and submits the script. Returns the job's number.
 
     Raises:
-        ConfigError: sbatch is not here, or refuses.
+        ConfigError: sbatch is not installed here, or refuses the script.
     """
     if shutil.which("sbatch") is None:
         raise ConfigError(["sbatch: not found; launch where jobs are submitted to SLURM, or use cluster=local"])
@@ -138,8 +138,8 @@ def submit(launch: Launch) -> str:
 
 
 def run_here(launch: Launch) -> int:
-    """Each run in turn, on this machine's ranks; the first exit code that is not 0, or 0."""
-    job, worst = launch.job, 0
+    """Runs one run after another on this machine. Returns the first exit code that is not 0, or 0."""
+    job, first_failure = launch.job, 0
     os.environ.update(job.cluster.exported)
     if job.index is not None:
         write_atomically(Path(job.index), launch.files[job.index].encode())
@@ -148,12 +148,12 @@ def run_here(launch: Launch) -> int:
         code = start_ranks(_MODULE, _local_arguments(job, folder, run), job.ranks_per_node)
         if code:
             print(f"tied-lora launch: {folder}: exit code {code}", file=sys.stderr)
-        worst = worst or code
-    return worst
+        first_failure = first_failure or code
+    return first_failure
 
 
 def _write_record(launch: Launch, number: int) -> None:
-    """The resolved configuration of a run, and this side's versions and commit, in the run's folder."""
+    """Writes a run's resolved configuration, and this machine's versions and commit, into the run's folder."""
     overrides = [*launch.job.arguments, *launch.runs[number].overrides]
     write_record(Path(launch.folders[number]), launch.configs[number], overrides)
 
@@ -161,13 +161,13 @@ def _write_record(launch: Launch, number: int) -> None:
 def _launch_problems(
     fixed: Sequence[str], swept: Sequence[Sequence[str]], folder: str, nodes: int, cluster: Cluster
 ) -> Iterator[str]:
-    """What is wrong with the launch itself, whatever the runs are."""
+    """Yields the problems of the launch itself, not of its runs."""
     keys = {override.partition("=")[0].lstrip("+~") for override in [*fixed, *(values[0] for values in swept)]}
     for key, ours in (("trainer.num_nodes", "cluster.nodes"), ("trainer.devices", "cluster.gpus_per_node")):
         if key in keys:
             yield f"{key}: follows from the allocation; set {ours}"
     if swept and keys & {"output", "exp_manager.explicit_log_dir"} & {v[0].partition("=")[0] for v in swept}:
-        yield "output, exp_manager.explicit_log_dir: each run of a sweep gets a folder of its own; leave them single"
+        yield "output, exp_manager.explicit_log_dir: each run of a sweep gets its own folder; give one value"
     elif swept and "output" in keys:
         yield "output: all runs of a sweep would write it; leave it out: each gets adapter.nemo in its own folder"
     if cluster.kind == "local" and nodes > 1:
@@ -180,7 +180,7 @@ def _launch_problems(
 
 
 def _run_problems(values: dict[str, Any], container: Container, expected: Mapping[str, Any] | None) -> Iterator[str]:
-    """What `tied-lora finetune` would refuse, as far as it can be seen from here, and a base of other sizes."""
+    """Yields what `tied-lora finetune` would refuse, if this machine can see it, and differences between base and `model=`."""
     unseen = _to_host(values["model"], container)
     problems = Problems()
     problems.attempt(check_finetuning, values)
@@ -192,31 +192,31 @@ def _run_problems(values: dict[str, Any], container: Container, expected: Mappin
     try:
         got = Architecture.from_model_config(base_model_config(base))
     except ConfigError:
-        return  # said above
+        return  # reported above
     for name in _COMPARED:
         ours, its = getattr(want, name), getattr(got, name)
         if ours != its:
-            yield f"model.restore_from_path={base}: {name} is {its}, and model= says {ours}; change one of them"
+            yield f"model.restore_from_path={base}: {name} is {its}, but {ours} in model=; change one of them"
 
 
 def _save_problems(values: dict[str, Any], cluster: Cluster) -> Iterator[str]:
-    """The warning before the time limit against the time of a save, where the run is sound by itself."""
+    """Compares the warning time before the time limit with the time of a save, if the run has no other problems."""
     _to_host(values["model"], cluster.container)
     try:
         arch = Architecture.from_model_config(base_model_config(values["model"].get("restore_from_path")))
         layout, config = Layout.from_config(values), adapter_section(values["model"]["peft"])
     except ConfigError:
-        return  # said elsewhere, or out of sight
+        return  # reported by `_run_problems`, or not visible from here
     needed = None if check(arch, layout, config) else seconds_to_save(values, arch, layout, config)
     if cluster.kind == "slurm" and needed is not None and needed > cluster.save_seconds:
         yield (
-            f"cluster.save_seconds={cluster.save_seconds}: so long before the time limit the ranks are told to save, which "
-            f"takes about {needed:.0f} s; raise it"
+            f"cluster.save_seconds={cluster.save_seconds}: the ranks start to save so many seconds before the time limit, and "
+            f"a save takes about {needed:.0f} s; raise it"
         )
 
 
 def _to_host(model: dict[str, Any], container: Container) -> set[str]:
-    """Replaces the container's paths by this machine's; returns those that no mount shows, which nobody can check."""
+    """Replaces the container's paths by this machine's. Returns those outside every mount, which cannot be checked here."""
     unseen = set()
 
     def host(path: str | None) -> str | None:

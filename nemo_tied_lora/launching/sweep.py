@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several values for a key (`rank=2,8 preset=tl5,tl6`): every combination is a run, and an index file lists them."""
+"""Expands several values per key (`rank=2,8 preset=tl5,tl6`) to one run per combination, and lists the runs in an index file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nemo_tied_lora.launching.cluster_config import looks_secret
 
 __all__ = ["Point", "expand_short_keys", "index_file", "points", "read_index", "split_sweep"]
 
-# What a user may write short, in `tied-lora launch` only: a sweep is mostly over these.
+# Short keys of `tied-lora launch` only, for the usual sweeps.
 _SHORT = {"rank": "model.peft.tied_lora.rank"}
 
 
@@ -25,21 +25,21 @@ class Point:
     """One run of a sweep."""
 
     name: str
-    """Its folder's name: number and values."""
+    """The name of its folder: number and values."""
     overrides: tuple[str, ...]
 
 
 def expand_short_keys(argument: str) -> str:
-    """`rank=8` as `model.peft.tied_lora.rank=8`; all else unchanged."""
+    """Returns `rank=8` as `model.peft.tied_lora.rank=8`, and other arguments unchanged."""
     key, sign, value = argument.partition("=")
     return f"{_SHORT[key]}={value}" if sign and key in _SHORT else argument
 
 
 def split_sweep(arguments: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    """(overrides with one value, for each of the others its single-valued overrides).
+    """Returns (overrides with one value, for each swept key its overrides with one value each).
 
     Raises:
-        ConfigError: an override that cannot be read or written down, or a secret; all together.
+        ConfigError: with every override that cannot be parsed or written to a file, and every secret.
     """
     fixed, swept, problems = [], [], Problems()
     for argument in arguments:
@@ -51,7 +51,7 @@ def split_sweep(arguments: Sequence[str]) -> tuple[list[str], list[list[str]]]:
             continue
         if looks_secret(parsed.key_or_group) and parsed.value() not in (None, "null"):
             problems.append(
-                f"{parsed.key_or_group}: a secret, which would be written down; export it in the environment"
+                f"{parsed.key_or_group}: a secret, which would be written to a file; export it in the environment"
             )
         elif "\t" in argument or "\n" in argument:
             problems.append(f"{argument!r}: a tab or a line break cannot be written into a script's index")
@@ -64,7 +64,7 @@ def split_sweep(arguments: Sequence[str]) -> tuple[list[str], list[list[str]]]:
 
 
 def points(swept: Sequence[Sequence[str]]) -> list[Point]:
-    """Every combination, the last key's values varying first."""
+    """Returns every combination. The last key's values vary fastest."""
     combinations = list(itertools.product(*swept))
     digits = len(str(len(combinations) - 1))
     return [
@@ -74,12 +74,12 @@ def points(swept: Sequence[Sequence[str]]) -> list[Point]:
 
 
 def index_file(folder: str, runs: Sequence[Point]) -> str:
-    """A line a run: its folder, then its overrides, between tabs."""
+    """Returns the index: one line per run with its folder and its overrides, separated by tabs."""
     return "".join("\t".join([f"{folder}/{run.name}", *run.overrides]) + "\n" for run in runs)
 
 
 def read_index(text: str) -> Iterator[tuple[str, list[str]]]:
-    """(folder, overrides) of each line of an index file."""
+    """Yields (folder, overrides) of each line of an index file."""
     for line in text.splitlines():
         folder, *overrides = line.split("\t")
         yield folder, overrides

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One table and one picture of a sweep, from its index file and the `metrics.json` of each run."""
+"""Makes one table and one picture of a sweep, from its index file and the `metrics.json` of each run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _COLUMNS = {
 
 
 def gather(folder: Path) -> list[dict[str, Any]]:
-    """A row a run, in the index's order: its folder, swept keys and numbers; without numbers where it has not finished.
+    """Returns one row per run, in the order of the index: folder, swept keys, and numbers if it has finished.
 
     Raises:
         ConfigError: the folder has no readable index.
@@ -54,7 +54,7 @@ def write_report(folder: Path) -> str:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: the swept keys, then every number that some run has; a run that has not finished says so."""
+    """Returns a Markdown table: the swept keys, each number that some run has, and the state of each run."""
     swept = list(dict.fromkeys(key for row in rows for key in row["swept"]))
     numbers = [key for key in _COLUMNS if any(key in row for row in rows)]
     cells = [["run", *(key.rpartition(".")[2] for key in swept), *(_COLUMNS[key][0] for key in numbers), "state"]]
@@ -90,7 +90,7 @@ def _row(folder: Path, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def _draw(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Validation loss against trained parameters; what differs in rank only is joined by a line."""
+    """Draws validation loss over trained parameters. A line joins runs that differ only in rank."""
     series: dict[str, list[tuple[int, float, str]]] = {}
     for row in rows:
         if "validation_loss" in row:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A command's ranks on this machine, started through torchrun."""
+"""Starts a command's ranks on this machine with torchrun."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ def is_rank() -> bool:
 
 
 def start_ranks(module: str, arguments: Sequence[str], num_ranks: int) -> int:
-    """Runs `python -m module arguments` as each rank on this machine, through torchrun; returns the exit code.
+    """Runs `python -m module arguments` on `num_ranks` ranks with torchrun. Returns the exit code.
 
-    torchrun ends the others when a rank dies, gives each one thread where OMP_NUM_THREADS is unset, and picks a
-    free port.
+    torchrun picks a free port, and ends all ranks when one dies.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
@@ -43,7 +42,7 @@ _PASSED_ON = (signal.SIGTERM, signal.SIGUSR1)
 
 
 def _pass_on(process: subprocess.Popen[bytes], number: int) -> None:
-    """To the ranks, past torchrun, which would kill them 30 s later; to torchrun where they are not known."""
+    """Sends a signal to the ranks, not to torchrun, which would kill them 30 s later. Without ranks, ends torchrun."""
     lists = Path(f"/proc/{process.pid}/task").glob("*/children")
     ranks = [int(pid) for children in lists for pid in children.read_text().split()]
     for pid in ranks or [process.pid]:

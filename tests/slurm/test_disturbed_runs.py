@@ -181,15 +181,15 @@ def test_each_start_goes_on_from_the_last_checkpoint_and_a_signal_leaves_one_of_
 def test_a_rank_that_stands_still_becomes_an_error_that_names_it(night: Night) -> None:
     named = f"rank 1 (node n2, process {night.processes[7]}): no sign of life for {TIMEOUT_S} s"
     assert f"0: tied-lora: rank 0: the run ends: {named}" in night.logs(0)
-    assert "exit code 70: requeued to go on" in night.run.said(night.jobs[0])
+    assert "exit code 70: requeued to resume" in night.run.said(night.jobs[0])
 
 
 def test_the_script_requeues_what_can_go_on_and_leaves_what_slurm_or_a_person_ended(night: Night) -> None:
     said = [night.run.said(job).splitlines() for job in night.jobs]
-    assert sum("requeued to go on" in line for line in said[0]) >= 2  # the standstill and the killed rank
+    assert sum("requeued to resume" in line for line in said[0]) >= 2  # the standstill and the killed rank
     assert sum("ended from outside" in line for line in said[0]) >= 2  # scontrol's requeue, and at the end scancel
     assert [[line for line in lines if line.endswith(": finished")] for lines in said[:2]] == [[], []]
-    assert sum("exit code 75: requeued to go on" in line for line in said[2]) >= 2  # the time limit, and SIGUSR1
+    assert sum("exit code 75: requeued to resume" in line for line in said[2]) >= 2  # the time limit, and SIGUSR1
     assert said[2][-1].endswith(": finished")
 
 

@@ -115,7 +115,7 @@ def test_a_rank_that_dies_takes_the_others_with_it_and_the_job_is_requeued_so_of
     assert fields["Restarts"] == "1"
     log = said(script, job)
     assert log.count("starting 2 ranks on 2 nodes") == 2
-    assert "requeued to go on from the last checkpoint, 1 times more at most" in log
+    assert "requeued to resume from the last checkpoint, at most 1 more times" in log
     assert "after 1 restarts: not requeued again" in log
     assert {path.name for path in (script.parent / "run" / "logs").iterdir()} == {f"{job}.log", f"{job}-0", f"{job}-1"}
     ports = re.findall(r"^MASTER_PORT=(\d+)$", (script.parent / "rank-0").read_text(), flags=re.M)
