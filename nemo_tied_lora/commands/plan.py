@@ -7,7 +7,6 @@ Builds no model. Imports neither torch nor NeMo.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -174,7 +173,3 @@ def _readable(num_bytes: int) -> str:
             break
         size, unit = size / 1024, larger
     return f"{num_bytes} B" if unit == "B" else f"{size:.2f} {unit}"
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

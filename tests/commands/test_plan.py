@@ -20,15 +20,15 @@ from tests.harness.small_architecture import SMALL
 
 
 def run(*arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own, started in `folder`."""
-    command = [sys.executable, "-m", "nemo_tied_lora.commands.plan", *arguments]
+    """Runs the command in a separate process, in `folder`."""
+    command = [sys.executable, "-m", "nemo_tied_lora.commands.main", "plan", *arguments]
     root = str(ROOT)
     env = {"PATH": "/usr/bin:/bin", "PYTHONPATH": root}
     return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=folder, env=env)
 
 
 def refusals(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
-    """The lines of the command's refusal; the command must fail with 2 and print nothing else."""
+    """Returns the problems that the command prints. It must exit with 2 and print nothing else."""
     assert main(list(arguments)) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -39,7 +39,7 @@ def refusals(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
 
 
 def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
-    """The command's JSON."""
+    """Returns the command's JSON."""
     assert main([*arguments, "format=json"]) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
@@ -67,7 +67,7 @@ def test_a_refusal_is_one_message_with_exit_code_2_and_no_traceback(tmp_path: Pa
     assert "Traceback" not in done.stderr
 
 
-def test_neither_torch_nor_nemo_is_imported() -> None:
+def test_the_command_imports_neither_torch_nor_nemo() -> None:
     code = (
         "import sys; from nemo_tied_lora.commands.plan import main; main(['model=quickstart']); "
         "print(sorted({name.split('.')[0] for name in sys.modules} & {'torch', 'nemo', 'megatron', 'numpy'}))"
@@ -99,7 +99,7 @@ def test_cfg_job_prints_the_composed_config(capsys: pytest.CaptureFixture[str]) 
     assert cfg["model"]["peft"]["peft_scheme"] == "tied_lora"
 
 
-def test_a_folder_of_ones_own_is_searched(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_config_dir_adds_a_folder_of_yamls(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "my configs" / "model").mkdir(parents=True)
     (tmp_path / "my configs" / "model" / "mine.yaml").write_text(yaml.safe_dump(SMALL))
     result = planned(capsys, "--config-dir", str(tmp_path / "my configs"), "model=mine")
@@ -154,7 +154,7 @@ def test_the_table_shows_the_numbers_of_the_json(capsys: pytest.CaptureFixture[s
         (["model.peft.tied_lora.layers=[32]"], ["layers: [32]", "0 to 31"]),
     ],
 )
-def test_what_cannot_work_is_refused(
+def test_a_wrong_setting_is_refused_with_its_value_and_remedy(
     arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = "\n".join(refusals(capsys, *arguments))
@@ -162,7 +162,7 @@ def test_what_cannot_work_is_refused(
         assert word in text
 
 
-def test_a_section_is_no_value_where_nemo_has_made_a_group_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_section_is_no_value_even_if_nemo_has_made_it_a_group(capsys: pytest.CaptureFixture[str]) -> None:
     import nemo.core.config.pytorch_lightning  # noqa: F401
 
     assert "trainer=8: trainer is a section" in "\n".join(refusals(capsys, "trainer=8"))
@@ -231,13 +231,13 @@ def test_the_table_shows_several_adapters(capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.parametrize("numbers", ["null", "[]", "[0]", "[1.5]", "12", "[true]", "some"])
-def test_bad_numbers_of_adapters_are_refused(capsys: pytest.CaptureFixture[str], numbers: str) -> None:
+def test_wrong_numbers_of_adapters_are_refused(capsys: pytest.CaptureFixture[str], numbers: str) -> None:
     (problem,) = refusals(capsys, f"adapters={numbers}")
     assert problem.startswith("adapters=")
     assert "whole numbers of at least 1" in problem
 
 
-def test_the_pages_table_of_adapters_is_the_plans(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_of_adapters_on_the_page_is_the_plans(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["model=llama2_7b", "preset=vera", "model.peft.tied_lora.rank=8"]) == 0
     printed = {
         line.split()[2]: [" ".join(cells) for cells in zip(*[iter(line.split()[3:])] * 2, strict=True)]
