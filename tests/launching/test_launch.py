@@ -84,17 +84,17 @@ def test_a_dry_run_prints_what_would_be_submitted_and_writes_nothing(
     assert sorted(folder.rglob("*")) == before
 
 
-def test_the_script_that_people_copy_is_what_launch_writes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_shipped_script_is_what_launch_writes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [BASE, *DATA, *SLURM, "cluster.log=%x-%j.log", "dry_run=true"]
     assert launch.main(arguments) == 0
     script = capsys.readouterr().out.split("# ----- runs/tied_lora/job.sbatch\n")[1]
     compare(ROOT / "launch" / "slurm" / "finetune.sbatch", script)
 
 
-def test_what_a_dry_run_printed_is_what_goes_to_sbatch(
+def test_sbatch_receives_what_a_dry_run_printed(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An sbatch that keeps what it is given; tests/slurm has the real one."""
+    """Uses an sbatch that stores its arguments; tests/slurm has the real one."""
     (folder / "sbatch").write_text('#!/bin/sh\ncp "$2" given.sbatch && echo "$@" > asked && echo "4242;cluster"\n')
     (folder / "sbatch").chmod(0o755)
     monkeypatch.setenv("PATH", str(folder), prepend=":")
@@ -117,7 +117,7 @@ def test_what_a_dry_run_printed_is_what_goes_to_sbatch(
     assert "invalid partition specified" in capsys.readouterr().err
 
 
-def test_the_scripts_are_bash(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bash_parses_the_scripts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("one_run", "container", "sweep"):
         assert launch.main([BASE, *DATA, "dry_run=true", *LAUNCHES[name]]) == 0
         script = capsys.readouterr().out.split("# ----- ")[1].partition("\n")[2]
@@ -136,7 +136,7 @@ def test_nothing_names_a_host(folder: Path, capsys: pytest.CaptureFixture[str]) 
 def test_every_problem_is_reported_at_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wrong = ["trainer.devices=4", "rank=2,8192", "output=a.nemo", "model=llama2_13b", "cluster.at_once=2"]
     wrong.append("model.data.train_ds.file_names=[none.jsonl]")
-    said = refused(capsys, *SLURM, *wrong)
+    printed = refused(capsys, *SLURM, *wrong)
     for part in (
         "trainer.devices: follows from the allocation; set cluster.gpus_per_node",
         "output: all runs of a sweep would write it",
@@ -144,7 +144,7 @@ def test_every_problem_is_reported_at_once(folder: Path, capsys: pytest.CaptureF
         "hidden_size is 4096, but 5120 in model=",
         "none.jsonl: no such file",
     ):
-        assert part in said, said
+        assert part in printed, printed
 
 
 @pytest.mark.parametrize(
@@ -174,11 +174,11 @@ def test_a_launch_that_cannot_work_is_refused(
     assert part in refused(capsys, *[argument for argument in SLURM if "cluster=" not in argument], *arguments)
 
 
-def test_several_nodes_are_not_one_machine(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_nodes_are_refused_on_one_machine(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "cluster=local is one machine" in refused(capsys, "cluster=local", "layout=tp8pp4")
 
 
-def test_files_are_looked_for_where_the_mounts_come_from(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_are_checked_at_the_source_of_the_mounts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     inside = [
         f"cluster.container.mounts=[{folder}:/data,{folder}/runs:{folder}/runs]",
         "cluster.container.image=image.sqsh",
@@ -195,7 +195,7 @@ def test_files_are_looked_for_where_the_mounts_come_from(folder: Path, capsys: p
     assert "missing.jsonl: no such file" in refused(capsys, *SLURM, *inside, missing)
 
 
-def test_a_sweep_is_every_combination_in_order_and_its_index_reads_back() -> None:
+def test_a_sweep_has_every_combination_in_order_and_its_index_can_be_read() -> None:
     fixed, swept = split_sweep(["a=1", "model.peft.tied_lora.rank=2,8", "preset=tl5,tl6", "b=[1,2]"])
     assert fixed == ["a=1", "b=[1,2]"]
     runs = points(swept)
@@ -212,7 +212,7 @@ def test_a_sweep_is_every_combination_in_order_and_its_index_reads_back() -> Non
     assert names == sorted(names)
 
 
-def test_what_cannot_be_written_down_is_refused() -> None:
+def test_secrets_tabs_and_line_breaks_are_refused() -> None:
     with pytest.raises(ConfigError) as caught:
         split_sweep(["a='x\ty'", "x.api_key=1,2", "a"])
     assert len(caught.value.problems) == 3
@@ -230,11 +230,11 @@ def test_what_cannot_be_written_down_is_refused() -> None:
         ("1-0:0:5", 86405),
     ],
 )
-def test_time_limits_are_read_as_slurm_reads_them(limit: str | int, want: int) -> None:
+def test_time_limits_mean_what_they_mean_to_slurm(limit: str | int, want: int) -> None:
     assert seconds(limit) == want
 
 
-def test_secrets_are_told_from_their_neighbours() -> None:
+def test_secrets_are_recognised_by_their_names() -> None:
     assert all(
         map(looks_secret, ["WANDB_API_KEY", "HF_TOKEN", "a.b.api_key", "password", "AWS_SECRET_ACCESS_KEY", "token"])
     )
@@ -243,7 +243,7 @@ def test_secrets_are_told_from_their_neighbours() -> None:
     )
 
 
-def test_the_record_resolves_everything_but_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_record_resolves_everything_except_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "s3cret-value")
     cfg = OmegaConf.create(
         {"a": 1, "b": "${a}", "c": {"key": "${oc.env:WANDB_API_KEY}", "x": ["${c.key}", "v-${c.key}"]}, "d": "???"}
@@ -260,7 +260,7 @@ def test_the_record_resolves_everything_but_secrets(tmp_path: Path, monkeypatch:
     assert json.loads((tmp_path / "versions.json").read_text())["packages"]["torch"]
 
 
-def test_a_jobs_first_step_writes_the_record_and_refuses_what_finetune_would(
+def test_the_first_step_of_a_job_writes_the_record_and_checks_the_configuration(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert record.main(["logs", BASE, *DATA, "layout=tp8"]) == 0
@@ -270,7 +270,7 @@ def test_a_jobs_first_step_writes_the_record_and_refuses_what_finetune_would(
     assert "num_nodes" in capsys.readouterr().err
 
 
-def test_the_deepest_mount_shows_a_path() -> None:
+def test_a_path_belongs_to_the_deepest_mount() -> None:
     container = Container(image="x", mounts=("/a:/data", "/b:/data/inner:ro"), workdir="/data/inner")
     assert container.host_path("/data/inner/f") == "/b/f"
     assert container.host_path("/data/innermost") == "/a/innermost"
@@ -284,7 +284,7 @@ def test_cluster_values_of_a_wrong_kind_are_refused() -> None:
     assert len(caught.value.problems) == 3
 
 
-def test_a_report_has_a_line_a_run_in_the_index_order_and_says_what_is_missing(
+def test_a_report_has_one_line_per_run_in_the_order_of_the_index(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs = points([["model.peft.tied_lora.rank=2", "model.peft.tied_lora.rank=8"], ["preset=tl5", "preset=tl6"]])

@@ -123,7 +123,7 @@ LAYOUT_CHECKS = {
 CONTROLS |= {
     f"layout: {what}": (
         f"nemo_tied_lora.planning.parallel_layout:_{check}_problems()",
-        f"planning/test_parallel_layout.py::test_a_bad_layout_is_refused_with_value_and_fix[{what}]",
+        f"planning/test_parallel_layout.py::test_a_wrong_layout_is_refused_with_value_and_remedy[{what}]",
         "assert []",
     )
     for what, check in LAYOUT_CHECKS.items()
@@ -150,5 +150,5 @@ def test_without_the_guard_its_test_fails(outcomes: dict[str, tuple[int, str]], 
 def test_every_check_of_a_layout_has_its_control() -> None:
     from tests.planning import test_parallel_layout
 
-    (cases,) = test_parallel_layout.test_a_bad_layout_is_refused_with_value_and_fix.pytestmark
+    (cases,) = test_parallel_layout.test_a_wrong_layout_is_refused_with_value_and_remedy.pytestmark
     assert cases.kwargs["ids"] == list(LAYOUT_CHECKS)

@@ -29,7 +29,7 @@ PARTIAL = {("column", "A"), ("column", "u"), ("row", "B"), ("row", "u"), ("row",
 @pytest.mark.parametrize("tied", [(), ("A",), ("B",), ("A", "B")])
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_ranks_share_is_the_sum_of_its_tensors(name: str, tied: tuple[str, ...]) -> None:
-    """Against the shapes that the adapter itself gives its tensors."""
+    """Compares with the shapes of the adapter's own tensors."""
     config = TiedLoraConfig.preset(name, rank=3, tied=tied, layers=[0, 1, 2])
     arch, layout = small(), Layout(tp_size=2, pp_size=2, devices=4)
     expected = dict.fromkeys(("held", "trained", "tied", "partial"), 0)
@@ -66,7 +66,7 @@ def test_bytes_of_a_small_case_by_hand() -> None:
     assert numbers["gradient_bytes_per_rank"] == 4 * local
     assert numbers["optimizer_bytes_per_rank"] == 12 * local
     assert numbers["bytes_per_rank"] == 18 * local
-    # Rings of two: each rank sends as many bytes as are summed.
+    # In a ring of two, each rank sends as many bytes as are summed.
     assert result["reduced_bytes_per_step"] == numbers["reduced_bytes_per_step"] == 4 * tied
     assert numbers["data_parallel_bytes_per_step"] == 4 * local
     partial = 3 * 20 + 2 * 3 + (20 * 3 + 2 * (3 + 20))
@@ -133,7 +133,7 @@ def test_precisions_are_nemos(precision: object, amp_O2: bool, per_parameter: in
     ],
 )
 def test_the_file_is_at_most_64_kib_smaller_than_planned(config: TiedLoraConfig, dtype: Any) -> None:
-    """Against a file written as the adapter's own are: a tar of the YAML and the safetensors."""
+    """Compares with a file in the adapter's format: a tar with the YAML and the safetensors."""
     arch = small(num_layers=120)
     shapes = selected_linears(arch, config)
     layers = config.layers or range(120)

@@ -68,7 +68,7 @@ def test_the_bases_parameters_counted_by_hand(changes: dict[str, Any], per_layer
     assert small(**changes).num_parameters == 4 * per_layer + outside
 
 
-def test_missing_and_bad_sizes_are_reported_together() -> None:
+def test_missing_and_wrong_sizes_are_reported_together() -> None:
     with pytest.raises(ConfigError) as caught:
         Architecture.from_model_config({"hidden_size": 10, "num_attention_heads": 3, "ffn_hidden_size": 0})
     assert [problem.split(":")[0] for problem in caught.value.problems] == [

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one GPU holds: by hand, by the paper's formulas, and by counting what autograd keeps of a real Megatron model."""
+"""One GPU's memory: counted by hand, by the paper's formulas, and from what autograd keeps of a real Megatron model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.harness.tiny_gpt import SEQUENCE, build_gpt
 
 O2 = Precision.from_names("bf16", amp_O2=True)
 TL6 = TiedLoraConfig(rank=2)
-# GPT-3 style: the paper's layer. Llama style: grouped queries, a gated MLP, an output layer of its own.
+# GPT-3 style: the paper's layer. Llama style: grouped queries, a gated MLP, a separate output layer.
 GPT = {"num_layers": 8, "hidden_size": 64, "num_attention_heads": 4, "encoder_seq_length": 16}
 LLAMA = {
     "num_layers": 4,
@@ -57,12 +57,12 @@ def activations(model: Architecture, layout: Layout, precision: Precision = O2, 
     ("tp_size", "sequence_parallel", "multiple_of_h"),
     [(1, False, 34), (4, False, 10 + 24 / 4), (4, True, 34 / 4)],
 )
-def test_a_layer_keeps_what_the_paper_says(tp_size: int, sequence_parallel: bool, multiple_of_h: float) -> None:
+def test_a_layer_keeps_as_much_as_in_the_paper(tp_size: int, sequence_parallel: bool, multiple_of_h: float) -> None:
     layout = Layout(tp_size=tp_size, devices=tp_size, sequence_parallel=sequence_parallel)
     assert layer_bytes_per_token(arch(GPT), layout, TL6, 0, 2, dropout=True) == multiple_of_h * 64
 
 
-def test_an_input_is_kept_for_a_trained_A_alone() -> None:
+def test_an_input_is_kept_only_for_a_trained_A() -> None:
     model = arch(LLAMA)
     every = layer_bytes_per_token(model, Layout(), TL6, 1, 2)
     frozen = TiedLoraConfig(rank=2, trained=["v", "B", "u"])
@@ -77,11 +77,11 @@ def test_a_small_case_by_hand() -> None:
     layout = Layout(tp_size=2, pp_size=2, devices=4, sequence_parallel=True, micro_batch_size=3, global_batch_size=24)
     memory = stage_memory(model, layout, TL6, O2, Activations(), 1000)
     assert memory is not None
-    # q is 48 wide, k and v 24; 256 rows of vocabulary in two halves; two layers a stage, two norms each.
+    # q is 48 wide, k and v 24; 256 rows of vocabulary in two halves; two layers per stage, two norms each.
     layer = (48 * (48 + 2 * 24) + 48 * 48 + 3 * 48 * 80) // 2 + 2 * 48
     assert base_parameters(model, layout, 0) == 2 * layer + 128 * 48
     assert base_parameters(model, layout, 1) == 2 * layer + 128 * 48 + 48
-    # All but the masks is split in two. Stage 0 holds two microbatches; stage 1 one, its two inputs and the logits.
+    # Everything except the masks is split in two. Stage 0 holds two microbatches; stage 1 one, its two inputs and the logits.
     token = 2 * (4 * 48 + (48 + 2 * 24) + 48 + 3 * 80) // 2
     assert activations(model, layout) == memory.activations == max(2 * 2 * token, 2 * token + 2 * 48 + 6 * 128) * 36
     assert memory.stage == 0
@@ -123,7 +123,7 @@ def test_the_base_on_one_rank_is_the_whole_base() -> None:
 
 
 def test_autograd_keeps_what_is_counted_of_a_real_model() -> None:
-    """Of a layer, beside the counted: what a fused MLP does not keep, and three matrices of the attention."""
+    """The real layer keeps more: what a fused MLP would not keep, and three matrices of the attention."""
     single_process()
     # silu(gate); from megatron-core 0.16 on also the other half, to which it adds its glu_linear_offset of 0.
     unfused = 4 * 80 * (1 if megatron_version() < (0, 16) else 2)
@@ -132,13 +132,13 @@ def test_autograd_keeps_what_is_counted_of_a_real_model() -> None:
         config = TiedLoraConfig(rank=2, trained=trained, init_A="xavier")
         measured = _kept_per_token(5, config) - _kept_per_token(4, config)
         counted = layer_bytes_per_token(layers, Layout(), config, 0, 4) + unfused + 3 * 4 * 4 * SEQUENCE
-        # The attention's output is kept by a fused attention, and here for proj's A alone.
+        # A fused attention keeps its output; here only proj's A needs it.
         counted -= 0 if "A" in trained else 4 * 48
         assert counted < measured < 1.04 * counted, "r-wide tensors and norms' statistics make a small rest"
 
 
 def _kept_per_token(num_layers: int, config: TiedLoraConfig) -> float:
-    """Bytes that autograd keeps of a forward pass, in float32, without parameters."""
+    """Returns the bytes that autograd keeps of a forward pass in float32, without parameters."""
     sizes = {"hidden": 48, "heads": 4, "groups": 2, "ffn": 80, "num_layers": num_layers}
     model = build_gpt(llama=True, dtype=torch.float32, **sizes)
     adapter = inject(model, config)
@@ -146,7 +146,7 @@ def _kept_per_token(num_layers: int, config: TiedLoraConfig) -> float:
     kept: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no other takes its place
+        kept[tensor.untyped_storage().data_ptr()] = tensor  # a reference, so that no other tensor takes its address
         return tensor
 
     tokens = torch.zeros(3, SEQUENCE, dtype=torch.long)
@@ -156,7 +156,7 @@ def _kept_per_token(num_layers: int, config: TiedLoraConfig) -> float:
     return sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in parameters) / (3 * SEQUENCE)
 
 
-def test_the_plan_prints_it(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_plan_prints_the_memory(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["model=llama2_7b", "layout=tp8", "trainer.num_nodes=2", "model.sequence_parallel=true"]
     assert main([*words, "format=json"]) == 0
     memory = json.loads(capsys.readouterr().out)["memory"]
@@ -173,7 +173,7 @@ def test_the_plan_prints_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)["memory"] is None
 
 
-def test_keys_that_nemo_could_not_read_are_refused() -> None:
+def test_values_that_nemo_would_not_accept_are_refused() -> None:
     with pytest.raises(ConfigError) as caught:
         Activations(granularity="some", num_layers=0)
     assert len(caught.value.problems) == 2

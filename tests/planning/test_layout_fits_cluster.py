@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The configuration against the allocation, without ranks: each kind of misfit is named, and sound ones pass."""
+"""Checks before a run, without ranks: each kind of problem is named, and a sound configuration passes. Pure Python."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ STEP = {"RANK": "0", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "16", 
 
 @pytest.fixture
 def sound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """A configuration that passes, with a base folder and data, and no SLURM around."""
+    """A configuration that passes, with a base folder and data, outside SLURM."""
     for name in ("SLURM_JOB_END_TIME", "SLURM_JOB_ID", "SLURM_STEP_NUM_NODES", "RANK"):
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "base").mkdir()
@@ -68,7 +68,7 @@ def refusals(cfg: dict[str, Any], changes: dict[str, Any]) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "text"),
     [
         (
             {"model.data.train_ds.max_seq_length": 64},
@@ -96,13 +96,13 @@ def refusals(cfg: dict[str, Any], changes: dict[str, Any]) -> list[str]:
     ],
 )
 def test_data_that_does_not_fit_the_layout_or_the_base_is_refused(
-    sound: dict[str, Any], changes: dict[str, Any], said: str
+    sound: dict[str, Any], changes: dict[str, Any], text: str
 ) -> None:
-    assert any(said in problem for problem in refusals(sound, changes))
+    assert any(text in problem for problem in refusals(sound, changes))
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "text"),
     [
         # The world, layers, heads and groups, rank and batches against each other, and against the base's sizes.
         ({"trainer.devices": 3, "model.tensor_model_parallel_size": 2}, "world size 3 is not a multiple of tensor 2"),
@@ -117,9 +117,11 @@ def test_data_that_does_not_fit_the_layout_or_the_base_is_refused(
         ({"trainer.devices": 3}, "global_batch_size=8: not divisible by micro_batch_size=2 x data-parallel size 3"),
     ],
 )
-def test_what_does_not_fit_the_layout_is_refused(sound: dict[str, Any], changes: dict[str, Any], said: str) -> None:
+def test_sizes_that_do_not_fit_the_layout_are_refused(
+    sound: dict[str, Any], changes: dict[str, Any], text: str
+) -> None:
     problems = refusals(sound, changes)
-    assert any(said in problem for problem in problems), problems
+    assert any(text in problem for problem in problems), problems
 
 
 IMPOSSIBLE: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
@@ -140,20 +142,20 @@ IMPOSSIBLE: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         "model.optim.name=distributed_fused_adam: not possible; it would leave tied gradients unsummed",
     ),
 }
-"""What is asked for (of the run, of the base) and what is said."""
+"""Changes of the run, changes of the base, and how the message starts."""
 
 
 @pytest.mark.parametrize("case", IMPOSSIBLE)
 def test_what_cannot_be_trained_through_nemo_is_refused(sound: dict[str, Any], case: str) -> None:
-    changes, of_the_base, said = IMPOSSIBLE[case]
+    changes, of_the_base, text = IMPOSSIBLE[case]
     base = Path(sound["model"]["restore_from_path"])
     (base / "model_config.yaml").write_text(yaml.safe_dump({**BASE, **of_the_base}))
     (problem,) = refusals(sound, changes)
-    assert problem.startswith(said)
+    assert problem.startswith(text)
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "text"),
     [
         (None, "no such file"),
         (b"", "not JSON"),
@@ -166,15 +168,15 @@ def test_what_cannot_be_trained_through_nemo_is_refused(sound: dict[str, Any], c
         ),
     ],
 )
-def test_data_that_is_not_there_or_not_json_with_the_keys_is_refused(
-    sound: dict[str, Any], tmp_path: Path, content: bytes | None, said: str
+def test_missing_data_or_json_without_the_keys_is_refused(
+    sound: dict[str, Any], tmp_path: Path, content: bytes | None, text: str
 ) -> None:
     data = tmp_path / "other.jsonl"
     if content is not None:
         data.write_bytes(content)
     (problem,) = refusals(sound, {"model.data.validation_ds.file_names": [str(data)]})
     assert problem.startswith(f"model.data.validation_ds.file_names: {data}: ")
-    assert said in problem
+    assert text in problem
 
 
 def test_data_that_cannot_be_read_is_refused(sound: dict[str, Any]) -> None:
@@ -183,7 +185,7 @@ def test_data_that_cannot_be_read_is_refused(sound: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "said"),
+    ("config", "text"),
     [
         (None, "no such file"),
         ("", "holds no model_config.yaml with keys"),
@@ -192,31 +194,31 @@ def test_data_that_cannot_be_read_is_refused(sound: dict[str, Any]) -> None:
         (yaml.safe_dump({**BASE, "num_attention_heads": 5}), "not divisible by model.num_attention_heads=5"),
     ],
 )
-def test_a_base_that_is_not_there_or_has_no_architecture_is_refused(
-    sound: dict[str, Any], tmp_path: Path, config: str | None, said: str
+def test_a_missing_base_or_one_without_architecture_is_refused(
+    sound: dict[str, Any], tmp_path: Path, config: str | None, text: str
 ) -> None:
     base = tmp_path / "other.nemo"
     if config is not None:
         (tmp_path / "model_config.yaml").write_text(config)
         with tarfile.open(base, "w") as tar:
             tar.add(tmp_path / "model_config.yaml", "./model_config.yaml")
-    assert any(said in problem for problem in refusals(sound, {"model.restore_from_path": str(base)}))
+    assert any(text in problem for problem in refusals(sound, {"model.restore_from_path": str(base)}))
 
 
-def test_a_base_that_is_cut_short_is_refused(sound: dict[str, Any], tmp_path: Path) -> None:
+def test_a_truncated_base_is_refused(sound: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "cut.nemo").write_bytes(b"\x1f\x8b\x08 and no more")
     (problem,) = refusals(sound, {"model.restore_from_path": str(tmp_path / "cut.nemo")})
     assert "cut.nemo: not a .nemo file" in problem
 
 
-def test_a_folder_that_cannot_be_written_to_is_refused(sound: dict[str, Any], tmp_path: Path) -> None:
+def test_a_folder_that_is_not_writable_is_refused(sound: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (problem,) = refusals(sound, {"exp_manager.exp_dir": str(tmp_path / "file" / "runs")})
     assert f"{tmp_path / 'file'} is not a writable folder" in problem
     (tmp_path / "shut").mkdir()
     (tmp_path / "shut").chmod(0o555)
     root = os.getuid() == 0
-    if root:  # who may write everywhere; access(2) asks for the real user
+    if root:  # root may write everywhere; access(2) checks the real user
         os.setreuid(65534, 0)
     try:
         (problem,) = refusals(sound, {"exp_manager.exp_dir": str(tmp_path / "shut" / "runs")})
@@ -229,7 +231,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused(sound: dict[str, Any], tm
 def test_a_folder_that_cannot_be_entered_is_refused(tmp_path: Path) -> None:
     tmp_path.chmod(0o000)
     root = os.getuid() == 0
-    if root:  # who may enter everywhere
+    if root:  # root may enter everywhere
         os.setresuid(65534, 65534, 0)
     try:
         (problem,) = layout_fits_cluster.folder_problems(
@@ -258,8 +260,8 @@ def test_one_message_has_all_problems(
         },
     )
     assert report("finetune", ConfigError(problems)) == 2
-    said = capsys.readouterr().err
-    assert said.count("not possible") == 1
+    text = capsys.readouterr().err
+    assert text.count("not possible") == 1
     for part in (
         "none.nemo: no such file",
         "is not a multiple of tensor 3",
@@ -269,10 +271,10 @@ def test_one_message_has_all_problems(
         "must end in .nemo",
         "mem is not a writable folder",
     ):
-        assert said.count(part) == 1, said
+        assert text.count(part) == 1, text
 
 
-def test_a_base_with_rotary_positions_takes_longer_sequences(sound: dict[str, Any], tmp_path: Path) -> None:
+def test_a_base_with_rotary_positions_accepts_longer_sequences(sound: dict[str, Any], tmp_path: Path) -> None:
     rotary = {**BASE, "position_embedding_type": "rope"}
     (tmp_path / "base" / "model_config.yaml").write_text(yaml.safe_dump(rotary))
     sound["model"]["data"]["train_ds"]["max_seq_length"] = 64
@@ -280,7 +282,7 @@ def test_a_base_with_rotary_positions_takes_longer_sequences(sound: dict[str, An
 
 
 @pytest.mark.parametrize(
-    ("step", "layout", "said"),
+    ("step", "layout", "text"),
     [
         ({}, {"num_nodes": 2, "devices": 8}, []),
         ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}, {"num_nodes": 2, "devices": 8}, []),
@@ -299,19 +301,19 @@ def test_a_base_with_rotary_positions_takes_longer_sequences(sound: dict[str, An
     ],
 )
 def test_ranks_that_slurm_did_not_start_are_named(
-    step: dict[str, str], layout: dict[str, int], said: list[str]
+    step: dict[str, str], layout: dict[str, int], text: list[str]
 ) -> None:
     problems = list(layout_fits_cluster.slurm_problems(Layout(**layout), {**STEP, **step}))
-    assert len(problems) == len(said), problems
-    assert all(part in problem for part, problem in zip(said, problems, strict=True))
+    assert len(problems) == len(text), problems
+    assert all(part in problem for part, problem in zip(text, problems, strict=True))
 
 
-def test_outside_of_a_rank_slurms_step_says_nothing() -> None:
+def test_slurms_step_is_ignored_outside_a_rank() -> None:
     environment = {name: value for name, value in STEP.items() if name != "RANK"}
     assert not list(layout_fits_cluster.slurm_problems(Layout(), environment))
 
 
-def test_too_little_room_is_refused_with_what_is_needed(
+def test_too_little_disk_space_is_refused_with_the_space_needed(
     sound: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", "total used free")
@@ -321,7 +323,7 @@ def test_too_little_room_is_refused_with_what_is_needed(
     assert "save_top_k" in problem
 
 
-def test_a_checkpoints_estimate_is_an_upper_bound_of_its_tensors() -> None:
+def test_the_estimate_of_a_checkpoint_is_an_upper_bound_of_its_tensors() -> None:
     arch, config = Architecture.from_model_config(BASE), TiedLoraConfig.preset("tl6", rank=4)
     precision = Precision.from_names("bf16", amp_O2=True)
     single = layout_fits_cluster.checkpoint_bytes(arch, Layout(), config, precision)
@@ -336,9 +338,7 @@ def test_a_checkpoints_estimate_is_an_upper_bound_of_its_tensors() -> None:
     assert layout_fits_cluster.checkpoint_bytes(arch, Layout(), None, precision) == arch.num_parameters * 14
 
 
-def test_a_job_that_ends_before_it_could_save_is_refused(
-    sound: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_job_that_ends_before_it_can_save_is_refused(sound: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 3600))
     check_finetuning(sound)
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 10))
@@ -347,7 +347,7 @@ def test_a_job_that_ends_before_it_could_save_is_refused(
     assert "--time" in problem
 
 
-def test_squeue_is_asked_for_the_time_left_by_one_rank_alone(
+def test_only_rank_0_asks_squeue_for_the_time_left(
     sound: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     squeue = tmp_path / "squeue"
@@ -373,5 +373,5 @@ def test_squeue_is_asked_for_the_time_left_by_one_rank_alone(
         ("", None),
     ],
 )
-def test_slurms_times_are_read(text: str, seconds: float | None) -> None:
+def test_slurms_times_are_parsed(text: str, seconds: float | None) -> None:
     assert layout_fits_cluster._seconds(text) == seconds

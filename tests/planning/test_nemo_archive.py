@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pure Python: what is read from a tar that NeMo wrote, and what is refused."""
+"""Pure Python: reading files from a tar that NeMo wrote."""
 
 from __future__ import annotations
 
@@ -40,19 +40,19 @@ def tar_of(path: Path, pack: Callable[[bytes], bytes] = bytes) -> Path:
 
 
 @pytest.mark.parametrize("form", PACKERS)
-def test_the_named_files_are_read_from_every_form_and_nothing_else(tmp_path: Path, form: str) -> None:
+def test_only_the_named_files_are_read_from_every_form(tmp_path: Path, form: str) -> None:
     path = tar_of(tmp_path / "a.nemo", PACKERS[form])
     found = read_members(path, ("model_config.yaml", "large", "link", "absent"), 1 << 20)
     assert found == {"model_config.yaml": b"a: 1\n", "large": LARGE}
 
 
-def test_what_lies_behind_the_last_of_them_is_not_read(tmp_path: Path) -> None:
+def test_reading_stops_after_the_last_named_file(tmp_path: Path) -> None:
     path = tar_of(tmp_path / "a.nemo")
-    path.write_bytes(path.read_bytes()[: 4 * 512 + len(LARGE) + 1000])  # in the midst of "other"
+    path.write_bytes(path.read_bytes()[: 4 * 512 + len(LARGE) + 1000])  # in the middle of "other"
     assert read_members(path, ("model_config.yaml", "large"), 1 << 20)["large"] == LARGE
 
 
-def test_a_file_that_claims_more_than_is_allowed_is_refused_before_it_is_read(tmp_path: Path) -> None:
+def test_a_file_that_claims_too_many_bytes_is_refused_before_it_is_read(tmp_path: Path) -> None:
     path = tar_of(tmp_path / "a.nemo")
     with pytest.raises(tarfile.ReadError, match=f"its large claims {len(LARGE)} bytes"):
         read_members(path, ("large",), len(LARGE) - 1)
@@ -60,7 +60,7 @@ def test_a_file_that_claims_more_than_is_allowed_is_refused_before_it_is_read(tm
 
 @pytest.mark.parametrize("form", PACKERS)
 @pytest.mark.parametrize("change", ["cut short", "overwritten"])
-def test_a_damaged_file_is_one_kind_of_error(tmp_path: Path, form: str, change: str) -> None:
+def test_every_damaged_file_raises_a_tar_error(tmp_path: Path, form: str, change: str) -> None:
     path = tar_of(tmp_path / "a.nemo", PACKERS[form])
     whole = path.read_bytes()
     half = whole[: len(whole) // 2]

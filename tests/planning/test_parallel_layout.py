@@ -76,7 +76,7 @@ def test_stages_and_chunks_hold_the_layers_in_megatrons_order() -> None:
         "microbatches of an interleaved schedule",
     ],
 )
-def test_a_bad_layout_is_refused_with_value_and_fix(
+def test_a_wrong_layout_is_refused_with_value_and_remedy(
     changes: dict[str, Any], layout: dict[str, Any], words: list[str]
 ) -> None:
     problems = check(small(**changes), Layout(**layout), TiedLoraConfig(rank=2))
@@ -140,7 +140,7 @@ def test_a_layout_from_nemos_keys() -> None:
     assert Layout.from_config({"model": None}) == Layout()
 
 
-def test_bad_layout_values_are_reported_together() -> None:
+def test_wrong_layout_values_are_reported_together() -> None:
     model = {"tensor_model_parallel_size": 0, "sequence_parallel": "yes", "num_layers_in_first_pipeline_stage": 3}
     with pytest.raises(ConfigError) as caught:
         Layout.from_config({"model": model, "trainer": {"devices": "auto"}})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shipped YAMLs: each opens with a command that composes it, and says what NeMo's users expect."""
+"""The shipped YAMLs: each opens with a command that composes it, and NeMo's keys keep their names. Pure Python."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_an_override_that_fits_nothing_is_explained() -> None:
 
 
 @pytest.mark.parametrize("layout", [name for name in YAMLS if name.startswith("layout/")])
-def test_a_layouts_name_says_its_sizes_and_the_ranks_are_all_used(layout: str) -> None:
+def test_a_layouts_name_has_its_sizes_and_all_ranks_are_used(layout: str) -> None:
     option = layout.removeprefix("layout/").removesuffix(".yaml")
     with initialize_config_dir(version_base="1.3", config_dir=str(FOLDER)):
         cfg: Any = OmegaConf.to_container(compose("plan", [f"layout={option}"]))
@@ -135,7 +135,7 @@ def test_the_shipped_layouts_are_all_there() -> None:
 @pytest.mark.parametrize(
     ("model", "parameters"),
     [
-        # The models' published sizes; for gpt_2b what NeMo prints is 2.25e9.
+        # The models' published sizes; for gpt_2b, NeMo prints 2.25e9.
         ("llama2_7b", 6_738_415_616),
         ("llama2_13b", 13_015_864_320),
         ("llama2_70b", 68_976_648_192),
@@ -147,7 +147,7 @@ def test_a_shipped_model_has_its_published_number_of_parameters(model: str, para
     assert Architecture.from_model_config(cfg).num_parameters == parameters
 
 
-def test_the_installed_package_looks_inside_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_installed_package_finds_its_own_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "site-packages" / "nemo_tied_lora"
     monkeypatch.setattr(config_folder_module, "__file__", str(package / "planning" / "config_folder.py"))
     with pytest.raises(FileNotFoundError, match="install the package again"):

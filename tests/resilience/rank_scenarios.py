@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ranks in trouble, for tests/resilience/test_ranks_in_trouble.py: a program that forks a few ranks for each scenario, all at once.
+"""Runs ranks in trouble for tests/resilience/test_ranks_in_trouble.py. All scenarios run at once.
 
-Forked after torch is imported, and before it is used, so that a rank costs milliseconds. Prints, as JSON, each
-scenario's exit codes, standard error and seconds.
+It forks the ranks after torch is imported and before it is used, so that a rank costs milliseconds. It prints each scenario's
+exit codes, logs and seconds as JSON.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from nemo_tied_lora.resilience.rendezvous import Rendezvous
 TIMEOUT_S = 6.0
 CONTROL_S = 40.0
 APART_S = 0.8
-"""Between the starts of scenarios: a start takes half a second of two cores, and ranks wait TIMEOUT_S for each other."""
+"""Seconds between the starts of scenarios. A start takes two cores for half a second; ranks wait TIMEOUT_S for each other."""
 
 
 def values(folder: Path, world_size: int, **changes: Any) -> dict[str, Any]:
-    """A configuration with what `run_as_rank` reads."""
+    """Returns a configuration with the keys that `run_as_rank` reads."""
     return {
         "preflight": False,
         "watchdog": {"start_s": 20, "timeout_s": TIMEOUT_S, "stuck_s": 0},
@@ -50,7 +50,7 @@ def values(folder: Path, world_size: int, **changes: Any) -> dict[str, Any]:
 
 
 def steps(rank: Rank, forever: bool = True) -> dict[str, Any]:
-    """A training loop: a sum over all ranks, again and again."""
+    """A training loop that sums over all ranks in each step."""
     rank.status.update(state="training")
     count = 0
     while forever or count < 20:
@@ -67,7 +67,7 @@ def steps(rank: Rank, forever: bool = True) -> dict[str, Any]:
 
 
 def train(problems: list[str] | None = None, **changes: Any) -> int:
-    """A run of `steps` as `tied-lora finetune` would do it."""
+    """Runs `steps` like `tied-lora finetune`."""
     cfg = values(Path(os.environ["FOLDER"]), int(os.environ["WORLD_SIZE"]), **changes)
     return run_as_rank("finetune", cfg, problems or [], steps)
 
@@ -81,8 +81,8 @@ def replace(module: Any, name: str, value: Any) -> None:
     setattr(module, name, value)
 
 
-def stand_still() -> int:
-    """Rank 1 stops in its own code, alive; the others wait for it."""
+def hang_in_own_code() -> int:
+    """Rank 1 hangs in its own code, and the other waits for it."""
     cfg = values(Path(os.environ["FOLDER"]), 2, watchdog={"start_s": 20, "timeout_s": TIMEOUT_S, "stuck_s": 5})
 
     def work(rank: Rank) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def raise_an_error() -> int:
 
 
 def stopped_by_a_guard() -> int:
-    """What a tie guard or a gradient does to a run, the same on every rank."""
+    """Every rank raises the same `TrainingStopped`, as a guard does."""
 
     def work(rank: Rank) -> Any:
         dist.all_reduce(torch.ones(1))
@@ -175,7 +175,7 @@ def finished() -> int:
 
 
 def to(rank: int, number: int) -> Callable[[list[int], Path], None]:
-    """Sends a signal to a rank once all have made a step."""
+    """Sends a signal to a rank after all ranks have made a step."""
 
     def send(pids: list[int], folder: Path) -> None:
         if all((folder / f"step-{r}").exists() for r in range(len(pids))):
@@ -194,7 +194,7 @@ def problem_on_one() -> int:
 
 
 def without(owner: Any, name: str, instead: Callable[..., Any], entry: Callable[[], int]) -> Callable[[], int]:
-    """The scenario with one guard switched off."""
+    """Returns the scenario with one guard switched off."""
 
     def run() -> int:
         replace(owner, name, instead)
@@ -215,7 +215,7 @@ SCENARIOS: dict[str, tuple[int, Callable[[], int], Callable[[list[int], Path], N
     "killed_rank_0": (2, train, to(0, signal.SIGKILL)),
     "stopped": (3, train, to(1, signal.SIGSTOP)),
     "stopped_rank_0": (2, train, to(0, signal.SIGSTOP)),
-    "standing_still": (2, stand_still, nothing),
+    "standing_still": (2, hang_in_own_code, nothing),
     "error": (2, raise_an_error, nothing),
     "guard": (2, stopped_by_a_guard, nothing),
     "another_version": (4, another_version, nothing),
@@ -230,12 +230,12 @@ SCENARIOS: dict[str, tuple[int, Callable[[], int], Callable[[list[int], Path], N
         nothing,
     ),
     "finished": (2, finished, nothing),
-    # Negative controls: the same with the guard switched off. They are given up after CONTROL_S.
+    # Negative controls: the same scenarios without the guard. They are killed after CONTROL_S.
     "killed, unwatched": (3, without(Watchdog, "_check_heartbeats", look_away, train), to(2, signal.SIGKILL)),
     "stopped, unwatched": (3, without(Watchdog, "_check_heartbeats", look_away, train), to(1, signal.SIGSTOP)),
     "stopped_rank_0, unjudged": (2, without(Watchdog, "_watch_store", look_away, train), to(0, signal.SIGSTOP)),
-    "standing_still, unwatched": (2, without(Watchdog, "_check_progress", look_away, stand_still), nothing),
-    "problem_on_one, untold": (2, without(Rendezvous, "agree", keep_to_oneself, problem_on_one), nothing),
+    "standing_still, unwatched": (2, without(Watchdog, "_check_progress", look_away, hang_in_own_code), nothing),
+    "problem_on_one, unshared": (2, without(Rendezvous, "agree", keep_to_oneself, problem_on_one), nothing),
     "wrong_sum, unchecked": (4, without(group_check, "_wrong", lambda *args: None, wrong_sum), nothing),
     "another_version, uncompared": (
         4,
@@ -248,7 +248,7 @@ SCENARIOS: dict[str, tuple[int, Callable[[], int], Callable[[list[int], Path], N
 def main(names: list[str]) -> None:
     importlib.import_module("megatron.core.parallel_state")  # once, before ranks are forked
     with tempfile.TemporaryDirectory() as root:
-        # What is switched off ends by its time limit: those first.
+        # Controls run into their time limit, so they start first.
         waiting = sorted(names, key=lambda name: ", " not in name)
         running: dict[str, Scenario] = {}
         started = -math.inf
@@ -264,7 +264,7 @@ def main(names: list[str]) -> None:
 
 
 class Scenario:
-    """Its ranks, and what became of them."""
+    """A scenario's ranks, and their exit codes and logs."""
 
     def __init__(self, name: str, folder: Path) -> None:
         self.world_size, entry, self.disturb = SCENARIOS[name]
@@ -274,7 +274,7 @@ class Scenario:
         self.started = time.monotonic()
         self.disturbed: float | None = None
         self.codes: dict[int, int] = {}
-        self.told = False
+        self.terminated = False
         self.ended: dict[int, float] = {}
         self.pids = [self.fork(rank, port, entry) for rank in range(self.world_size)]
 
@@ -309,8 +309,8 @@ class Scenario:
                 if found:
                     self.codes[rank], self.ended[rank] = os.waitstatus_to_exitcode(status), time.monotonic()
         left = [pid for rank, pid in enumerate(self.pids) if rank not in self.codes]
-        if any(self.codes.values()) and not self.told:  # as srun does with --kill-on-bad-exit
-            self.told = True
+        if any(self.codes.values()) and not self.terminated:  # like srun --kill-on-bad-exit
+            self.terminated = True
             for pid in left:
                 os.kill(pid, signal.SIGTERM)
         stopped = "stopped" in self.folder.name and len(left) == 1
@@ -332,9 +332,9 @@ class Scenario:
 
 
 def free_ports() -> int:
-    """A port that is free, with the one behind it; below those that systems give to outgoing connections.
+    """Returns a free port; the next one is free too. Both are below the range of outgoing connections.
 
-    Of the others, one may be given away between this look and its use: the tests beside this one make many connections.
+    A port of that range may be taken between this check and its use, because the other tests make many connections.
     """
     for _ in range(100):
         with socket.socket() as first, socket.socket() as second:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ranks that die, stand still, disagree or never come: all end, in time, with an error that names the one. Real processes
-over gloo, without NeMo; all scenarios of tests/resilience/rank_scenarios.py run at once."""
+"""Several ranks: if one dies, hangs, disagrees or never starts, all end in time, with an error that names it.
+
+Real processes over gloo, without NeMo. All scenarios of rank_scenarios.py run at once.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ from nemo_tied_lora.resilience.rank import STOPPED
 from tests.harness.paths import ROOT
 from tests.resilience.rank_scenarios import SCENARIOS, TIMEOUT_S
 
-# A loaded machine: the watchdog's own limit, two beats, and what the scheduler takes.
+# The watchdog's limit, two heartbeats, and some time for a loaded machine.
 IN_TIME_S = TIMEOUT_S + 20
 
 
@@ -33,7 +35,7 @@ def ends() -> dict[str, Any]:
 
 
 def check_gone(end: dict[str, Any], gone: int) -> None:
-    """The others end in time, with an error that names it."""
+    """The other ranks end in time, with an error that names the dead one."""
     others = [rank for rank in range(len(end["codes"])) if rank != gone]
     assert [end["codes"][rank] for rank in others] == [EXIT_CODE] * len(others), end["logs"]
     assert max(end["seconds"][rank] for rank in others) < IN_TIME_S
@@ -46,19 +48,19 @@ def check_gone(end: dict[str, Any], gone: int) -> None:
 @pytest.mark.parametrize(
     ("name", "gone"), [("killed", 2), ("killed_rank_0", 0), ("stopped", 1), ("stopped_rank_0", 0)]
 )
-def test_the_others_end_in_time_and_name_the_rank_that_is_gone(ends: dict[str, Any], name: str, gone: int) -> None:
+def test_the_others_end_in_time_and_name_the_dead_rank(ends: dict[str, Any], name: str, gone: int) -> None:
     check_gone(ends[name], gone)
 
 
 def check_standing_still(end: dict[str, Any]) -> None:
-    """The rank that stands still is named, and the other is not."""
+    """The rank that hangs is named, and the other is not."""
     assert end["codes"] == [EXIT_CODE, EXIT_CODE]
     assert "not waiting for others: rank 1 (node n1" in end["logs"][0]
     assert "read_the_next_batch" in end["logs"][0]
     assert "rank 0 (node" not in end["logs"][0]
 
 
-def test_a_rank_that_lives_but_does_not_get_on_is_named_with_the_line_it_is_in(ends: dict[str, Any]) -> None:
+def test_a_rank_that_hangs_is_named_with_its_current_line(ends: dict[str, Any]) -> None:
     check_standing_still(ends["standing_still"])
 
 
@@ -69,7 +71,7 @@ def test_a_ranks_error_ends_the_others_at_once(ends: dict[str, Any]) -> None:
     assert "the data has a hole" in end["status"]["reason"]
 
 
-def test_a_guard_that_stops_the_run_is_heard_once_and_every_rank_exits_with_its_code(ends: dict[str, Any]) -> None:
+def test_a_guard_that_stops_the_run_prints_once_and_every_rank_exits_with_its_code(ends: dict[str, Any]) -> None:
     end = ends["guard"]
     assert end["codes"] == [STOPPED, STOPPED] != [0, 0], end["logs"]
     assert end["logs"][0].count("tied-lora finetune: tie guard: linear_qkv.A differs") == 1
@@ -78,21 +80,21 @@ def test_a_guard_that_stops_the_run_is_heard_once_and_every_rank_exits_with_its_
     assert end["status"]["reason"] == "tie guard: linear_qkv.A differs"
 
 
-def check_refusal(end: dict[str, Any], said: str, living: list[int] | None = None) -> None:
-    """Every rank exits with 2, rank 0 says why, once, and nobody shows a traceback."""
+def check_refusal(end: dict[str, Any], reason: str, living: list[int] | None = None) -> None:
+    """Every rank exits with 2. Rank 0 prints the reason once, and no rank prints a traceback."""
     living = list(range(len(end["codes"]))) if living is None else living
     assert [end["codes"][rank] for rank in living] == [2] * len(living), end["logs"]
-    assert said in end["logs"][0], end["logs"]
+    assert reason in end["logs"][0], end["logs"]
     assert end["logs"][0].count("not possible") == 1
     assert all("not possible" not in end["logs"][rank] for rank in living[1:])
     assert not any("Traceback" in end["logs"][rank] for rank in living)
 
 
 def test_a_wrong_sum_is_found_in_every_group_that_the_rank_is_in(ends: dict[str, Any]) -> None:
-    said = ends["wrong_sum"]["logs"][0]
+    log = ends["wrong_sum"]["logs"][0]
     for kind, ranks in (("tensor", [0, 1]), ("pipeline", [1, 3])):
-        assert f"all-reduce, {kind} parallel: wrong sum: element 77 is " in said
-        assert f"of ranks {ranks}" in said
+        assert f"all-reduce, {kind} parallel: wrong sum: element 77 is " in log
+        assert f"of ranks {ranks}" in log
 
 
 REFUSALS = {
@@ -114,20 +116,20 @@ CONTROLS: dict[str, Callable[[dict[str, Any]], None]] = {
     "stopped, unwatched": partial(check_gone, gone=1),
     "stopped_rank_0, unjudged": partial(check_gone, gone=0),
     "standing_still, unwatched": check_standing_still,
-    "problem_on_one, untold": partial(check_refusal, said=REFUSALS["problem_on_one"]),
-    "wrong_sum, unchecked": partial(check_refusal, said=REFUSALS["wrong_sum"]),
-    "another_version, uncompared": partial(check_refusal, said=REFUSALS["another_version"]),
+    "problem_on_one, unshared": partial(check_refusal, reason=REFUSALS["problem_on_one"]),
+    "wrong_sum, unchecked": partial(check_refusal, reason=REFUSALS["wrong_sum"]),
+    "another_version, uncompared": partial(check_refusal, reason=REFUSALS["another_version"]),
 }
-"""The scenario, and what is switched off in it, to the check that passes where the guard is on."""
+"""Maps each scenario without its guard to the check that passes with the guard."""
 
 
 @pytest.mark.parametrize("name", CONTROLS)
-def test_without_the_guard_the_same_check_goes_red(ends: dict[str, Any], name: str) -> None:
+def test_without_the_guard_the_same_check_fails(ends: dict[str, Any], name: str) -> None:
     with pytest.raises(AssertionError):
         CONTROLS[name](ends[name])
 
 
-def test_a_rank_that_never_comes_is_named(ends: dict[str, Any]) -> None:
+def test_a_rank_that_never_starts_is_named(ends: dict[str, Any]) -> None:
     end = ends["rank_missing"]
     assert end["codes"] == [2, 0]
     assert "rank 1 of 2: not started, or did not arrive within 10 s" in end["logs"][0]
@@ -142,10 +144,10 @@ def test_a_sound_allocation_passes_and_prints_each_groups_bandwidth(ends: dict[s
     assert "all-reduce, data parallel: 2 groups of 2," in printed
     assert "GB/s at least (ranks [" in printed
     assert "pre-flight: all is well" in printed
-    assert end["status"] is None  # no run has begun
+    assert end["status"] is None  # no run has started
 
 
-def test_a_finished_run_is_not_done_again(ends: dict[str, Any]) -> None:
+def test_a_finished_run_is_not_repeated(ends: dict[str, Any]) -> None:
     end = ends["finished"]
     assert end["codes"] == [0, 0], end["logs"]
     assert "finished already" in end["logs"][0]

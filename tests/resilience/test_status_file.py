@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""status.json: what it says, who may believe it, and when a run is not to be started again. No ranks."""
+"""status.json, and when it forbids to start a run again. Pure Python, without ranks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def written(folder: Path, **fields: Any) -> None:
     (folder / "status.json").write_text(json.dumps(fields))
 
 
-def test_the_writer_throttles_steps_and_never_a_change_of_state(tmp_path: Path) -> None:
+def test_steps_are_written_seldom_and_a_change_of_state_at_once(tmp_path: Path) -> None:
     status = RunStatus(tmp_path, active=True, settings="s")
     status.update(state="training", step=1)
     status.update(step=2)
@@ -34,7 +34,7 @@ def test_the_writer_throttles_steps_and_never_a_change_of_state(tmp_path: Path) 
     assert list(tmp_path.iterdir()) == [tmp_path / "status.json"]
 
 
-def test_other_ranks_write_nothing_but_why_the_run_failed(tmp_path: Path) -> None:
+def test_other_ranks_write_only_why_the_run_failed(tmp_path: Path) -> None:
     RunStatus(tmp_path, active=True).update(state="training", step=7)
     other = RunStatus(tmp_path, active=False)
     other.update(now=True, state="training", step=99)
@@ -44,7 +44,7 @@ def test_other_ranks_write_nothing_but_why_the_run_failed(tmp_path: Path) -> Non
     assert (found["state"], found["step"], found["reason"]) == ("failed", 7, "rank 0 is gone")
 
 
-def test_only_the_same_settings_and_a_file_that_is_there_count_as_finished(tmp_path: Path) -> None:
+def test_a_run_has_finished_only_with_the_same_settings_and_an_existing_file(tmp_path: Path) -> None:
     output = tmp_path / "adapter.nemo"
     written(tmp_path, state="finished", output=str(output))
     assert finished_before(tmp_path, "s") is None
@@ -57,7 +57,7 @@ def test_only_the_same_settings_and_a_file_that_is_there_count_as_finished(tmp_p
     assert finished_before(tmp_path, "s") is None
 
 
-def test_the_fingerprint_follows_settings_and_data_and_not_the_number_of_ranks(tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_settings_and_data_and_not_on_the_number_of_ranks(tmp_path: Path) -> None:
     data = tmp_path / "train.jsonl"
     data.write_text("{}\n")
     fixed = [f"model.data.train_ds.file_names=[{data}]"]
@@ -73,7 +73,7 @@ def test_the_fingerprint_follows_settings_and_data_and_not_the_number_of_ranks(t
     assert of() != plain_one
 
 
-def test_restarts_are_counted_and_those_that_save_nothing_are_bounded(tmp_path: Path) -> None:
+def test_restarts_are_counted_and_those_without_a_new_checkpoint_are_limited(tmp_path: Path) -> None:
     assert restarted(tmp_path, "s", 1) == {"restarts": 0, "fruitless_restarts": 0, "saved_before": 0}
     written(tmp_path, state="training", restarts=3, saved_step=20, saved_before=10, fruitless_restarts=1)
     assert restarted(tmp_path, "s", 1) == {"restarts": 4, "fruitless_restarts": 0, "saved_before": 20}
@@ -85,12 +85,12 @@ def test_restarts_are_counted_and_those_that_save_nothing_are_bounded(tmp_path: 
     assert restarted(tmp_path, "other", 1)["restarts"] == 0
 
 
-def test_a_run_that_was_asked_to_stop_is_no_fruitless_one(tmp_path: Path) -> None:
+def test_a_restart_after_a_stop_signal_does_not_count_as_fruitless(tmp_path: Path) -> None:
     written(tmp_path, state="preempted", restarts=9, saved_before=0, fruitless_restarts=1)
     assert restarted(tmp_path, "s", 1)["fruitless_restarts"] == 0
 
 
-def test_the_command_shows_a_run_and_says_when_it_gives_no_sign_of_life(
+def test_the_command_shows_a_run_and_reports_a_missing_sign_of_life(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fields = {"state": "training", "step": 5, "max_steps": 20, "loss": 1.25, "tokens_per_second": 4321.0}
@@ -116,13 +116,13 @@ def test_the_command_shows_a_run_and_says_when_it_gives_no_sign_of_life(
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main([f"run={tmp_path}", "format=xml"]) == 2
-    said = capsys.readouterr().err
-    assert "no status.json in it" in said
-    assert "choose one of text, json" in said
+    printed = capsys.readouterr().err
+    assert "no status.json in it" in printed
+    assert "choose one of text, json" in printed
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "problem"),
     [
         ("preflight=perhaps", "preflight='perhaps': unknown; choose one of true, false, only"),
         ("watchdog.timeout_s=-1", "watchdog.timeout_s=-1: must be a number of at least 0"),
@@ -130,6 +130,6 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path, capsys: pytest.Captur
         ("preemption.max_restarts=null", "preemption.max_restarts=None: must be a number of at least 0"),
     ],
 )
-def test_bad_values_of_the_survival_keys_are_refused(override: str, said: str) -> None:
+def test_wrong_values_of_preflight_watchdog_and_preemption_are_refused(override: str, problem: str) -> None:
     assert survival_problems(plain(compose_config("finetune", []))) == []
-    assert survival_problems(plain(compose_config("finetune", [override]))) == [said]
+    assert survival_problems(plain(compose_config("finetune", [override]))) == [problem]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Signals that stop a run reach its handler, and end what libraries fork from it."""
+"""Stop signals reach the run's handler, and end processes that libraries fork. Pure Python."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from nemo_tied_lora.resilience.stop_signals import STOP_SIGNALS, answered_by
 from tests.harness.paths import ROOT
 
-# Pools are ended right after they begin, when workers are not set up: one in some tens used to live for ever.
+# Each pool ends right after its start, before its workers are set up. Without the guard, one in some tens never ends.
 POOLS = """
 import multiprocessing, signal, sys
 from nemo_tied_lora.resilience import stop_signals
@@ -27,7 +27,7 @@ assert not got, got
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_the_handler_is_called_here_and_the_old_one_is_back_afterwards(number: int) -> None:
+def test_the_handler_is_called_and_the_old_one_is_restored(number: int) -> None:
     before, got = signal.getsignal(number), []
     with answered_by(lambda n, frame: got.append(n)):
         os.kill(os.getpid(), number)
@@ -36,7 +36,7 @@ def test_the_handler_is_called_here_and_the_old_one_is_back_afterwards(number: i
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_once_the_exit_code_is_settled_no_signal_changes_it(number: int) -> None:
+def test_a_signal_does_not_change_a_decided_exit_code(number: int) -> None:
     script = f"""
 import os, sys
 from nemo_tied_lora.resilience.stop_signals import answered_by, ignore_from_now
@@ -52,7 +52,7 @@ sys.exit(2)
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_a_forked_process_dies_of_the_signal_and_blocks_nothing(number: int) -> None:
+def test_a_forked_process_dies_of_the_signal_and_blocks_no_signal(number: int) -> None:
     got: list[int] = []
     with answered_by(lambda n, frame: got.append(n)):
         reader, writer = os.pipe()
