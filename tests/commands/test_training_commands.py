@@ -14,7 +14,7 @@ import torch
 from omegaconf import OmegaConf
 
 from nemo_tied_lora.checkpoint.read_nemo_adapter import AdapterFile, read_adapter
-from tests.harness.command_runs import SHORT, finetune, finetune_arguments, tied_lora
+from tests.harness.command_runs import SHORT, console_script, finetune, finetune_arguments, tied_lora
 from tests.harness.paths import ROOT
 
 
@@ -133,7 +133,7 @@ def test_every_mistake_is_reported_at_once_before_torch_is_imported(workshop: Pa
         "model.data.train_ds.file_names=[missing.jsonl]",
         "output=adapter.zip",
     ]
-    done = tied_lora("finetune", *wrong, folder=workshop, ok=False)
+    done = console_script("finetune", *wrong, folder=workshop, ok=False)
     assert done.returncode == 2
     messages = [
         "adapter_dim=8: not a key of tied_lora; write rank",
@@ -144,15 +144,6 @@ def test_every_mistake_is_reported_at_once_before_torch_is_imported(workshop: Pa
     messages += ["validation_ds.file_names", "must end in .nemo", "num_attention_heads"]
     assert [part for part in messages if part not in done.stderr] == []
     assert "Traceback" not in done.stderr
-
-
-@pytest.mark.parametrize(
-    "command", ["", "plan", "finetune", "pretrain", "generate", "quickstart", "compare", "convert-checkpoint"]
-)
-def test_help_shows_what_to_type(command: str, tmp_path: Path) -> None:
-    done = tied_lora(*command.split(), "--help", folder=tmp_path)
-    assert "tied-lora" in done.stdout
-    assert not list(tmp_path.iterdir())
 
 
 def test_the_launcher_starts_each_rank_or_explains_how(tmp_path: Path) -> None:

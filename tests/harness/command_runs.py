@@ -16,6 +16,7 @@ from tests.harness.forks import fork_command, run_forked
 from tests.harness.paths import ROOT
 
 __all__ = [
+    "PRETRAIN",
     "SHORT",
     "TIMEOUT",
     "TINY",
@@ -50,6 +51,11 @@ SHORT = [
     "model.data.validation_ds.tokens_to_generate=4",
     "model.optim.sched.warmup_steps=1",
 ]
+_DATA = [
+    f"model.data.{ds}.file_names=[{n}.jsonl]" for ds, n in (("train_ds", "train"), ("validation_ds", "validation"))
+]
+PRETRAIN = [*TINY, *SHORT, *_DATA, "model.tokenizer.model=tokenizer.model"]
+"""Arguments of `tied-lora pretrain` in a folder with the workshop's data."""
 TIMEOUT = 600
 
 
@@ -119,11 +125,7 @@ def make_workshop(folder: Path) -> None:
         pad_id=3,
         minloglevel=2,
     )
-    data = [
-        f"model.data.{ds}.file_names=[{n}.jsonl]" for ds, n in (("train_ds", "train"), ("validation_ds", "validation"))
-    ]
-    tokenizer = "model.tokenizer.model=tokenizer.model"
-    tied_lora("pretrain", *TINY, *SHORT, *data, tokenizer, "output=base.nemo", "name=base", folder=folder)
+    tied_lora("pretrain", *PRETRAIN, "output=base.nemo", "name=base", folder=folder)
     assert (folder / "base.nemo").stat().st_size > 10_000
 
 
@@ -136,13 +138,10 @@ def finetune(folder: Path, name: str, *arguments: str) -> tuple[AdapterFile, dic
 
 def finetune_arguments(name: str) -> list[str]:
     """Of a short run in the folder `name`."""
-    data = [
-        f"model.data.{ds}.file_names=[{n}.jsonl]" for ds, n in (("train_ds", "train"), ("validation_ds", "validation"))
-    ]
     fixed = [
         "model.restore_from_path=base.nemo",
         f"output={name}/adapter.nemo",
         f"exp_manager.explicit_log_dir={name}",
     ]
     rank = ["model.peft.tied_lora.rank=4", "model.optim.lr=1e-2"]
-    return [*SHORT, *data, *fixed, *rank]
+    return [*SHORT, *_DATA, *fixed, *rank]

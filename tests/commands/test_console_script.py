@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole commands as a user types them: the installed script, which starts its ranks through torchrun.
+
+tests/slurm has `launch`, `report` and `status`; tests/commands/test_demo.py has quickstart and compare, in forked processes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from nemo_tied_lora.checkpoint.read_nemo_adapter import read_adapter
+from nemo_tied_lora.commands.main import COMMANDS
+from tests.harness.command_runs import PRETRAIN, console_script, finetune_arguments
+
+
+@pytest.fixture(scope="module")
+def folder(workshop: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data, a tokenizer and a base."""
+    folder = tmp_path_factory.mktemp("typed")
+    for name in ("base.nemo", "tokenizer.model", "train.jsonl", "validation.jsonl"):
+        shutil.copy(workshop / name, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finetuned(folder: Path) -> str:
+    """What `tied-lora finetune` prints, on two tensor-parallel ranks."""
+    words = ["layout=tp2", "trainer.max_steps=2", "trainer.val_check_interval=2"]
+    return console_script("finetune", *finetune_arguments("run"), *words, folder=folder).stdout
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_names_the_command_and_writes_nothing(command: str, tmp_path: Path) -> None:
+    done = console_script(*command.split(), "--help", folder=tmp_path)
+    assert f"tied-lora {command or '<command>'}" in done.stdout
+    assert done.stderr == ""
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_key_that_does_not_exist_is_refused_with_exit_code_2(command: str, tmp_path: Path) -> None:
+    done = console_script(command, "nonsense=1", folder=tmp_path, ok=False)
+    assert done.returncode == 2, done.stderr
+    assert f"tied-lora {command}: not possible:" in done.stderr
+    assert "nonsense" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_finetune_trains_on_two_ranks(folder: Path, finetuned: str) -> None:
+    assert "pre-flight: the same software and configuration on all 2 ranks" in finetuned
+    assert "Tied-LoRA rank 4: trained v B u A, tied A B" in finetuned
+    file = read_adapter(folder / "run" / "adapter.nemo")
+    metrics = json.loads((folder / "run" / "metrics.json").read_text())
+    assert [step["step"] for step in metrics["steps"]] == [1, 2]
+    assert metrics["trained_parameters"] == sum(tensor.numel() for tensor in file.state.values())
+
+
+@pytest.mark.usefixtures("finetuned")
+def test_generate_prints_a_completion_per_prompt(folder: Path) -> None:
+    words = ["base=base.nemo", "adapter=run/adapter.nemo", "trainer.precision=32", "tokens_to_generate=3"]
+    done = console_script("generate", *words, "prompts=['1:','2:']", folder=folder)
+    assert [line[:2] for line in done.stdout.splitlines()[-2:]] == ["1:", "2:"]
+
+
+@pytest.mark.usefixtures("finetuned")
+def test_merge_compares_the_merged_model_with_base_and_adapter(folder: Path) -> None:
+    words = ["base=base.nemo", "adapter=run/adapter.nemo", "output=merged.nemo", "trainer.precision=32"]
+    assert "written: merged.nemo" in console_script("merge", *words, folder=folder).stdout
+    assert (folder / "merged.nemo").stat().st_size > 10_000
+
+
+@pytest.mark.usefixtures("finetuned")
+def test_show_status_export_import_and_convert_checkpoint_read_what_finetune_wrote(folder: Path) -> None:
+    adapter = "adapter=run/adapter.nemo"
+    shown = json.loads(console_script("show", adapter, "output=null", "format=json", folder=folder).stdout)
+    assert (
+        shown["trained_parameters"] == json.loads((folder / "run" / "metrics.json").read_text())["trained_parameters"]
+    )
+    assert "finished" in console_script("status", "run=run", folder=folder).stdout
+    console_script("export", adapter, "to=nemo-lora", "output=lora.nemo", folder=folder)
+    fit = ["path=lora.nemo", "base=base.nemo", "output=back.nemo", "rank=4"]
+    assert "relative error" in console_script("import", "from=lora", *fit, folder=folder).stdout
+    console_script("convert-checkpoint", "checkpoint=run", "output=converted.nemo", folder=folder)
+    states = [read_adapter(folder / name).state for name in ("run/adapter.nemo", "converted.nemo")]
+    assert all(states[0][name].equal(tensor) for name, tensor in states[1].items())
+
+
+def test_pretrain_makes_a_base(folder: Path) -> None:
+    words = ["output=typed.nemo", "name=typed", "trainer.max_steps=1", "trainer.val_check_interval=1"]
+    console_script("pretrain", *PRETRAIN, *words, folder=folder)
+    assert (folder / "typed.nemo").stat().st_size > 10_000
+
+
+def test_plan_counts_the_papers_parameters(tmp_path: Path) -> None:
+    words = [
+        "model=llama2_7b",
+        "preset=tl6",
+        "model.peft.tied_lora.rank=8",
+        "model.peft.tied_lora.targets=[linear_qkv]",
+    ]
+    plan = json.loads(console_script("plan", *words, "format=json", folder=tmp_path).stdout)
+    assert (plan["trained_parameters"], plan["lora_parameters"]) == (524_544, 4_194_304)
