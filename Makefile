@@ -20,8 +20,8 @@ GUARDS ?= runs/guard_cost.json
 
 CANDIDATES := $(if $(PYTHON),$(PYTHON),python3.11 python3.12 python3.10 python3)
 BIN := $(VENV)/bin
-# A file stays together: its tests share what was expensive to make.
-AT_ONCE := --numprocesses $(WORKERS) --dist loadfile
+# Tests that share what is expensive to make stay together: tests/harness/schedule.py.
+AT_ONCE := --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
 CELLS := tests/parity/test_layouts.py tests/parity/test_refusals.py tests/adapter/test_experts.py
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
@@ -32,7 +32,7 @@ STAMP := $(VENV)/.installed-$(KEY)
 UNFINISHED := $(VENV)/.unfinished
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-mcore016 test test-mcore016 test-parity parallelism-page test-slurm lint typecheck format quickstart compare benchmark benchmark-communication benchmark-guards clean clean-venv
+.PHONY: help setup setup-mcore016 test test-fast test-mcore016 test-parity parallelism-page test-slurm lint typecheck format quickstart compare benchmark benchmark-communication benchmark-guards clean clean-venv
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-24s %s\n", $$1, $$2}' Makefile
@@ -78,7 +78,10 @@ test: lint typecheck test-mcore016 ## the linter, the type checker and all tests
 	rm -f runs/parity.json
 	$(BIN)/python -m pytest $(AT_ONCE) $(PYTEST_OPTIONS)
 	$(BIN)/python -m tests.parity.table --check
-	$(BIN)/python -m pytest -m slurm tests/slurm
+	$(BIN)/python -m pytest -m slurm $(AT_ONCE) tests/slurm
+
+test-fast: $(STAMP) ## the tests that start no NeMo, for the inner loop (under 3 minutes)
+	$(BIN)/python -m pytest -m "not slow and not slurm" $(AT_ONCE) $(PYTEST_OPTIONS)
 
 # Which folders these are, tests/conftest.py says.
 test-mcore016: setup-mcore016 ## the tests that need megatron-core and no NeMo, on megatron-core 0.16.1
@@ -94,7 +97,7 @@ parallelism-page: $(STAMP) setup-mcore016 ## docs/parallelism.md, from the resul
 	$(BIN)/python -m tests.parity.table
 
 test-slurm: $(STAMP) ## the tests on a private SLURM (Linux, root; installs Debian's packages where they are missing)
-	$(BIN)/python -m pytest -m slurm tests/slurm $(PYTEST_OPTIONS)
+	$(BIN)/python -m pytest -m slurm $(AT_ONCE) tests/slurm $(PYTEST_OPTIONS)
 
 lint: $(STAMP) ## check style, format, and who imports whom
 	$(BIN)/python -m ruff check .

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What holds for every test: a thread a rank, no test that is skipped without anyone having allowed it, and which folders
-need NeMo."""
+"""What holds for every test: one thread per rank, no skip that this file does not allow, which folders need NeMo, and
+what tests share."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 from collections.abc import Generator
 from pathlib import Path
 from typing import TypeVar
@@ -16,15 +17,16 @@ from tests.parity import recording
 
 __all__ = ["ALLOWED_SKIPS", "NEED_NEMO"]
 
-# Before torch is imported, here and in the ranks that the tests spawn: ranks share the cores, and more threads than
-# cores wait for each other.
+pytest_plugins = ["tests.harness.schedule"]
+
+# Before torch is imported, here and in the ranks that tests start: with more threads than cores, threads wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ALLOWED_SKIPS = ("needs a CUDA device", *(() if os.environ.get("CI") else ("needs a SLURM",)))
-"""The reasons for which a test may be skipped, as they begin; any other skip is a failure. CI must have a SLURM."""
+"""How the allowed reasons of a skip begin. Any other skip is a failure. CI must have a SLURM."""
 
 NEED_NEMO = ("benchmarks", "commands", "conversion", "launching", "nemo", "project", "slurm")
-"""The folders that `make test-mcore016` leaves out; all else runs on both releases of megatron-core."""
+"""The folders that `make test-mcore016` leaves out. All others run on both releases of megatron-core."""
 
 collect_ignore = [] if importlib.util.find_spec("nemo") else list(NEED_NEMO)
 
@@ -64,9 +66,18 @@ def pytest_sessionfinish() -> None:
 
 @pytest.fixture(scope="session")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with data, a tokenizer, and a tiny base; each test names its runs apart."""
+    """A folder with data, a tokenizer and a tiny base. Each test gives its runs names of their own.
+
+    pytest's workers share one base: the first that asks makes it, and each has a copy.
+    """
+    from filelock import FileLock
+
     from tests.harness.command_runs import make_workshop
 
-    folder = tmp_path_factory.mktemp("workshop")
-    make_workshop(folder)
-    return folder
+    several = "PYTEST_XDIST_WORKER" in os.environ
+    shared = tmp_path_factory.getbasetemp() / (".." if several else "") / "shared-workshop"
+    with FileLock(f"{shared}.lock"):
+        if not (shared / "base.nemo").exists():
+            shared.mkdir(exist_ok=True)
+            make_workshop(shared)
+    return Path(shutil.copytree(shared, tmp_path_factory.mktemp("workshop"), dirs_exist_ok=True))

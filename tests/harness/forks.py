@@ -28,6 +28,7 @@ from typing import Any
 
 __all__ = [
     "FORK_SERVER",
+    "REFUSE_NEMO",
     "Forked",
     "fork_command",
     "fork_module",
@@ -40,6 +41,8 @@ __all__ = [
 
 FORK_SERVER = multiprocessing.get_context("forkserver")
 FORK_SERVER.set_forkserver_preload(["tests.harness.preloaded"])
+REFUSE_NEMO = "REFUSE_NEMO"
+"""The environment variable with which no forked process can import NeMo."""
 _TORCHRUN_GRACE_S = 30.0
 """Between torchrun's SIGTERM to the other ranks and its SIGKILL."""
 

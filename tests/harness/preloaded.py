@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import os
 import pkgutil
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import torch
 
 import nemo_tied_lora
 from nemo_tied_lora.platform import prepare
+from tests.harness.forks import REFUSE_NEMO
 
 __all__ = ["num_threads"]
 
@@ -29,7 +31,9 @@ def num_threads() -> int:
 
 
 torch.set_num_threads(1)
-_HAS_NEMO = importlib.util.find_spec("nemo") is not None
+if os.environ.get(REFUSE_NEMO):
+    sys.modules["nemo"] = None  # type: ignore[assignment]
+_HAS_NEMO = "nemo" not in sys.modules and importlib.util.find_spec("nemo") is not None
 with suppress(ImportError):
     importlib.import_module("pyarrow")
 _EXPECTED_THREADS = num_threads()

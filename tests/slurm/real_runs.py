@@ -14,7 +14,7 @@ import torch
 from nemo_tied_lora.checkpoint.read_nemo_adapter import read_adapter
 from nemo_tied_lora.checkpoint.training_checkpoint import read_description
 from nemo_tied_lora.resilience.status_file import read_status
-from tests.harness.command_runs import finetune_arguments, tied_lora
+from tests.harness.command_runs import console_script, finetune_arguments
 from tests.slurm.private_cluster import PrivateCluster
 
 __all__ = ["PP2", "STEPS", "Run", "launch", "rank_arguments"]
@@ -37,7 +37,7 @@ def rank_arguments(name: str) -> list[str]:
 def launch(slurm: PrivateCluster, workshop: Path, name: str, *arguments: str, **variables: str) -> str:
     """`tied-lora launch`, as typed, in the workshop; returns the job's number."""
     command = ["launch", *_NODES, *_TIMES, *rank_arguments(name), *arguments]
-    printed = tied_lora(*command, folder=workshop, planted={**slurm.environment, **variables}).stdout
+    printed = console_script(*command, folder=workshop, planted={**slurm.environment, **variables}).stdout
     match = re.search(r"submitted: job (\d+)", printed)
     assert match is not None, printed
     return match[1]
@@ -92,5 +92,5 @@ class Run:
 
     def shown(self) -> str:
         """What `tied-lora status` prints."""
-        done: subprocess.CompletedProcess[str] = tied_lora("status", f"run={self.folder}", folder=self.folder)
+        done: subprocess.CompletedProcess[str] = console_script("status", f"run={self.folder}", folder=self.folder)
         return done.stdout

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nemo_tied_lora.launching.submit import SCRIPT
-from tests.harness.command_runs import tied_lora
+from tests.harness.command_runs import console_script
 from tests.slurm.private_cluster import PrivateCluster
 from tests.slurm.real_runs import STEPS, Run
 
@@ -73,7 +73,7 @@ def test_a_finished_run_is_not_done_again_when_its_job_is_requeued(undisturbed: 
 def test_a_sweep_is_one_array_whose_runs_the_report_gathers_into_a_table_and_a_picture(
     slurm: PrivateCluster, sweep: Run
 ) -> None:
-    printed = tied_lora("report", f"folder={sweep.folder}", folder=sweep.folder).stdout
+    printed = console_script("report", f"folder={sweep.folder}", folder=sweep.folder).stdout
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("|")]
     assert rows[0][:4] == ["run", "rank", "preset", "trained"]
     assert [row[0] for row in rows[2:]] == POINTS
