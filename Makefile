@@ -21,7 +21,7 @@ GUARDS ?= runs/guard_cost.json
 CANDIDATES := $(if $(PYTHON),$(PYTHON),python3.11 python3.12 python3.10 python3)
 BIN := $(VENV)/bin
 # Tests that share what is expensive to make stay together: tests/harness/schedule.py.
-AT_ONCE := --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
+AT_ONCE := --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder
 CELLS := tests/parity/test_layouts.py tests/parity/test_refusals.py tests/adapter/test_experts.py
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)

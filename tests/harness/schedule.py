@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """A pytest plugin: which tests are slow, which ones one worker runs together, and in which order.
 
-Tests of a group share what is expensive to make, so one worker (pytest-xdist, `--dist loadgroup`) runs them all. A group is
-a file, except where `_group` says otherwise. Workers take the groups in order, the longest first.
+Tests of a group share what is expensive to make, so one worker of pytest-xdist runs them all. A group is a file, except
+where `group_of` says otherwise. Workers take the groups in order, the longest first.
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.harness.forks import REFUSE_NEMO
 from tests.harness.paths import ROOT
 
-__all__ = ["WITHOUT_SLOW"]
+__all__ = ["WITHOUT_SLOW", "group_of"]
 
 WITHOUT_SLOW = "not slow"
 """The marker expression of `make test-fast`, which starts no NeMo."""
@@ -51,33 +52,45 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks slow tests and groups, and puts the longest groups first."""
+    """Marks slow tests, and puts the longest groups first."""
     for item in items:
-        if "workshop" in getattr(item, "fixturenames", ()) or _folder(item) in _SLOW_FOLDERS:
+        folder = item.nodeid.removeprefix("tests/").partition("/")[0]
+        if "workshop" in getattr(item, "fixturenames", ()) or folder in _SLOW_FOLDERS:
             item.add_marker(pytest.mark.slow)
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(_group(item)))
+        if folder == "slurm":
+            item.add_marker(pytest.mark.slurm)
     items.sort(key=_place)
 
 
-def _group(item: pytest.Item) -> str:
-    file = item.path.relative_to(ROOT / "tests").as_posix()
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """One worker at a time gets a group."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class GroupScheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    return GroupScheduling(config, log)
+
+
+def group_of(nodeid: str) -> str:
+    """The group of a test: "tests/parity/test_layouts.py::test_x[tp2 sp-plain]" is in "parity, 2 ranks"."""
+    file, _, test = nodeid.removeprefix("tests/").partition("::")
     if file in ("nemo/test_nemo_loops.py", "nemo/test_guarded_training.py"):
         return "NeMo's fits"
+    if file in ("slurm/test_disturbed_runs.py", "slurm/test_runs.py"):
+        return "real runs on SLURM"
+    if file.startswith("slurm/"):
+        return "short jobs on SLURM"
     if file == "parity/test_layouts.py":
         from tests.parity.layouts import LAYOUTS
 
-        parameters = getattr(item, "callspec", None)
-        layout = LAYOUTS[parameters.params["layout"]] if parameters else LAYOUTS["tp2"]
+        layout = LAYOUTS.get(test.partition("[")[2].partition("-")[0], LAYOUTS["tp2"])
         return f"parity, {layout.world_size} ranks"
     return file
 
 
 def _place(item: pytest.Item) -> int:
-    marker = item.get_closest_marker("xdist_group")
-    group = marker.args[0] if marker else ""
+    group = group_of(item.nodeid)
     return _LONGEST_FIRST.index(group) if group in _LONGEST_FIRST else len(_LONGEST_FIRST)
-
-
-def _folder(item: pytest.Item) -> str:
-    return item.path.relative_to(ROOT / "tests").parts[0]

@@ -23,12 +23,11 @@ _errors: dict[str, Any] = {}
 
 def keep(report: Any) -> None:
     """A test's outcome, and the errors that it measured; a failed set-up counts as its outcome."""
-    test = report.nodeid.partition("@")[0]  # pytest-xdist appends the test's group
     if report.when == "call" or report.outcome != "passed":
-        _tests[test] = report.outcome
+        _tests[report.nodeid] = report.outcome
     for name, value in report.user_properties:
         if name == "errors":
-            _errors[test] = value
+            _errors[report.nodeid] = value
 
 
 def write() -> None:

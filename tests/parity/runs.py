@@ -37,7 +37,7 @@ class Run:
     loop: str = "plain"
     recompute: str | None = None
     stages: dict[str, Any] = field(default_factory=dict)
-    steps: int = 5
+    steps: int = 2
     microbatches: int = 4
     fault: str | None = None
     features: tuple[str, ...] = ()
@@ -151,11 +151,11 @@ def _fitted(run: Run, layout: Layout, release: tuple[int, ...]) -> Run:
 
 FAULTS: dict[str, dict[str, Run]] = {
     "pp2": {
-        **{fault: Run(config=TL6, fault=fault, steps=2) for fault in ("no sum", "summed twice", "stepped twice")},
-        "shared=False": Run(config=TL6, fault="shared=False", steps=2),
-        "pipeline_parallel=False": Run(config=TL6, loop="ddp", fault="pipeline_parallel=False", steps=2),
+        **{fault: Run(config=TL6, fault=fault) for fault in ("no sum", "summed twice", "stepped twice")},
+        "shared=False": Run(config=TL6, fault="shared=False"),
+        "pipeline_parallel=False": Run(config=TL6, loop="ddp", fault="pipeline_parallel=False"),
     },
-    "tp2": {"tensor_model_parallel=False": Run(config=TL6, fault="tensor_model_parallel=False", steps=2)},
-    "tp2 sp": {"sequence_parallel=False": Run(config=TL6, loop="ddp", fault="sequence_parallel=False", steps=2)},
+    "tp2": {"tensor_model_parallel=False": Run(config=TL6, fault="tensor_model_parallel=False")},
+    "tp2 sp": {"sequence_parallel=False": Run(config=TL6, loop="ddp", fault="sequence_parallel=False")},
 }
 """Errors that are planted, layout by layout: each must be noticed."""

@@ -28,7 +28,7 @@ _HEAD = """\
 megatron-core over gloo, on CPUs. It compares each run with the single-process run:
 
 - before the first step: the model's output is the base's, bit for bit;
-- in each of five clipped steps of Adam: the loss, the whole gradient of every trained tensor, and the gradient norm;
+- in each of two clipped steps of Adam: the loss, the whole gradient of every trained tensor, and the gradient norm;
 - after each step: all ranks that hold the same element hold the same bits;
 - at the end: the adapter.
 

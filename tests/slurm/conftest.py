@@ -14,19 +14,6 @@ from tests.slurm import private_cluster
 from tests.slurm.private_cluster import PrivateCluster
 from tests.slurm.real_runs import PP2, Run, launch
 
-_ONE_STORY = ("test_disturbed_runs.py", "test_runs.py")
-"""Files that share the undisturbed runs, which take minutes."""
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the tests; with `--dist loadgroup` one worker has the real runs, and another one, on its own SLURM, the rest."""
-    folder = Path(__file__).parent
-    for item in items:
-        if folder in item.path.parents:
-            group = "real runs" if item.path.name in _ONE_STORY else "short jobs"
-            item.add_marker(pytest.mark.slurm)
-            item.add_marker(pytest.mark.xdist_group(group), append=False)
-
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[PrivateCluster]:
