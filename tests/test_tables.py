@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pure text: what a table looks like."""
+"""The layout of tables. Pure text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nemo_tied_lora.tables import markdown_table, text_table
 ROWS = [("name", "number", "share", ""), ("u", "1,024", "-", "few"), ("  B", "8", "12.5%", ""), ("sum", "", "3%", "")]
 
 
-def test_words_stand_left_and_numbers_right_under_a_rule() -> None:
+def test_words_are_left_aligned_and_numbers_right_aligned_under_a_rule() -> None:
     assert text_table(ROWS).splitlines() == [
         "name  number  share",
         "------------------------",
@@ -20,18 +20,18 @@ def test_words_stand_left_and_numbers_right_under_a_rule() -> None:
     ]
 
 
-def test_a_sum_stands_under_a_rule_of_its_own() -> None:
+def test_a_sum_has_a_rule_above_it() -> None:
     lines = text_table(ROWS, total=True).splitlines()
     assert lines[4] == lines[1]
     assert lines[:4] + lines[5:] == text_table(ROWS).splitlines()
 
 
-def test_a_head_alone_is_a_table() -> None:
+def test_a_table_may_have_only_a_head() -> None:
     assert text_table([("a", "b")]) == "a  b\n----"
     assert markdown_table([("a", "b")]) == "| a | b |\n|---|---|"
 
 
-def test_markdown_says_which_columns_hold_numbers() -> None:
+def test_markdown_marks_the_columns_of_numbers() -> None:
     assert markdown_table(ROWS).splitlines() == [
         "| name | number | share |  |",
         "|---|---:|---:|---|",
@@ -41,7 +41,7 @@ def test_markdown_says_which_columns_hold_numbers() -> None:
     ]
 
 
-def test_padded_markdown_reads_well_in_a_terminal() -> None:
+def test_padded_markdown_is_aligned_in_a_terminal() -> None:
     assert markdown_table(ROWS[:2], padded=True).splitlines() == [
         "| name | number | share |     |",
         "|------|--------|-------|-----|",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pure Python: what is said of a package's version and of a checkout."""
+"""Versions of packages, and git in a checkout. Pure Python."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_a_package_that_is_absent_has_no_version() -> None:
     assert installed_version("a-package-that-nobody-has") is None
 
 
-def test_git_says_what_it_knows_of_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_git_prints_facts_of_a_checkout_or_returns_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert git(tmp_path, "rev-parse", "HEAD") is None
     subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
     (tmp_path / "new").touch()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The diagram of rooms in docs/architecture.md, drawn from the package's imports.
+"""Draws the diagram of rooms in docs/architecture.md from the package's imports.
 
 python -m tests.project.room_diagram          prints it
 python -m tests.project.room_diagram --write  puts it into the page
@@ -23,7 +23,7 @@ _BETWEEN = re.compile(r"(<!-- rooms: [^\n]*-->\n).*?(<!-- end of the rooms -->)"
 
 
 def room_imports() -> dict[str, set[str]]:
-    """Each folder and each module at the top, to those that it imports from."""
+    """Maps each folder and each top-level module to those that it imports."""
     graph = grimp.build_graph(_PACKAGE)
     rooms: dict[str, set[str]] = {}
     for module in graph.modules - {_PACKAGE}:
@@ -33,7 +33,7 @@ def room_imports() -> dict[str, set[str]]:
 
 
 def without_detours(imports: Mapping[str, set[str]]) -> list[tuple[str, str]]:
-    """The arrows that do not follow from others: a -> c is left out where a -> b -> c is there. No circles."""
+    """Returns the arrows that do not follow from others: no a -> c if there is a -> b -> c. Circles are not allowed."""
 
     def reached(room: str) -> set[str]:
         return {far for near in imports[room] for far in {near} | reached(near)}
@@ -47,13 +47,13 @@ def without_detours(imports: Mapping[str, set[str]]) -> list[tuple[str, str]]:
 
 
 def diagram() -> str:
-    """Mermaid, which GitHub draws; an arrow means "imports"."""
+    """Returns the diagram as Mermaid, which GitHub draws. An arrow means "imports"."""
     arrows = [f"    {room} --> {target}" for room, target in without_detours(room_imports())]
     return "\n".join(["```mermaid", "graph TD", *arrows, "```"])
 
 
 def in_page(page: str) -> str:
-    """The page with the diagram of today."""
+    """Returns the page with the current diagram."""
     assert _BETWEEN.search(page), "the page has no place for the diagram"
     return _BETWEEN.sub(lambda match: f"{match[1]}\n{diagram()}\n\n{match[2]}", page)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/cluster.md: its commands are typed and its output compared; its recipes are the plan's, and can be launched."""
+"""docs/cluster.md: its commands print what the page shows, and its recipes can be launched. The whole command, without ranks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _END = "----- the next command"
 
 @pytest.fixture
 def shared(tmp_path: Path) -> Path:
-    """The page's /shared: bases of the published sizes, unpacked, without weights; and data."""
+    """A folder for the page's /shared: data, and unpacked bases of the published sizes without weights."""
     for name in ("llama2_7b", "llama2_13b", "llama2_70b"):
         (tmp_path / "shared" / name).mkdir(parents=True)
         shutil.copy(config_folder() / "model" / f"{name}.yaml", tmp_path / "shared" / name / "model_config.yaml")
@@ -36,13 +36,13 @@ def shared(tmp_path: Path) -> Path:
 
 
 def commands(page: str) -> Iterator[tuple[str, str]]:
-    """(command, what the page says that it prints) of every console block."""
+    """Returns (command, output on the page) of every console block."""
     for block in re.findall(r"^```console\n(.*?)^```$", page, flags=re.M | re.S):
         for command, printed in re.findall(r"^\$ ((?:.*\n)(?:> .*\n)*)((?:(?!\$ ).*\n)*)", block, flags=re.M):
             yield command.replace("\n> ", "\n"), printed
 
 
-def test_the_commands_print_what_the_page_says(shared: Path) -> None:
+def test_the_commands_print_what_the_page_shows(shared: Path) -> None:
     typed = list(commands(PAGE.read_text().replace("/shared", str(shared))))
     assert len(typed) == 5
     script = f"\necho '{_END}'\n".join(command for command, _ in typed)

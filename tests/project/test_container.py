@@ -47,7 +47,7 @@ def dockerfile() -> str:
 
 
 def empty_wheel(folder: Path, name: str, version: str, requires: tuple[str, ...]) -> Path:
-    """A wheel with nothing but its metadata."""
+    """Writes a wheel that contains only metadata."""
     stem = f"{name.replace('-', '_')}-{version}"
     metadata = [f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}", *(f"Requires-Dist: {r}" for r in requires)]
     about = f"{stem}.dist-info"
@@ -59,7 +59,7 @@ def empty_wheel(folder: Path, name: str, version: str, requires: tuple[str, ...]
 
 
 class Imitation:
-    """A virtual environment in the place of the container's Python, and the Dockerfile's steps to run in it."""
+    """A virtual environment instead of the container's Python, and the Dockerfile's steps to run in it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -74,7 +74,7 @@ class Imitation:
             empty_wheel(folder / "index", name, version, requires)
 
     def build(self) -> None:
-        """The first stage: the wheel, with the Dockerfile's own line; this environment stands for its build tools."""
+        """Runs the first stage: builds the wheel with the Dockerfile's own line and this environment's build tools."""
         (line,) = re.findall(r"^RUN python (-m pip wheel .*)$", dockerfile(), flags=re.M)
         words = [str(self.folder / "context") if word == "/wheels" else word for word in line.split()]
         for name in re.findall(r"^COPY (?!--)(.+) \S+$", dockerfile().partition("FROM ${BASE}\n")[0], flags=re.M):
@@ -89,7 +89,7 @@ class Imitation:
         self._run("-m", "pip", "install", "--no-deps", "--no-index", *map(str, wheels)).check_returncode()
 
     def install(self, change: tuple[str, str] = ("", "")) -> subprocess.CompletedProcess[str]:
-        """The second stage's installation, with the Dockerfile's own line, one text of the script changed."""
+        """Runs the second stage's installation with the Dockerfile's own line, after a change of the script."""
         context, stage = self.folder / "context", dockerfile().partition("FROM ${BASE}\n")[2]
         for name in " ".join(re.findall(r"^COPY (?!--)(.+) /tmp/tied-lora/$", stage, flags=re.M)).split():
             shutil.copy(ROOT / name, context)
@@ -106,7 +106,7 @@ class Imitation:
 
     def _run(self, *words: str) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(self.folder / "index")}
-        # Away from a source checkout, whose egg-info would count as an installed package.
+        # Not in a source checkout, whose egg-info would count as an installed package.
         words = (str(self.python), *words)
         return subprocess.run(words, cwd=self.folder, env=environment, capture_output=True, text=True, check=False)
 
@@ -118,7 +118,7 @@ def imitation(tmp_path_factory: pytest.TempPathFactory) -> Imitation:
     return made
 
 
-def test_nothing_that_the_container_brought_changes_its_version(imitation: Imitation) -> None:
+def test_no_package_of_the_container_changes_its_version(imitation: Imitation) -> None:
     imitation.bring(*(name for name in CONTAINER if name != "apex"))
     refused = imitation.install()
     assert refused.returncode == 1
@@ -138,7 +138,7 @@ def test_nothing_that_the_container_brought_changes_its_version(imitation: Imita
     assert "the installation changed what the container brought: numpy 1.26.4 -> 2.1.0" in tempted.stderr
 
 
-def test_all_that_the_dockerfile_copies_travels_to_the_builder() -> None:
+def test_dockerignore_keeps_everything_that_the_dockerfile_copies() -> None:
     lines = (ROOT / ".dockerignore").read_text().splitlines()
     copied = " ".join(re.findall(r"^COPY (?!--)(.+) \S+$", dockerfile(), flags=re.M)).split()
     assert "launch/container/install.py" in copied
@@ -147,7 +147,7 @@ def test_all_that_the_dockerfile_copies_travels_to_the_builder() -> None:
         assert any(f"!{folder}" in lines for folder in (name, *map(str, Path(name).parents))), name
 
 
-def test_the_installed_command_is_the_entry_and_knows_its_configs(imitation: Imitation) -> None:
+def test_the_installed_command_is_the_entrypoint_and_finds_its_configs(imitation: Imitation) -> None:
     assert re.search(r'^ENTRYPOINT \["tied-lora"\]\nCMD \["--help"\]$', dockerfile(), flags=re.M)
     (wheel,) = (imitation.folder / "context").glob("*.whl")
     place = imitation.folder / "unpacked"
@@ -164,7 +164,7 @@ def test_the_installed_command_is_the_entry_and_knows_its_configs(imitation: Imi
     assert all(command in shown for command in COMMANDS)
 
 
-def test_the_image_runs_as_nobody_in_particular_from_any_base_and_asks_the_network_for_nothing() -> None:
+def test_the_image_runs_as_any_user_on_any_base_and_needs_no_network() -> None:
     lines = dockerfile().splitlines()
     assert [line for line in lines if line.startswith("FROM")] == ["FROM ${BASE} AS build", "FROM ${BASE}"]
     assert sum(line.startswith("ARG BASE=") for line in lines) == 1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pure text: docs/configuration.md lists this project's keys with their defaults; docs/costs.md prints the plan's numbers."""
+"""docs/configuration.md lists this project's keys with their defaults, and docs/costs.md shows the plan's numbers. Pure text."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from nemo_tied_lora.planning.config_folder import config_folder
 from nemo_tied_lora.planning.run_settings import GuardSettings
 from tests.harness.paths import ROOT
 
-# Sections of a run that are NeMo's, or Lightning's.
+# Sections of a run that belong to NeMo or Lightning.
 NEMOS = {"trainer", "exp_manager", "model"}
-# The page says what null comes to.
+# The page explains what null means.
 DERIVED = {"preset": "`tl6`", "alpha": "rank", "targets": "all four", "layers": "all"}
 DERIVED |= {"init_A": "`xavier`", "init_B": "`xavier`", "init_u": "1", "init_v": "0"}
 
 
 def table(heading: str, page: str = "configuration.md") -> dict[str, str]:
-    """Key to default, of the first table of keys under a heading; a row may hold several of both."""
+    """Maps key to default, from the first table of keys under a heading. A row may hold several of both."""
     section = re.split(rf"^#+ {re.escape(heading)}$", (ROOT / "docs" / page).read_text(), flags=re.M)[1]
     first = re.search(r"^\| key.*\| default \|.*\n(?:\|.*\n)+", section, flags=re.M)
     assert first is not None
@@ -51,7 +51,7 @@ def test_the_adapters_keys_are_the_dataclass_fields_with_their_defaults() -> Non
 
 
 def written(value: Any) -> str:
-    """A default as the page writes it."""
+    """Returns a default as the page shows it."""
     if isinstance(value, tuple):
         return f"`[{', '.join(value)}]`"
     return f"`{value}`" if isinstance(value, str) else f"{value:g}"
@@ -89,18 +89,18 @@ def test_a_converters_keys_are_the_yamls_with_their_defaults(command: str, headi
     cfg = plain(compose_config(command, []))
     named = parsed(table(heading, "adapters.md"))
     assert named.keys() <= cfg.keys() | {"preset"}
-    # Of what the page explains in words the YAML holds null; the preset is a group.
+    # The YAML holds null where the page explains a default in words. The preset is a group.
     wrong = {key for key, value in named.items() if cfg.get(key, "tl6") not in (value, None)}
     assert wrong == set()
 
 
 def parsed(defaults: dict[str, str]) -> dict[str, Any]:
-    """As YAML reads them."""
+    """Returns the values as YAML reads them."""
     return {key: yaml.safe_load(re.sub(r"^(\d)e", r"\1.0e", text.strip("`"))) for key, text in defaults.items()}
 
 
 def flat(cfg: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys; an empty section is a value."""
+    """Maps dotted keys to values. An empty section is a value."""
     found: dict[str, Any] = {}
     for key, value in cfg.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}

@@ -29,7 +29,7 @@ FORBIDDEN = {
 
 
 def broken(folder: Path) -> list[str]:
-    """The contracts that the package in the folder breaks."""
+    """Returns the contracts that the package in the folder breaks."""
     command = [str(Path(sys.executable).with_name("lint-imports")), "--no-logo", "--no-cache"]
     environment = {**os.environ, "PYTHONPATH": str(folder), "COLUMNS": "200"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
@@ -67,7 +67,7 @@ def test_a_forbidden_import_breaks_the_contract(copy: Path, contract: str) -> No
         path.write_text(before)
 
 
-def test_asking_for_a_gpu_outside_of_platform_is_an_error_of_the_linter(tmp_path: Path) -> None:
+def test_the_linter_refuses_a_check_for_gpus_outside_platform(tmp_path: Path) -> None:
     place = tmp_path / "nemo_tied_lora" / "adapter" / "new.py"
     place.parent.mkdir(parents=True)
     place.write_text("import torch\n\nGPU = torch.cuda.is_available()\n")

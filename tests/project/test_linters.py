@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shell scripts and the Dockerfile, read by shellcheck and hadolint, which come with the extra `dev`."""
+"""shellcheck and hadolint accept the shell scripts and the Dockerfile. The extra `dev` installs both."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from tests.harness.paths import ROOT
 
 FOLDERS = ("launch", "nemo_tied_lora", "tests", ".ci")
-# What `tied-lora launch` writes.
+# Scripts that `tied-lora launch` writes.
 RENDERED = [ROOT / "tests" / "launching" / "golden" / f"{name}.txt" for name in ("one_run", "container", "sweep")]
 
 
@@ -44,7 +44,7 @@ def test_a_linter_that_finds_something_fails(tmp_path: Path, linter: str, text: 
 
 
 def _shell_scripts() -> Iterator[Path]:
-    """Every file that says in its first line that a shell reads it."""
+    """Returns every file whose first line names a shell."""
     for path in sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file()):
         with path.open("rb") as file:
             if file.readline().startswith((b"#!/usr/bin/env bash", b"#!/bin/sh", b"#!/bin/bash")):
@@ -52,7 +52,7 @@ def _shell_scripts() -> Iterator[Path]:
 
 
 def _script_of(golden: Path, folder: Path) -> Path:
-    """The script of a launch, as a file; what comes before and behind it is not shell."""
+    """Writes the script of a launch to a file. The text before and after it is not shell."""
     script = golden.read_text().split("# ----- ")[1].partition("\n")[2]
     path = folder / f"{golden.stem}.sbatch"
     path.write_text(script)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole command: what a wheel holds and asks for, and that the project's own commands agree with each other."""
+"""The wheel's files and requirements, and the project's own commands. The whole command."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from packaging.utils import canonicalize_name
 
 from tests.harness.paths import ROOT
 
-# Installed into NVIDIA's container, none of these may be replaced by what the package asks for.
+# In NVIDIA's container, the package's requirements must replace none of these.
 THE_CONTAINERS_OWN = {"apex", "megatron-core", "nemo-toolkit", "torch", "transformer-engine"}
-# The package itself, and what its extras pin, two releases of it, so that constraints.txt cannot.
+# Not in constraints.txt: the package itself, and a package of which two extras pin two releases.
 OTHERWISE_PINNED = {"nemo-tied-lora", "megatron-core"}
-# What a build reads. Copied, so that a build leaves nothing in the checkout and sees nothing that an earlier one left.
+# Files that a build reads. They are copied, so that a build neither changes the checkout nor sees an earlier build.
 SOURCES = ("pyproject.toml", "README.md", "LICENSE", "nemo_tied_lora", "configs")
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel as ``pip install . --no-build-isolation`` would build it, without a network."""
+    """The wheel, as ``pip install . --no-build-isolation`` builds it without a network."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     source.mkdir()
@@ -55,7 +55,7 @@ def test_every_module_is_installed(wheel: Path) -> None:
     assert not missing, f"not in the wheel; is the folder in [tool.setuptools] packages? {sorted(missing)}"
 
 
-def test_the_wheel_installs_nothing_beside_the_package(wheel: Path) -> None:
+def test_the_wheel_installs_only_the_package(wheel: Path) -> None:
     tops = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
     assert tops == {"nemo_tied_lora", "nemo_tied_lora-0.1.0.dist-info"}
 
@@ -66,25 +66,25 @@ def test_tied_lora_is_a_command(wheel: Path) -> None:
     assert scripts["console_scripts"]["tied-lora"] == "nemo_tied_lora.commands.main:entry"
 
 
-def test_the_wheel_asks_for_nothing_that_the_container_brings(wheel: Path) -> None:
+def test_the_wheel_requires_nothing_that_the_container_has(wheel: Path) -> None:
     always = [one for one in _requirements(wheel) if one.marker is None or "extra" not in str(one.marker)]
     assert always
     assert not {canonicalize_name(one.name) for one in always} & THE_CONTAINERS_OWN
 
 
-def test_what_the_wheel_always_asks_for_has_no_bounds(wheel: Path) -> None:
+def test_the_wheels_fixed_requirements_have_no_version_bounds(wheel: Path) -> None:
     bounded = [str(one) for one in _requirements(wheel) if one.marker is None and str(one.specifier)]
     assert not bounded, f"these would change what a container has: {bounded}"
 
 
-def test_the_laptop_extra_brings_nemo(wheel: Path) -> None:
+def test_the_laptop_extra_installs_nemo(wheel: Path) -> None:
     asked = [one for one in _requirements(wheel) if one.marker and one.marker.evaluate({"extra": "nemo"})]
     extras = {one.name: one for one in asked}
     assert str(extras["nemo_toolkit"].specifier) == "==2.4.1"
     assert str(extras["megatron-core"].specifier) == "==0.13.1"
 
 
-def test_the_wheel_carries_its_license(wheel: Path) -> None:
+def test_the_wheel_contains_the_license(wheel: Path) -> None:
     assert "License-File: LICENSE" in _metadata_file(wheel, "METADATA")
     assert any(name.endswith("/LICENSE") for name in zipfile.ZipFile(wheel).namelist())
 
@@ -111,7 +111,7 @@ def test_every_pin_of_the_extras_satisfies_the_constraints(wheel: Path) -> None:
     assert not broken
 
 
-def test_each_release_of_megatron_is_pinned_by_the_extra_that_brings_it(wheel: Path) -> None:
+def test_each_release_of_megatron_is_pinned_by_its_extra(wheel: Path) -> None:
     found = {}
     for extra in ("nemo", "megatron"):
         asked = [one for one in _requirements(wheel) if one.marker and one.marker.evaluate({"extra": extra})]
@@ -120,7 +120,7 @@ def test_each_release_of_megatron_is_pinned_by_the_extra_that_brings_it(wheel: P
 
 
 def test_make_test_includes_the_other_release_of_megatron(tmp_path: Path) -> None:
-    """In its own environment, made by the recipe that makes the first, without NeMo."""
+    """It runs in a separate environment without NeMo, made by the recipe of the first."""
     other = tmp_path / "other"
     made = _run(
         "make", "--dry-run", "--directory", str(ROOT), f"VENV={tmp_path / 'venv'}", f"VENV_MCORE016={other}", "test"
@@ -149,7 +149,7 @@ def test_ci_runs_make_test() -> None:
         ("def test_one(): pass", 0),
     ],
 )
-def test_a_skip_that_nobody_allowed_fails_the_session(tmp_path: Path, body: str, code: int) -> None:
+def test_a_skip_for_an_unlisted_reason_fails_the_session(tmp_path: Path, body: str, code: int) -> None:
     assert session(tmp_path, body) == code
 
 
@@ -159,7 +159,7 @@ def test_only_ci_must_have_a_slurm(tmp_path: Path, ci: str, code: int) -> None:
 
 
 def session(folder: Path, body: str, **variables: str) -> int:
-    """The exit code of pytest with the tests' conftest.py on a file of this body."""
+    """Returns pytest's exit code for a test file with this body and the tests' conftest.py."""
     shutil.copy(ROOT / "tests" / "conftest.py", folder)
     (folder / "test_one.py").write_text(f"import pytest\n{body}\n")
     options = ["-q", "-p", "no:cacheprovider", "--rootdir", str(folder)]

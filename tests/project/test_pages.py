@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pure text: README, docs/ and CONTRIBUTING name folders, files, links, commands and Python that are there."""
+"""README, docs/ and CONTRIBUTING name folders, files, links, commands and Python that exist. Pure text."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ README, DOCS = ROOT / "README.md", ROOT / "docs"
 PAGES = sorted([README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS.glob("*.md")])
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 PACKAGE = ROOT / "nemo_tied_lora"
-# At the top of the package; `__init__` and `py.typed` need no place on a map.
+# Top-level files of the package that need no place on a map.
 ROOMS = sorted(path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file())
 MODULES = sorted(path.name for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 
@@ -35,7 +35,7 @@ def test_readme_is_short_and_shows_python_before_the_quickstart() -> None:
     assert lines.index("## Quickstart") < lines.index("## Install") < lines.index("## Fine-tune")
 
 
-def test_readmes_map_is_the_packages_folders() -> None:
+def test_readmes_map_lists_the_packages_folders() -> None:
     drawn = (
         README.read_text()
         .split("<!-- rooms: ")[1]
@@ -47,7 +47,7 @@ def test_readmes_map_is_the_packages_folders() -> None:
     assert found == sorted([*(f"{room}/" for room in ROOMS), *MODULES])
 
 
-def test_the_tour_has_a_row_for_each_room_and_names_files_that_are_there() -> None:
+def test_the_tour_has_a_row_for_each_room_and_names_existing_files() -> None:
     page = (DOCS / "architecture.md").read_text()
     rows = re.findall(r"^\| `(\w+)/` \|.*\| `(\S+)` \|$", page, flags=re.M)
     assert sorted(room for room, _ in rows) == ROOMS
@@ -55,7 +55,7 @@ def test_the_tour_has_a_row_for_each_room_and_names_files_that_are_there() -> No
     assert [name for name in MODULES if f"`{name}`" not in page] == []
 
 
-def test_the_diagram_of_rooms_is_the_imports() -> None:
+def test_the_diagram_of_rooms_matches_the_imports() -> None:
     page = room_diagram.PAGE.read_text()
     assert room_diagram.in_page(page) == page, "run python -m tests.project.room_diagram --write"
     arrows = room_diagram.without_detours({"a": {"b", "c"}, "b": {"c"}, "c": set()})
@@ -63,7 +63,7 @@ def test_the_diagram_of_rooms_is_the_imports() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
-def test_every_relative_link_leads_somewhere(page: Path) -> None:
+def test_every_relative_link_has_a_target(page: Path) -> None:
     assert broken_links(page.read_text(), page) == []
 
 
@@ -73,11 +73,11 @@ def test_a_broken_link_is_found() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
-def test_every_path_that_a_page_names_is_there(page: Path) -> None:
+def test_every_path_on_a_page_exists(page: Path) -> None:
     assert missing_paths(page.read_text()) == []
 
 
-def test_a_path_that_is_not_there_is_found() -> None:
+def test_a_path_that_does_not_exist_is_found() -> None:
     assert missing_paths("`tests/no_such.py`, `adapter/none.py`, `configs/plan.yaml`, `adapter/inject.py`") == [
         "tests/no_such.py",
         "adapter/none.py",
@@ -137,7 +137,7 @@ def test_pre_commit_runs_what_make_lint_and_typecheck_run_and_downloads_nothing(
 
 
 def broken_links(text: str, page: Path) -> list[str]:
-    """The links and pictures of a page whose file or heading is not there."""
+    """Returns the links and pictures of a page whose file or heading does not exist."""
     broken = []
     prose = re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
     for link in re.findall(r"\]\(([^)\s]+)\)", prose):
@@ -151,29 +151,29 @@ def broken_links(text: str, page: Path) -> list[str]:
 
 
 def anchors(text: str) -> set[str]:
-    """GitHub's name for each heading."""
+    """Returns GitHub's anchor of each heading."""
     headings = re.findall(r"^#+ (.+)$", text, flags=re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def missing_paths(text: str) -> list[str]:
-    """Files and folders in backticks, from the project's root or from the package, that are not there."""
+    """Returns files and folders in backticks that exist neither in the project's root nor in the package."""
     tops = "|".join(["tests", "configs", "docs", "benchmarks", "launch", "nemo_tied_lora"])
     named = re.findall(rf"`((?:{tops})/[\w./-]*|(?:{'|'.join(ROOMS)})/[\w/]*\.py)`", text)
     return [name for name in named if not (ROOT / name).exists() and not (PACKAGE / name).exists()]
 
 
 def command_lines(text: str) -> Iterator[str]:
-    """Each `tied-lora command key=value` of a page, in a line of its own or within a sentence."""
+    """Returns each `tied-lora command key=value` of a page, on a separate line or within a sentence."""
     joined = re.sub(r" \\\n\s*", " ", text)
     own = re.findall(r"^(?:    |\$ )(tied-lora .*)$", joined, flags=re.M)
     for line in [*own, *re.findall(r"`(tied-lora \S[^`]*)`", joined)]:
-        if re.match(r"tied-lora [a-z-]+( |$)", line) and "${" not in line:  # the page of the cluster types those
+        if re.match(r"tied-lora [a-z-]+( |$)", line) and "${" not in line:  # the test of the cluster page runs those
             yield line
 
 
 def composes(line: str) -> bool:
-    """Whether its configuration is there, with every key, and the adapter's too, which `finetune` reads later."""
+    """Whether the command's configuration composes, including the adapter's keys, which `finetune` reads later."""
     words = shlex.split(line.replace("<name>", "name"), comments=True)[1:]
     command, *overrides = [word for word in words if word not in ("...", "--cfg", "job")]
     if "--help" in overrides:
@@ -190,7 +190,7 @@ def composes(line: str) -> bool:
 
 
 def exported(module: str) -> set[str]:
-    """A module's `__all__`, read and not imported."""
+    """Returns a module's `__all__` without importing it."""
     path = ROOT / Path(*module.split("."))
     source = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     for node in ast.parse(source.read_text()).body:
