@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small adapters on disk without a model, and tars taken apart and put together by hand."""
+"""Writes small adapter files without a model, and reads and writes tars by hand."""
 
 from __future__ import annotations
 
@@ -23,18 +23,23 @@ CONFIG, STATE = "model_config.yaml", "adapter.safetensors"
 
 
 def shapes_of(hidden: int, layers: int) -> dict[str, LinearShape]:
-    """A GPT's four linears, the MLP gated and 2 * hidden wide."""
-    every = tuple(range(layers))
+    """The shapes of a GPT's four linears; the MLP is gated and 2 * hidden wide."""
+    all_layers = tuple(range(layers))
     return {
-        "linear_qkv": LinearShape("column", hidden, 3 * hidden, 1, every),
-        "linear_proj": LinearShape("row", hidden, hidden, 1, every),
-        "linear_fc1": LinearShape("column", hidden, 4 * hidden, 2, every),
-        "linear_fc2": LinearShape("row", 2 * hidden, hidden, 1, every),
+        "linear_qkv": LinearShape("column", hidden, 3 * hidden, 1, all_layers),
+        "linear_proj": LinearShape("row", hidden, hidden, 1, all_layers),
+        "linear_fc1": LinearShape("column", hidden, 4 * hidden, 2, all_layers),
+        "linear_fc2": LinearShape("row", 2 * hidden, hidden, 1, all_layers),
     }
 
 
 def tiny_adapter(path: Path, *, hidden: int = 24, layers: int = 4, num_experts: int = 0, **fields: Any) -> Path:
-    """Writes an adapter whose numbers are a function of their names; with experts in the last layer, if any."""
+    """Writes an adapter whose numbers depend only on the tensors' names.
+
+    Args:
+        num_experts: experts in the last layer; 0: a dense model.
+        fields: fields of `TiedLoraConfig`.
+    """
     config = TiedLoraConfig.from_mapping({"preset": "tl6", "rank": 3, **fields})
     shapes = {target: shape for target, shape in shapes_of(hidden, layers).items() if target in config.targets}
     if num_experts:
@@ -49,19 +54,19 @@ def tiny_adapter(path: Path, *, hidden: int = 24, layers: int = 4, num_experts: 
 
 
 def members_of(whole: bytes) -> dict[str, bytes]:
-    """Name to content."""
+    """Returns each member's content by its name."""
     with tarfile.open(fileobj=io.BytesIO(whole)) as tar:
         return {info.name: tar.extractfile(info).read() for info in tar}
 
 
 def member_offsets(whole: bytes) -> dict[str, tuple[int, int]]:
-    """Name to where the content starts, and its size."""
+    """Returns the offset and the size of each member's content, by its name."""
     with tarfile.open(fileobj=io.BytesIO(whole)) as tar:
         return {info.name: (info.offset_data, info.size) for info in tar}
 
 
 def write_tar(path: Path, members: dict[str, bytes]) -> Path:
-    """A tar of plain files."""
+    """Writes a tar of regular files."""
     with tarfile.open(path, "w") as tar:
         for name, content in members.items():
             info = tarfile.TarInfo(name)
@@ -71,7 +76,7 @@ def write_tar(path: Path, members: dict[str, bytes]) -> Path:
 
 
 def header(name: str, size: int, kind: bytes = tarfile.REGTYPE, link: str = "") -> bytes:
-    """A tar header that claims what one likes."""
+    """A tar header with any claims, true or not."""
     info = tarfile.TarInfo(name)
     info.size, info.type, info.linkname = size, kind, link
     return info.tobuf(format=tarfile.GNU_FORMAT)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the real commands on a tiny base."""
+"""Runs the real commands on a tiny base model."""
 
 from __future__ import annotations
 
@@ -55,19 +55,20 @@ _DATA = [
     f"model.data.{ds}.file_names=[{n}.jsonl]" for ds, n in (("train_ds", "train"), ("validation_ds", "validation"))
 ]
 PRETRAIN = [*TINY, *SHORT, *_DATA, "model.tokenizer.model=tokenizer.model"]
-"""Arguments of `tied-lora pretrain` in a folder with the workshop's data."""
+"""Arguments of `tied-lora pretrain` in a folder that `make_workshop` filled."""
 TIMEOUT = 600
 
 
 def tied_lora(
     *arguments: str, folder: Path, ok: bool = True, planted: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Runs the command in a folder: forked, with Megatron and NeMo imported, and so are the ranks that it starts.
+    """Runs the command in a folder, in a fork of a process that has imported Megatron and NeMo. Its ranks are forks too.
 
     `tests/commands/test_console_script.py` runs each command as a user does.
 
     Args:
-        planted: more environment variables; a `sitecustomize` on PYTHONPATH plants faults.
+        ok: fail if the command fails.
+        planted: more environment variables. A `sitecustomize` on PYTHONPATH can plant faults.
     """
     done = run_forked(fork_command, arguments, cwd=folder, env=user_environment(planted), timeout=TIMEOUT)
     return _checked(done, arguments, ok)
@@ -76,7 +77,7 @@ def tied_lora(
 def console_script(
     *arguments: str, folder: Path, ok: bool = True, planted: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Runs the command in a folder as a user does: the installed script, which starts its ranks through torchrun."""
+    """Runs the command in a folder as a user does: the installed script, which starts its ranks with torchrun."""
     script = Path(sys.executable).with_name("tied-lora")
     done = subprocess.run(
         [script, *arguments],
@@ -91,7 +92,7 @@ def console_script(
 
 
 def user_environment(more: dict[str, str] | None = None) -> dict[str, str]:
-    """This process's environment without a launcher's variables, with the checkout first on the path."""
+    """This process's environment, without a launcher's variables, and with the checkout first on PYTHONPATH."""
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     environment |= more or {}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
@@ -107,7 +108,7 @@ def _checked(
 
 
 def make_workshop(folder: Path) -> None:
-    """Data, a tokenizer, and a base made by `tied-lora pretrain`."""
+    """Writes data, a tokenizer, and a base that `tied-lora pretrain` trains."""
     words = ["eins", "zwei", "drei", "vier", "five", "six", "sept", "huit"]
     examples = [{"input": f"{i % 8}:", "output": words[i % 8]} for i in range(64)]
     for name in ("train", "validation"):
@@ -130,14 +131,14 @@ def make_workshop(folder: Path) -> None:
 
 
 def finetune(folder: Path, name: str, *arguments: str) -> tuple[AdapterFile, dict, str]:
-    """A short fine-tuning run: the adapter's file, metrics.json, what was printed."""
+    """Runs a short fine-tuning. Returns the adapter's file, metrics.json, and the output of the command."""
     done = tied_lora("finetune", *finetune_arguments(name), *arguments, folder=folder)
     metrics = json.loads((folder / name / "metrics.json").read_text())
     return read_adapter(folder / name / "adapter.nemo"), metrics, done.stdout
 
 
 def finetune_arguments(name: str) -> list[str]:
-    """Of a short run in the folder `name`."""
+    """Arguments of a short `tied-lora finetune` in the folder `name`."""
     fixed = [
         "model.restore_from_path=base.nemo",
         f"output={name}/adapter.nemo",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny random models of `transformers`, with tokenizers, saved to disk as their hub folders are."""
+"""Saves tiny random models of `transformers`, with tokenizers, in the form of their hub folders."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _LLAMA: dict[str, Any] = {
 
 
 def save_model(family: str, folder: Path) -> Any:
-    """Builds the family's model, random everywhere, and saves it with a tokenizer. Returns the model."""
+    """Builds the family's model with random weights everywhere, saves it with a tokenizer, and returns it."""
     import transformers
 
     _save_tokenizer(family, folder)
     fast = (folder / "tokenizer.json").exists()
     vocab = len(transformers.AutoTokenizer.from_pretrained(str(folder), use_fast=fast))
-    # More rows than pieces, and no multiple of anything.
+    # More rows than tokens, and a number that sizes do not divide evenly.
     sizes: dict[str, Any] = {"vocab_size": vocab + 3, "bos_token_id": 1, "eos_token_id": 2}
     configs = {
         "llama": lambda: transformers.LlamaConfig(**_LLAMA, **sizes, head_dim=12, rms_norm_eps=3e-5),
@@ -55,7 +55,7 @@ def save_model(family: str, folder: Path) -> Any:
 
 
 def tokens(family: str) -> torch.Tensor:
-    """(3, SEQUENCE) tokens of a fixed draw."""
+    """Random tokens (3, SEQUENCE) from a fixed seed."""
     generator = torch.Generator().manual_seed(11 + FAMILIES.index(family))
     return torch.randint(0, 256, (3, SEQUENCE), generator=generator)
 

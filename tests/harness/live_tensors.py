@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bytes of the tensors that a call holds at one time, counted at each operator: no allocator's habits are in it."""
+"""Counts the bytes of all tensors that a call holds at the same time.
+
+The count is taken at each operator, so the allocator's caching does not matter.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ __all__ = ["peak_of"]
 
 
 def peak_of(call: Callable[[], Any]) -> int:
-    """Bytes at the peak, of storages that the call made."""
+    """Bytes, at the peak, of the storages that the call created."""
     with _Live() as live:
         call()
     return live.peak
@@ -30,27 +33,27 @@ class _Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = func(*args, **(kwargs or {}))
-        given = {self._place(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor)}
+        given = {self._address(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor)}
         for tensor in tree_leaves(results):
             if isinstance(tensor, torch.Tensor):
                 self._hold(tensor, given)
         return results
 
     def _hold(self, tensor: torch.Tensor, given: set[int]) -> None:
-        place, size = self._place(tensor), tensor.untyped_storage().nbytes()
-        if place in given and place not in self._holders:  # was there before the call
+        address, size = self._address(tensor), tensor.untyped_storage().nbytes()
+        if address in given and address not in self._holders:  # existed before the call
             return
-        if not self._holders[place]:
+        if not self._holders[address]:
             self._now += size
             self.peak = max(self.peak, self._now)
-        self._holders[place] += 1
-        weakref.finalize(tensor, self._drop, place, size)
+        self._holders[address] += 1
+        weakref.finalize(tensor, self._drop, address, size)
 
-    def _drop(self, place: int, size: int) -> None:
-        self._holders[place] -= 1
-        if not self._holders[place]:
-            del self._holders[place]
+    def _drop(self, address: int, size: int) -> None:
+        self._holders[address] -= 1
+        if not self._holders[address]:
+            del self._holders[address]
             self._now -= size
 
-    def _place(self, tensor: torch.Tensor) -> int:
+    def _address(self, tensor: torch.Tensor) -> int:
         return tensor.untyped_storage().data_ptr()

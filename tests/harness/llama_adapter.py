@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Llama style model with a random adapter, and the members of its file."""
+"""Builds a Llama style model with a random adapter, and reads the members of adapter files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Members = dict[str, bytes]
 
 
 def build(model: Any = None, **fields: Any) -> Adapter:
-    """A Llama style model of 4 layers (or `model`, or its chunks) with an adapter that is random everywhere."""
+    """Injects an adapter with random factors into a Llama style model of 4 layers, or into `model` (a model, or its chunks)."""
     adapter = inject(build_gpt(**LLAMA) if model is None else model, TiedLoraConfig.from_mapping({**CONFIG, **fields}))
     shapes = expected_shapes(adapter.config, adapter.shapes)
     adapter.load_full_state({name: full_tensor(f"file {name}", shape) for name, shape in shapes.items()})

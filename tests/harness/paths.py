@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the project lies."""
+"""The path of the checkout."""
 
 from pathlib import Path
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapter files with random tensors everywhere, without a model, and the delta of a layer by the literal formula."""
+"""Makes adapter files with random tensors without a model, and computes a layer's delta by the literal formula."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LLAMA: dict[str, Any] = {
     "normalization": "rmsnorm",
     "position_embedding_type": "rope",
 }
-"""NeMo's keys of a Llama with query groups and heads wider than hidden / heads."""
+"""NeMo's keys for a Llama with query groups, and with heads wider than hidden / heads."""
 
 GPT2: dict[str, Any] = {
     "num_layers": 3,
@@ -42,7 +42,7 @@ GPT2: dict[str, Any] = {
 
 
 def random_adapter(base: dict[str, Any], **fields: Any) -> AdapterFile:
-    """As `read_adapter` returns it, float32."""
+    """An adapter in the form that `read_adapter` returns, in float32."""
     config, sizes = TiedLoraConfig.from_mapping({"rank": 3, **fields}), BaseSizes.from_model_config(base, "base")
     layers = tuple(range(sizes.num_layers)) if config.layers is None else tuple(config.layers)
     shapes = {target: dataclasses.replace(sizes.linears[target], layers=layers) for target in config.targets}

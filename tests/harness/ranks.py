@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a function on several ranks inside pytest: forked processes, gloo, a file rendezvous, a time limit."""
+"""Runs a function on several ranks inside pytest: forked processes, gloo, a rendezvous through a file, a time limit."""
 
 from __future__ import annotations
 
@@ -32,10 +32,17 @@ def run_ranks(
     cp: int = 1,
     timeout: float = 300.0,
 ) -> list[Any]:
-    """Calls `function(*args)` on every rank with Megatron's groups set up; returns each rank's result in rank order.
+    """Calls `function(*args)` on every rank, after setting up Megatron's groups.
 
-    `function` and its results must be picklable. A rank's exception fails the caller with that rank's traceback; a
-    rank that does not answer within `timeout` seconds fails it too.
+    Args:
+        function: it and its results must be picklable.
+        timeout: seconds.
+
+    Returns:
+        Each rank's result, in rank order.
+
+    Raises:
+        AssertionError: a rank raised (the message has its traceback), died, or did not answer in time.
     """
     results: mp.Queue = FORK_SERVER.Queue()
     sizes = {"tp": tp, "pp": pp, "vp": vp, "cp": cp}
@@ -60,7 +67,7 @@ def run_ranks(
 
 
 def single_process(tp: int = 1, pp: int = 1) -> None:
-    """Sets up Megatron in this very process as its only rank, once."""
+    """Sets up Megatron in this process, as its only rank. A second call does nothing."""
     from megatron.core import parallel_state
 
     from nemo_tied_lora.platform import prepare
@@ -106,7 +113,7 @@ def _rank_main(
     results: mp.Queue,
     timeout: float,
 ) -> None:
-    os.environ.clear()  # the fork server's, from when it started
+    os.environ.clear()  # these are the fork server's, from its start
     os.environ.update(environment)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     try:
@@ -122,7 +129,7 @@ def _rank_main(
             timeout=timedelta(seconds=min(timeout, 120)),
         )
         _initialize(sizes)
-        # By value: a queue would send a tensor as a handle that dies with this process.
+        # Pickled here: a queue would send a tensor as a handle that is lost when this process ends.
         results.put((rank, None, pickle.dumps(function(*args))))
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
@@ -139,5 +146,5 @@ def _initialize(sizes: dict[str, int | None]) -> None:
         virtual_pipeline_model_parallel_size=sizes["vp"],
         context_parallel_size=sizes["cp"],
     )
-    # A seed of its own on each rank: nothing may depend on ranks drawing the same numbers.
+    # Each rank has another seed: nothing may depend on ranks drawing the same numbers.
     tensor_parallel.model_parallel_cuda_manual_seed(100 + 17 * torch.distributed.get_rank())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Another parallel layout inside ranks that run already: starting them costs more than most tests."""
+"""Changes the parallel layout of running ranks, because starting ranks takes longer than most tests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["forget_layout", "relayout"]
 
 
 def forget_layout() -> None:
-    """Drops Megatron's groups and ends them: each gloo group has a thread that wakes 100 times per second."""
+    """Destroys Megatron's groups and their process groups: each gloo group has a thread that wakes 100 times per second."""
     parallel_state.destroy_model_parallel()
     default = torch.distributed.group.WORLD
     for group in list(torch.distributed.distributed_c10d._world.pg_map):
@@ -23,14 +23,14 @@ def forget_layout() -> None:
 
 
 def relayout(*, tp: int = 1, pp: int = 1, vp: int | None = None, cp: int = 1) -> None:
-    """Drops Megatron's groups and makes those of another layout; models of the old one are useless then.
+    """Replaces Megatron's groups by those of another layout. Models of the old layout cannot be used any more.
 
-    Data parallelism takes what ranks are left. A seed of its own on each rank: nothing may depend on ranks drawing
-    the same numbers.
+    The data parallel size is the number of ranks divided by the other sizes. Each rank has another seed: nothing may
+    depend on ranks drawing the same numbers.
     """
     forget_layout()
     for name in vars(parallel_state):
-        if name.endswith("_GLOBAL_RANKS"):  # stays from the layout before: a rank would believe it has embeddings
+        if name.endswith("_GLOBAL_RANKS"):  # left over: a rank could believe that it has embeddings
             setattr(parallel_state, name, None)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp,

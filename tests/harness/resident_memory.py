@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a call needs of memory, as the kernel counts it."""
+"""Measures the memory that a call needs, by the kernel's count."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ __all__ = ["memory_of"]
 
 
 def memory_of(call: Callable[[], Any]) -> int:
-    """Bytes of resident memory that the call needs at its peak, beyond what there was before."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    """Bytes of resident memory that the call adds at its peak."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _memory("VmRSS")
     result = call()
     peak = _memory("VmHWM")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small GPT for planning, in which no two sizes are alike: heads of 6, grouped queries, a gated MLP."""
+"""A small GPT for planning, whose sizes all differ: heads of 6, grouped queries, a gated MLP."""
 
 from __future__ import annotations
 
@@ -23,5 +23,5 @@ SMALL: dict[str, Any] = {
 
 
 def small(**changes: Any) -> Architecture:
-    """The architecture of `SMALL`, with some of its keys changed."""
+    """The architecture of `SMALL`, with some keys changed."""
     return Architecture.from_model_config({**SMALL, **changes})

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Switches guards off, one at a time, and reports how the tests that must notice end.
+"""Switches guards off, one at a time, and reports whether the tests that must notice it fail.
 
-A place is `module:function` or `module:Class.method`; it then does nothing. One that ends in "()" yields nothing.
+A place is `module:function` or `module:Class.method`. While it is switched off it returns None, or an empty tuple if
+the place ends in "()".
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from tests.harness.paths import ROOT
 __all__ = ["VARIABLE", "leave_switched_off", "run_tests", "switched_off"]
 
 VARIABLE = "SWITCHED_OFF"
-"""The environment variable that names the place, for the ranks that a test starts."""
+"""The environment variable that passes the place to the ranks that a test starts."""
 _OURS = ("nemo_tied_lora", "tests")
 
 
 @contextmanager
 def switched_off(place: str) -> Iterator[None]:
-    """Inside, the named function does nothing, under whatever name and in whatever module of ours it was imported."""
+    """In this context the function at `place` does nothing, in all of our modules that have imported it, under any name."""
     module, _, name = place.removesuffix("()").partition(":")
     owner: Any = importlib.import_module(module)
     *path, last = name.split(".")
@@ -54,7 +55,7 @@ def switched_off(place: str) -> Iterator[None]:
 
 
 class _Reports:
-    """A plugin that keeps why tests failed."""
+    """A pytest plugin that collects the reports of failed tests."""
 
     def __init__(self) -> None:
         self.failures: list[str] = []
@@ -65,13 +66,13 @@ class _Reports:
 
 
 def run_tests(rows: list[tuple[str, str]], output: str) -> int:
-    """Runs each (place, test) with the guard off; writes [exit code, why it failed] of each to the file, as JSON.
+    """Runs each (place, test) with the guard off. Writes [exit code, report of the failure] of each to `output`, as JSON.
 
-    For a process of its own: the tests' modules are imported again and again.
+    Call it in a separate process: it imports the tests' modules again for each test.
     """
-    with tempfile.TemporaryDirectory() as folder:  # pytest's default folder is cleaned by other sessions
-        ends = [_run(place, test, f"{folder}/{number}") for number, (place, test) in enumerate(rows)]
-    Path(output).write_text(json.dumps(ends))
+    with tempfile.TemporaryDirectory() as folder:  # other sessions clean pytest's default folder
+        results = [_run(place, test, f"{folder}/{number}") for number, (place, test) in enumerate(rows)]
+    Path(output).write_text(json.dumps(results))
     return 0
 
 
@@ -79,17 +80,17 @@ def _run(place: str, test: str, folder: str) -> list[Any]:
     import pytest
 
     for name in [name for name in sys.modules if name.startswith("tests.") and ".test_" in name]:
-        del sys.modules[name]  # with what they have cached of runs before
+        del sys.modules[name]  # and their caches of earlier runs
     reports = _Reports()
     options = ["-q", "-x", "-p", "no:cacheprovider", f"--basetemp={folder}"]
-    said = io.StringIO()
-    with switched_off(place), redirect_stdout(said):
+    printed = io.StringIO()
+    with switched_off(place), redirect_stdout(printed):
         code = pytest.main([*options, str(ROOT / "tests" / test)], plugins=[reports])
-    return [int(code), "\n".join(reports.failures or [said.getvalue()])]
+    return [int(code), "\n".join(reports.failures or [printed.getvalue()])]
 
 
 def leave_switched_off() -> None:
-    """In a rank that a test starts while a guard is off: switches it off for the rest of this process."""
+    """Switches the guard off for the rest of this process, a rank that a test started while the guard was off."""
     if place := os.environ.get(VARIABLE):
         _never_left.enter_context(switched_off(place))
 

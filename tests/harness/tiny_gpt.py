@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny real megatron-core GPT whose weights are the same function of their global position on every layout."""
+"""A tiny real megatron-core GPT. Its weights depend only on their global name and position, so all layouts have the same."""
 
 from __future__ import annotations
 
@@ -42,10 +42,15 @@ def build_gpt(
     core_attention: type | None = None,
     **options: Any,
 ) -> GPTModel:
-    """GPT-2 style, or Llama style (gated MLP, RMSNorm, RoPE, no biases). The base is filled with fixed numbers.
+    """Builds this rank's chunk of a GPT, filled with fixed numbers.
 
-    With num_moe_experts among the options a mixture, with dense layers where moe_layer_freq says so; idle_expert gets
-    no token. without: layers, from 0, that have no "attention" or no "mlp". core_attention: in the place of Megatron's.
+    Args:
+        llama: Llama style (gated MLP, RMSNorm, RoPE, no biases); else GPT-2 style.
+        idle_expert: an expert that gets no token.
+        without: layers, from 0, that have no "attention" or no "mlp".
+        core_attention: replaces Megatron's core attention.
+        options: more fields of `TransformerConfig`. num_moe_experts makes a mixture of experts, in which
+            moe_layer_freq selects the dense layers.
     """
     config = TransformerConfig(
         num_layers=num_layers,
@@ -81,7 +86,7 @@ def build_gpt(
     if core_attention is not None:
         spec.submodules.self_attention.submodules.core_attention = core_attention
     if without is not None:
-        spec = _lacking(spec, config, without, vp_stage)
+        spec = _spec_without(spec, config, without, vp_stage)
     model = GPTModel(
         config,
         spec,
@@ -95,50 +100,50 @@ def build_gpt(
     ).to(dtype)
     fill(model)
     if idle_expert is not None:
-        _starve(model, idle_expert)
+        _keep_idle(model, idle_expert)
     return model
 
 
 def fill(model: GPTModel) -> None:
-    """Sets every base parameter from its global name, whole, then takes this rank's part."""
+    """Sets every base parameter to this rank's part of a whole tensor that depends only on the global name."""
     layers = {f"decoder.layers.{i}.": layer.layer_number - 1 for i, layer in enumerate(model.decoder.layers)}
     gated = model.config.gated_linear_unit
     for name, parameter in model.named_parameters():
         for local, number in layers.items():
             if name.startswith(local):
                 name = f"decoder.layers.{number}." + name.removeprefix(local)
-                break  # the new name may be another layer's local one
+                break  # the new name may be the local name of another layer
         blocks = 2 if gated and "linear_fc1" in name else 1
         parameter.data.copy_(_rank_part(name, parameter, blocks))
 
 
 def full_tensor(name: str, shape: tuple[int, ...], scale: float = 0.3) -> torch.Tensor:
-    """Normal numbers that depend on the name alone, float64."""
+    """Normally distributed numbers that depend only on the name and the shape, in float64."""
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big")
     generator = torch.Generator().manual_seed(seed)
     return torch.empty(shape, dtype=torch.float64).normal_(0.0, scale, generator=generator)
 
 
-def _lacking(spec: Any, config: TransformerConfig, without: dict[int, str], vp_stage: int | None) -> Any:
-    """This chunk's layers, some without their attention or MLP."""
+def _spec_without(spec: Any, config: TransformerConfig, without: dict[int, str], vp_stage: int | None) -> Any:
+    """The spec of this chunk's layers, some of them without attention or MLP."""
     identity = {
         "attention": {"input_layernorm": IdentityOp, "self_attention": IdentityOp, "self_attn_bda": IdentityFuncOp},
         "mlp": {"pre_mlp_layernorm": IdentityOp, "mlp": IdentityOp, "mlp_bda": IdentityFuncOp},
         "nothing": {},
     }
     first = get_transformer_layer_offset(config, vp_stage)
-    lacking = [without.get(first + i, "nothing") for i in range(get_num_layers_to_build(config, vp_stage))]
+    missing = [without.get(first + i, "nothing") for i in range(get_num_layers_to_build(config, vp_stage))]
     specs = [
         dataclasses.replace(spec, submodules=dataclasses.replace(spec.submodules, **identity[what]))
-        for what in lacking
+        for what in missing
     ]
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=WrappedTorchNorm)
 
 
-def _starve(model: GPTModel, expert: int) -> None:
-    """Takes the expert out of the routers' choice.
+def _keep_idle(model: GPTModel, expert: int) -> None:
+    """Makes all routers choose other experts.
 
-    Megatron's own means, a bias, comes with float32 sigmoids, whose last bit depends on a token's place in the batch.
+    Megatron's own way is a bias. It needs float32 sigmoids, whose last bit depends on the token's position in the batch.
     """
     for layer in model.decoder.layers:
         router = getattr(layer.mlp, "router", None)
@@ -161,7 +166,7 @@ def _rank_part(name: str, parameter: torch.Tensor, blocks: int) -> torch.Tensor:
     shape = list(parameter.shape)
     shape[dim] *= tp_size
     full = full_tensor(name, tuple(shape))
-    # `shard` splits an A-like tensor on dim 1 and a B- or v-like one on dim 0: the base's own two rules.
+    # The base splits weights on dim 0 or dim 1. `shard` splits A of a row linear on dim 1 and v of a column linear on dim 0.
     factor, kind = ("A", "row") if dim == 1 else ("v", "column")
     linear = LinearShape(kind, shape[-1], shape[0], blocks, ())
     return shard(full, factor, linear, parallel_state.get_tensor_model_parallel_rank(), tp_size)
