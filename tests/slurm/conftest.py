@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One private SLURM per pytest process. These tests run with `make test-slurm`, or `pytest -m slurm tests/slurm`."""
+"""One private SLURM per pytest process. Run these tests with `make test-slurm` or `pytest -m slurm tests/slurm`."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from tests.slurm.real_runs import PP2, Run, launch
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[PrivateCluster]:
-    """Two idle nodes; skips, with the reason, where Debian's packages are not and cannot be installed."""
+    """A SLURM with two idle nodes. Skips, with the reason, if Debian's packages are missing and cannot be installed."""
     private_cluster.install()
     reason = private_cluster.why_not()
     if reason is not None:
         pytest.skip(f"needs a SLURM: {reason}")
-    # Not in pytest's own folder: its path is too long for a socket, and munge wants no folder that others can write to.
+    # Not in pytest's folder: its path is too long for a socket, and munge refuses a folder that others can write to.
     folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
     try:
         with PrivateCluster(folder) as cluster:
@@ -33,7 +33,7 @@ def slurm() -> Iterator[PrivateCluster]:
 
 @pytest.fixture(scope="session")
 def submitted(slurm: PrivateCluster, workshop: Path) -> dict[str, Run]:
-    """The undisturbed runs, under way, both with a start's costs at once: "two_nodes", and the array "sweep"."""
+    """The undisturbed runs, submitted together, so that their start-ups overlap: "two_nodes", and the array "sweep"."""
     two_nodes = launch(slurm, workshop, "two_nodes", *PP2, "rank=4", "preset=tl6")
     sweep = launch(slurm, workshop, "sweep", "cluster.nodes=1", "rank=2,4", "preset=tl5,tl6", "cluster.at_once=1")
     numbers = {"two_nodes": two_nodes, "sweep": sweep}
@@ -42,6 +42,6 @@ def submitted(slurm: PrivateCluster, workshop: Path) -> dict[str, Run]:
 
 @pytest.fixture(scope="session")
 def undisturbed(submitted: dict[str, Run]) -> Run:
-    """The run on two nodes that nothing happened to, at its end."""
+    """The undisturbed run on two nodes, after its end."""
     submitted["two_nodes"].finish()
     return submitted["two_nodes"]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stops in a real run's ranks, so that a test can disturb it at a step it chose, however slow the machine is.
+"""Makes the ranks of a real run wait, so that a test can disturb it at a chosen step on a machine of any speed.
 
-The ranks import `PLANT` as `sitecustomize`. A gate is a folder: while `$GATES/5` exists, each rank waits after its fifth
-step; while `$GATES/save-8` exists, rank 0 waits in the middle of writing the checkpoint of step 8. A rank that waits leaves
-a file with its process number, and another once it has been told to stop.
+The ranks import `PLANT` as `sitecustomize`. A gate is a folder. While `$GATES/5` exists, each rank waits after its fifth
+step. While `$GATES/save-8` exists, rank 0 waits in the middle of writing the checkpoint of step 8. A waiting rank writes
+a file with its process id into the folder, and another file when it receives the request to stop.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import os, sys, threading, time
 from pathlib import Path
 
 GATES, RANK, fsync = Path(os.environ["GATES"]), os.environ.get("RANK"), os.fsync
-ranks = []  # the `Rank` of this process, from its first step on
+ranks = []  # the `Rank` of this process, after its first step
 
 
 def wait_at(gate):
@@ -28,7 +28,7 @@ def wait_at(gate):
             if ranks and ranks[0].asked_to_stop:
                 (gate / f"asked-{RANK}").touch()
             time.sleep(0.05)
-    except FileNotFoundError:  # opened in between
+    except FileNotFoundError:  # the gate was opened meanwhile
         pass
 
 
@@ -61,24 +61,24 @@ if RANK is not None:
 
 
 class Gate:
-    """One place where the ranks wait until it is opened; closed when it is made."""
+    """A place where the ranks wait until it is opened. It starts closed."""
 
     def __init__(self, folder: Path, name: str | int) -> None:
         self._path = folder / str(name)
         self._path.mkdir(parents=True)
 
     def process(self, rank: int) -> int:
-        """The number of the rank's process that waits here."""
+        """Returns the process id of the rank, which waits at this gate."""
         return int((self._path / f"rank-{rank}").read_text())
 
     def reached_by(self, *ranks: int) -> bool:
-        """Whether these ranks wait here."""
+        """Returns whether these ranks have reached this gate."""
         return all((self._path / f"rank-{rank}").exists() for rank in ranks)
 
     def asked(self, *ranks: int) -> bool:
-        """Whether these ranks, while they wait, have been told to stop."""
+        """Returns whether these ranks have received the request to stop while they wait."""
         return all((self._path / f"asked-{rank}").exists() for rank in ranks)
 
     def open(self) -> None:
-        """Lets everybody through, now and later."""
+        """Lets all ranks through, now and later."""
         self._path.rename(self._path.with_name(f".passed-{self._path.name}"))

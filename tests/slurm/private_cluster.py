@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A SLURM of its own on this machine: munged, slurmctld and two slurmd, which share a folder, a key and free ports.
+"""Starts a private SLURM on this machine: munged, slurmctld and two slurmd, with one folder, one key and free ports.
 
-Nothing outside the folder is written, and nothing in /etc is read; another SLURM on the same machine is not disturbed.
+It writes nothing outside the folder and reads nothing in /etc, so it does not disturb another SLURM on this machine.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ _ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_ME
 
 
 def why_not() -> str | None:
-    """What keeps a SLURM from running here, once `install` had its chance; None: nothing."""
+    """Returns why a SLURM cannot run on this machine, or None if it can. Call `install` first."""
     if os.name != "posix" or not Path("/proc/self").exists():
-        return "this is no Linux"
+        return "the system is not Linux"
     missing = [program for program in _PROGRAMS if _which(program) is None]
     if missing:
         return (
-            f"{', '.join(missing)} cannot be had: apt-get install {' '.join(PACKAGES)}, as root, on Debian or Ubuntu"
+            f"{', '.join(missing)} cannot be found: apt-get install {' '.join(PACKAGES)}, as root, on Debian or Ubuntu"
         )
-    return "slurmctld and slurmd want root" if os.geteuid() != 0 else None
+    return "slurmctld and slurmd need root" if os.geteuid() != 0 else None
 
 
 def install() -> None:
-    """Debian's packages, where they are missing and can be installed; without their services."""
+    """Installs Debian's packages, without starting their services, if programs are missing and this process may install."""
     if all(_which(program) for program in _PROGRAMS) or os.geteuid() != 0 or shutil.which("apt-get") is None:
         return
-    # RUNLEVEL=1: the packages' scripts start no services.
+    # With RUNLEVEL=1 the packages' scripts start no services.
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
     for command in (["update"], ["install", "--yes", "--no-install-recommends", *PACKAGES]):
         subprocess.run(
@@ -58,10 +58,10 @@ def _which(program: str) -> str | None:
 
 
 class PrivateCluster:
-    """Two nodes, n1 and n2, on the loopback; use it as a context.
+    """A context manager that runs a SLURM with two nodes, n1 and n2, on the loopback interface.
 
     Args:
-        folder: where everything lies; its path must be short (sockets) and not writable by others (munge).
+        folder: holds all files. Its path must be short, for sockets, and others must not be able to write to it, for munge.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -95,12 +95,16 @@ class PrivateCluster:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a shell needs to talk to this SLURM and no other."""
+        """The environment in which SLURM's commands use this SLURM and no other."""
         clean = {name: value for name, value in os.environ.items() if not re.match(r"SLURM|SBATCH|SRUN", name)}
         return {**clean, "SLURM_CONF": str(self.folder / "slurm.conf")}
 
     def run(self, *command: str, check: bool = True, cwd: Path | None = None, **variables: str) -> str:
-        """A client's output; its complaint, where `check` and it fails."""
+        """Runs a command of SLURM and returns its output.
+
+        Raises:
+            AssertionError: `check` is set and the command failed. The message has its output.
+        """
         environment = {**self.environment, **variables}
         done = subprocess.run(
             command, env=environment, cwd=cwd or self.folder, capture_output=True, text=True, timeout=120, check=False
@@ -109,11 +113,11 @@ class PrivateCluster:
         return done.stdout.strip()
 
     def fields(self, job: str) -> dict[str, str]:
-        """What `scontrol show job` knows of a job, or of `ARRAY_TASK`."""
+        """Returns the fields that `scontrol show job` prints for a job, or for the task `ARRAY_TASK` of an array."""
         return dict(re.findall(r"(\w+(?:/\w+)?)=(\S*)", self.run("scontrol", "--oneliner", "show", "job", job)))
 
     def wait_for_state(self, job: str, *states: str, seconds: float = 120) -> dict[str, str]:
-        """Waits until the job is in one of the states (any end, where none is named); returns its fields."""
+        """Waits until the job is in one of the states, or has ended if none is given. Returns its fields."""
         found: dict[str, str] = {}
 
         def reached() -> bool:
@@ -124,16 +128,16 @@ class PrivateCluster:
         return found
 
     def wait_until(self, condition: Callable[[], bool], seconds: float, what: str) -> None:
-        """Polls, and fails with what was waited for."""
+        """Polls the condition. After `seconds` it fails with a message that names `what`."""
         self._wait(condition, seconds, what)
 
     def start_node(self, name: str) -> None:
-        """The node comes up: its slurmd, which tells the controller."""
+        """Starts the node's slurmd, which registers with the controller."""
         self._daemon("slurmd", "-D", "-N", name, "-f", str(self.folder / "slurm.conf"))
 
     def kill_node(self, name: str) -> None:
-        """The node is gone at once, as after a power cut: its slurmd, its job steps and their processes; no goodbye."""
-        [slurmd] = [one for one in self._daemons if isinstance(one.args, list) and name in one.args]
+        """Kills the node's slurmd, its job steps and their processes at once, like a power cut."""
+        [slurmd] = [daemon for daemon in self._daemons if isinstance(daemon.args, list) and name in daemon.args]
         slurmd.kill()
         slurmd.wait()
         self._daemons.remove(slurmd)
@@ -142,7 +146,7 @@ class PrivateCluster:
                 os.kill(process, signal.SIGKILL)
 
     def _start(self) -> None:
-        # In a session of its own: what ends this one, Ctrl-C or worse, is not to end it.
+        # In a separate session, so that Ctrl-C or a kill of this one does not end it.
         self._remains = subprocess.Popen(
             [sys.executable, "-m", "tests.slurm.remains", str(self.folder)],
             stdin=subprocess.PIPE,
@@ -163,9 +167,7 @@ class PrivateCluster:
         for node in ("n1", "n2"):
             self.start_node(node)
         idle = ["sinfo", "--noheader", "--Node", "--states=idle", "--format=%N"]
-        self._wait(
-            lambda: self.run(*idle, check=False).split() == ["n1", "n2"], 60, "two idle nodes", self._last_words
-        )
+        self._wait(lambda: self.run(*idle, check=False).split() == ["n1", "n2"], 60, "two idle nodes", self._log_ends)
 
     def _daemon(self, program: str, *arguments: str) -> None:
         path = _which(program)
@@ -175,7 +177,7 @@ class PrivateCluster:
                 subprocess.Popen([path, *arguments], stdout=log, stderr=log, env=self.environment, cwd=self.folder)
             )
 
-    def _last_words(self) -> str:
+    def _log_ends(self) -> str:
         logs = sorted((self.folder / "logs").glob("*.log"))
         return "\n".join(f"{log.name}: {log.read_text(errors='replace')[-1500:]}" for log in logs)
 
@@ -204,10 +206,10 @@ class PrivateCluster:
             time.sleep(0.3)
 
 
-# cred_expire is also how long a requeued job waits before it starts again: 120 s where it is not set.
-# Two slurmd of one host share its name, so every path carries %n, the node's.
-# MessageTimeout: what slurmctld takes for lost on a busy machine it sends again, and a late order to end a step would meet
-# the same step of the job's next start.
+# cred_expire is also the time that a requeued job waits before it starts again; the default is 120 s.
+# Two slurmd on one host share its name, so every path contains %n, the name of the node.
+# MessageTimeout: slurmctld sends a message again that it believes to be lost. On a busy machine a late order to end a step
+# could then end the same step after the job's restart.
 _CONFIGURATION = """\
 ClusterName=private
 SlurmctldHost={host}(127.0.0.1)
@@ -250,9 +252,9 @@ PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
 def _free_ports(count: int) -> list[int]:
     sockets = [socket.socket() for _ in range(count)]
     try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
     finally:
-        for one in sockets:
-            one.close()
+        for each in sockets:
+            each.close()

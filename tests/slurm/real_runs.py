@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real runs on the private SLURM, started by `tied-lora launch`, and what they leave."""
+"""Starts real runs on the private SLURM with `tied-lora launch`, and reads the files that they write."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["PP2", "STEPS", "Run", "launch", "rank_arguments"]
 
 STEPS = 30
 TIMEOUT_S = 15
-"""The watchdog's: a loaded machine's rank is silent for seconds."""
+"""The watchdog's time limit. On a busy machine, a healthy rank may be silent for seconds."""
 _NODES = ["cluster=slurm", "cluster.gpus_per_node=1", "cluster.gpu_request=null", "cluster.exclusive=false"]
 _TIMES = ["cluster.time=10", "cluster.save_seconds=110", f"watchdog.timeout_s={TIMEOUT_S}"]
 _LENGTH = [f"trainer.max_steps={STEPS}", "model.data.validation_ds.metric.name=loss"]
@@ -29,13 +29,13 @@ PP2 = ["cluster.nodes=2", "layout=pp2"]
 
 
 def rank_arguments(name: str) -> list[str]:
-    """Of a run in `runs/NAME` of the workshop: what `tied-lora finetune` is given."""
+    """Arguments of `tied-lora finetune` for a run in the workshop's folder `runs/NAME`."""
     short = [word for word in finetune_arguments(name) if not re.match(r"output|exp_manager|model\.peft", word)]
     return [*short, *_LENGTH, f"name={name}"]
 
 
 def launch(slurm: PrivateCluster, workshop: Path, name: str, *arguments: str, **variables: str) -> str:
-    """`tied-lora launch`, as typed, in the workshop; returns the job's number."""
+    """Runs `tied-lora launch` in the workshop, as a user does. Returns the job's number."""
     command = ["launch", *_NODES, *_TIMES, *rank_arguments(name), *arguments]
     printed = console_script(*command, folder=workshop, planted={**slurm.environment, **variables}).stdout
     match = re.search(r"submitted: job (\d+)", printed)
@@ -44,29 +44,29 @@ def launch(slurm: PrivateCluster, workshop: Path, name: str, *arguments: str, **
 
 
 class Run:
-    """A run's folder."""
+    """A run on the private SLURM: its job and its folder."""
 
     def __init__(self, slurm: PrivateCluster, folder: Path, job: str) -> None:
         self.slurm, self.folder, self.job = slurm, folder, job
 
     def finish(self, seconds: float = 600) -> dict[str, str]:
-        """Waits for the job's end, which is to be a good one."""
+        """Waits for the job's end and checks that it is COMPLETED."""
         found = self.slurm.wait_for_state(self.job, seconds=seconds)
-        assert found["JobState"] == "COMPLETED", f"{found['JobState']}\n{self.said()}\n{self.log()}"
+        assert found["JobState"] == "COMPLETED", f"{found['JobState']}\n{self.script_log()}\n{self.log()}"
         return found
 
-    def said(self, job: str | None = None) -> str:
-        """What the script itself says of a job."""
+    def script_log(self, job: str | None = None) -> str:
+        """Returns the log of the batch script."""
         return (self.folder / "logs" / f"{job or self.job}.log").read_text()
 
     def log(self, start: int = 0, node: int = 0, job: str | None = None) -> str:
-        """What the ranks on a node say after so many restarts; empty where none started."""
+        """Returns the log of a node's ranks. `start` counts the job's restarts. Returns "" if no rank started."""
         path = self.folder / "logs" / f"{job or self.job}-{start}" / f"node-{node}.log"
         return path.read_text() if path.exists() else ""
 
     @property
     def status(self) -> dict[str, Any]:
-        """status.json; empty where there is none yet."""
+        """The content of status.json; {} if the file does not exist yet."""
         return read_status(self.folder) or {}
 
     @property
@@ -76,7 +76,7 @@ class Run:
 
     @property
     def curves(self) -> list[dict[str, Any]]:
-        """Every step's numbers but its seconds."""
+        """The metrics of each step, without its seconds."""
         return [{key: value for key, value in step.items() if key != "seconds"} for step in self.metrics["steps"]]
 
     @property
@@ -85,12 +85,12 @@ class Run:
 
     @property
     def last_checkpoint(self) -> Path:
-        """That of the last step."""
+        """The checkpoint of the last step."""
         [last] = (self.folder / "checkpoints").glob("*-last")
         assert read_description(last)["step"] == STEPS
         return last
 
-    def shown(self) -> str:
-        """What `tied-lora status` prints."""
+    def status_output(self) -> str:
+        """Returns what `tied-lora status` prints."""
         done: subprocess.CompletedProcess[str] = console_script("status", f"run={self.folder}", folder=self.folder)
         return done.stdout

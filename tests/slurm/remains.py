@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m tests.slurm.remains FOLDER`: outlives whoever started a private SLURM, however that ends, and clears up.
+"""`python -m tests.slurm.remains FOLDER` cleans up a private SLURM after the process that started it has ended, or was killed.
 
-Its standard input is a pipe that only the starter holds open. At its end every process of that SLURM is killed and its
-folder is removed; after an orderly end nothing but the folder is left to do.
+Its standard input is a pipe that only that process holds open. When the pipe closes, it kills every process of the
+SLURM and removes the folder. After an orderly end only the folder is left to remove.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _SECONDS = 20
 
 
 def processes(folder: Path, node: str | None = None) -> list[int]:
-    """Of the SLURM whose configuration lies in the folder: daemons, jobs and the slurmstepd over them.
+    """Returns the process ids of the SLURM in the folder: its daemons, its jobs, and the slurmstepd above them.
 
     Args:
-        node: only what its jobs run there, with their slurmstepd.
+        node: only processes of jobs on this node, and their slurmstepd.
     """
     wanted = {f"SLURM_CONF={folder / 'slurm.conf'}", *([] if node is None else [f"SLURMD_NODENAME={node}"])}
     found: set[int] = set()
@@ -37,7 +37,7 @@ def processes(folder: Path, node: str | None = None) -> list[int]:
 
 
 def clear(folder: Path) -> None:
-    """Kills all of them, and removes the folder."""
+    """Kills all processes of the SLURM, and removes the folder."""
     end = time.monotonic() + _SECONDS
     while time.monotonic() < end:
         left = [process for process in processes(folder) if process != os.getpid()]
@@ -51,7 +51,7 @@ def clear(folder: Path) -> None:
 
 
 def _stepd_over(path: Path) -> Iterator[int]:
-    """A slurmstepd writes its title over its environment; it is known by its children."""
+    """Yields the parent of a process if it is a slurmstepd, whose own environment is overwritten by its title."""
     parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
     if (Path("/proc") / str(parent) / "comm").read_text().startswith("slurmstepd"):
         yield parent

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The private SLURM leaves nothing behind: no process, no file, whatever ends the tests."""
+"""The private SLURM leaves no process and no file behind, however the tests end."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.harness.paths import ROOT
 from tests.slurm.private_cluster import PrivateCluster
 from tests.slurm.remains import processes
 
-# What Debian's packages of SLURM and munge would write, had their services been started.
+# Files that Debian's packages of SLURM and munge would write if their services were started.
 SYSTEM = [
     "/etc/slurm",
     "/etc/munge",
@@ -39,7 +39,7 @@ def system_files() -> list[tuple[str, float]]:
     return sorted((str(path), path.lstat().st_mtime) for path in found)
 
 
-def test_nothing_is_left_when_the_tests_are_killed_while_a_job_runs(slurm: PrivateCluster) -> None:
+def test_no_process_and_no_file_is_left_if_the_tests_are_killed_while_a_job_runs(slurm: PrivateCluster) -> None:
     before = system_files()
     folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
     command = [sys.executable, "-c", _HELD, str(folder)]
@@ -55,11 +55,11 @@ def test_nothing_is_left_when_the_tests_are_killed_while_a_job_runs(slurm: Priva
         holder.wait()
     slurm.wait_until(lambda: not folder.exists() and not processes(folder), 60, "the end of all its processes")
     assert system_files() == before
-    assert slurm.run("sinfo", "--noheader", "--format=%D").strip() == "2"  # another one is not disturbed
+    assert slurm.run("sinfo", "--noheader", "--format=%D").strip() == "2"  # the other SLURM is not disturbed
 
 
 def names(folder: Path) -> set[str]:
-    """Of the processes that run now."""
+    """Names of the programs that run now."""
     found = set()
     for process in processes(folder):
         try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real runs that nothing happens to, from `tied-lora launch` to the report, on the private SLURM."""
+"""The whole command on the private SLURM: undisturbed runs, from `tied-lora launch` to the report."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ POINTS = ["0_rank-2_preset-tl5", "1_rank-2_preset-tl6", "2_rank-4_preset-tl5", "
 
 @pytest.fixture(scope="module")
 def sweep(submitted: dict[str, Run]) -> Run:
-    """The array, at its end."""
+    """The array, after its end."""
     run = submitted["sweep"]
     for number in range(len(POINTS)):
         end = run.slurm.wait_for_state(f"{run.job}_{number}", seconds=600)
-        assert end["JobState"] == "COMPLETED", run.said(f"{run.job}_{number}")
+        assert end["JobState"] == "COMPLETED", run.script_log(f"{run.job}_{number}")
     return run
 
 
-def test_a_run_on_two_nodes_is_the_run_of_one_process(undisturbed: Run, sweep: Run) -> None:
-    """Pipeline stages on two nodes: each loss, gradient norm and tensor, to the rounding of float32's sums."""
+def test_a_run_on_two_nodes_matches_the_single_process_run(undisturbed: Run, sweep: Run) -> None:
+    """Pipeline stages on two nodes. Compares each loss, gradient norm and tensor, up to the rounding of sums in float32."""
     single = Run(sweep.slurm, sweep.folder / POINTS[3], sweep.job)
     assert [step["step"] for step in undisturbed.curves] == list(range(1, STEPS + 1))
     for got, want in zip(undisturbed.curves, single.curves, strict=True):
@@ -38,19 +38,19 @@ def test_a_run_on_two_nodes_is_the_run_of_one_process(undisturbed: Run, sweep: R
         assert math.isclose(got["grad_norm"], want["grad_norm"], rel_tol=1e-4)
     assert undisturbed.adapter.keys() == single.adapter.keys()
     for name, tensor in single.adapter.items():
-        # Adam divides by small second moments: a reordered sum shows in the last digits of float32 (3e-7 here).
+        # float32; Adam divides by small second moments, so reordered sums show in the last digits (3e-7 here).
         assert torch.allclose(undisturbed.adapter[name], tensor, rtol=1e-3, atol=1e-5), name
     assert any(not torch.equal(undisturbed.adapter[name], tensor) for name, tensor in single.adapter.items())
 
 
-def test_the_ranks_checked_the_allocation_before_the_model_was_loaded(undisturbed: Run) -> None:
+def test_the_ranks_check_the_allocation_before_they_load_the_model(undisturbed: Run) -> None:
     log = undisturbed.log()
     assert "0: pre-flight: the same software and configuration on all 2 ranks" in log
     assert "0: pre-flight: all-reduce, pipeline parallel: 1 group of 2," in log
     assert "pre-flight" not in undisturbed.log(node=1)
 
 
-def test_the_script_the_configuration_and_the_versions_stay_in_the_runs_folder(undisturbed: Run) -> None:
+def test_the_runs_folder_keeps_the_script_the_configuration_and_the_versions(undisturbed: Run) -> None:
     logs = undisturbed.folder / "logs" / f"{undisturbed.job}-0"
     for name, copy in ((SCRIPT, "job.sbatch"), ("config.yaml", "config.yaml"), ("versions.json", "versions.json")):
         assert (undisturbed.folder / name).is_file(), name
@@ -61,16 +61,16 @@ def test_the_script_the_configuration_and_the_versions_stay_in_the_runs_folder(u
     assert versions["git_commit"]
 
 
-def test_a_finished_run_is_not_done_again_when_its_job_is_requeued(undisturbed: Run) -> None:
+def test_a_finished_run_does_not_train_again_when_its_job_is_requeued(undisturbed: Run) -> None:
     before = undisturbed.metrics
     undisturbed.slurm.run("scontrol", "requeue", undisturbed.job)
-    undisturbed.slurm.wait_until(lambda: "nothing is left to do" in undisturbed.said(), 120, "the second start")
+    undisturbed.slurm.wait_until(lambda: "nothing is left to do" in undisturbed.script_log(), 120, "the second start")
     assert undisturbed.finish()["Restarts"] == "1"
     assert undisturbed.log(1) == ""
     assert undisturbed.metrics == before
 
 
-def test_a_sweep_is_one_array_whose_runs_the_report_gathers_into_a_table_and_a_picture(
+def test_a_sweep_is_one_array_and_the_report_shows_its_runs_in_a_table_and_a_picture(
     slurm: PrivateCluster, sweep: Run
 ) -> None:
     printed = console_script("report", f"folder={sweep.folder}", folder=sweep.folder).stdout
@@ -91,7 +91,7 @@ def test_a_sweep_is_one_array_whose_runs_the_report_gathers_into_a_table_and_a_p
     ]
 
 
-def test_no_more_runs_of_a_sweep_go_at_once_than_it_says(slurm: PrivateCluster, sweep: Run) -> None:
+def test_at_once_limits_how_many_runs_of_a_sweep_run_at_the_same_time(slurm: PrivateCluster, sweep: Run) -> None:
     times = [slurm.fields(f"{sweep.job}_{number}") for number in range(len(POINTS))]
-    starts, ends = ([one[key] for one in times] for key in ("StartTime", "EndTime"))
+    starts, ends = ([task[key] for task in times] for key in ("StartTime", "EndTime"))
     assert all(end <= start for end, start in zip(ends[:-1], starts[1:], strict=True)), times

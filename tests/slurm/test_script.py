@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The real script on a real SLURM, with ranks that only say what they were given: what the script itself decides.
+"""The whole script on a real SLURM, with ranks that only print their environment and arguments. Tests what the script decides.
 
-The ranks are a shell script in the place of Python, so that a start costs a second.
+A shell script replaces Python, so that a start takes a second.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from nemo_tied_lora.launching.sweep import Point, index_file, points
 from tests.harness.paths import ROOT
 from tests.slurm.private_cluster import PrivateCluster
 
-# As the configuration's defaults, but for what this machine has not: GPUs, and nodes of one's own.
+# The configuration's defaults, without what this machine lacks: GPUs, and exclusive nodes.
 BARE = {"kind": "slurm", "memory": "0", "time": "10", "save_seconds": 60, "max_requeues": 1, "at_once": 2}
-SAY = 'env | grep -E "^(RANK|WORLD_SIZE|LOCAL_RANK|NODE_RANK|MASTER_|OMP_|NCCL_|HF_TOKEN)" | sort; echo "got $*"'
+PRINT = 'env | grep -E "^(RANK|WORLD_SIZE|LOCAL_RANK|NODE_RANK|MASTER_|OMP_|NCCL_|HF_TOKEN)" | sort; echo "got $*"'
 
 Write = Callable[..., Path]
 
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """Writes the script of a job whose "Python" records its call and then does `does`; returns the script."""
+    """A function that writes a job's script and returns its path. The job's "Python" records its call and then runs `body`."""
 
     def write_job(
-        does: str,
+        body: str,
         *,
         first: str = "exit 0",
         nodes: int = 2,
@@ -40,12 +40,12 @@ def write(tmp_path: Path) -> Write:
         **settings: object,
     ) -> Path:
         python = tmp_path / "python"
-        body = f'case $2 in *.record) {first} ;; esac\n{{ {SAY}; }} >> "{tmp_path}/rank-$RANK"\n{does}\n'
-        python.write_text(f"#!/usr/bin/env bash\n{body}")
+        program = f'case $2 in *.record) {first} ;; esac\n{{ {PRINT}; }} >> "{tmp_path}/rank-$RANK"\n{body}\n'
+        python.write_text(f"#!/usr/bin/env bash\n{program}")
         python.chmod(0o755)
         cluster = Cluster.from_mapping({**BARE, "python": str(python), **settings})
         job = Job(
-            name="said",
+            name="recorded",
             folder=str(tmp_path / "run"),
             arguments=["name=a b", "model.x='$HOME'"],
             cluster=cluster,
@@ -67,14 +67,14 @@ def submit(slurm: PrivateCluster, script: Path, *arguments: str, **variables: st
     return slurm.run("sbatch", "--parsable", *arguments, str(script), cwd=script.parent, **variables)
 
 
-def said(script: Path, job: str) -> str:
+def script_log(script: Path, job: str) -> str:
     return (script.parent / "run" / "logs" / f"{job}.log").read_text()
 
 
-def test_every_rank_gets_its_numbers_the_address_and_the_settings(slurm: PrivateCluster, write: Write) -> None:
+def test_every_rank_gets_its_rank_numbers_the_address_and_the_settings(slurm: PrivateCluster, write: Write) -> None:
     script = write("exit 0", ranks=2, environment={"NCCL_DEBUG": "WARN", "NCCL_IB_HCA": None})
     job = submit(slurm, script, HF_TOKEN="from the shell")
-    assert slurm.wait_for_state(job)["JobState"] == "COMPLETED", said(script, job)
+    assert slurm.wait_for_state(job)["JobState"] == "COMPLETED", script_log(script, job)
     for rank in range(4):
         text = (script.parent / f"rank-{rank}").read_text()
         found = dict(re.findall(r"^(\w+)=(.*)$", text, flags=re.M))
@@ -106,14 +106,14 @@ def test_each_node_has_a_log_in_which_every_line_names_its_rank(slurm: PrivateCl
     assert [sorted(log.split("\n")[:-1]) for log in logs] == [["0: I am 0", "1: I am 1"], ["2: I am 2", "3: I am 3"]]
 
 
-def test_a_rank_that_dies_takes_the_others_with_it_and_the_job_is_requeued_so_often_and_no_more(
+def test_if_a_rank_dies_the_others_end_and_the_job_is_requeued_at_most_max_requeues_times(
     slurm: PrivateCluster, write: Write
 ) -> None:
     script = write("[[ $RANK != 1 ]] || { sleep 2; kill -KILL $$; }; sleep 300")
     job = submit(slurm, script)
     fields = slurm.wait_for_state(job, "FAILED", seconds=60)
     assert fields["Restarts"] == "1"
-    log = said(script, job)
+    log = script_log(script, job)
     assert log.count("starting 2 ranks on 2 nodes") == 2
     assert "requeued to resume from the last checkpoint, at most 1 more times" in log
     assert "after 1 restarts: not requeued again" in log
@@ -122,16 +122,18 @@ def test_a_rank_that_dies_takes_the_others_with_it_and_the_job_is_requeued_so_of
     assert len(set(ports)) == 2
 
 
-def test_what_is_refused_is_not_tried_again_and_starts_no_rank(slurm: PrivateCluster, write: Write) -> None:
+def test_a_refusal_by_the_first_step_starts_no_rank_and_is_not_tried_again(
+    slurm: PrivateCluster, write: Write
+) -> None:
     script = write("exit 0", first="echo 'not possible' >&2; exit 2")
     job = submit(slurm, script)
     fields = slurm.wait_for_state(job)
     assert (fields["JobState"], fields["Restarts"], fields["ExitCode"]) == ("FAILED", "0", "2:0")
-    assert "refused; not started" in said(script, job)
+    assert "refused; not started" in script_log(script, job)
     assert not list(script.parent.glob("rank-*"))
 
 
-def test_what_the_ranks_refuse_is_not_tried_again(slurm: PrivateCluster, write: Write) -> None:
+def test_a_refusal_by_the_ranks_is_not_tried_again(slurm: PrivateCluster, write: Write) -> None:
     script = write("exit 2", nodes=1)
     job = submit(slurm, script)
     fields = slurm.wait_for_state(job)
@@ -144,7 +146,7 @@ def test_a_cancelled_job_stays_cancelled(slurm: PrivateCluster, write: Write) ->
     slurm.wait_until(lambda: len(list(script.parent.glob("ready-*"))) == 2, 30, "two ranks")
     slurm.run("scancel", job)
     fields = slurm.wait_for_state(job)
-    slurm.wait_until(lambda: "ended from outside" in said(script, job), 30, "the script's last word")
+    slurm.wait_until(lambda: "ended from outside" in script_log(script, job), 30, "the script's last line")
     assert (fields["JobState"], fields["Restarts"]) == ("CANCELLED", "0")
     assert "saved" in (script.parent / "run" / "logs" / f"{job}-0" / "node-1.log").read_text()
 
@@ -154,25 +156,25 @@ def test_a_finished_run_is_not_run_again_when_its_job_is_requeued(slurm: Private
     job = submit(slurm, script)
     slurm.wait_for_state(job, "COMPLETED")
     slurm.run("scontrol", "requeue", job)
-    slurm.wait_until(lambda: "nothing is left to do" in said(script, job), 60, "the second start")
+    slurm.wait_until(lambda: "nothing is left to do" in script_log(script, job), 60, "the second start")
     assert slurm.wait_for_state(job)["JobState"] == "COMPLETED"
     assert (script.parent / "rank-0").read_text().count("WORLD_SIZE") == 1
 
 
-def test_what_slurm_stops_is_not_taken_for_finished(slurm: PrivateCluster, write: Write) -> None:
-    """srun may say 0 where it was told to stop, whatever became of the ranks; another job in the folder may finish meanwhile."""
+def test_a_run_that_slurm_stopped_does_not_count_as_finished(slurm: PrivateCluster, write: Write) -> None:
+    """A stopped srun may return 0 even if the ranks failed, and another job in the folder may finish meanwhile."""
     script = write("[[ ! -e ready ]] || exit 0; trap 'exit 0' TERM; touch ready; sleep 300 & wait", nodes=1)
     job = submit(slurm, script)
     slurm.wait_until((script.parent / "ready").exists, 60, "the rank")
     slurm.wait_for_state(submit(slurm, script), "COMPLETED")
     slurm.run("scontrol", "requeue", job)
-    slurm.wait_until(lambda: said(script, job).count("starting 1 ranks") == 2, 120, "the second start")
-    assert slurm.wait_for_state(job)["JobState"] == "COMPLETED", said(script, job)
-    assert "nothing is left to do" not in said(script, job)
+    slurm.wait_until(lambda: script_log(script, job).count("starting 1 ranks") == 2, 120, "the second start")
+    assert slurm.wait_for_state(job)["JobState"] == "COMPLETED", script_log(script, job)
+    assert "nothing is left to do" not in script_log(script, job)
     assert (script.parent / "run" / "logs" / f"{job}.finished").exists()
 
 
-def test_each_task_of_an_array_does_its_own_line_of_the_index(slurm: PrivateCluster, write: Write) -> None:
+def test_each_task_of_an_array_runs_its_line_of_the_index(slurm: PrivateCluster, write: Write) -> None:
     runs = points([["rank=2", "rank=8", "rank=32"]])
     script = write("exit 0", first="exit 0", nodes=1, runs=runs)
     array = submit(slurm, script)
@@ -199,7 +201,7 @@ def test_uneven_nodes_are_refused(slurm: PrivateCluster, write: Write) -> None:
     script = write("exit 0")
     job = submit(slurm, script, "--ntasks=3", "--ntasks-per-node=2")
     assert slurm.wait_for_state(job)["ExitCode"] == "2:0"
-    assert "refused: 3 tasks on 2 nodes" in said(script, job)
+    assert "refused: 3 tasks on 2 nodes" in script_log(script, job)
 
 
 def test_shellcheck_finds_nothing() -> None:

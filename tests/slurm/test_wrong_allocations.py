@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Jobs that cannot work, on the private SLURM: refused before a model is loaded, in one message, and not tried again.
+"""The whole command on the private SLURM: jobs that cannot work are refused in one message before a model is loaded.
 
-What one task can find is found by the job's first step, without torch and before any rank starts: a sweep of mistakes, each
-a task of one array. What only the ranks can find, they find where they meet.
+The job's first step finds what one process can find, without torch and before any rank starts. One array tests it: each of
+its tasks has a mistake. The ranks find the rest when they exchange reports.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.harness.paths import ROOT
 from tests.slurm.private_cluster import PrivateCluster
 from tests.slurm.real_runs import PP2, Run, launch, rank_arguments
 
-# On 2 nodes x 4 ranks with 5 minutes; each with what its one message must say.
+# Mistake: (its overrides, words that its message must contain). On 2 nodes x 4 ranks, with a time limit of 5 minutes.
 MISTAKES = {
     "world-size-and-data": (
         [
@@ -62,7 +62,7 @@ MISTAKES = {
 
 
 def submit(slurm: PrivateCluster, workshop: Path, runs: Sequence[Point], arguments: list[str]) -> str:
-    """An array as `tied-lora launch` would submit it, had it not looked at the files first."""
+    """Submits an array as `tied-lora launch` does, without its checks of the files."""
     settings = {"kind": "slurm", "time": "5", "save_seconds": 60, "max_requeues": 3, "at_once": 8}
     cluster = Cluster.from_mapping({**settings, "python": sys.executable})
     job = Job(
@@ -101,21 +101,23 @@ VALIDATION = ["model.data.validation_ds.global_batch_size=16"]
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_refused_in_one_message_starts_no_rank_and_is_not_tried_again(mistakes: Run, name: str) -> None:
+def test_a_mistake_is_refused_in_one_message_and_starts_no_rank_and_is_not_tried_again(
+    mistakes: Run, name: str
+) -> None:
     task = f"{mistakes.job}_{list(MISTAKES).index(name)}"
     fields = mistakes.slurm.wait_for_state(task, seconds=300)
-    said = mistakes.said(task)
-    assert (fields["JobState"], fields["Restarts"], fields["ExitCode"]) == ("FAILED", "0", "2:0"), said
+    log = mistakes.script_log(task)
+    assert (fields["JobState"], fields["Restarts"], fields["ExitCode"]) == ("FAILED", "0", "2:0"), log
     for part in MISTAKES[name][1]:
-        assert part in said, said
-    assert said.count("not possible") == (name != "unwritable")
-    assert "Traceback" not in said
-    assert "starting" not in said
+        assert part in log, log
+    assert log.count("not possible") == (name != "unwritable")
+    assert "Traceback" not in log
+    assert "starting" not in log
     assert not list((mistakes.folder / name).rglob("node-*.log"))
 
 
 def test_nodes_with_other_software_are_named(slurm: PrivateCluster, workshop: Path, tmp_path: Path) -> None:
-    """n2 has a copy of the package in which one line differs, and another version of numpy by its record."""
+    """n2 has a copy of the package with one more line, and metadata of another numpy."""
     shutil.copytree(Path(nemo_tied_lora.__file__).parent, tmp_path / "nemo_tied_lora")
     (tmp_path / "configs").symlink_to(config_folder())
     with (tmp_path / "nemo_tied_lora" / "config.py").open("a") as source:
@@ -130,12 +132,12 @@ def test_nodes_with_other_software_are_named(slurm: PrivateCluster, workshop: Pa
     job = launch(slurm, workshop, "software", *PP2, f"cluster.python={python}")
     run = Run(slurm, workshop / "runs" / "software", job)
     fields = slurm.wait_for_state(job, seconds=300)
-    assert (fields["JobState"], fields["Restarts"], fields["ExitCode"]) == ("FAILED", "0", "2:0"), run.said()
-    assert "refused by the ranks; not tried again" in run.said()
-    said = run.log() + run.log(node=1)
-    assert said.count("not possible") == 1
+    assert (fields["JobState"], fields["Restarts"], fields["ExitCode"]) == ("FAILED", "0", "2:0"), run.script_log()
+    assert "refused by the ranks; not tried again" in run.script_log()
+    logs = run.log() + run.log(node=1)
+    assert logs.count("not possible") == 1
     for name in ("numpy: ", "nemo_tied_lora's code: "):
-        [line] = [line for line in said.splitlines() if name in line]
+        [line] = [line for line in logs.splitlines() if name in line]
         assert "on node n" in line
         assert "make them the same" in line
 
@@ -150,12 +152,12 @@ def test_preflight_only_stops_before_the_model_is_loaded(slurm: PrivateCluster, 
     assert run.status == {}
 
 
-def test_a_step_of_ones_own_that_does_not_match_the_configuration_is_refused(
+def test_a_users_own_srun_that_does_not_match_the_configuration_is_refused(
     slurm: PrivateCluster, workshop: Path
 ) -> None:
     finetune = ["env", "RANK=0", "WORLD_SIZE=1", sys.executable, "-m", "nemo_tied_lora.commands.finetune"]
     words = [*rank_arguments("own_step"), "layout=pp2", "trainer.num_nodes=2", "trainer.devices=1"]
     command = " ".join(f"'{word}'" for word in [*finetune, *words])
-    said = slurm.run("bash", "-c", f"srun -N1 -n1 {command} 2>&1; echo code $?", cwd=workshop, PYTHONPATH=str(ROOT))
-    assert "trainer.num_nodes=2: SLURM runs this on 1 nodes" in said, said
-    assert "code 2" in said
+    printed = slurm.run("bash", "-c", f"srun -N1 -n1 {command} 2>&1; echo code $?", cwd=workshop, PYTHONPATH=str(ROOT))
+    assert "trainer.num_nodes=2: SLURM runs this on 1 nodes" in printed, printed
+    assert "code 2" in printed
