@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The support table: what each cell says, and the tests that must have passed for it to say so."""
+"""The support table: the text of each cell, and the tests that prove it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from tests.parity.runs import TOLERANCES, Run, runs_of
 __all__ = ["GPU", "NEWER", "OLDER", "Cell", "Table", "tables"]
 
 OLDER, NEWER = (0, 13), (0, 16)
-"""The releases of megatron-core that are tested: the first with NeMo, the second alone."""
+"""The tested releases of megatron-core: the older with NeMo, the newer without."""
 
-_HERE = "tests/parity"
-_REPRODUCES = f"{_HERE}/test_layouts.py::test_the_layout_reproduces_the_single_process_run"
-_BITS = f"{_HERE}/test_layouts.py::test_ranks_that_hold_the_same_element_hold_the_same_bits_after_every_step"
-_REFUSALS = f"{_HERE}/test_refusals.py::"
+_FOLDER = "tests/parity"
+_REPRODUCES = f"{_FOLDER}/test_layouts.py::test_the_layout_reproduces_the_single_process_run"
+_BITS = f"{_FOLDER}/test_layouts.py::test_ranks_that_hold_the_same_element_hold_the_same_bits_after_every_step"
+_REFUSALS = f"{_FOLDER}/test_refusals.py::"
 _MOE, _NEMO = "tests/adapter/test_experts.py::", "tests/nemo/test_nemo_loops.py::"
 GPU = "untested (GPU only)"
 
@@ -44,14 +44,18 @@ ON_A_GPU = ("CP 2, Transformer Engine's attention", "one GPU, bfloat16, NCCL")
 
 @dataclass(frozen=True)
 class Cell:
-    """text: what the page says. evidence: the tests, by pytest's names. newer: on the newer release; None: the same."""
+    """A cell of the support table.
+
+    text: shown on the page. evidence: pytest's names of the tests that prove it. newer: the tests on the newer release;
+    None: the same tests.
+    """
 
     text: str
     evidence: tuple[str, ...] = ()
     newer: tuple[str, ...] | None = None
 
     def proof(self, release: tuple[int, ...]) -> tuple[str, ...]:
-        """The tests that must pass on a release; on the newer one none of those that need NeMo."""
+        """The tests that must pass on a release. On the newer release, tests that need NeMo are left out."""
         if release == OLDER:
             return self.evidence
         tests = self.evidence if self.newer is None else self.newer
@@ -60,7 +64,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """rows: a label to a cell for each of the columns."""
+    """One table of the page. rows: each row's label to its cells, one per column."""
 
     title: str
     intro: str
@@ -69,7 +73,7 @@ class Table:
 
 
 def tables() -> Iterator[Table]:
-    """The page's, in its order."""
+    """The tables of the page, in its order."""
     for title, intro, columns in _FEATURES:
         rows = {label: tuple(_cell(layout, feature) for feature in columns) for layout, label in ROWS.items()}
         rows |= {label: (Cell(GPU),) * len(columns) for label in ON_A_GPU}
@@ -143,7 +147,7 @@ def _tests(runs: dict[str, Run], layout: str) -> tuple[str, ...]:
 
 
 def _refused_by_the_older(feature: str, tp_size: int) -> tuple[str, tuple[str, ...]]:
-    """Why, and the tests that see the refusal, and that without it the run would fail."""
+    """The reason for a refusal, and its tests: that the run is refused, and that it would fail otherwise."""
     if feature == "overlap and full":
         name, case, reason = "overlapping_sums_with_full_recomputation", "", "a tied gradient would arrive in parts"
     else:
@@ -199,15 +203,15 @@ def _experts() -> Table:
     }
     return Table(
         "Mixtures of experts",
-        "The experts' linears are targets, in a Llama style mixture with a dense layer and shared experts. The loop is our own "
-        "unless another is named.",
+        "The experts' linears are targets, in a Llama style mixture with a dense layer and shared experts. The loop is our own, "
+        "unless the row names another.",
         ("`experts: per_expert`", "`experts: tied`"),
         rows,
     )
 
 
 NEMO_TOLERANCES = {"O1": 1e-4, "O2": 4e-1, "mcore": 1e-4}
-"""Of NeMo's loops: by how much a tensor's change may differ, by its 2-norm."""
+"""For each loop of NeMo: the largest relative error of a tensor's change, by its 2-norm."""
 
 
 def _nemo() -> Table:
@@ -237,8 +241,8 @@ def _nemo() -> Table:
         rows[label] = (Cell(f"refused: {reason}", (f"{refused}[{case}]",)),) * 3
     return Table(
         "NeMo 2.4's loops",
-        "Five steps of `tied-lora finetune`'s model, in float32 except O2. The error is that of the change that the steps make in "
-        "a tensor. Interleaved pipelines are refused in NeMo.",
+        "Five steps of `tied-lora finetune`'s model, in float32 except O2. The bounds are for the change of a tensor in these "
+        "steps. Interleaved pipelines are refused in NeMo.",
         tuple(ROWS[layout] for layout in columns),
         rows,
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run against the single-process run, and replicas against each other."""
+"""Compares a run with the single-process run, and replicas with each other."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ __all__ = ["Verdict", "compare", "unequal_replicas", "worst"]
 
 @dataclass
 class Verdict:
-    """problems: where a run departs from the oracle, a line each. errors: the largest of each kind. record's others."""
+    """The comparison of one rank's record with the oracle's.
+
+    problems: one line per difference above the tolerance. errors: the largest of each kind. The others: from the record.
+    """
 
     problems: list[str] = field(default_factory=list)
     errors: dict[str, float] = field(default_factory=dict)
@@ -26,7 +29,7 @@ class Verdict:
 
 
 def compare(record: Record, expected: Record, tolerance: float) -> Verdict:
-    """What a rank recorded, against the single process."""
+    """Compares a rank's record with the single-process run's."""
     verdict = Verdict(bits=record.bits, shapes=record.shapes, starts_as_base=record.starts_as_base)
     numbers = [
         ("loss", record.losses, expected.losses if record.losses else []),
@@ -48,10 +51,10 @@ def compare(record: Record, expected: Record, tolerance: float) -> Verdict:
 
 
 def unequal_replicas(ranks: Sequence[Verdict], layout: Layout, whole: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Tensors of which ranks or chunks hold other bits than another that holds the same elements, at any step.
+    """Lists, for each step, the tensors whose replicas on ranks or chunks differ in a bit.
 
-    Who holds the same is told from shapes and rank numbers alone: a tensor as large as the whole one is a replica on
-    every rank that has it, a smaller one on the ranks of the same tensor-parallel rank.
+    Shapes and rank numbers alone decide what is a replica: a tensor with the shape of the whole one is a replica on
+    every rank that has it; a smaller one is a replica on the ranks with the same tensor-parallel rank.
     """
     found = []
     for step in range(len(ranks[0].bits)):
@@ -76,6 +79,6 @@ def _relative(got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 def worst(verdicts: Sequence[Verdict]) -> Iterator[tuple[str, float]]:
-    """(kind, largest error over the ranks)."""
+    """Yields each kind and its largest error over the ranks."""
     for kind in sorted({kind for verdict in verdicts for kind in verdict.errors}):
         yield kind, max(verdict.errors.get(kind, 0.0) for verdict in verdicts)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Context parallelism on the CPU: who has which positions, and an attention that sees all of them.
+"""Context parallelism on the CPU: which rank has which positions, and an attention over all positions.
 
-megatron-core's own attention for the CPU, `DotProductAttention`, refuses context parallelism: it is only in Transformer
-Engine's. This one is the local attention on gathered keys and values, so that all else (position embeddings, linears,
-gradient groups, loss) is megatron-core's and the adapter's own code, on half of the sequence.
+megatron-core's attention for the CPU, `DotProductAttention`, refuses context parallelism; only Transformer Engine's has it.
+`GatheredAttention` applies the local attention to gathered keys and values. So everything else (position embeddings,
+linears, gradient groups, loss) is the code of megatron-core and of the adapter, on a part of the sequence.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["GatheredAttention", "own_positions"]
 
 
 def own_positions(sequence: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(positions in the order in which ranks have them, this rank's): of 2 CP pieces the r-th and the r-th last."""
+    """Returns all positions in the order of the ranks, and this rank's: of 2 CP pieces, rank r has the r-th and the r-th last."""
     size, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
     if size == 1:
         return torch.arange(sequence), torch.arange(sequence)
@@ -29,10 +29,10 @@ def own_positions(sequence: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class GatheredAttention(DotProductAttention):
-    """Queries (s/CP, b, heads, d) of this rank against keys and values (s, b, groups, d) of all.
+    """Attention of this rank's queries (s/CP, b, heads, d) to the keys and values (s, b, groups, d) of all ranks.
 
     Forward gathers keys and values over the context-parallel group; backward sums and scatters their gradients.
-    The mask is (1, 1, s/CP, s), keys in the order of the ranks.
+    The mask is (1, 1, s/CP, s), with the keys in the order of the ranks.
     """
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layouts of the suite, in the fewest ranks that have them."""
+"""The layouts of the suite, each on the fewest ranks that it needs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["LAYOUTS", "Layout"]
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Sizes as in Megatron; vp: chunks a stage. sequence_parallel goes with tp, over the same ranks."""
+    """Parallel sizes as in Megatron. vp: chunks per stage. Sequence parallelism uses the ranks of tp."""
 
     tp: int = 1
     pp: int = 1
@@ -24,7 +24,7 @@ class Layout:
         return self.tp * self.pp * self.cp * self.dp
 
     def enter(self) -> None:
-        """Makes Megatron's groups, in ranks that run already."""
+        """Replaces Megatron's groups by those of this layout, in running ranks."""
         from tests.harness.relayout import relayout
 
         relayout(tp=self.tp, pp=self.pp, vp=self.vp, cp=self.cp)

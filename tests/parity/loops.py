@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training loops around one Adam: a loop of our own, and megatron-core's DDP with its optimizers.
+"""Training loops with the same Adam: our own, and megatron-core's DDP with its optimizers.
 
-Each gives, for a step: `start`, (forward and backward over the microbatches), `finish` with every sum, `gradients`,
-and `clip_and_step`, which returns the norm that clipped.
+A step calls `start`, then forward and backward over the microbatches, `finish` (all sums of gradients), `gradients`, and
+`clip_and_step`, which returns the norm before clipping.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from tests.parity.runs import Run
 
 __all__ = ["Loop", "MegatronLoop", "PlainLoop", "make_loop"]
 
-# eps is of the size of the gradients: a smaller one would magnify the rounding of small gradients.
+# eps is as large as the gradients: a smaller one would magnify the rounding of small gradients.
 LEARNING_RATE, EPS, BETAS = 1e-2, 1e-3, (0.9, 0.99)
-# Below every run's norm, so that each step is clipped, and a wrong norm makes wrong steps.
+# Below every run's norm. So each step is clipped, and a wrong norm causes wrong steps.
 MAX_NORM = 0.1
 
 
 class Loop(Protocol):
-    """What `train` does in a step."""
+    """The calls that `train` makes in a step."""
 
     models: list[nn.Module]
 
@@ -41,14 +41,14 @@ class Loop(Protocol):
 
 
 def make_loop(run: Run, chunks: list[nn.Module], adapter: Adapter) -> Loop:
-    """The run's loop around an adapted model."""
+    """Makes the run's loop for an adapted model."""
     if run.loop == "plain":
         return PlainLoop(chunks, adapter, run.fault)
     return MegatronLoop(run, chunks, adapter)
 
 
 class PlainLoop:
-    """Gradients in `grad`, summed by `reduce_gradients`; the mean over data-parallel ranks is the loop's own work."""
+    """Sums gradients in `grad` with `reduce_gradients`, and takes the mean over data-parallel ranks itself."""
 
     def __init__(self, chunks: list[nn.Module], adapter: Adapter, fault: str | None = None):
         self.models, self._adapter, self._fault = chunks, adapter, fault
@@ -79,10 +79,10 @@ class PlainLoop:
 
 
 class MegatronLoop:
-    """megatron-core's DDP, `finalize_model_grads` and optimizer, set up as its own training script does.
+    """megatron-core's DDP, `finalize_model_grads` and optimizer, set up as in megatron-core's training script.
 
-    Clips and steps with megatron-core's own `step`, but in float64, for which that has no kernels: there the norm is
-    taken, in float64, of the gradients that megatron-core's optimizer counts, over the group that it counts over.
+    megatron-core's `step` clips and steps, except in float64, for which it has no kernels. There this class computes
+    the norm of the gradients that megatron-core's optimizer counts, over the group that it uses.
     """
 
     def __init__(self, run: Run, chunks: list[nn.Module], adapter: Adapter):
@@ -125,14 +125,14 @@ class MegatronLoop:
         for optimizer in getattr(self._optimizer, "chained_optimizers", [self._optimizer]):
             counted, group = optimizer.get_main_grads_for_grad_norm(), optimizer.get_grad_stats_parallel_group()
             norm = float64_norm(counted, group)
-            assert abs(optimizer.get_grad_norm() / norm - 1) < 1e-6  # megatron-core's kernel adds up in float32
+            assert abs(optimizer.get_grad_norm() / norm - 1) < 1e-6  # megatron-core's kernel sums in float32
         clip([parameter.grad for parameter in self._parameters], norm)
         self._optimizer.step_with_ready_grads()
         return norm
 
 
 def float64_norm(gradients: list[torch.Tensor], group: Any) -> float:
-    """Of what all ranks of the group count."""
+    """The norm of the gradients that all ranks of the group pass."""
     squares = [torch.zeros((), dtype=torch.float64), *(g.double().square().sum() for g in gradients)]
     total = torch.stack(squares).sum()
     torch.distributed.all_reduce(total, group=group)
@@ -140,7 +140,7 @@ def float64_norm(gradients: list[torch.Tensor], group: Any) -> float:
 
 
 def clip(gradients: list[torch.Tensor], norm: float) -> None:
-    """As megatron-core does."""
+    """Clips the gradients in place, as megatron-core does."""
     coefficient = MAX_NORM / (norm + 1e-6)
     if coefficient < 1.0:
         torch._foreach_mul_(gradients, coefficient)
@@ -162,7 +162,7 @@ def _optimizer_config(ddp: DistributedDataParallelConfig, *, bfloat16: bool) -> 
 
 
 def _overlap(config: Any, models: list[Any], *, aligned: bool) -> None:
-    """aligned: stages start their sums together, when the schedule says so, and not when gradients are complete."""
+    """Sets up overlap. aligned: the schedule starts the sums of all stages together, not when gradients are complete."""
     several = len(models) > 1
     config.no_sync_func = [model.no_sync for model in models] if several else models[0].no_sync
     if aligned:
@@ -170,7 +170,7 @@ def _overlap(config: Any, models: list[Any], *, aligned: bool) -> None:
 
 
 def _gather_gradients(model: Any) -> None:
-    """The distributed optimizer leaves each data-parallel rank its part of the sums; fills in the others' parts."""
+    """Gathers the sums of gradients, of which the distributed optimizer leaves each data-parallel rank only a part."""
     for buffer in model.buffers:
         group = buffer.data_parallel_group
         for bucket in buffer.buckets:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keeps what each test of a run came to, for the page that is made of it; called from tests/conftest.py. No Megatron."""
+"""Keeps the outcomes of tests, which prove docs/parallelism.md. Called from tests/conftest.py. Imports no Megatron."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ __all__ = ["RESULTS", "RUNS", "keep", "write"]
 
 RUNS = ROOT / "runs"
 RESULTS = Path(os.environ.get("PARITY_RESULTS", RUNS / "parity.json"))
-"""Where the results go: PARITY_RESULTS, or runs/parity.json."""
+"""The file of results: PARITY_RESULTS, or runs/parity.json."""
 
 _tests: dict[str, str] = {}
 _errors: dict[str, Any] = {}
 
 
 def keep(report: Any) -> None:
-    """A test's outcome, and the errors that it measured; a failed set-up counts as its outcome."""
+    """Keeps a test's outcome and the errors that it measured. The outcome of a failed set-up counts."""
     if report.when == "call" or report.outcome != "passed":
         _tests[report.nodeid] = report.outcome
     for name, value in report.user_properties:
@@ -31,7 +31,7 @@ def keep(report: Any) -> None:
 
 
 def write() -> None:
-    """Once, after all tests; nothing where no test of this folder ran."""
+    """Writes the results, after all tests. Does nothing if test_layouts.py did not run."""
     if not any(test.startswith("tests/parity/test_layouts.py") for test in _tests):
         return
     versions = {name: importlib.metadata.version(name) for name in ("torch", "megatron-core")}

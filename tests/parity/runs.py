@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is trained, and on which layout. The runs of a layout together have every feature of the support table."""
+"""The runs, and which layout has which of them. Together, a layout's runs have every feature of the support table."""
 
 from __future__ import annotations
 
@@ -21,14 +21,16 @@ LLAMA = {"llama": True, "hidden": 32, "heads": 8}
 class Run:
     """One run.
 
-    config: the adapter's. model: options of `build_gpt`. dtype: of all parameters, "float64", "float32" or
-    "bfloat16" (whose gradients are float32). loop: "plain", or of megatron-core's DDP: "ddp", "ddp overlap",
-    "distributed", "distributed overlap"; with "aligned" after overlap, stages start their sums together.
-    recompute: None, "selective" or "full". stages: options of `build_gpt` that lay layers out over stages.
-    microbatches: of the global batch; data-parallel ranks share them.
-    fault: an error that is planted: "no sum", "summed twice", "stepped twice", or a flag of all parameters, as
-    "shared=False". features: the support table's
-    columns that the run is a test of, beside those that the other fields say.
+    config: the adapter's fields.
+    model: options of `build_gpt`.
+    dtype: of all parameters, "float64", "float32" or "bfloat16". The gradients of bfloat16 are float32.
+    loop: "plain", or with megatron-core's DDP "ddp", "ddp overlap", "distributed" or "distributed overlap". With
+        "aligned" after overlap, stages start their sums together.
+    recompute: None, "selective" or "full".
+    stages: options of `build_gpt` that distribute the layers over stages.
+    microbatches: number in the global batch. Data-parallel ranks share them.
+    fault: a planted error: "no sum", "summed twice", "stepped twice", or a flag of all parameters, like "shared=False".
+    features: columns of the support table that the run tests, besides those that follow from the other fields.
     """
 
     config: dict[str, Any]
@@ -44,7 +46,7 @@ class Run:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The support table's columns."""
+        """The columns of the support table that the run tests."""
         model = () if {"llama", "kv_channels"} & self.model.keys() else ("gpt2",)
         preset = (self.config["preset"],) if "preset" in self.config and "layers" not in self.config else ()
         return (self.loop, f"{self.recompute or 'no'} recompute", self.dtype, *model, *preset, *self.features)
@@ -74,9 +76,9 @@ RUNS: dict[str, Run] = {
     "distributed": Run(config=TL6, model=LLAMA, dtype="float32", loop="distributed overlap", features=("llama",)),
     "bfloat16": Run(config=TL6, dtype="bfloat16", loop="distributed", recompute="full"),
 }
-# Where DDP waits for all parts of a tied gradient, one a layer; in its first step it counts them.
+# For releases whose DDP waits for all parts of a tied gradient, one per layer. It counts them in the first step.
 OVERLAP_AND_FULL = Run(config=TL6, loop="ddp overlap", recompute="full", features=("overlap and full",))
-# Six layers: first and last stage have one, those between them two.
+# Six layers: the first and the last stage have one, the others two.
 SHORT_ENDS = {"num_layers_in_first_pipeline_stage": 1, "num_layers_in_last_pipeline_stage": 1}
 UNEVEN: dict[str, Run] = {
     "short ends": Run(config=TL6, model={"num_layers": 6}, loop="ddp", stages=SHORT_ENDS, features=("short ends",)),
@@ -97,17 +99,17 @@ UNEVEN: dict[str, Run] = {
     ),
 }
 TOLERANCES = {
-    # Sums are only reordered: 1e-13 or so, which Adam's division may magnify where a gradient is small.
+    # Sums are only reordered: about 1e-13. Adam's division may magnify it if a gradient is small.
     "float64": 1e-9,
-    # Against the float64 run: 6e-8 at each product, some hundreds of which add up on the way to a gradient; the gradient
+    # Against the float64 run: each product rounds by 6e-8, and some hundreds of these add up in a gradient. The gradient
     # of a u is a small sum of large terms.
     "float32": 5e-4,
-    # 8 bits, 4e-3 at each product, and two layouts round other sums; u as in float32.
+    # Each product rounds by 4e-3 (8 bits), and each layout rounds other sums. For u the same holds as in float32.
     "bfloat16": 0.2,
 }
-"""Largest relative error, of a loss, a norm, or a whole tensor by its 2-norm, for each dtype."""
+"""The largest relative error of a loss, a norm, or a whole tensor (by its 2-norm), for each dtype."""
 
-# What no preset trains or ties.
+# Combinations that no preset has.
 MIXED: dict[str, Run] = {
     "v alone, A tied": Run(config={"trained": ["v"], "tied": ["A"], "rank": 3}),
     "u alone, B tied": Run(config={"trained": ["u"], "tied": ["B"], "rank": 3}),
@@ -117,16 +119,16 @@ MIXED: dict[str, Run] = {
 
 
 def runs_of(name: str, release: tuple[int, ...] | None = None) -> dict[str, Run]:
-    """Every run of a layout, on a release of megatron-core; None: the installed one."""
+    """The runs of a layout on a release of megatron-core. None: the installed release."""
     layout, release = LAYOUTS[name], release or megatron_version()
     more = {"pp4": UNEVEN, "tp2 pp2": MIXED}.get(name, {})
     if counts_repeated_gradients(release):
         more = {**more, "overlap and full": OVERLAP_AND_FULL}
-    return {run: _fitted(given, layout, release) for run, given in {**RUNS, **more}.items()}
+    return {key: _fitted(run, layout, release) for key, run in {**RUNS, **more}.items()}
 
 
 def oracle_of(run: Run) -> Run:
-    """The single-process run that must come out the same: plain, in float64, but for bfloat16 parameters."""
+    """The single-process run that must give the same result: plain and in float64, except for bfloat16 parameters."""
     plain = dataclasses.replace(run, recompute=None, stages={}, fault=None, features=())
     if run.dtype == "bfloat16":
         return dataclasses.replace(plain, loop="ddp")
@@ -134,12 +136,12 @@ def oracle_of(run: Run) -> Run:
 
 
 def _fitted(run: Run, layout: Layout, release: tuple[int, ...]) -> Run:
-    """The run with as many layers, query groups and microbatches as the layout needs."""
+    """The run, with the numbers of layers, query groups and microbatches that the layout needs."""
     model, features = dict(run.model), run.features
     if layout.vp is not None:
         model.setdefault("num_layers", layout.pp * layout.vp)
     elif layout.tp == 4 and "without" not in model and "layers" not in run.config:
-        model.setdefault("num_layers", 2)  # gloo's collectives on few cores are what takes time
+        model.setdefault("num_layers", 2)  # gloo's collectives are slow on few cores
     if model.get("llama"):
         model.setdefault("groups", 2)
         if model["groups"] < layout.tp and not splits_query_groups(release):
@@ -158,4 +160,4 @@ FAULTS: dict[str, dict[str, Run]] = {
     "tp2": {"tensor_model_parallel=False": Run(config=TL6, fault="tensor_model_parallel=False")},
     "tp2 sp": {"sequence_parallel=False": Run(config=TL6, loop="ddp", fault="sequence_parallel=False")},
 }
-"""Errors that are planted, layout by layout: each must be noticed."""
+"""The planted errors of each layout. The comparison must notice each."""

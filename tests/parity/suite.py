@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs every layout of a number of ranks in one start of them; each rank compares its records with the oracle's."""
+"""Runs all layouts with the same number of ranks in one start. Each rank compares its records with the oracle's."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["all_runs", "oracle", "verdicts"]
 
 
 def verdicts(layout: str, run: str) -> list[Verdict]:
-    """Each rank's, of one run on one layout."""
+    """Each rank's verdict on one run on one layout."""
     outcome = _outcome(LAYOUTS[layout].world_size)
     if isinstance(outcome, AssertionError):
         raise outcome
@@ -44,13 +44,13 @@ def _requests() -> dict[str, Run]:
 
 
 def all_runs(layout: str) -> dict[str, Run]:
-    """With the faults that are planted there."""
+    """The runs of a layout, with its planted errors."""
     return runs_of(layout) | FAULTS.get(layout, {})
 
 
 @functools.cache
 def _outcome(world_size: int) -> list[dict[tuple[str, str], Verdict]] | AssertionError:
-    """Each rank's verdicts; the ranks are spawned once, also when they fail."""
+    """Each rank's verdicts. The ranks start once, even if they fail."""
     plan = {name: all_runs(name) for name, layout in LAYOUTS.items() if layout.world_size == world_size}
     expected = {repr(oracle_of(run)): oracle(run) for runs in plan.values() for run in runs.values()}
     with tempfile.TemporaryDirectory() as folder:

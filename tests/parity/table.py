@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes docs/parallelism.md from the results of whole runs of the tests, or only checks that they prove it: make test.
+"""Writes docs/parallelism.md, if the results of both releases' tests prove every cell.
 
 python -m tests.parity.table [--check]
+
+With --check it writes nothing, and reports a page that differs. `make test` runs it so.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ __all__ = ["PAGE", "main", "page", "unproven"]
 
 PAGE = ROOT / "docs" / "parallelism.md"
 RESULTS = {"parity.json": OLDER, "parity-mcore016.json": NEWER}
-"""Files of results, and the release that they must be of."""
+"""Files of results, and the release that each must have tested."""
 
 _HEAD = """\
 # The same adapter on every parallel layout
@@ -40,31 +42,31 @@ TP, PP, DP and CP are the tensor, pipeline, data and context parallel sizes. Eac
 
 Three bounds are used:
 
-- 1e-9 in float64. Layouts add up in another order, which leaves about 1e-14. The loss is computed in float64, because
-  megatron-core's own is always float32.
+- 1e-9 in float64. Layouts sum in another order, which changes results by about 1e-14. The loss is computed in
+  float64, because megatron-core's own is always float32.
 - 5e-4 in float32, against the float64 run. Each product rounds by 6e-8, and some hundreds of these add up in a
   gradient. The gradient of a u is a small sum of large terms.
 - 2e-1 in bfloat16, against the single-process bfloat16 run. Each product rounds by 4e-3 (8 bits), and each layout
   rounds other sums. For u the same holds as in float32.
 
 The suite runs on two releases: megatron-core 0.13.1 with NeMo 2.4.1, and 0.16.1 without NeMo. A cell that names no
-release is true of both; *NeMo 2.4's loops* are true of 0.13.1. `make test` runs both and keeps each test's result in
+release holds for both; *NeMo 2.4's loops* hold for 0.13.1. `make test` runs both and keeps each test's result in
 `runs/parity.json` and `runs/parity-mcore016.json`. It fails if they do not prove a cell, or if this page differs from
 the cells.
 
 megatron-core's own attention for the CPU refuses context parallelism ("only supported by TEDotProductAttention"). The
-suite uses an attention of its own there, which gathers keys and values. Everything else is megatron-core's code and
-this project's.
+suite uses its own attention instead, which gathers keys and values. Everything else is the code of megatron-core and
+of this project.
 """
 
 
 def page() -> str:
-    """The page, as the cells declare it."""
+    """The text of the page."""
     return _HEAD + "".join(_section(table) for table in tables())
 
 
 def unproven(outcomes: Mapping[str, str], release: tuple[int, ...]) -> list[str]:
-    """Cells that say more than a release's results: a line for each test that has not passed."""
+    """One line per test that a cell needs and that has not passed on the release."""
     cells = {cell for table in tables() for row in table.rows.values() for cell in row}
     wanted = {test: cell.text for cell in cells for test in cell.proof(release)}
     return [
@@ -81,22 +83,22 @@ def _section(table: Table) -> str:
 
 
 def _problems(name: str, release: tuple[int, ...]) -> list[str]:
-    """What is wrong with a file of results, a line each."""
+    """One line per problem of a file of results."""
     path = RUNS / name
     if not path.exists():
-        return [f"{path}: not there"]
+        return [f"{path}: not found"]
     results = json.loads(path.read_text())
     version = results["versions"]["megatron-core"]
     if not version.startswith(".".join(map(str, release)) + "."):
-        return [f"{path}: is of megatron-core {version}"]
+        return [f"{path}: was made with megatron-core {version}"]
     return [f"{path}: does not prove: {line}" for line in unproven(results["tests"], release)]
 
 
 def main() -> None:
-    """Refuses to write, or finds fault with, what the results do not prove."""
+    """Writes the page, or checks it. Exits with all problems if the results do not prove it."""
     problems = [line for name, release in RESULTS.items() for line in _problems(name, release)]
     if "--check" in sys.argv[1:] and PAGE.read_text() != page():
-        problems.append(f"{PAGE}: make parallelism-page writes it anew")
+        problems.append(f"{PAGE}: differs from the cells; make parallelism-page writes it again")
     if problems:
         sys.exit("\n".join(problems))
     if "--check" not in sys.argv[1:]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One, two, four and eight ranks (a start each): every layout reproduces the single-process run."""
+"""Several ranks (1, 2, 4 and 8, started once each): every layout reproduces the single-process run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PLANTED = [(layout, fault) for layout, faults in FAULTS.items() for fault in fau
 def test_the_layout_reproduces_the_single_process_run(
     layout: str, run: str, record_property: Callable[[str, object], None]
 ) -> None:
-    """Every loss, every gradient, every norm, the adapter after two steps; the base's output before the first."""
+    """Compares each loss, gradient and norm, the adapter after two steps, and the output before the first with the base's."""
     ranks = verdicts(layout, run)
     record_property("errors", dict(worst(ranks)))
     assert [problem for verdict in ranks for problem in verdict.problems] == []
@@ -48,7 +48,7 @@ def test_a_replica_with_another_bit_is_noticed_whether_whole_or_a_shard() -> Non
     whole = {name: tuple(tensor.shape) for name, tensor in oracle(runs_of("tp2")["plain"]).state.items()}
     assert unequal_replicas(ranks, LAYOUTS["tp2"], whole) == []
     ranks[1].bits[0][0, "linear_qkv.A"] = ranks[1].bits[0][0, "layers.2.linear_fc2.v"] = "other"
-    ranks[1].bits[1][0, "linear_qkv.B"] = "a shard of its own"
+    ranks[1].bits[1][0, "linear_qkv.B"] = "another shard"
     found = {"step 0: layers.2.linear_fc2.v (shard None)", "step 0: linear_qkv.A (shard None)"}
     assert set(unequal_replicas(ranks, LAYOUTS["tp2"], whole)) == found
     pipeline = replace(LAYOUTS["tp2"], tp=1, pp=2)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One and two ranks: the Python of docs/library.md and README.md runs, and its loops train the same adapter on every layout.
+"""Several ranks: the Python of docs/library.md and README.md runs, and its loops train the same adapter on every layout.
 
-The blocks are taken out of the pages and executed. The oracle is the page's loop on one process.
+The tests execute the code blocks of the pages. The oracle is the page's loop in one process.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from tests.parity.training import randomise
 ADD, SHARED, SAVE = "Add an adapter", "What both loops share", "Save, load, merge, remove"
 OWN, MEGATRON, SHORT = "A loop of your own", "Megatron's DDP and optimizer", "README.md"
 MICROBATCHES, SAMPLES, STEPS = 4, 2, 3
-# float32, sums in another order: 1e-7 at each product.
+# float32, with sums in another order: 1e-7 per product.
 TOLERANCE = 1e-5
 # README's loop has neither a pipeline nor several data-parallel ranks.
 RUNS = [(loop, layout) for loop in (OWN, MEGATRON) for layout in ("tp2", "tp2 sp", "pp2", "dp2")]
 RUNS += [(SHORT, "tp2"), (SHORT, "tp2 sp")]
-# Adam divides a gradient by its own size, which hides one that is twice too large: an eps of that size shows it. And each
-# step's norm is above the bound, so that each step is clipped.
+# Adam divides a gradient by its size, so it hides a factor of two, unless eps is as large as the gradient. The bounds are
+# below each step's norm, so that each step is clipped.
 VISIBLE = {
     OWN: {"lr=1e-3": "lr=1e-2, eps=1e-3", "max_norm=1.0": "max_norm=0.05"},
     MEGATRON: {"lr=1e-3": "lr=1e-2, adam_eps=1e-3", "clip_grad=1.0": "clip_grad=0.05"},
     SHORT: {"lr=1e-3": "lr=1e-2, eps=1e-3"},
 }
 _SUM = "adapter.reduce_gradients()"
-# The loop, the layout on which it shows, the line that begins so, and what stands there instead.
+# Fault: (loop, layout that shows it, beginning of the line that is replaced, its replacement).
 FAULTS = {
     "no sum over stages": (OWN, "pp2", _SUM, "pass"),
     "summed twice": (OWN, "pp2", _SUM, f"{_SUM}; {_SUM}"),
@@ -53,13 +53,13 @@ FAULTS = {
         "import torch; optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-2)",
     ),
 }
-# What the page says may be there as well.
+# Variants that the page allows.
 HARMLESS = {"reduce_gradients in Megatron's loop": (MEGATRON, "pp2", "optimizer.step()", f"{_SUM}; optimizer.step()")}
 State = dict[str, torch.Tensor]
 
 
 @pytest.mark.parametrize(("loop", "layout"), RUNS)
-def test_a_loop_of_the_pages_trains_the_single_process_adapter(loop: str, layout: str) -> None:
+def test_each_loop_of_the_pages_trains_the_single_process_adapter(loop: str, layout: str) -> None:
     for state in on_two_ranks()[loop, layout, None]:
         assert not isinstance(state, str), state
         assert error(state, oracle(loop)) < TOLERANCE
@@ -79,21 +79,21 @@ def test_a_variant_that_the_page_allows_trains_the_same_adapter(variant: str) ->
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_in_a_loop_shows(fault: str) -> None:
+def test_a_fault_in_a_loop_is_noticed(fault: str) -> None:
     loop, layout, *_ = FAULTS[fault]
     states = on_two_ranks()[loop, layout, fault]
     assert all(isinstance(state, str) or error(state, oracle(loop)) > 10 * TOLERANCE for state in states)
 
 
-def test_torchs_optimizer_around_megatrons_ddp_steps_nothing() -> None:
-    """The page's warning is true."""
+def test_torchs_optimizer_with_megatrons_ddp_changes_nothing() -> None:
+    """The page warns of it."""
     (fault,) = [name for name in FAULTS if "AdamW" in name]
     for state in on_two_ranks()[MEGATRON, "dp2", fault]:
         assert error(state, oracle("no step")) == 0
 
 
 def block(heading: str) -> str:
-    """The first Python block under a heading of the page, or of README.md."""
+    """The first Python block under a heading of the page; for `SHORT`, the first of README.md."""
     if heading == SHORT:
         text = (ROOT / "README.md").read_text()
     else:
@@ -101,27 +101,29 @@ def block(heading: str) -> str:
     return re.findall(r"^```python\n(.*?)^```$", text, flags=re.M | re.S)[0]
 
 
-def loop_code(heading: str, begins: str = "", instead: str = "") -> str:
-    """A loop's block, with numbers that let errors show, and one line replaced."""
+def loop_code(heading: str, line: str = "", replacement: str = "") -> str:
+    """A loop's block, with numbers that make errors visible, and with one line replaced."""
     code = block(heading)
-    # From factors that are random everywhere: a zero would hide errors.
+    # All factors start at random values: a zero would hide errors.
     for old, new in {**VISIBLE[heading], "\noptimizer = ": "\nrandomise(adapter)\noptimizer = "}.items():
         assert code.count(old) == 1, f"{heading}: {old}"
         code = code.replace(old, new)
-    if begins:
-        code, count = re.subn(rf"^( *){re.escape(begins)}.*$", rf"\1{instead}", code, flags=re.M)
-        assert count == 1, f"{heading}: {begins}"
+    if line:
+        code, count = re.subn(rf"^( *){re.escape(line)}.*$", rf"\1{replacement}", code, flags=re.M)
+        assert count == 1, f"{heading}: {line}"
     return code
 
 
-def trained(loop: str, folder: str, begins: str = "", instead: str = "", *, sequence_parallel: bool = False) -> State:
-    """The whole adapter after the loop, saved, removed and loaded as the page does it."""
+def trained(
+    loop: str, folder: str, line: str = "", replacement: str = "", *, sequence_parallel: bool = False
+) -> State:
+    """Runs the loop, then the page's code that saves, removes and loads the adapter. Returns the whole adapter."""
     model = build_gpt(dtype=torch.float32, sequence_parallel=sequence_parallel)
     steps = list(microbatches())
     names: dict[str, Any] = {"models": [model], "model": model, "steps": steps, "randomise": randomise}
     names |= {"batches": [step[0] for step in steps], "compute_loss": mean_loss}
     before = "" if loop == SHORT else block(ADD) + block(SHARED)
-    for code in (before, loop_code(loop, begins, instead)):
+    for code in (before, loop_code(loop, line, replacement)):
         exec(code.replace("adapter.nemo", f"{folder}/adapter.nemo"), names)
     check_ties(names["adapter"])
     state: State = names["adapter"].full_state()
@@ -131,7 +133,7 @@ def trained(loop: str, folder: str, begins: str = "", instead: str = "", *, sequ
 
 
 def microbatches() -> Any:
-    """This data-parallel rank's of every step."""
+    """Yields this data-parallel rank's microbatches of each step."""
     generator = torch.Generator().manual_seed(7)
     fixed = {
         "positions": torch.arange(SEQUENCE).expand(SAMPLES, -1),
@@ -148,7 +150,7 @@ def mean_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 @functools.cache
 def oracle(loop: str) -> State:
-    """The single process's adapter; of "no step" the one that all start from."""
+    """The single process's adapter after the loop. "no step": the adapter from which all loops start."""
     single_process()
     with tempfile.TemporaryDirectory() as folder:
         if loop == "no step":
@@ -158,10 +160,10 @@ def oracle(loop: str) -> State:
 
 @functools.cache
 def on_two_ranks() -> dict[tuple[str, str, str | None], list[State | str]]:
-    """Each rank's adapter, or what the tie guard says of it, of every loop, layout and change; the ranks are started once."""
+    """Each rank's adapter, or the tie guard's error, for every loop, layout and change. The ranks start once."""
     wanted: list[tuple[str, str, str | None, str, str]] = [(loop, layout, None, "", "") for loop, layout in RUNS]
-    for name, (loop, layout, begins, instead) in {**HARMLESS, **FAULTS}.items():
-        wanted.append((loop, layout, name, begins, instead))
+    for name, (loop, layout, line, replacement) in {**HARMLESS, **FAULTS}.items():
+        wanted.append((loop, layout, name, line, replacement))
     with tempfile.TemporaryDirectory() as folder:
         ranks = run_ranks(_on_a_rank, wanted, folder, world_size=2)
     return {key: [rank[key] for rank in ranks] for key in ranks[0]}
@@ -171,12 +173,12 @@ def _on_a_rank(
     wanted: list[tuple[str, str, str | None, str, str]], folder: str
 ) -> dict[tuple[str, str, str | None], State | str]:
     results: dict[tuple[str, str, str | None], State | str] = {}
-    for loop, layout, change, begins, instead in wanted:
+    for loop, layout, change, line, replacement in wanted:
         LAYOUTS[layout].enter()
         sequence_parallel = LAYOUTS[layout].sequence_parallel
         try:
-            state: State | str = trained(loop, folder, begins, instead, sequence_parallel=sequence_parallel)
-        except TieError as drift:  # on every rank alike
+            state: State | str = trained(loop, folder, line, replacement, sequence_parallel=sequence_parallel)
+        except TieError as drift:  # raised on every rank
             state = str(drift)
         results[loop, layout, change] = state
     return results

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/parallelism.md says what the suite's cells say, and each cell that claims something has a test that proves it."""
+"""Pure: docs/parallelism.md shows the suite's cells, and tests prove each cell that makes a claim."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ EVERY_CELL = [cell for table in tables() for row in table.rows.values() for cell
 PROOF = {release: {test for cell in EVERY_CELL for test in cell.proof(release)} for release in (OLDER, NEWER)}
 
 
-def test_the_page_is_the_cells() -> None:
-    assert PAGE.read_text() == page(), "make parallelism-page writes it anew"
+def test_the_page_shows_the_cells() -> None:
+    assert PAGE.read_text() == page(), "make parallelism-page writes it again"
 
 
-def test_a_cell_is_tested_or_refused_or_needs_a_gpu_and_nothing_else() -> None:
+def test_a_cell_is_tested_or_refused_or_needs_a_gpu() -> None:
     for cell in EVERY_CELL:
         assert cell.text.startswith(("tested, ", "refused: ", "tested on 0.16.1, ")) or cell.text == GPU
         assert bool(cell.evidence) is (cell.text != GPU)
 
 
 def test_every_test_that_a_cell_names_exists(request: pytest.FixtureRequest) -> None:
-    """Of the files that this run has collected, on the release that it runs on."""
+    """Checks the installed release, in the files that this run has collected."""
     collected = {item.nodeid for item in request.session.items}
     files = {test.partition("::")[0] for test in collected}
     parametrized = {test.partition("[")[0] for test in collected}
@@ -50,7 +50,7 @@ def test_a_cell_without_a_passed_test_is_not_proven(release: tuple[int, ...]) ->
         assert [line.split(": ")[-1] for line in unproven(outcomes, release)] == [outcome or "not run"]
 
 
-def test_what_the_older_release_refuses_is_proven_by_the_newer_ones_runs() -> None:
+def test_a_refusal_on_the_older_release_and_the_run_on_the_newer_one_are_proven() -> None:
     refused = [cell for cell in EVERY_CELL if "refused on 0.13.1" in cell.text]
     assert refused
     for cell in refused:
@@ -60,18 +60,18 @@ def test_what_the_older_release_refuses_is_proven_by_the_newer_ones_runs() -> No
         assert cell.proof(NEWER)
 
 
-def test_only_what_needs_nemo_is_not_asked_of_the_newer_release() -> None:
+def test_the_newer_release_must_prove_every_cell_except_nemos_loops() -> None:
     left_out = {test for cell in EVERY_CELL if not cell.proof(NEWER) for test in cell.evidence}
     assert {test.partition("::")[0] for test in left_out} == {"tests/nemo/test_nemo_loops.py"}
     assert "nemo" in NEED_NEMO
 
 
-def test_the_check_wants_the_whole_results_of_both_releases(
+def test_the_check_needs_the_complete_results_of_both_releases(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(table, "RUNS", tmp_path)
     monkeypatch.setattr("sys.argv", ["table", "--check"])
-    with pytest.raises(SystemExit, match=r"parity\.json: not there\n.*parity-mcore016\.json: not there"):
+    with pytest.raises(SystemExit, match=r"parity\.json: not found\n.*parity-mcore016\.json: not found"):
         table.main()
     files = {"parity.json": ("0.13.1", OLDER), "parity-mcore016.json": ("0.16.1", NEWER)}
     results = {name: _results(version, PROOF[release]) for name, (version, release) in files.items()}
@@ -84,7 +84,7 @@ def test_the_check_wants_the_whole_results_of_both_releases(
     with pytest.raises(SystemExit, match=re.escape(f"{missing}: not run")):
         table.main()
     _write(tmp_path, dict.fromkeys(files, results["parity.json"]))
-    with pytest.raises(SystemExit, match=r"parity-mcore016\.json: is of megatron-core 0\.13\.1"):
+    with pytest.raises(SystemExit, match=r"parity-mcore016\.json: was made with megatron-core 0\.13\.1"):
         table.main()
 
 

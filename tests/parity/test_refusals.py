@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One process: what a layout cannot do is refused by name, and would indeed fail."""
+"""One process: what a layout cannot do is refused by name, and would fail without the refusal."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_fewer_query_groups_than_tensor_parallel_ranks_are_refused_by_name(tp_si
 
 @pytest.mark.parametrize("tp_size", [2, 4])
 def test_fewer_query_groups_than_tensor_parallel_ranks_would_fail(tp_size: int) -> None:
-    """In megatron-core's own configuration. The newer release takes it, and test_layouts.py trains it."""
+    """megatron-core's configuration fails. The newer release accepts it, and test_layouts.py trains it."""
     fails = pytest.raises(ValueError, match=rf"num_query_groups \(1\) must be a multiple of .*\({tp_size}\)")
     with nullcontext() if splits_query_groups() else fails:
         TransformerConfig(
@@ -56,7 +56,7 @@ def test_fewer_query_groups_than_tensor_parallel_ranks_would_fail(tp_size: int) 
 
 
 def test_overlapping_sums_with_full_recomputation_are_refused_by_name() -> None:
-    """Newer releases train it: test_layouts.py."""
+    """Newer releases can train it, and test_layouts.py does."""
     if counts_repeated_gradients():
         return
     with pytest.raises(ConfigError, match=r"overlap_grad_reduce=True: not possible .* before megatron-core 0\.16"):
@@ -66,14 +66,14 @@ def test_overlapping_sums_with_full_recomputation_are_refused_by_name() -> None:
 def test_overlapping_sums_with_full_recomputation_would_fail(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The refusal is not for nothing; when this no longer fails, it can go."""
+    """The reason for the refusal. If this no longer fails, remove the refusal."""
     monkeypatch.setattr(loops, "check_ddp", lambda *_: None)
     fails = pytest.raises(AssertionError, match="Cannot set grad twice")
     with nullcontext() if counts_repeated_gradients() else fails:
         train(OVERLAP_AND_FULL)
 
 
-def test_megatrons_attention_for_the_cpu_is_what_stops_context_parallelism() -> None:
-    """So the suite's own stands in its place; when this no longer fails, it can go."""
+def test_megatrons_attention_for_the_cpu_refuses_context_parallelism() -> None:
+    """The reason for the suite's own attention. If this no longer fails, remove that attention."""
     with pytest.raises(AssertionError, match="Context parallelism is only supported by TEDotProductAttention"):
         build_gpt(context_parallel_size=2)

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One training run on whatever layout the rank finds itself in, and what it records.
-
-The single-process run is the oracle.
-"""
+"""Trains one run on the current layout, and records it. The record of the single-process run is the oracle."""
 
 from __future__ import annotations
 
@@ -35,11 +32,15 @@ MICRO_BATCH_SIZE = 2
 
 @dataclass
 class Record:
-    """What a run did on this rank, a list's item a step.
+    """The record of a run on this rank. Lists have one item per step.
 
-    losses: of the global batch; none where the rank's stage has none. gradients: whole tensors, after every sum, before
-    clipping. norms: what clipping used. state: the whole adapter after the last step. bits: a digest of every tensor
-    that this rank holds, by (chunk, name). shapes: of these tensors. starts_as_base: None on stages without an output.
+    losses: of the global batch; empty on stages without a loss.
+    gradients: whole tensors, after all sums, before clipping.
+    norms: the norms before clipping.
+    state: the whole adapter after the last step.
+    bits: a digest of every tensor that this rank holds, by (chunk, name).
+    shapes: the shapes of these tensors.
+    starts_as_base: whether the untrained adapter leaves the output unchanged; None on stages without an output.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -52,7 +53,7 @@ class Record:
 
 
 def train(run: Run, *, sequence_parallel: bool = False) -> Record:
-    """Trains `run.steps` steps of Adam from factors that are random everywhere (a zero would hide errors)."""
+    """Trains `run.steps` steps of Adam. All factors start at random values, because a zero would hide errors."""
     chunks = build_chunks(run, sequence_parallel)
     record = Record()
     before = _outputs(chunks, run)
@@ -83,7 +84,7 @@ def train(run: Run, *, sequence_parallel: bool = False) -> Record:
 
 
 def build_chunks(run: Run, sequence_parallel: bool = False) -> list[nn.Module]:
-    """This stage's chunks, each with the base's fixed numbers."""
+    """Builds this stage's chunks, filled with the base's fixed numbers."""
     options: dict[str, Any] = {"dtype": getattr(torch, run.dtype), **run.model}
     if sequence_parallel:
         options["sequence_parallel"] = True
@@ -100,7 +101,7 @@ def build_chunks(run: Run, sequence_parallel: bool = False) -> list[nn.Module]:
 
 
 def randomise(adapter: Adapter) -> None:
-    """The same numbers in every layout, nowhere 0."""
+    """Sets all factors to random numbers, nowhere 0, which are the same on every layout."""
     shapes = expected_shapes(adapter.config, adapter.shapes)
     adapter.load_full_state({name: full_tensor(f"start {name}", shape) for name, shape in shapes.items()})
 
@@ -123,7 +124,7 @@ def _forward_backward(
 
 
 def _outputs(models: list[nn.Module], run: Run) -> list[torch.Tensor]:
-    """This rank's logits of the first batch; empty on stages that have none."""
+    """This rank's logits of the first batch; empty on stages without logits."""
     for model in models:
         model.eval()
     with torch.no_grad():
@@ -134,7 +135,7 @@ def _outputs(models: list[nn.Module], run: Run) -> list[torch.Tensor]:
 
 
 def _batches(run: Run, step: int) -> Iterator[torch.Tensor]:
-    """This data-parallel rank's microbatches of a step: every dp-th."""
+    """This data-parallel rank's microbatches of a step: every DP-th one."""
     generator = torch.Generator().manual_seed(7 + step)
     tokens = torch.randint(0, VOCAB, (run.microbatches, MICRO_BATCH_SIZE, SEQUENCE + 1), generator=generator)
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
@@ -143,17 +144,17 @@ def _batches(run: Run, step: int) -> Iterator[torch.Tensor]:
 
 def _forward_step(batches: Any, model: nn.Module) -> tuple[torch.Tensor, Any]:
     tokens = next(batches)
-    everyone, own = own_positions(SEQUENCE)
-    mask = everyone[None, :] > own[:, None]
+    all_positions, own = own_positions(SEQUENCE)
+    mask = all_positions[None, :] > own[:, None]
     logits = model(tokens[:, own], own.expand(MICRO_BATCH_SIZE, -1), mask[None, None])
     return logits, partial(_loss, tokens[:, own + 1])
 
 
 def _loss(labels: torch.Tensor, logits: torch.Tensor, non_loss_data: bool = False) -> Any:
-    """This rank's share of the microbatch's mean cross entropy, never in less than float32.
+    """This rank's share of the microbatch's mean cross entropy, in float32 or wider.
 
-    megatron-core's own is float32 always. Under context parallelism a rank has a part of the sequence, and its share
-    is a part of the mean, which megatron-core's schedule and DDP make up for.
+    megatron-core's own loss is always float32. Under context parallelism a rank has only a part of the sequence, so its
+    share is a part of the mean. megatron-core's schedule and DDP compensate for it.
     """
     if non_loss_data:
         return logits.detach().clone()
@@ -166,33 +167,33 @@ def _loss(labels: torch.Tensor, logits: torch.Tensor, non_loss_data: bool = Fals
 
 
 def _global_loss(losses: list[dict[str, torch.Tensor]]) -> float:
-    """The sum over the microbatches of all data-parallel ranks, of which context-parallel ones have parts."""
+    """The sum of the losses over all microbatches, data-parallel ranks and context-parallel ranks."""
     total = torch.stack([loss["loss"].double() for loss in losses]).sum()
     torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     return total.item()
 
 
 def _whole_gradients(adapter: Adapter, gradients: dict[nn.Parameter, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Every trained tensor's gradient, whole: shards from the tensor-parallel ranks, layers from the other stages.
+    """Gathers every trained tensor's whole gradient: shards over the tensor-parallel ranks, then layers over the stages.
 
-    What this rank holds whole is its own copy, and of what is tied it is its own stage's.
+    A gradient that this rank holds whole, or that its stage has, is the rank's own copy.
     """
     own: dict[str, torch.Tensor] = {}
     for name, parameter in adapter.named_parameters():
         gradient = gradients[parameter].detach().clone()
         assert torch.equal(own.setdefault(name, gradient), gradient), f"{name}: this stage's chunks differ"
-    shards = _everyones(own, parallel_state.get_tensor_model_parallel_group())
+    shards = _gather(own, parallel_state.get_tensor_model_parallel_group())
     whole = {}
     for name in own:
         parsed = FactorName.parse(name)
         shape = adapter.shapes[parsed.group]
         split = shape.sharded_dim(parsed.factor) is not None
         whole[name] = unshard([shard[name] for shard in shards], parsed.factor, shape) if split else own[name]
-    stages = _everyones(whole, parallel_state.get_pipeline_model_parallel_group())
+    stages = _gather(whole, parallel_state.get_pipeline_model_parallel_group())
     return {name: whole.get(name, tensor) for stage in stages for name, tensor in stage.items()}
 
 
-def _everyones(value: Any, group: Any) -> list[Any]:
+def _gather(value: Any, group: Any) -> list[Any]:
     values = [value] * group.size()
     if group.size() > 1:
         torch.distributed.all_gather_object(values, value, group=group)
