@@ -12,7 +12,11 @@ __all__ = ["forget_layout", "relayout"]
 
 
 def forget_layout() -> None:
-    """Destroys Megatron's groups and their process groups: each gloo group has a thread that wakes 100 times per second."""
+    """Destroys Megatron's groups and their process groups: each gloo group has a thread that wakes 100 times per second.
+
+    All ranks call it. None destroys a group while another one still receives, which would read "Connection reset by peer".
+    """
+    torch.distributed.barrier()
     parallel_state.destroy_model_parallel()
     default = torch.distributed.group.WORLD
     for group in list(torch.distributed.distributed_c10d._world.pg_map):
