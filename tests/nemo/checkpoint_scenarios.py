@@ -27,7 +27,7 @@ COMMON = ["trainer.max_steps=4", "model.data.validation_ds.metric.name=loss", f"
 
 
 class At(Callback):
-    """Calls a function before the training step of that number."""
+    """Calls a function before the given training step, and keeps its result."""
 
     def __init__(self, step: int, do: Callable[[Any], Any]) -> None:
         self.step, self.do, self.result = step, do, None
@@ -38,7 +38,7 @@ class At(Callback):
 
 
 class Preempted(Callback):
-    """NeMo's callback, set up as exp_manager does on a machine with a GPU."""
+    """Adds NeMo's preemption callback, as exp_manager does on a machine with a GPU."""
 
     def on_fit_start(self, trainer: Any, *_: Any) -> None:
         from nemo.utils.callbacks.preemption import PreemptionCallback
@@ -62,7 +62,7 @@ def run(name: str, *arguments: str, callbacks: tuple[Callback, ...] = ()) -> dic
 
 
 def stopped(name: str, *arguments: str, step: int = 3) -> None:
-    """Runs until that step, and ends as after a power cut."""
+    """Runs until that step, and ends there without any clean-up, like a power cut."""
 
     class PowerCut(BaseException):
         pass
@@ -118,10 +118,10 @@ def never() -> dict[str, bool]:
     again = run("never", "trainer.max_steps=6")
     losses = [step["loss"] for step in first["steps"]]
     return {
-        "none": not list(Path("never/checkpoints").glob("*.nemo")),
-        "anew": [step["loss"] for step in second["steps"]] == losses and second["steps"][0]["step"] == 1,
+        "no .nemo": not list(Path("never/checkpoints").glob("*.nemo")),
+        "starts again": [step["loss"] for step in second["steps"]] == losses and second["steps"][0]["step"] == 1,
         "resumed": [step["step"] for step in again["steps"]] == [1, 2, 3, 4, 5, 6],
-        "the longer run learns": again["steps"][4]["lr"] == pytest.approx(3.4549e-3, rel=1e-3),
+        "the rate of a longer run": again["steps"][4]["lr"] == pytest.approx(3.4549e-3, rel=1e-3),
     }
 
 
@@ -177,10 +177,10 @@ def preempted() -> dict[str, bool]:
     left = [p.name for p in Path("preempted/checkpoints").glob("*-last")]
     got = run("preempted", "trainer.max_steps=6")
     return {
-        "code": code == 0,
+        "exit code": code == 0,
         "after the step": len(left) == 1 and "-step=3-" in left[0],
         "resumes": [s["loss"] for s in got["steps"]] == [s["loss"] for s in want["steps"]],
-        "validates as ever": got["validations"] == want["validations"],
+        "same validations": got["validations"] == want["validations"],
         "same adapter": same(state(Path("preempted/adapter.nemo")), state(Path("uninterrupted/adapter.nemo"))),
     }
 
@@ -206,14 +206,14 @@ def resumes(name: str, *arguments: str, copy: str | None = None) -> dict[str, bo
         shutil.copytree(name, copy)
     got = run(name, *arguments)
     ours, theirs = (checkpoint(n, 4) for n in (name, f"{name}_straight"))
-    held = sorted({key.split("/")[0] for key in tensors_in(theirs)})
+    kinds = sorted({key.split("/")[0] for key in tensors_in(theirs)})
     return {
         "losses": [s["loss"] for s in got["steps"]] == [s["loss"] for s in want["steps"]],
         "rates": [s["lr"] for s in got["steps"]] == [s["lr"] for s in want["steps"]],
         "steps": [s["step"] for s in got["steps"]] == [1, 2, 3, 4],
         "output": same(state(Path(name, "adapter.nemo")), state(Path(f"{name}_straight", "adapter.nemo"))),
-        **{kind: same(tensors_in(ours, f"{kind}/"), tensors_in(theirs, f"{kind}/")) for kind in held},
-        "moments": {"exp_avg", "exp_avg_sq"} <= set(held),
+        **{kind: same(tensors_in(ours, f"{kind}/"), tensors_in(theirs, f"{kind}/")) for kind in kinds},
+        "moments": {"exp_avg", "exp_avg_sq"} <= set(kinds),
     }
 
 
@@ -247,7 +247,7 @@ def distributed_optimizer() -> dict[str, bool]:
 
 
 def pruned() -> dict[str, bool]:
-    """save_top_k: a run killed between a checkpoint and its "-last" keeps as many as an uninterrupted one."""
+    """save_top_k: a run killed between a checkpoint and its "-last" keeps as many checkpoints as an uninterrupted run."""
     two = ["trainer.max_steps=8", f"{PARAMS}.save_top_k=2"]
     run("pruned_straight", *two)
     aside = Path("aside")
@@ -283,13 +283,13 @@ def full_disk() -> dict[str, bool]:
     run("full_disk")
     return {
         "reason": "No space left" in (message or ""),
-        "older ones": left == ["2", "2"],
+        "earlier checkpoints": left == ["2", "2"],
         "resumes": same(state(Path("full_disk/adapter.nemo")), state(Path("full_disk_straight/adapter.nemo"))),
     }
 
 
 def unwritable() -> dict[str, bool]:
-    """If the adapter cannot be written at the end, the error says so; the same command then writes it without a step."""
+    """If the adapter cannot be written, the error reports it. The same command then writes it without another step."""
     place = Path("unwritable_place")
     place.write_text("a file where a folder should be")
     message = refusal("unwritable", f"output={place}/adapter.nemo")
@@ -299,7 +299,7 @@ def unwritable() -> dict[str, bool]:
         "reported": f"output={place}/adapter.nemo: cannot be written" in message
         and "type the command again" in message,
         "written": same(state(place / "adapter.nemo"), adapter_in(checkpoint("unwritable", 4))),
-        "no step more": [step["step"] for step in result["steps"]] == [1, 2, 3, 4],
+        "no more steps": [step["step"] for step in result["steps"]] == [1, 2, 3, 4],
     }
 
 
@@ -323,8 +323,8 @@ def refused() -> dict[str, bool]:
     base = refusal("refused")
     (last / "checkpoint.json").write_text(description)
     shutil.copy("base.nemo", "moved.nemo")
-    fine = ["model.restore_from_path=moved.nemo", "model.data.train_ds.memmap_workers=1", "trainer.max_steps=5"]
-    result = run("refused", *fine)
+    allowed = ["model.restore_from_path=moved.nemo", "model.data.train_ds.memmap_workers=1", "trainer.max_steps=5"]
+    result = run("refused", *allowed)
     return {
         "learning rate": "model.optim.lr=0.001: the checkpoints in" in rate and "were made with 0.01" in rate,
         "data": "model.data.train_ds.max_seq_length=24" in data,
@@ -337,7 +337,7 @@ def refused() -> dict[str, bool]:
 
 
 def refusal(name: str, *changes: str) -> str:
-    """The message of the refusal."""
+    """Returns the message of the refusal, or "nothing"."""
     from nemo_tied_lora.errors import ConfigError
 
     try:
@@ -370,7 +370,7 @@ SCENARIOS: dict[str, Callable[[], dict[str, bool]]] = {
 
 
 def main(argv: list[str], scenarios: dict[str, Callable[[], dict[str, bool]]] = SCENARIOS) -> None:
-    """Runs the scenarios in the folder `argv[0]`. The result of a failing one is its error."""
+    """Runs the scenarios in the folder `argv[0]`. The result of a scenario that raises is its traceback."""
     import traceback
 
     from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
@@ -383,7 +383,7 @@ def main(argv: list[str], scenarios: dict[str, Callable[[], dict[str, bool]]] = 
     os.chdir(argv[0])
     results: dict[str, Any] = {}
     for name in argv[1:] or scenarios:
-        destroy_num_microbatches_calculator()  # NeMo lets one process have one size of microbatch
+        destroy_num_microbatches_calculator()  # NeMo allows one microbatch size per process
         try:
             results[name] = scenarios[name]()
         except Exception:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Short fits on real NeMo in one start of the ranks, with one base, data set and adapter, on any layout and loop of NeMo."""
+"""Runs short fits on real NeMo in one start of the ranks: all loops and layouts, with the same base, data and adapter."""
 
 from __future__ import annotations
 
@@ -66,16 +66,16 @@ _TINY = [
 ]
 
 
-_LOOK, _COMPARE = (
+_FIND_NONFINITE, _CHECK_TIES = (
     "nemo_tied_lora.adapter.nonfinite_grads:find_nonfinite",
     "nemo_tied_lora.adapter.replica_check:check_ties",
 )
 UNGUARDED = {
-    "stop": _LOOK,
-    "skip O1": _LOOK,
-    "drift tp2": _COMPARE,
-    "drift before a checkpoint": _COMPARE,
-    "drift before the file": _COMPARE,
+    "stop": _FIND_NONFINITE,
+    "skip O1": _FIND_NONFINITE,
+    "drift tp2": _CHECK_TIES,
+    "drift before a checkpoint": _CHECK_TIES,
+    "drift before the file": _CHECK_TIES,
 }
 """Negative controls: the fit to the guard that is switched off when the fit runs again."""
 UNSUMMED = ("O1 pp2", "O2 pp2")
@@ -88,8 +88,8 @@ class Fit:
 
     poison: (step from 1, rank, tensor): that rank's summed gradient gets a NaN in its last element.
     drift: (step from 1, rank, tensor): a bit of that rank's copy is flipped before the tie guard runs.
-    checkpoint_at: the step after which a training checkpoint is written; 0: none.
-    off: a guard that is switched off (see tests/harness/switched_off.py).
+    checkpoint_at: the step after which it writes a training checkpoint; 0: no checkpoint.
+    off: the guard to switch off (see tests/harness/switched_off.py).
     """
 
     overrides: tuple[str, ...] = ()
@@ -313,7 +313,7 @@ def _watcher(fit: Fit, record: FitRecord) -> Any:
             self.before = _everything(trainer, module)
 
         def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
-            metrics = {n: float(trainer.callback_metrics[n]) for n in _NOTED if n in trainer.callback_metrics}
+            metrics = {n: float(trainer.callback_metrics[n]) for n in _RECORDED if n in trainer.callback_metrics}
             skipped = None if module.skipped is None else str(module.skipped)
             record.steps.append({**metrics, "skipped": skipped})
             record.untouched.append(_everything(trainer, module) == self.before)
@@ -325,7 +325,7 @@ def _watcher(fit: Fit, record: FitRecord) -> Any:
     return Watcher()
 
 
-_NOTED = ("reduced_train_loss", "grad_norm")
+_RECORDED = ("reduced_train_loss", "grad_norm")
 
 
 def _everything(trainer: Any, module: Any) -> list[Any]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run of one rank resumes with its optimizer's state spread over two ranks.
+"""Resumes a run of one rank on two ranks, which share its optimizer's state.
 
 Rank 0 prints a JSON object last. `checkpoint_scenarios.distributed_optimizer` made the stopped run.
 """
@@ -20,19 +20,19 @@ __all__ = ["main", "spread"]
 def spread() -> dict[str, Any]:
     """The ranks' shards hold every tensor bit for bit; later steps agree to the rounding of sums."""
 
-    def written_again(trainer: Any) -> dict[str, torch.Tensor]:
+    def save_again(trainer: Any) -> dict[str, torch.Tensor]:
         trainer.save_checkpoint("again.ckpt")
-        held = trainer.strategy._optimizer().mcore_optimizer.optimizer.param_groups[0]["params"]
-        return {**without_random_states(Path("again")), "shard": torch.tensor(sum(p.numel() for p in held))}
+        parameters = trainer.strategy._optimizer().mcore_optimizer.optimizer.param_groups[0]["params"]
+        return {**without_random_states(Path("again")), "shard": torch.tensor(sum(p.numel() for p in parameters))}
 
-    arrived = At(3, written_again)
-    run("spread", *SHARDED, "trainer.devices=2", callbacks=(arrived,))
-    shard, left = arrived.result.pop("shard"), without_random_states(checkpoint("spread", 2))
+    saved_again = At(3, save_again)
+    run("spread", *SHARDED, "trainer.devices=2", callbacks=(saved_again,))
+    shard, left = saved_again.result.pop("shard"), without_random_states(checkpoint("spread", 2))
     got, want = (state(Path(name, "adapter.nemo")) for name in ("spread", "distributed_straight"))
     return {
         "spread": bool(shard < sum(tensor.numel() for tensor in got.values())),
-        "same tensors": arrived.result.keys() == left.keys(),
-        "bits": [name for name in left if not torch.equal(left[name], arrived.result[name])] or True,
+        "same tensors": saved_again.result.keys() == left.keys(),
+        "bits": [name for name in left if not torch.equal(left[name], saved_again.result[name])] or True,
         # float32; Adam divides by small second moments, so reordered sums show in the last digits.
         "resumes": all(torch.allclose(got[name], tensor, rtol=5e-3, atol=5e-5) for name, tensor in want.items()),
     }

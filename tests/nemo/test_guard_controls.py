@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Negative controls: switches each guard off, and runs the test that must then fail.
 
-Other controls are where their ranks are: tests/adapter/test_flag_controls.py for the parameters' flags,
+Controls that need several ranks are in other files: tests/adapter/test_flag_controls.py for the parameters' flags,
 tests/resilience/test_ranks_in_trouble.py for ranks in trouble, tests/nemo/test_guarded_training.py for NeMo's loop.
 """
 
@@ -16,7 +16,7 @@ from tests.harness.forks import run_forked
 from tests.harness.paths import ROOT
 from tests.harness.switched_off import run_tests
 
-# Guard: (its function, the test, words of the test's failure, which show that it fails because the guard is off).
+# Guard: (its function, its test, words of the failure, which show that the test fails because the guard is off).
 CONTROLS = {
     "tie guard": (
         "nemo_tied_lora.adapter.replica_check:check_ties",
@@ -28,12 +28,12 @@ CONTROLS = {
         "adapter/test_replica_check.py::test_nothing_is_saved_over_a_good_file",
         "assert",
     ),
-    "look at the gradients": (
+    "check of gradients": (
         "nemo_tied_lora.adapter.nonfinite_grads:find_nonfinite",
         "nemo/test_guarded_training.py::test_the_tensor_nearest_to_the_cause_is_named",
         "assert",
     ),
-    "the order in which gradients are blamed": (
+    "order of the reported gradients": (
         "nemo_tied_lora.adapter.nonfinite_grads:_layer",
         "nemo/test_guarded_training.py::test_the_tensor_nearest_to_the_cause_is_named",
         "layers.10.linear_qkv.u",
@@ -43,32 +43,32 @@ CONTROLS = {
         "adapter/test_full_state.py::test_a_bad_state_is_refused_with_every_reason_and_nothing_is_changed[NaN]",
         "DID NOT RAISE",
     ),
-    "the base's architecture": (
+    "check of the base's architecture": (
         "nemo_tied_lora.checkpoint.base_identity:check_architecture",
         "checkpoint/test_base_identity.py::test_another_architecture_is_refused_with_each_difference",
         "BaseMismatchError",
     ),
-    "the base's fingerprint": (
+    "check of the base's fingerprint": (
         "nemo_tied_lora.checkpoint.base_identity:check_weights",
         "checkpoint/test_base_identity.py::test_other_weights_are_refused_by_name_and_can_be_allowed",
         "DID NOT RAISE",
     ),
-    "loops that NeMo gets wrong": (
+    "loops that are wrong in NeMo": (
         "nemo_tied_lora.planning.training_loop_checks:loop_problems()",
         "nemo/test_nemo_loops.py::test_what_nemo_cannot_do_is_refused_by_name",
         "DID NOT RAISE",
     ),
-    "loops that NeMo gets wrong, before the start": (
+    "loops that are wrong in NeMo, in the pre-flight": (
         "nemo_tied_lora.planning.training_loop_checks:loop_problems()",
         "planning/test_layout_fits_cluster.py::test_what_cannot_be_trained_through_nemo_is_refused[distributed_fused_adam]",
         "DID NOT RAISE",
     ),
-    "interleaved pipelines and mixtures in NeMo": (
+    "interleaved pipelines and mixtures of experts in NeMo": (
         "nemo_tied_lora.planning.preflight:_layout_problems()",
         "planning/test_layout_fits_cluster.py::test_what_cannot_be_trained_through_nemo_is_refused",
         "DID NOT RAISE",
     ),
-    "a loop of one's own with Megatron's DDP": (
+    "a user's loop with Megatron's DDP": (
         "nemo_tied_lora.planning.training_loop_checks:check_ddp",
         "nemo/test_nemo_loops.py::test_your_own_loop_is_refused_before_it_wraps_the_model",
         "DID NOT RAISE",
@@ -78,17 +78,17 @@ CONTROLS = {
         "adapter/test_experts.py::test_layouts_that_are_not_right_yet_are_refused_by_name",
         "assert 0 == 1",
     ),
-    "several problems in one message": (
+    "pipeline, with other problems": (
         "nemo_tied_lora.planning.parallel_layout:_pipeline_problems()",
         "planning/test_parallel_layout.py::test_every_problem_of_a_layout_is_reported",
         "model.pipeline_model_parallel_size",
     ),
-    "rank and layers": (
+    "the adapter's rank and layers, with other problems": (
         "nemo_tied_lora.planning.parallel_layout:_adapter_problems()",
         "planning/test_parallel_layout.py::test_every_problem_of_a_layout_is_reported",
         "layers",
     ),
-    "lengths and batches of the data": (
+    "lengths and batch sizes of the data": (
         "nemo_tied_lora.planning.data_checks:batch_problems()",
         "planning/test_layout_fits_cluster.py::test_data_that_does_not_fit_the_layout_or_the_base_is_refused",
         "DID NOT RAISE",
@@ -98,7 +98,7 @@ CONTROLS = {
         "planning/test_layout_fits_cluster.py::test_ranks_that_slurm_did_not_start_are_named",
         "assert 0 == 1",
     ),
-    "wrong settings": (
+    "settings of the guards": (
         "nemo_tied_lora.planning.run_settings:GuardSettings.__post_init__",
         "nemo/test_guarded_training.py::test_wrong_settings_are_refused_together",
         "DID NOT RAISE",
@@ -121,23 +121,23 @@ LAYOUT_CHECKS = {
     "microbatches of an interleaved schedule": "batch",
 }
 CONTROLS |= {
-    f"layout: {what}": (
+    f"layout: {value}": (
         f"nemo_tied_lora.planning.parallel_layout:_{check}_problems()",
-        f"planning/test_parallel_layout.py::test_a_wrong_layout_is_refused_with_value_and_remedy[{what}]",
+        f"planning/test_parallel_layout.py::test_a_wrong_layout_is_refused_with_value_and_remedy[{value}]",
         "assert []",
     )
-    for what, check in LAYOUT_CHECKS.items()
+    for value, check in LAYOUT_CHECKS.items()
 }
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
-    """Control to its test's exit code and failure. One process runs all of them."""
+    """The exit code and the failure of each control's test. One process runs all tests."""
     folder = tmp_path_factory.mktemp("switched_off")
-    rows, ends = [control[:2] for control in CONTROLS.values()], folder / "ends.json"
-    done = run_forked(run_tests, rows, str(ends), cwd=ROOT, env=user_environment(), timeout=600)
+    rows, results = [control[:2] for control in CONTROLS.values()], folder / "results.json"
+    done = run_forked(run_tests, rows, str(results), cwd=ROOT, env=user_environment(), timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
-    return dict(zip(CONTROLS, json.loads(ends.read_text()), strict=True))
+    return dict(zip(CONTROLS, json.loads(results.read_text()), strict=True))
 
 
 @pytest.mark.parametrize("guard", CONTROLS)

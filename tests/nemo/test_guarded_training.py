@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several ranks: the guards in real fits on two ranks, in one start. Settings and names are tested without ranks."""
+"""Several ranks: the guards in real fits on two ranks, started once. Settings and messages are tested in one process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.harness.ranks import single_process
 from tests.nemo.nemo_fits import LOOPS, UNGUARDED, FitRecord, fit_records
 
 
-def both(name: str) -> list[FitRecord]:
+def on_both_ranks(name: str) -> list[FitRecord]:
     return [records[name] for records in fit_records(2)]
 
 
@@ -38,7 +38,7 @@ def check_skip(name: str, ranks: list[FitRecord]) -> None:
 
 @pytest.mark.parametrize("name", [f"skip {loop}" for loop in LOOPS] + ["skip dp2"])
 def test_a_nan_on_one_rank_skips_the_step_on_all_ranks(name: str) -> None:
-    check_skip(name, both(name))
+    check_skip(name, on_both_ranks(name))
 
 
 def check_stop(name: str, ranks: list[FitRecord]) -> None:
@@ -50,12 +50,12 @@ def check_stop(name: str, ranks: list[FitRecord]) -> None:
     assert [(rank.global_step, rank.files) for rank in ranks] == [(1, []), (1, [])]
 
 
-def test_by_default_the_run_stops_on_every_rank_with_the_name_and_saves_nothing() -> None:
-    check_stop("stop", both("stop"))
+def test_by_default_every_rank_stops_with_the_tensors_name_and_nothing_is_saved() -> None:
+    check_stop("stop", on_both_ranks("stop"))
 
 
 def test_too_many_skipped_steps_in_a_row_stop_the_run() -> None:
-    ranks = both("ten in a row")
+    ranks = on_both_ranks("ten in a row")
     assert ranks[0].failure == ranks[1].failure
     assert f"{MOST_SKIPPED_IN_A_ROW} steps in a row skipped" in str(ranks[0].failure)
 
@@ -81,18 +81,18 @@ def check_drift(name: str, ranks: list[FitRecord]) -> None:
 
 @pytest.mark.parametrize("name", DRIFTS)
 def test_replicas_that_drift_apart_stop_every_rank_before_anything_is_written(name: str) -> None:
-    check_drift(name, both(name))
+    check_drift(name, on_both_ranks(name))
 
 
 @pytest.mark.parametrize("name", UNGUARDED)
 def test_without_the_guard_the_same_check_fails(name: str) -> None:
     check = {"stop": check_stop, "skip": check_skip, "drift": check_drift}[name.split()[0]]
     with pytest.raises(AssertionError):
-        check(name, both(f"{name}, unguarded"))
+        check(name, on_both_ranks(f"{name}, unguarded"))
 
 
 def test_zero_turns_the_tie_guard_off() -> None:
-    for rank in both("drift, guard off"):
+    for rank in on_both_ranks("drift, guard off"):
         assert rank.failure is None
         assert rank.files == ["drift, guard off.nemo"]
 
@@ -130,7 +130,7 @@ def test_gradients_in_main_grad_are_checked_and_missing_ones_are_allowed() -> No
     assert found is not None
     assert (found.name, found.layer) == ("u", None)
     wide = nn.Parameter(torch.zeros(1, dtype=torch.float64))
-    wide.grad = torch.tensor([1e300], dtype=torch.float64)  # finite, though not in float32
+    wide.grad = torch.tensor([1e300], dtype=torch.float64)  # finite in float64, but not in float32
     parameter.main_grad.zero_()
     assert find_nonfinite([("u", parameter), ("v", wide)]) is None
 

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several ranks: each of NeMo's training loops on two ranks trains the same adapter as one process. One start for all.
+"""Several ranks: each of NeMo's training loops on two ranks trains the same adapter as one process. The ranks start once.
 
-All fits use float32, except O2, which NeMo has only in bfloat16. The tests compare how far the steps have moved each tensor:
-an untrained tensor is off by 1, and one trained on a part of its gradient by about as much. Tolerances:
+All fits use float32, except O2, which NeMo has only in bfloat16. The tests compare the change of each tensor in the steps. The
+relative error of an untrained tensor is 1, and that of a tensor trained on a part of its gradient is about 1. Tolerances:
 - 1e-4 in float32: reordered sums cause at most 3e-6 (measured), because Adam divides by small second moments.
 - 4e-1 in bfloat16: its 8 bits cause 4e-3 per product, and each layout rounds other sums. If an element's gradient is that
-  small, Adam may step either way, at full size. A u of 4 elements is then off by up to 0.23, any other tensor by 0.08.
+  small, Adam may step in either direction, at full size. The error of a u of 4 elements is then up to 0.23, that of any
+  other tensor up to 0.08.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ def close(got: FitRecord, want: FitRecord, loop: str) -> list[str]:
         return [*found, f"tensors {sorted(got.state.keys() ^ want.state.keys())}"]
     for name, tensor in got.state.items():
         change = want.state[name] - want.start[name]
-        off = float((tensor - got.start[name] - change).norm() / change.norm())
-        if not off <= NEMO_TOLERANCES[loop]:
-            found.append(f"{name}: off by {off:.1e} of its change")
+        error = float((tensor - got.start[name] - change).norm() / change.norm())
+        if not error <= NEMO_TOLERANCES[loop]:
+            found.append(f"{name}: relative error {error:.1e} of its change")
     return found
 
 
@@ -71,11 +72,11 @@ def test_five_steps_move_every_compared_tensor(loop: str) -> None:
 
 @pytest.mark.parametrize("name", UNSUMMED)
 def test_without_the_sum_over_stages_the_adapter_differs(name: str) -> None:
-    """Each shared tensor differs; the tensors of a single stage do not."""
+    """Each tensor that the stages share differs."""
     loop = name.split()[0]
     for record in ranks_of(f"{name}, unsummed"):
-        departs = {line.split(":")[0] for line in close(record, oracle(loop), loop)}
-        assert departs >= {name for name in record.state if not name.startswith("layers.")}
+        different = {line.split(":")[0] for line in close(record, oracle(loop), loop)}
+        assert different >= {name for name in record.state if not name.startswith("layers.")}
 
 
 def test_distributed_optimizer_agrees_with_plain_adam() -> None:
@@ -128,26 +129,26 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_nemo_cannot_do_is_refused_by_name(case: str) -> None:
-    model, says = REFUSED[case]
-    with pytest.raises(ConfigError, match=says):
+    model, message = REFUSED[case]
+    with pytest.raises(ConfigError, match=message):
         check_loop(model)
 
 
-def test_each_half_of_a_refused_pair_is_fine() -> None:
+def test_each_half_of_a_refused_pair_is_allowed() -> None:
     check_loop({"megatron_amp_O2": True, "optim": {"name": "fused_adam"}})
     check_loop({"megatron_amp_O2": True, "context_parallel_size": 2, "optim": {"name": "mcore_distributed_optim"}})
     check_loop({"activations_checkpoint_granularity": "full", "optim": {"name": "mcore_distributed_optim"}})
     check_loop({"optim": {"name": "mcore_distributed_optim", "overlap_grad_sync": True}})
 
 
-def test_nemos_own_loop_would_fail_where_overlap_meets_recomputation() -> None:
+def test_nemos_own_loop_would_fail_with_overlap_and_full_recomputation() -> None:
     """The reason for the refusal. If this no longer fails, remove the refusal."""
     failures = [records[f"{OVERLAP_AND_FULL}, unguarded"].failure for records in fit_records(2)]
     assert all(failure is not None and "AssertionError: Cannot set grad twice" in failure for failure in failures)
 
 
 def test_nemos_model_refuses_the_adapter_in_such_a_loop() -> None:
-    """A user's own script has no pre-flight."""
+    """`add_adapter` refuses, because a user's own script has no pre-flight."""
     for records in fit_records(2):
         record = records[OVERLAP_AND_FULL]
         assert str(record.failure).startswith("ConfigError: model.optim.overlap_grad_sync=true: not possible")

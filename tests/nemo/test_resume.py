@@ -18,7 +18,7 @@ from tests.harness.command_runs import TIMEOUT, finetune_arguments, tied_lora, u
 from tests.harness.forks import fork_module, fork_on_ranks, run_forked
 from tests.nemo import checkpoint_scenarios, spread_scenarios
 
-# 10 steps of 16 samples from 64, shuffled again for each of three passes. Two ranks, each with its own masks.
+# 10 steps of 16 samples from 64, which are three passes, each with another shuffle.
 RUN = [
     "trainer.max_steps=10",
     "model.global_batch_size=16",
@@ -26,6 +26,7 @@ RUN = [
     "model.data.validation_ds.metric.name=loss",
     "exp_manager.checkpoint_callback_params.save_top_k=-1",
 ]
+# Two ranks with different masks.
 DROPOUT = ["layout=tp2", "model.peft.tied_lora.dropout=0.1", "model.hidden_dropout=0.1", "model.attention_dropout=0.1"]
 
 # Kills rank 0, like a power cut: after the checkpoint of that step has its name, and before NeMo removes the previous one;
@@ -103,7 +104,7 @@ def without_times_and_places(description: dict[str, Any]) -> dict[str, Any]:
     }
     found.pop("files")
     found["facts"].pop("training")
-    # Lightning counts how often training was entered; nothing reads it.
+    # Lightning counts the starts of training; nothing reads the count.
     found["lightning"]["loops"]["fit_loop"].pop("epoch_progress")
     return found
 
@@ -136,7 +137,7 @@ def test_a_run_killed_after_a_save_and_during_one_resumes_bit_for_bit(workshop: 
     assert not list((workshop / "killed" / "checkpoints").glob(".*"))
     assert not list((workshop / "killed" / "checkpoints").glob("*-unfinished"))
 
-    _converts_to_the_adapter_that_the_run_saved(workshop)
+    _check_convert_checkpoint(workshop)
     size = sum(file.stat().st_size for file in theirs.iterdir())
     trained = record(workshop, "straight")["trained_parameters"]
     # Adapter and two moments, 4 bytes each, and fixed costs (random states, JSON); the base alone has 6 times as much.
@@ -144,7 +145,8 @@ def test_a_run_killed_after_a_save_and_during_one_resumes_bit_for_bit(workshop: 
     assert {"seconds", "bytes"} <= record(workshop, "straight")["checkpoints"][-1].keys()
 
 
-def _converts_to_the_adapter_that_the_run_saved(workshop: Path) -> None:
+def _check_convert_checkpoint(workshop: Path) -> None:
+    """The converted checkpoint is the adapter that the run saved."""
     done = tied_lora("convert-checkpoint", "checkpoint=straight", "output=converted.nemo", folder=workshop)
     assert "checked:" in done.stdout
     want, got = read_adapter(workshop / "straight/adapter.nemo"), read_adapter(workshop / "converted.nemo")
@@ -176,29 +178,29 @@ def test_a_run_resumes_on_other_layouts_to_the_rounding_of_sums(workshop: Path, 
     assert "random states do not fit another layout" in log
 
 
-def claims_that_do_not_hold(folder: Path, fork: Callable[..., int], *arguments: Any) -> list[str]:
-    """Runs a module of scenarios in the folder."""
+def failed_claims(folder: Path, fork: Callable[..., int], *arguments: Any) -> list[str]:
+    """Runs a module of scenarios in the folder. Returns one line per claim that does not hold."""
     done = run_forked(fork, *arguments, cwd=folder, env=user_environment(), timeout=TIMEOUT)
     assert done.returncode == 0, done.stderr[-8000:]
     results = json.loads(done.stdout.splitlines()[-1])
     return [
-        f"{name}: {claim}: {held}"
+        f"{name}: {claim}: {result}"
         for name, claims in results.items()
-        for claim, held in claims.items()
-        if held is not True
+        for claim, result in claims.items()
+        if result is not True
     ]
 
 
 @pytest.fixture(scope="module")
-def wrong_on_one_rank(workshop: Path) -> list[str]:
-    return claims_that_do_not_hold(workshop, fork_module, checkpoint_scenarios.__name__, [str(workshop)])
+def failed_on_one_rank(workshop: Path) -> list[str]:
+    return failed_claims(workshop, fork_module, checkpoint_scenarios.__name__, [str(workshop)])
 
 
-def test_nemos_options_keep_their_meaning_and_every_optimizer_resumes(wrong_on_one_rank: list[str]) -> None:
-    assert wrong_on_one_rank == [], "\n".join(wrong_on_one_rank)
+def test_nemos_options_keep_their_meaning_and_every_optimizer_resumes(failed_on_one_rank: list[str]) -> None:
+    assert failed_on_one_rank == [], "\n".join(failed_on_one_rank)
 
 
 def test_an_optimizers_state_resumes_spread_over_data_parallel_ranks(
-    workshop: Path, wrong_on_one_rank: list[str]
+    workshop: Path, failed_on_one_rank: list[str]
 ) -> None:
-    assert claims_that_do_not_hold(workshop, fork_on_ranks, spread_scenarios.__name__, [str(workshop)], 2) == []
+    assert failed_claims(workshop, fork_on_ranks, spread_scenarios.__name__, [str(workshop)], 2) == []

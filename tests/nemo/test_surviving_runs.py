@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole command, disturbed: real NeMo on two tensor-parallel ranks, started without an agent, as srun does."""
+"""The whole command, disturbed: real NeMo on two tensor-parallel ranks, which start without torchrun, as srun starts them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def arguments(name: str) -> list[str]:
 
 
 def start(folder: Path, name: str, *command: str) -> list[Forked]:
-    """Starts one process per rank, as srun does; each rank's log is in `folder`. No command: `finetune` in `name`."""
+    """Starts one process per rank, as srun does, with its log in `folder`. The default command is `finetune` in `name`."""
     variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [
         Forked(
@@ -108,7 +108,7 @@ def test_a_run_shows_what_it_checked_and_that_it_finished(workshop: Path, undist
     assert {"loss", "tokens_per_second", "last_checkpoint", "saved_step"} <= status.keys()
 
 
-def test_lightning_does_not_answer_a_signal_in_our_place() -> None:
+def test_lightning_leaves_signals_to_our_handlers() -> None:
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     answer_alone(trainer)
     received: list[int] = []
@@ -122,7 +122,7 @@ def test_lightning_does_not_answer_a_signal_in_our_place() -> None:
         signal.signal(signal.SIGTERM, before)
 
 
-def test_a_signal_to_one_rank_stops_all_at_one_step_and_the_run_resumes_unchanged(
+def test_a_signal_to_one_rank_stops_all_ranks_at_one_step_and_the_run_resumes_unchanged(
     workshop: Path, undisturbed: str
 ) -> None:
     codes = disturb(workshop, "stopped", lambda ranks: ranks[1].send_signal(signal.SIGTERM))
@@ -168,7 +168,7 @@ def test_if_a_rank_is_killed_the_other_ends_in_time_and_names_it(workshop: Path)
 
 
 def test_generate_runs_on_ranks_that_srun_started(workshop: Path) -> None:
-    """Without an agent, rank 0's store is at MASTER_PORT, the port that Lightning would use too."""
+    """Without torchrun, rank 0's store is at MASTER_PORT, the port that Lightning would use too."""
     prompts = ["prompts=['1:','2:']", "tokens_to_generate=3", "trainer.precision=32", "output=answers.jsonl"]
     ranks = start(workshop, "generate", "generate", "base=base.nemo", "layout=tp2", *prompts)
     try:
