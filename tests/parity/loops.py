@@ -2,7 +2,7 @@
 """Training loops with the same Adam: our own, and megatron-core's DDP with its optimizers.
 
 A step calls `start`, then forward and backward over the microbatches, `finish` (all sums of gradients), `gradients`, and
-`clip_and_step`, which returns the norm before clipping.
+`clip_and_step`, which returns the norm before clipping. `close` ends the loop.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class Loop(Protocol):
     def finish(self) -> None: ...
     def gradients(self) -> dict[nn.Parameter, torch.Tensor]: ...
     def clip_and_step(self) -> float: ...
+    def close(self) -> None: ...
 
 
 def make_loop(run: Run, chunks: list[nn.Module], adapter: Adapter) -> Loop:
@@ -76,6 +77,9 @@ class PlainLoop:
         for _ in range(2 if self._fault == "stepped twice" else 1):
             self._optimizer.step()
         return norm
+
+    def close(self) -> None:
+        pass
 
 
 class MegatronLoop:
@@ -129,6 +133,13 @@ class MegatronLoop:
         clip([parameter.grad for parameter in self._parameters], norm)
         self._optimizer.step_with_ready_grads()
         return norm
+
+    def close(self) -> None:
+        """Removes DDP's hooks. They make cycles through autograd's nodes, which keep the model and each group's threads."""
+        for model in self.models:
+            model.grad_accs.clear()
+            if model.remove_forward_pre_hook_handles:
+                model.disable_forward_pre_hook(param_sync=False)
 
 
 def float64_norm(gradients: list[torch.Tensor], group: Any) -> float:

@@ -78,6 +78,7 @@ def train(run: Run, *, sequence_parallel: bool = False) -> Record:
         if run.fault is None:
             check_ties(adapter, f"after step {step + 1}: ")
         record.bits.append(_digests(adapter))
+    loop.close()
     record.state = adapter.full_state()
     record.shapes = {key: tuple(p.shape) for key, p in _local(adapter)}
     return record
