@@ -32,7 +32,7 @@ STAMP := $(VENV)/.installed-$(KEY)
 UNFINISHED := $(VENV)/.unfinished
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-mcore016 test test-fast test-mcore016 test-parity parallelism-page test-slurm lint typecheck format quickstart compare benchmark benchmark-communication benchmark-guards clean clean-venv
+.PHONY: help setup setup-mcore016 test test-fast test-without-slurm test-mcore016 test-parity parallelism-page test-slurm lint typecheck format quickstart compare benchmark benchmark-communication benchmark-guards clean clean-venv
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-24s %s\n", $$1, $$2}' Makefile
@@ -74,11 +74,20 @@ $(STAMP):
 setup-mcore016: ## build .venv-mcore016: megatron-core 0.16.1 without NeMo (about 2 minutes, once)
 	@$(MAKE) --no-print-directory setup VENV=$(VENV_MCORE016) EXTRAS=megatron,test
 
-test: lint typecheck test-mcore016 ## the linter, the type checker and all tests, those on a SLURM of their own too
+# SLURM's tests wait half of their time: they run beside the others, which yield to them. Their output is printed at the end.
+test: lint typecheck setup-mcore016 ## the linter, the type checker and all tests, those on a SLURM of their own too
+	@mkdir -p runs; \
+	$(MAKE) --no-print-directory test-slurm >runs/slurm.log 2>&1 & slurm=$$!; \
+	trap 'kill $$slurm; exit 130' INT TERM; \
+	nice -n 5 $(MAKE) --no-print-directory test-without-slurm; code=$$?; \
+	wait $$slurm || code=$$?; \
+	cat runs/slurm.log; \
+	exit $$code
+
+test-without-slurm: test-mcore016 ## the tests on both releases of megatron-core, and the check that they prove docs/parallelism.md
 	rm -f runs/parity.json
 	$(BIN)/python -m pytest $(AT_ONCE) $(PYTEST_OPTIONS)
 	$(BIN)/python -m tests.parity.table --check
-	$(BIN)/python -m pytest -m slurm $(AT_ONCE) tests/slurm
 
 test-fast: $(STAMP) ## the tests that start no NeMo, for the inner loop (under 3 minutes)
 	$(BIN)/python -m pytest -m "not slow and not slurm" $(AT_ONCE) $(PYTEST_OPTIONS)

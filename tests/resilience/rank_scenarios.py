@@ -332,13 +332,13 @@ class Scenario:
 
 
 def free_ports() -> int:
-    """Returns a free port; the next one is free too. Both are below the range of outgoing connections.
+    """Returns a free port; the next one is free too. Both are below the range of outgoing connections, above SLURM's jobs.
 
     A port of that range may be taken between this check and its use, because the other tests make many connections.
     """
     for _ in range(100):
         with socket.socket() as first, socket.socket() as second:
-            port = random.randrange(20000, 32000)
+            port = random.randrange(29000, 32000)
             try:
                 first.bind(("127.0.0.1", port))
                 second.bind(("127.0.0.1", port + 1))

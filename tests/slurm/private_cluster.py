@@ -64,8 +64,8 @@ class PrivateCluster:
         folder: holds all files. Its path must be short, for sockets, and others must not be able to write to it, for munge.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, first_job: int = 1) -> None:
+        self.folder, self._first_job = folder, first_job
         self._daemons: list[subprocess.Popen[bytes]] = []
         self._remains: subprocess.Popen[bytes] | None = None
 
@@ -186,7 +186,13 @@ class PrivateCluster:
         control, first, second = _free_ports(3)
         node = f"NodeHostname={host} NodeAddr=127.0.0.1 CPUs=8 RealMemory=4096 State=UNKNOWN"
         return _CONFIGURATION.format(
-            folder=self.folder, host=host, control=control, node=node, first=first, second=second
+            folder=self.folder,
+            first_job=self._first_job,
+            host=host,
+            control=control,
+            node=node,
+            first=first,
+            second=second,
         )
 
     @staticmethod
@@ -212,6 +218,7 @@ class PrivateCluster:
 # could then end the same step after the job's restart.
 _CONFIGURATION = """\
 ClusterName=private
+FirstJobId={first_job}
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={control}
 SlurmUser=root
