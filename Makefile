@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-# Every target sets up what it needs, in .venv, and then does its job. Works with GNU make 3.81 and later.
+# Every target sets up what it needs, in .venv, and then runs. Works with GNU make 3.81 and later.
 
-# The interpreter that .venv is made with; empty: the first of CANDIDATES that is 3.10 to 3.12.
+# The interpreter for .venv. If empty: the first of CANDIDATES that is 3.10 to 3.12.
 PYTHON ?=
 VENV ?= .venv
-# A second environment: the other tested megatron-core, without NeMo.
+# A second environment: the other tested release of megatron-core, without NeMo.
 VENV_MCORE016 ?= .venv-mcore016
-# What of this project $(VENV) gets (see pyproject.toml).
+# The extras of this project that $(VENV) gets (see pyproject.toml).
 EXTRAS ?= laptop,dev
-# More words for the installation of torch, such as the --index-url of PyTorch's CPU builds.
+# Options for the installation of torch, such as the --index-url of PyTorch's CPU builds.
 TORCH_OPTIONS ?=
 LAYOUT ?= tp2
-# Files of tests that run at a time; one takes up to 3 GiB.
+# Groups of tests that run at the same time. Each takes up to 3 GiB.
 WORKERS ?= 2
 PYTEST_OPTIONS ?=
 OVERHEAD ?= runs/step_overhead.json
@@ -28,7 +28,7 @@ TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 # The folder is in the key because a virtual environment does not survive being moved.
 KEY := $(shell { pwd; cat pyproject.toml constraints.txt; } | cksum | tr ' ' '-')
 STAMP := $(VENV)/.installed-$(KEY)
-# There while an installation is under way: one that was interrupted is thrown away, for nobody knows what it left.
+# Exists during an installation. An interrupted installation is deleted, because its state is unknown.
 UNFINISHED := $(VENV)/.unfinished
 
 .DEFAULT_GOAL := help
@@ -55,9 +55,9 @@ $(STAMP):
 		fail "$$python has no Python.h, with which NeMo compiles its dataset code: on Debian and Ubuntu: sudo apt-get install python3-dev"; \
 	command -v g++ >/dev/null || \
 		fail "g++ is missing, with which NeMo compiles its dataset code: on Debian and Ubuntu: sudo apt-get install g++"; \
-	if test -e $(UNFINISHED); then echo "make setup: the last one did not finish: starting anew"; rm -rf $(VENV); fi; \
+	if test -e $(UNFINISHED); then echo "make setup: the last one did not finish; starting again"; rm -rf $(VENV); fi; \
 	if test -e $(VENV) && ! ls $(VENV)/.installed-* >/dev/null 2>&1; then \
-		fail "$(VENV) is there and was not made by this Makefile: remove it, or name another: make setup VENV=.venv-tied"; \
+		fail "$(VENV) is there, and this Makefile did not make it: remove it, or name another: make setup VENV=.venv-tied"; \
 	fi; \
 	known=$$(ls $(VENV)/.installed-* 2>/dev/null || true); \
 	mkdir -p $(VENV); touch $(UNFINISHED); rm -f $(VENV)/.installed-*; \
@@ -92,7 +92,7 @@ test-without-slurm: test-mcore016 ## the tests on both releases of megatron-core
 test-fast: $(STAMP) ## the tests that start no NeMo, for the inner loop (under 3 minutes)
 	$(BIN)/python -m pytest -m "not slow and not slurm" $(AT_ONCE) $(PYTEST_OPTIONS)
 
-# Which folders these are, tests/conftest.py says.
+# tests/conftest.py lists the folders.
 test-mcore016: setup-mcore016 ## the tests that need megatron-core and no NeMo, on megatron-core 0.16.1
 	rm -f runs/parity-mcore016.json
 	PARITY_RESULTS=runs/parity-mcore016.json $(VENV_MCORE016)/bin/python -m pytest $(AT_ONCE) $(PYTEST_OPTIONS)
@@ -116,7 +116,7 @@ lint: $(STAMP) ## check style, format, and who imports whom
 typecheck: $(STAMP) ## check the types
 	$(BIN)/python -m mypy
 
-format: $(STAMP) ## format, and mend what the linter can mend
+format: $(STAMP) ## format, and fix what the linter can fix
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
 
