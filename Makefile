@@ -31,6 +31,9 @@ STAMP := $(VENV)/.installed-$(KEY)
 # Exists during an installation. An interrupted installation is deleted, because its state is unknown.
 UNFINISHED := $(VENV)/.unfinished
 
+# Tests start many processes. If this is set, each of them compiles the package again.
+export PYTHONDONTWRITEBYTECODE :=
+
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-mcore016 test test-fast test-without-slurm test-mcore016 test-parity parallelism-page test-slurm lint typecheck format quickstart compare benchmark benchmark-communication benchmark-guards clean clean-venv
 
@@ -79,14 +82,15 @@ test: lint typecheck setup-mcore016 ## the linter, the type checker and all test
 	@mkdir -p runs; \
 	$(MAKE) --no-print-directory test-slurm >runs/slurm.log 2>&1 & slurm=$$!; \
 	trap 'kill $$slurm; exit 130' INT TERM; \
-	nice -n 5 $(MAKE) --no-print-directory test-without-slurm; code=$$?; \
+	nice -n 15 $(MAKE) --no-print-directory test-without-slurm; code=$$?; \
 	wait $$slurm || code=$$?; \
 	cat runs/slurm.log; \
 	exit $$code
 
-test-without-slurm: test-mcore016 ## the tests on both releases of megatron-core, and the check that they prove docs/parallelism.md
+test-without-slurm: $(STAMP) ## the tests on both releases of megatron-core, and the check that they prove docs/parallelism.md
 	rm -f runs/parity.json
 	$(BIN)/python -m pytest $(AT_ONCE) $(PYTEST_OPTIONS)
+	@$(MAKE) --no-print-directory test-mcore016
 	$(BIN)/python -m tests.parity.table --check
 
 test-fast: $(STAMP) ## the tests that start no NeMo, for the inner loop (under 3 minutes)

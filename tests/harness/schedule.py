@@ -26,7 +26,6 @@ _LONGEST_FIRST = (
     "NeMo's fits",
     "commands/test_console_script.py",
     "parity, 4 ranks",
-    "resilience/test_ranks_in_trouble.py",
     "parity, 8 ranks",
     "benchmarks/test_communication.py",
     "nemo/test_surviving_runs.py",
