@@ -67,8 +67,9 @@ def test_generate_prints_a_completion_per_prompt(folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("finetuned")
-def test_merge_compares_the_merged_model_with_base_and_adapter(folder: Path) -> None:
-    words = ["base=base.nemo", "adapter=run/adapter.nemo", "output=merged.nemo", "trainer.precision=32"]
+def test_merge_writes_a_base_with_the_adapter_in_its_weights(folder: Path) -> None:
+    """The comparison with base and adapter, on ranks, is in tests/conversion/test_hugging_face.py."""
+    words = ["base=base.nemo", "adapter=run/adapter.nemo", "output=merged.nemo", "verify=false"]
     assert "written: merged.nemo" in console_script("merge", *words, folder=folder).stdout
     assert (folder / "merged.nemo").stat().st_size > 10_000
 
