@@ -35,7 +35,7 @@ UNFINISHED := $(VENV)/.unfinished
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-mcore016 test test-fast test-without-slurm test-mcore016 test-parity parallelism-page test-slurm lint typecheck format quickstart compare benchmark benchmark-communication benchmark-guards clean clean-venv
+.PHONY: help setup setup-mcore016 test test-fast test-mcore016 test-parity parallelism-page test-slurm lint typecheck format quickstart compare benchmark benchmark-communication benchmark-guards clean clean-venv
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-24s %s\n", $$1, $$2}' Makefile
@@ -77,21 +77,23 @@ $(STAMP):
 setup-mcore016: ## build .venv-mcore016: megatron-core 0.16.1 without NeMo (about 2 minutes, once)
 	@$(MAKE) --no-print-directory setup VENV=$(VENV_MCORE016) EXTRAS=megatron,test
 
-# SLURM's tests wait half of their time: they run beside the others, which yield to them. Their output is printed at the end.
-test: lint typecheck setup-mcore016 ## the linter, the type checker and all tests, those on a SLURM of their own too
-	@mkdir -p runs; \
-	$(MAKE) --no-print-directory test-slurm >runs/slurm.log 2>&1 & slurm=$$!; \
+MAIN_TESTS := $(BIN)/python -m pytest $(AT_ONCE) $(PYTEST_OPTIONS)
+MCORE016_TESTS := PARITY_RESULTS=runs/parity-mcore016.json $(VENV_MCORE016)/bin/python -m pytest $(AT_ONCE) $(PYTEST_OPTIONS)
+SLURM_TESTS := $(BIN)/python -m pytest -m slurm $(AT_ONCE) tests/slurm $(PYTEST_OPTIONS)
+RUFF := $(BIN)/python -m ruff check . && $(BIN)/python -m ruff format --check .
+IMPORTS := $(BIN)/lint-imports --no-logo
+TYPES := $(BIN)/python -m mypy
+
+# SLURM's tests wait half of their time: they run beside all else, which yields to them. Their output is printed at the end.
+test: $(STAMP) setup-mcore016 ## the linter, the type checker and all tests, those on a SLURM of their own too
+	@mkdir -p runs; rm -f runs/parity.json runs/parity-mcore016.json; \
+	$(SLURM_TESTS) >runs/slurm.log 2>&1 & slurm=$$!; \
 	trap 'kill $$slurm; exit 130' INT TERM; \
-	nice -n 15 $(MAKE) --no-print-directory test-without-slurm; code=$$?; \
+	nice -n 15 sh -c '$(TYPES) & types=$$!; $(RUFF) && $(IMPORTS) && wait $$types' || { kill $$slurm; exit 1; }; \
+	nice -n 15 sh -ec '$(MAIN_TESTS); $(MCORE016_TESTS); $(BIN)/python -m tests.parity.table --check'; code=$$?; \
 	wait $$slurm || code=$$?; \
 	cat runs/slurm.log; \
 	exit $$code
-
-test-without-slurm: $(STAMP) ## the tests on both releases of megatron-core, and the check that they prove docs/parallelism.md
-	rm -f runs/parity.json
-	$(BIN)/python -m pytest $(AT_ONCE) $(PYTEST_OPTIONS)
-	@$(MAKE) --no-print-directory test-mcore016
-	$(BIN)/python -m tests.parity.table --check
 
 test-fast: $(STAMP) ## the tests that start no NeMo, for the inner loop (under 3 minutes)
 	$(BIN)/python -m pytest -m "not slow and not slurm" $(AT_ONCE) $(PYTEST_OPTIONS)
@@ -99,7 +101,7 @@ test-fast: $(STAMP) ## the tests that start no NeMo, for the inner loop (under 3
 # tests/conftest.py lists the folders.
 test-mcore016: setup-mcore016 ## the tests that need megatron-core and no NeMo, on megatron-core 0.16.1
 	rm -f runs/parity-mcore016.json
-	PARITY_RESULTS=runs/parity-mcore016.json $(VENV_MCORE016)/bin/python -m pytest $(AT_ONCE) $(PYTEST_OPTIONS)
+	$(MCORE016_TESTS)
 
 test-parity: $(STAMP) ## only the tests of the parallel layouts, against the single-process run
 	$(BIN)/python -m pytest tests/parity $(PYTEST_OPTIONS)
@@ -110,15 +112,14 @@ parallelism-page: $(STAMP) setup-mcore016 ## docs/parallelism.md, from the resul
 	$(BIN)/python -m tests.parity.table
 
 test-slurm: $(STAMP) ## the tests on a private SLURM (Linux, root; installs Debian's packages where they are missing)
-	$(BIN)/python -m pytest -m slurm $(AT_ONCE) tests/slurm $(PYTEST_OPTIONS)
+	$(SLURM_TESTS)
 
 lint: $(STAMP) ## check style, format, and who imports whom
-	$(BIN)/python -m ruff check .
-	$(BIN)/python -m ruff format --check .
-	$(BIN)/lint-imports --no-logo
+	$(RUFF)
+	$(IMPORTS)
 
 typecheck: $(STAMP) ## check the types
-	$(BIN)/python -m mypy
+	$(TYPES)
 
 format: $(STAMP) ## format, and fix what the linter can fix
 	$(BIN)/python -m ruff check --fix .

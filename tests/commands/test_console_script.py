@@ -14,7 +14,7 @@ import pytest
 
 from nemo_tied_lora.checkpoint.read_nemo_adapter import read_adapter
 from nemo_tied_lora.commands.main import COMMANDS
-from tests.harness.command_runs import PRETRAIN, console_script, finetune_arguments
+from tests.harness.command_runs import PRETRAIN, console_script, finetune_arguments, tied_lora
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def finetuned(folder: Path) -> str:
     return console_script("finetune", *finetune_arguments("run"), *words, folder=folder).stdout
 
 
-@pytest.mark.parametrize("command", ["", *COMMANDS])
+@pytest.mark.parametrize("command", ["", "quickstart", "compare", "launch", "report"])
 def test_help_names_the_command_and_writes_nothing(command: str, tmp_path: Path) -> None:
     done = console_script(*command.split(), "--help", folder=tmp_path)
     assert f"tied-lora {command or '<command>'}" in done.stdout
@@ -43,7 +43,7 @@ def test_help_names_the_command_and_writes_nothing(command: str, tmp_path: Path)
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_key_that_does_not_exist_is_refused_with_exit_code_2(command: str, tmp_path: Path) -> None:
-    done = console_script(command, "nonsense=1", folder=tmp_path, ok=False)
+    done = tied_lora(command, "nonsense=1", folder=tmp_path, ok=False)
     assert done.returncode == 2, done.stderr
     assert f"tied-lora {command}: not possible:" in done.stderr
     assert "nonsense" in done.stderr

@@ -33,6 +33,7 @@ _LONGEST_FIRST = (
     "parity, 2 ranks",
     "nemo/test_guard_controls.py",
     "commands/test_training_commands.py",
+    "resilience/test_ranks_in_trouble.py",
 )
 
 
