@@ -131,9 +131,14 @@ def test_pre_commit_runs_what_make_lint_and_typecheck_run_and_downloads_nothing(
     assert {repo["repo"] for repo in config["repos"]} == {"local"}
     hooks = [hook for repo in config["repos"] for hook in repo["hooks"]]
     assert {(hook["language"], hook["pass_filenames"]) for hook in hooks} == {("system", False)}
-    recipes = re.findall(r"^(?:lint|typecheck):.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), flags=re.M)
-    lines = [line.strip().replace("$(BIN)", ".venv/bin") for recipe in recipes for line in recipe.splitlines()]
-    assert [hook["entry"] for hook in hooks] == lines
+    makefile = (ROOT / "Makefile").read_text()
+    variables = dict(re.findall(r"^(RUFF|IMPORTS|TYPES) := (.*)$", makefile, flags=re.M))
+    recipes = re.findall(r"^(?:lint|typecheck):.*\n((?:\t.*\n)+)", makefile, flags=re.M)
+    lines = [
+        re.sub(r"\$\((\w+)\)", lambda m: variables[m[1]], line.strip()) for r in recipes for line in r.splitlines()
+    ]
+    commands = [command for line in lines for command in line.replace("$(BIN)", ".venv/bin").split(" && ")]
+    assert [hook["entry"] for hook in hooks] == commands
 
 
 def broken_links(text: str, page: Path) -> list[str]:
