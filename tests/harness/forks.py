@@ -42,7 +42,9 @@ __all__ = [
 FORK_SERVER = multiprocessing.get_context("forkserver")
 FORK_SERVER.set_forkserver_preload(["tests.harness.preloaded"])
 REFUSE_NEMO = "REFUSE_NEMO"
-"""The environment variable with which no forked process can import NeMo."""
+"""The environment variable with which the server does not import NeMo."""
+may_import_nemo = True
+"""Whether processes forked from now on can import NeMo."""
 _TORCHRUN_GRACE_S = 30.0
 """Between torchrun's SIGTERM to the other ranks and its SIGKILL."""
 
@@ -67,7 +69,7 @@ class Forked:
         stdout: Path,
         stderr: Path | None = None,
     ) -> None:
-        setting = (str(cwd), dict(env), str(stdout), str(stderr or stdout))
+        setting = (str(cwd), dict(env), str(stdout), str(stderr or stdout), not may_import_nemo)
         self._process = FORK_SERVER.Process(target=_child, args=(setting, function, args))
         self._process.start()
 
@@ -164,9 +166,11 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def _child(setting: tuple[str, dict[str, str], str, str], function: Callable[..., int], args: tuple[Any, ...]) -> None:
+def _child(
+    setting: tuple[str, dict[str, str], str, str, bool], function: Callable[..., int], args: tuple[Any, ...]
+) -> None:
     """Makes this forked process look like one that was started in the usual way, and runs the function."""
-    cwd, env, stdout, stderr = setting
+    cwd, env, stdout, stderr, refuse_nemo = setting
     os.setpgid(0, 0)
     for number, path in ((1, stdout), (2, stderr)):
         file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -177,8 +181,16 @@ def _child(setting: tuple[str, dict[str, str], str, str], function: Callable[...
     os.chdir(cwd)
     sys.argv = ["tied-lora"]
     warnings.simplefilter("ignore")
+    if refuse_nemo:
+        _forget_nemo()
     _run_sitecustomize()
     _exit(function, *args)
+
+
+def _forget_nemo() -> None:
+    for name in [name for name in sys.modules if f"{name}.".startswith(("nemo.", "nemo_tied_lora.nemo."))]:
+        del sys.modules[name]
+    sys.modules["nemo"] = None  # type: ignore[assignment]
 
 
 def _run_sitecustomize() -> None:

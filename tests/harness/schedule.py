@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness.forks import REFUSE_NEMO
+from tests.harness import forks
 from tests.harness.paths import ROOT
 
 __all__ = ["WITHOUT_SLOW", "group_of"]
@@ -21,6 +21,13 @@ __all__ = ["WITHOUT_SLOW", "group_of"]
 WITHOUT_SLOW = "not slow"
 """The marker expression of `make test-fast`, which starts no NeMo."""
 _SLOW_FOLDERS = ("benchmarks", "nemo", "slurm")
+_SLOW_GROUPS = (
+    "commands/test_demo.py",
+    "conversion/test_hugging_face.py",
+    "parity, 4 ranks",
+    "parity, 8 ranks",
+    "resilience/test_ranks_in_trouble.py",
+)
 _LONGEST_FIRST = (
     "nemo/test_resume.py",
     "NeMo's fits",
@@ -38,9 +45,15 @@ _LONGEST_FIRST = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Processes that `make test-fast` forks cannot import NeMo, so that a slow test without its mark fails there."""
+    """The fork server of `make test-fast` does not import NeMo."""
     if WITHOUT_SLOW in config.option.markexpr:
-        os.environ[REFUSE_NEMO] = "1"
+        os.environ[forks.REFUSE_NEMO] = "1"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A process that a test without the mark `slow` forks cannot import NeMo, so `make test-fast` stays fast."""
+    forks.may_import_nemo = item.get_closest_marker("slow") is not None
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -56,7 +69,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks slow tests, and puts the longest groups first."""
     for item in items:
         folder = item.nodeid.removeprefix("tests/").partition("/")[0]
-        if "workshop" in getattr(item, "fixturenames", ()) or folder in _SLOW_FOLDERS:
+        slow = folder in _SLOW_FOLDERS or group_of(item.nodeid) in _SLOW_GROUPS
+        if slow or "workshop" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.slow)
         if folder == "slurm":
             item.add_marker(pytest.mark.slurm)

@@ -30,6 +30,7 @@ def test_a_cell_is_tested_or_refused_or_needs_a_gpu() -> None:
         assert bool(cell.evidence) is (cell.text != GPU)
 
 
+@pytest.mark.slow  # `make test-fast` does not collect all of a file's tests
 def test_every_test_that_a_cell_names_exists(request: pytest.FixtureRequest) -> None:
     """Checks the installed release, in the files that this run has collected."""
     collected = {item.nodeid for item in request.session.items}

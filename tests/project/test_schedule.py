@@ -11,6 +11,7 @@ import pytest
 
 from tests.harness import schedule
 from tests.harness.command_runs import user_environment
+from tests.harness.forks import fork_program, run_forked
 from tests.harness.paths import ROOT
 
 
@@ -32,6 +33,12 @@ def test_a_group_is_a_file_or_what_shares_its_ranks(nodeid: str, group: str) -> 
 def test_the_longest_groups_exist() -> None:
     for group in schedule._LONGEST_FIRST:
         assert "," in group or " " in group or (ROOT / "tests" / group).is_file(), group
+
+
+def test_a_process_that_a_test_without_the_mark_slow_forks_cannot_import_nemo(tmp_path: Path) -> None:
+    done = run_forked(fork_program, "import nemo", cwd=tmp_path, env=user_environment(), timeout=100)
+    assert done.returncode != 0
+    assert "import of nemo halted" in done.stderr
 
 
 def test_a_test_that_starts_nemo_without_its_mark_fails_in_make_test_fast(tmp_path: Path) -> None:
