@@ -18,6 +18,7 @@ from nemo_tied_lora.errors import ConfigError, Problems, report
 from nemo_tied_lora.launching.torchrun import is_rank, start_ranks
 from nemo_tied_lora.planning.compose import compose_config, parse_overrides, plain
 from nemo_tied_lora.planning.config_folder import config_folder
+from nemo_tied_lora.planning.data_files import checked_already, mark_checked
 from nemo_tied_lora.planning.parallel_layout import Layout
 from nemo_tied_lora.resilience.rank import STOPPED, Rank, run_as_rank
 from nemo_tied_lora.resilience.restarts import finished_already, preempted_code
@@ -34,6 +35,7 @@ def run_command(
     groups: tuple[str, ...],
     check: Callable[[Mapping[str, Any]], None],
     run: Callable[[DictConfig, Rank], Any],
+    check_files: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> int:
     """Composes and checks the configuration before torch is imported, then runs the command on every rank.
 
@@ -42,6 +44,8 @@ def run_command(
         groups: the config groups that --help lists.
         check: raises ConfigError if the configuration cannot run.
         run: one rank's work. NeMo's `hydra_runner` passes the configuration.
+        check_files: raises ConfigError if a line of data is wrong. One process calls it: the one that starts the ranks,
+            or else rank 0.
 
     Returns:
         0 for success, 2 if the configuration is refused, 3 if a guard stopped the run, `preemption.exit_code` if a
@@ -60,7 +64,10 @@ def run_command(
         work = partial(
             _run_rank, command, options.overrides, options.config_dir, run, verbose=values.get("verbose", True)
         )
-        return run_as_rank(command, values, problems, work)
+        read = None if check_files is None or checked_already(values) else partial(check_files, values)
+        return run_as_rank(command, values, problems, work, read)
+    if values and check_files is not None:
+        problems.attempt(check_files, values)
     if problems:
         return report(command, ConfigError(problems))
     finished = finished_already(values)
@@ -71,6 +78,7 @@ def run_command(
     if layout.num_nodes > 1:
         problem = "trainer.num_nodes: several nodes need a launcher; start one process per rank with torchrun"
         return report(command, ConfigError([problem]))
+    mark_checked(values)
     code = start_ranks("nemo_tied_lora.commands.main", [command, *argv], layout.devices)
     return code and preempted_code(values, code)
 

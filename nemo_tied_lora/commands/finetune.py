@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from nemo_tied_lora.commands.distributed_command import run_command
+from nemo_tied_lora.planning.data_files import check_training_files
 from nemo_tied_lora.planning.preflight import check_finetuning
 from nemo_tied_lora.resilience.rank import Rank
 
@@ -32,6 +33,7 @@ def main(argv: list[str]) -> int:
         examples=_EXAMPLES,
         groups=("data", "optim", "preset", "layout", "recipe"),
         check=check_finetuning,
+        check_files=check_training_files,
         run=_run,
     )
 

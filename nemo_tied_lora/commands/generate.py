@@ -12,7 +12,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_tied_lora.commands.distributed_command import run_command
 from nemo_tied_lora.files import write_atomically
+from nemo_tied_lora.planning.data_files import check_prompts_file
+from nemo_tied_lora.planning.jsonl_lines import examples
 from nemo_tied_lora.planning.preflight import check_generation
+from nemo_tied_lora.planning.prompt_template import fill, template_fields
 
 __all__ = ["SUMMARY", "main"]
 
@@ -32,6 +35,7 @@ def main(argv: list[str]) -> int:
         examples=_EXAMPLES,
         groups=("layout",),
         check=check_generation,
+        check_files=check_prompts_file,
         run=lambda cfg, rank: _run(cfg),
     )
 
@@ -55,9 +59,9 @@ def _rows(cfg: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One row per prompt; a row of `prompts_file` keeps the other fields of its line."""
     if cfg["prompts"] is not None:
         return [{"prompt": prompt} for prompt in cfg["prompts"]]
-    with open(cfg["prompts_file"], encoding="utf-8") as lines:
-        examples = [json.loads(line) for line in lines if line.strip()]
-    return [{**example, "prompt": cfg["prompt_template"].format(**example)} for example in examples]
+    template = cfg["prompt_template"]
+    found = examples(Path(cfg["prompts_file"]), template_fields(template))
+    return [{**example, "prompt": fill(template, example)} for example in found]
 
 
 def _write(rows: list[dict[str, Any]], output: str | None) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from nemo_tied_lora.commands.distributed_command import run_command
+from nemo_tied_lora.planning.data_files import check_training_files
 from nemo_tied_lora.planning.preflight import check_pretraining
 from nemo_tied_lora.resilience.rank import Rank
 
@@ -30,6 +31,7 @@ def main(argv: list[str]) -> int:
         examples=_EXAMPLES,
         groups=("model", "data", "optim", "layout", "recipe"),
         check=check_pretraining,
+        check_files=check_training_files,
         run=_run,
     )
 

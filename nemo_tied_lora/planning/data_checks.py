@@ -1,24 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks data files, prompts and batches before a run. Each function yields one line per problem."""
+"""Checks the configuration of data and batches before a run. Each function yields one line per problem."""
 
 from __future__ import annotations
 
-import json
-import string
+import importlib.util
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from nemo_tied_lora.errors import is_whole_number
+from nemo_tied_lora.planning.data_files import SECTIONS, unreadable
 from nemo_tied_lora.planning.parallel_layout import Layout
+from nemo_tied_lora.planning.prompt_template import training_template_problems
 
-__all__ = ["batch_problems", "data_problems", "jsonl_problems", "template_fields"]
+__all__ = ["batch_problems", "data_problems"]
 
 
 def data_problems(cfg: Mapping[str, Any]) -> Iterator[str]:
-    """Checks the sections train_ds, validation_ds and test_ds, and the first line of each file."""
-    for name in ("train_ds", "validation_ds", "test_ds"):
-        section = cfg["model"]["data"][name]
+    """Checks the sections train_ds, validation_ds and test_ds, and that their files can be opened.
+
+    `data_files` reads the lines.
+    """
+    data = cfg["model"]["data"]
+    chat = bool(data.get("chat"))
+    if chat:
+        yield from _chat_problems(data)
+    told: set[str] = set()
+    for name in SECTIONS:
+        section = data[name]
         key = f"model.data.{name}.file_names"
         files = section.get("file_names")
         if name == "test_ds" and files is None:
@@ -30,10 +39,54 @@ def data_problems(cfg: Mapping[str, Any]) -> Iterator[str]:
         if name == "train_ds" and (not isinstance(weights, list) or len(weights) != len(files)):
             yield f"model.data.train_ds.concat_sampling_probabilities={weights!r}: must hold one number for each file"
         yield from _batch_problems(name, section)
+        if section.get("packed_sequence"):
+            yield from _packed_problems(f"model.data.{name}", section)
         if name != "train_ds":
             yield from _generation_problems(name, section, cfg["model"])
-        for file in files:
-            yield from _first_line_problems(key, Path(str(file)), template_fields(section.get("prompt_template")))
+        if not chat:
+            yield from _template_problems(name, section, told)
+        for file in dict.fromkeys(map(str, files)):
+            yield from unreadable(key, Path(file))
+
+
+def _template_problems(name: str, section: Mapping[str, Any], told: set[str]) -> Iterator[str]:
+    """Sections usually take these keys from train_ds. So each problem is reported once, for the first section."""
+    for problem in training_template_problems("", section):
+        if problem not in told:
+            told.add(problem)
+            yield f"model.data.{name}{problem}"
+
+
+_CHAT_TOKENS = ("system_turn_start", "turn_start", "label_start", "end_of_turn", "end_of_name")
+
+
+def _chat_problems(data: Mapping[str, Any]) -> Iterator[str]:
+    tokens = data.get("chat_prompt_tokens")
+    if tokens is None:
+        return
+    key = "model.data.chat_prompt_tokens"
+    if not isinstance(tokens, Mapping):
+        yield f"{key}={tokens!r}: must be a section with {', '.join(_CHAT_TOKENS)}"
+        return
+    missing = [name for name in _CHAT_TOKENS if name not in tokens]
+    if missing:
+        yield f"{key}: lacks {', '.join(missing)}; set all of {', '.join(_CHAT_TOKENS)}, or none for NeMo's defaults"
+    for name in tokens:
+        if name not in _CHAT_TOKENS:
+            yield f"{key}.{name}: not a key of it; choose from {', '.join(_CHAT_TOKENS)}"
+        elif not isinstance(tokens[name], str) or not tokens[name]:
+            yield f"{key}.{name}={tokens[name]!r}: must be a text that is not empty"
+
+
+def _packed_problems(key: str, section: Mapping[str, Any]) -> Iterator[str]:
+    """Packed sequences need an attention that keeps them apart; of Megatron's, only Transformer Engine's does."""
+    if importlib.util.find_spec("transformer_engine") is None:
+        yield (
+            f"{key}.packed_sequence=true: needs the attention of Transformer Engine, on GPUs, and it is not installed "
+            "here; train on the JSONL files that were packed, with packed_sequence=false"
+        )
+    if section.get("micro_batch_size") != 1:
+        yield f"{key}.micro_batch_size={section.get('micro_batch_size')!r}: must be 1 for packed sequences"
 
 
 def _generation_problems(name: str, section: Mapping[str, Any], model: Mapping[str, Any]) -> Iterator[str]:
@@ -61,52 +114,12 @@ def _batch_problems(name: str, section: Mapping[str, Any]) -> Iterator[str]:
         yield f"model.data.{name}.global_batch_size={whole}: must be divisible by micro_batch_size={micro}"
 
 
-def template_fields(template: object) -> list[str]:
-    """Returns the names in braces of a prompt template."""
-    return [field for _, field, _, _ in string.Formatter().parse(str(template)) if field]
-
-
-def jsonl_problems(key: str, path: Path, fields: list[str]) -> Iterator[str]:
-    """Checks every line of a file, and names the first that lacks a field."""
-    first = list(_first_line_problems(key, path, fields))
-    yield from first
-    if first:
-        return
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                missing = [field for field in fields if line.strip() and field not in json.loads(line)]
-            except (json.JSONDecodeError, TypeError):
-                missing = ["JSON object"]
-            if missing:
-                yield f"{key}: {path}: line {number} has no {', '.join(missing)}"
-                return
-
-
-def _first_line_problems(key: str, path: Path, fields: list[str]) -> Iterator[str]:
-    if not path.is_file():
-        yield f"{key}: {path}: no such file"
-        return
-    try:
-        with path.open(encoding="utf-8") as lines:
-            example = json.loads(next(lines, ""))
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        yield f"{key}: {path}: the first line is not JSON; each line must be one JSON object"
-        return
-    except OSError as error:
-        yield f"{key}: {path}: cannot be read: {error.strerror}"
-        return
-    missing = [field for field in fields if not isinstance(example, Mapping) or field not in example]
-    if missing:
-        yield f"{key}: {path}: the first line has no {', '.join(missing)}, which prompt_template names"
-
-
 def batch_problems(cfg: Mapping[str, Any], base: Mapping[str, Any], layout: Layout) -> Iterator[str]:
     """Compares each section's batch with the data-parallel size, and its longest sequence with the layout and the base.
 
     NeMo pads a batch to a multiple that suits every layout, but never beyond max_seq_length.
     """
-    for name in ("train_ds", "validation_ds", "test_ds"):
+    for name in SECTIONS:
         section = cfg["model"]["data"][name]
         if section.get("file_names"):
             yield from _split_batch_problems(f"model.data.{name}", section, layout.resolved_dp_size)

@@ -16,8 +16,10 @@ from nemo_tied_lora.errors import ConfigError, Problems
 from nemo_tied_lora.planning import layout_fits_cluster
 from nemo_tied_lora.planning.architecture import Architecture
 from nemo_tied_lora.planning.base_config import adapter_section, base_model_config
-from nemo_tied_lora.planning.data_checks import batch_problems, data_problems, jsonl_problems, template_fields
+from nemo_tied_lora.planning.data_checks import batch_problems, data_problems
+from nemo_tied_lora.planning.data_files import unreadable
 from nemo_tied_lora.planning.parallel_layout import Layout, check, check_ranks
+from nemo_tied_lora.planning.prompt_template import template_problems
 from nemo_tied_lora.planning.run_settings import GuardSettings, survival_problems
 from nemo_tied_lora.planning.training_loop_checks import loop_problems
 
@@ -105,8 +107,12 @@ def check_generation(cfg: Mapping[str, Any]) -> None:
         isinstance(prompts, list) and prompts and all(isinstance(p, str) for p in prompts)
     ):
         problems.append(f"prompts={prompts!r}: must be a list of texts: \"prompts=['...']\"")
+    for number, prompt in enumerate(prompts if isinstance(prompts, list) else [], 1):
+        if isinstance(prompt, str) and any("\ud800" <= character <= "\udfff" for character in prompt):
+            problems.append(f"prompts: prompt {number} is not valid Unicode; write it in UTF-8")
     if prompts_file is not None:
-        problems += jsonl_problems("prompts_file", Path(str(prompts_file)), template_fields(cfg["prompt_template"]))
+        problems += unreadable("prompts_file", Path(str(prompts_file)))
+        problems += template_problems("prompt_template", cfg.get("prompt_template"))
     for key in ("tokens_to_generate", "batch_size"):
         problems.whole_number(key, cfg.get(key))
     temperature = cfg.get("temperature")

@@ -42,7 +42,13 @@ class Finished(Exception):
     """The same run has finished before and is not repeated. Every rank raises it."""
 
 
-def run_as_rank(command: str, values: Mapping[str, Any], problems: Sequence[str], work: Callable[[Rank], Any]) -> int:
+def run_as_rank(
+    command: str,
+    values: Mapping[str, Any],
+    problems: Sequence[str],
+    work: Callable[[Rank], Any],
+    check_on_rank_0: Callable[[], None] | None = None,
+) -> int:
     """Runs `work` as one rank of a run; `Rank` describes how it ends.
 
     Args:
@@ -50,12 +56,13 @@ def run_as_rank(command: str, values: Mapping[str, Any], problems: Sequence[str]
         values: the composed configuration.
         problems: what this rank found wrong before it met the others.
         work: returns a summary; the summary's "output" names the file that the run wrote.
+        check_on_rank_0: see `Rank.start`.
 
     Returns:
         The exit code.
     """
     with Rank(command, values) as rank:
-        rank.start(problems)
+        rank.start(problems, check_on_rank_0)
         if values.get("preflight") != "only":
             rank.finish(work(rank))
     return rank.exit_code
@@ -101,18 +108,19 @@ class Rank:
             self.exit_code = self._end(error)
         return True
 
-    def start(self, problems: Sequence[str]) -> None:
+    def start(self, problems: Sequence[str], check_on_rank_0: Callable[[], None] | None = None) -> None:
         """Meets the other ranks, agrees with them to start, and checks the machines if the pre-flight is on.
 
         Args:
             problems: this rank's own.
+            check_on_rank_0: raises ConfigError for what one rank finds out for all, such as wrong lines of data.
 
         Raises:
             Refused: on every rank, with the problems of all ranks.
             Finished: on every rank; this run has finished before.
         """
         try:
-            self._meet(problems)
+            self._meet(problems, check_on_rank_0)
             self._begin()
             if self._values.get("preflight"):
                 self.status.update(state="preflight")
@@ -127,7 +135,7 @@ class Rank:
         output = summary.get("output") if isinstance(summary, Mapping) else None
         self.status.update(now=True, state="finished", output=output and str(Path(output).resolve()))
 
-    def _meet(self, problems: Sequence[str]) -> None:
+    def _meet(self, problems: Sequence[str], check_on_rank_0: Callable[[], None] | None) -> None:
         if not self._is_alone:
             from nemo_tied_lora.resilience.rendezvous import Rendezvous
 
@@ -135,6 +143,8 @@ class Rank:
             problems = self._rendezvous.agree(problems)
         if problems:
             raise ConfigError(problems)
+        if check_on_rank_0 is not None:
+            self._from_rank_0("data", check_on_rank_0)
         message = self._from_rank_0("finished", lambda: finished_already(self._values))
         if message is not None:
             raise Finished(message)
