@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronLMPPTrai
 from omegaconf import DictConfig, OmegaConf, open_dict
 from tqdm import tqdm
 
+from nemo_tied_lora.errors import Problems
 from nemo_tied_lora.nemo.model import MegatronGPTTiedLoraModel
 from nemo_tied_lora.nemo.process_groups import ensure_process_groups
 
@@ -53,11 +55,17 @@ def complete(
 ) -> list[str]:
     """Completes each prompt, up to the end-of-text token. All ranks call it and get the same texts.
 
+    A prompt without tokens is completed from the tokenizer's start token, or its end-of-text token if it has none.
+
     Args:
         tokens_to_generate: the largest number of tokens per prompt.
         temperature: None picks the likeliest token each time.
+
+    Raises:
+        ConfigError: on every rank; a prompt is longer than the base's learned positions.
     """
     model.eval()
+    tokens = _tokenized(model, prompts)
     sampling = {
         "use_greedy": temperature is None,
         "temperature": 1.0 if temperature is None else temperature,
@@ -73,14 +81,14 @@ def complete(
     first = torch.distributed.get_rank() == 0
     starts = range(0, len(prompts), batch_size)
     for start in tqdm(starts, desc="generating", unit="batch", disable=not first or len(starts) == 1):
-        batch = list(prompts[start : start + batch_size])
+        batch = tokens[start : start + batch_size]
         with torch.no_grad():
             answer = model.generate(
-                inputs=batch,
+                inputs=_padded(batch, tokens_to_generate, model.tokenizer.eos_id),
                 length_params={"max_length": tokens_to_generate, "min_length": 0},
                 sampling_params=sampling,
             )
-        completions += _completions(model, batch, answer) if first else []
+        completions += _completions(model, batch, answer, tokens_to_generate) if first else []
     shared = [completions]
     torch.distributed.broadcast_object_list(shared, src=0)
     return shared[0]
@@ -117,11 +125,38 @@ def next_token_logits(model: Any, prompts: Sequence[Sequence[int]]) -> list[torc
     return found  # type: ignore[return-value]
 
 
-def _completions(model: Any, prompts: Sequence[str], answer: Any) -> list[str]:
+def _tokenized(model: Any, prompts: Sequence[str]) -> list[list[int]]:
+    """The token ids of each prompt, at least one."""
+    tokenizer, cfg = model.tokenizer, model.cfg
+    bos = getattr(tokenizer, "bos_id", None)
+    start = tokenizer.eos_id if bos is None or bos < 0 else bos
+    tokens = [tokenizer.text_to_ids(prompt) or [start] for prompt in prompts]
+    learned = cfg.get("position_embedding_type", "learned_absolute") == "learned_absolute"
+    most = cfg.encoder_seq_length if learned else math.inf
+    too_long = [
+        f"prompt {number}: has {len(ids)} tokens, and the base learned positions for {most}; shorten it"
+        for number, ids in enumerate(tokens, 1)
+        if len(ids) > most
+    ]
+    Problems(too_long).raise_if_any()
+    return tokens
+
+
+def _padded(
+    batch: Sequence[Sequence[int]], tokens_to_generate: int, padding: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """NeMo's form of a batch: tokens (prompts, longest prompt + tokens_to_generate), and the prompts' lengths."""
+    width = max(map(len, batch)) + tokens_to_generate
+    tokens = torch.tensor([[*ids, *[padding] * (width - len(ids))] for ids in batch])
+    return tokens.cuda(), torch.tensor([len(ids) for ids in batch]).cuda()
+
+
+def _completions(model: Any, prompts: Sequence[Sequence[int]], answer: Any, tokens_to_generate: int) -> list[str]:
+    """The new texts. NeMo generates the same width for a whole batch, so a shorter prompt has got more tokens."""
     tokenizer = model.tokenizer
     texts = []
     for prompt, token_ids in zip(prompts, answer["token_ids"], strict=True):
-        new = list(token_ids)[len(tokenizer.text_to_ids(prompt)) :]
+        new = list(token_ids)[len(prompt) :][:tokens_to_generate]
         if tokenizer.eos_id in new:
             new = new[: new.index(tokenizer.eos_id)]
         texts.append(tokenizer.ids_to_text([int(token) for token in new]))

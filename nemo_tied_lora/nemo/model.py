@@ -21,10 +21,13 @@ from nemo_tied_lora.checkpoint.base_identity import tokenizer_identity
 from nemo_tied_lora.checkpoint.read_nemo_adapter import is_adapter_file
 from nemo_tied_lora.checkpoint.save_load_on_any_layout import load_adapter, save_adapter
 from nemo_tied_lora.checkpoint.training_checkpoint import is_checkpoint, read_description
+from nemo_tied_lora.errors import Problems
+from nemo_tied_lora.nemo.answer_truncation import check_answers, special_token_problems
 from nemo_tied_lora.nemo.guarded_training import GuardedTrainingMixin
 from nemo_tied_lora.nemo.learning_rate_groups import learning_rate_groups
 from nemo_tied_lora.nemo.legacy_weights import tensors_only
 from nemo_tied_lora.nemo.peft_config import TiedLoraPEFTConfig, register
+from nemo_tied_lora.nemo.sft_datasets import own_datasets
 from nemo_tied_lora.nemo.stored_tokenizer import StoredTokenizerMixin
 from nemo_tied_lora.planning.training_loop_checks import check_loop
 from nemo_tied_lora.versions import installed_version
@@ -123,6 +126,23 @@ class TiedLoraModelMixin:
             in_main_grad = any(hasattr(parameter, "main_grad") for parameter in self.tied_lora.parameters())
             self.tied_lora.reduce_gradients("main_grad" if in_main_grad else "grad", tensor_parallel=False)
         return loss
+
+    def build_train_valid_test_datasets(self, stage: str | None) -> None:
+        """NeMo's, with `sft_datasets`. Before a fit, says how many answers do not fit into max_seq_length.
+
+        Raises:
+            ConfigError: on every rank; none fits, or the tokenizer lacks a special token.
+        """
+        data: Any = self.cfg.data  # type: ignore[attr-defined]
+        Problems(special_token_problems(self, data)).raise_if_any()
+        with own_datasets():
+            super().build_train_valid_test_datasets(stage)  # type: ignore[misc]
+        if stage != "fit":
+            return
+        blends = {"train_ds": self._train_ds.datasets, "validation_ds": self._validation_ds}  # type: ignore[attr-defined]
+        if getattr(self, "_test_ds", None):
+            blends["test_ds"] = self._test_ds  # type: ignore[attr-defined]
+        check_answers(blends, {name: data[name].max_seq_length for name in blends})
 
     def build_data_loader(self, dataset: Any, data_cfg: Any, consumed_samples: int = 0) -> Any:
         """NeMo's, except that a resumed run continues after the samples that it has consumed.

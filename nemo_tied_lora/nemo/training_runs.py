@@ -26,6 +26,7 @@ from nemo_tied_lora.nemo.resuming import launch_kept, remove_leftover_checkpoint
 from nemo_tied_lora.nemo.run_recorder import RunRecorder, draw_losses, peak_memory_bytes
 from nemo_tied_lora.nemo.status_callback import StatusCallback
 from nemo_tied_lora.nemo.stop_callback import StopCallback, restore_status_file
+from nemo_tied_lora.planning.data_files import SECTIONS
 from nemo_tied_lora.planning.run_settings import GuardSettings
 from nemo_tied_lora.resilience.rank import Rank
 
@@ -96,6 +97,9 @@ def _prepare(cfg: DictConfig, rank: Rank | None) -> tuple[Trainer, RunRecorder, 
     skip_one_validation(trainer)
     logging.info(f"run folder: {folder}")
     check_settings(cfg, trainer)
+    for section in (cfg.model.data[name] for name in SECTIONS):
+        if section.get("index_mapping_dir") is None:  # the folder of the data may not be writable
+            section.index_mapping_dir = str(Path(folder) / "data_index")
     return trainer, recorder, Path(folder)
 
 

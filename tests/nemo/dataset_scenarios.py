@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the test of the datasets does in a forked process: builds NeMo's datasets and ours on the same files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+__all__ = ["CHAT_TOKENS", "chat_rows", "report_datasets"]
+
+CHAT_TOKENS = {
+    "system_turn_start": "0",
+    "turn_start": "1",
+    "label_start": "2",
+    "end_of_turn": ":",
+    "end_of_name": ":",
+}
+"""Texts that the workshop's tokenizer, which knows few characters, can write."""
+
+
+def report_datasets(folder: Path) -> int:
+    """Writes datasets.json: what `tests/nemo/test_datasets.py` compares."""
+    from nemo.collections.nlp.data.language_modeling.megatron.gpt_sft_dataset import GPTSFTDataset
+
+    from nemo_tied_lora.nemo.sft_datasets import PromptDataset, line_ends
+
+    def examples(dataset: Any) -> list[Any]:
+        return [dataset[index] for index in range(len(dataset))]
+
+    nemos = examples(_prompts(GPTSFTDataset, folder / "clean.jsonl"))
+    changed = folder / "changed.jsonl"
+    numbers = []
+    for text in ('{"input": "1:", "output": "eins"}\n' * 3, '{"input": "12:", "output": "zwei"}\n' * 5):
+        changed.write_text(text)
+        numbers.append([example["answer_ids"] for example in examples(_prompts(PromptDataset, changed))])
+    template = _prompts(PromptDataset, folder / "clean.jsonl", prompt_template="ö\\n{input} {output}")
+    garbled = _prompts(GPTSFTDataset, folder / "clean.jsonl", prompt_template="ö\\n{input} {output}")
+    found = {
+        "clean as in NeMo": examples(_prompts(PromptDataset, folder / "clean.jsonl")) == nemos,
+        "messy as clean": [_without_metadata(one) for one in examples(_prompts(PromptDataset, folder / "messy.jsonl"))]
+        == [_without_metadata(one) for one in nemos],
+        "numbers": [len(one) for one in numbers],
+        "templates": [template.prompt_template, garbled.prompt_template],
+        "ends": line_ends(str(folder / "messy.jsonl")).tolist(),
+        "truncation": _truncation(folder),
+        "conversations": _same_conversations(folder),
+    }
+    (folder / "datasets.json").write_text(json.dumps(found))
+    return 0
+
+
+def chat_rows(folder: Path) -> int:
+    """Writes rows.json: tokens and loss mask of each conversation of chat.jsonl, by NeMo's own class."""
+    from nemo.collections.nlp.data.language_modeling.megatron.gpt_sft_chat_dataset import GPTSFTChatDataset
+
+    dataset = _chat(GPTSFTChatDataset, folder)
+    rows = [dataset[index] for index in range(len(dataset))]
+    listed = [[row["input_ids"][:-1].tolist(), row["mask"][1:].int().tolist()] for row in rows]
+    (folder / "rows.json").write_text(json.dumps(listed))
+    return 0
+
+
+def _without_metadata(example: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in example.items() if name != "metadata"}
+
+
+def _tokenizer(folder: Path) -> Any:
+    from nemo.collections.common.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+
+    return SentencePieceTokenizer(str(folder / "tokenizer.model"))
+
+
+def _prompts(kind: Any, path: Path, **changed: Any) -> Any:
+    settings = {"prompt_template": "{input} {output}", "label_key": "output", "truncation_field": "input", **changed}
+    index = str(path.parent / f"index of {kind.__name__}")
+    return kind(str(path), _tokenizer(path.parent), memmap_workers=1, index_mapping_dir=index, **settings)
+
+
+def _chat(kind: Any, folder: Path, **changed: Any) -> Any:
+    index = str(folder / f"index of {kind.__name__}")
+    settings = {"special_tokens": CHAT_TOKENS, "memmap_workers": 1, "index_mapping_dir": index, **changed}
+    return kind(str(folder / "chat.jsonl"), _tokenizer(folder), **settings)
+
+
+def _truncation(folder: Path) -> dict[str, Any]:
+    """For several settings: our counts, and those of a loop over NeMo's examples."""
+    from nemo.collections.nlp.data.language_modeling.megatron.gpt_sft_dataset import GPTSFTDataset
+
+    from nemo_tied_lora.nemo.answer_truncation import count_answers
+
+    whole = _prompts(GPTSFTDataset, folder / "long.jsonl", max_seq_length=10_000)
+    found = {}
+    variants: dict[str, dict[str, Any]] = {
+        "prompt first": {"truncation_field": "input"},
+        "answer first": {"truncation_field": "output"},
+        "both": {"truncation_field": "input,output"},
+        "none": {"truncation_field": None},
+        "left": {"truncation_field": None, "truncation_method": "left"},
+        "room to generate": {"truncation_field": None, "tokens_to_generate": 6},
+        "bos and sep": {"truncation_field": None, "add_bos": True, "add_sep": True, "sep_id": 4},
+        "prompt longer than all": {"truncation_field": None, "max_seq_length": 3},
+    }
+    for name, settings in variants.items():
+        dataset = _prompts(GPTSFTDataset, folder / "long.jsonl", **{"max_seq_length": 16, **settings})
+        pairs = [(dataset[index], whole[index]) for index in range(len(whole))]
+        by_hand = {
+            "answers": sum(len(all_["answer_ids"]) > 0 for _, all_ in pairs),
+            "cut": sum(0 < len(cut["answer_ids"]) < len(all_["answer_ids"]) for cut, all_ in pairs),
+            "lost": sum(not cut["answer_ids"] and bool(all_["answer_ids"]) for cut, all_ in pairs),
+            "prompts_cut": sum(
+                cut["context_length"] - dataset.add_bos - dataset.add_sep < all_["context_length"]
+                for cut, all_ in pairs
+            ),
+        }
+        found[name] = [count_answers(dataset, range(len(whole)))[0], by_hand]
+    return found
+
+
+def _same_conversations(folder: Path) -> list[bool]:
+    """Whether NeMo's class and ours make the same batch, in each key."""
+    import torch
+    from nemo.collections.nlp.data.language_modeling.megatron.gpt_sft_chat_dataset import GPTSFTChatDataset
+
+    from nemo_tied_lora.nemo.sft_datasets import ChatDataset
+
+    nemos, ours = _chat(GPTSFTChatDataset, folder), _chat(ChatDataset, folder)
+    batches = [one.collate_fn([one[index] for index in range(len(one))]) for one in (nemos, ours)]
+    assert batches[0]["loss_mask"].sum() > 0
+    return [
+        bool(torch.equal(batches[1][key], value)) if isinstance(value, torch.Tensor) else batches[1][key] == value
+        for key, value in batches[0].items()
+    ]
