@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -33,7 +33,7 @@ def run_command(
     summary: str,
     examples: str,
     groups: tuple[str, ...],
-    check: Callable[[Mapping[str, Any]], None],
+    check: Callable[[Mapping[str, Any]], Sequence[str] | None],
     run: Callable[[DictConfig, Rank], Any],
     check_files: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> int:
@@ -42,7 +42,7 @@ def run_command(
     Args:
         command: the name of the command and of its YAML.
         groups: the config groups that --help lists.
-        check: raises ConfigError if the configuration cannot run.
+        check: raises ConfigError if the configuration cannot run. Returns lines that rank 0 prints at the start.
         run: one rank's work. NeMo's `hydra_runner` passes the configuration.
         check_files: raises ConfigError if a line of data is wrong. One process calls it: the one that starts the ranks,
             or else rank 0.
@@ -58,14 +58,13 @@ def run_command(
         print(OmegaConf.to_yaml(cfg, resolve=options.resolve), end="")
         return 0
     values = (None if cfg is None else problems.attempt(plain, cfg)) or {}
-    if values:
-        problems.attempt(_check, check, values)
+    lines = (problems.attempt(_check, check, values) if values else None) or ()
     if is_rank():
         work = partial(
             _run_rank, command, options.overrides, options.config_dir, run, verbose=values.get("verbose", True)
         )
         read = None if check_files is None or checked_already(values) else partial(check_files, values)
-        return run_as_rank(command, values, problems, work, read)
+        return run_as_rank(command, values, problems, work, read, lines)
     if values and check_files is not None:
         problems.attempt(check_files, values)
     if problems:
@@ -83,9 +82,11 @@ def run_command(
     return code and preempted_code(values, code)
 
 
-def _check(check: Callable[[Mapping[str, Any]], None], values: Mapping[str, Any]) -> None:
+def _check(
+    check: Callable[[Mapping[str, Any]], Sequence[str] | None], values: Mapping[str, Any]
+) -> Sequence[str] | None:
     """Runs the command's check. On a rank, also refuses another number of ranks than configured: the run would hang."""
-    check(values)
+    lines = check(values)
     layout = Layout.from_config(values)
     if is_rank() and int(os.environ["WORLD_SIZE"]) != layout.world_size:
         started = os.environ["WORLD_SIZE"]
@@ -93,6 +94,7 @@ def _check(check: Callable[[Mapping[str, Any]], None], values: Mapping[str, Any]
             f"trainer.num_nodes x trainer.devices = {layout.world_size}, but the launcher started {started} ranks"
         )
         raise ConfigError([f"{problem}; make them agree"])
+    return lines
 
 
 def _run_rank(

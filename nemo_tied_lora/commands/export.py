@@ -14,6 +14,7 @@ from typing import Any
 from nemo_tied_lora.commands.local_command import run_composed
 from nemo_tied_lora.errors import ConfigError, Problems
 from nemo_tied_lora.planning.base_config import base_model_config, recorded_model_keys
+from nemo_tied_lora.planning.nemo_model_config import adapter_problems
 
 __all__ = ["FORMATS", "SUMMARY", "main"]
 
@@ -71,7 +72,7 @@ def _check(cfg: Mapping[str, Any]) -> None:
     """
     problems = Problems()
     problems.one_of("to", cfg["to"], FORMATS)
-    problems.file("adapter", cfg["adapter"], "name an adapter's .nemo")
+    problems += adapter_problems(cfg["adapter"], "adapter")
     if cfg["output"] is None:
         problems.append("output=null: name the folder (to=hf-peft) or the file to write")
     elif cfg["to"] in FORMATS:

@@ -20,7 +20,8 @@ from nemo_tied_lora.commands.local_command import check_output, run_composed
 from nemo_tied_lora.errors import ConfigError, Problems
 from nemo_tied_lora.launching.torchrun import is_rank, start_ranks
 from nemo_tied_lora.planning.architecture import Architecture
-from nemo_tied_lora.planning.base_config import base_model_config
+from nemo_tied_lora.planning.base_config import usable_base
+from nemo_tied_lora.planning.nemo_model_config import adapter_problems
 from nemo_tied_lora.planning.parallel_layout import Layout, check
 
 __all__ = ["SUMMARY", "main"]
@@ -111,12 +112,12 @@ def _check_settings(cfg: Mapping[str, Any]) -> tuple[dict[str, Any], Layout]:
         ConfigError: all problems together.
     """
     problems = Problems()
-    model = problems.attempt(base_model_config, cfg["base"], key="base") or {}
+    model = problems.attempt(usable_base, cfg["base"], key="base") or {}
     if (cfg["adapter"] is None) == (cfg["adapters"] is None):
         problems.append("adapter, adapters: give one of them: adapter=a.nemo or adapters=[a.nemo,b.nemo]")
     paths, weights = _adapters(cfg)
     for path in paths:
-        problems.file("adapter", path, "name an adapter's .nemo")
+        problems += adapter_problems(path, "adapter")
     if len(weights) != len(paths) or not all(type(w) in (int, float) and w - w == 0 for w in weights):
         problems.append(f"weights={cfg['weights']}: must hold one finite number for each adapter")
     check_output(problems, cfg["output"], [cfg["base"], *paths])

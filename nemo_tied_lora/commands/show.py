@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_tied_lora.commands.local_command import run_composed
 from nemo_tied_lora.errors import ConfigError, Problems
+from nemo_tied_lora.planning.nemo_model_config import adapter_problems
 from nemo_tied_lora.tables import text_table
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def _picture_path(cfg: Mapping[str, Any]) -> Path | None:
     """
     problems = Problems()
     problems.one_of("format", cfg["format"], _FORMATS)
-    problems.file("adapter", cfg["adapter"], "name an adapter's .nemo")
+    problems += adapter_problems(cfg["adapter"], "adapter")
     if cfg["output"] is not None and Path(str(cfg["output"])).suffix != ".png":
         problems.append(f"output={cfg['output']}: must end in .png; null draws nothing")
     problems.raise_if_any()

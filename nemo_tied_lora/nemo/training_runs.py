@@ -27,6 +27,7 @@ from nemo_tied_lora.nemo.run_recorder import RunRecorder, draw_losses, peak_memo
 from nemo_tied_lora.nemo.status_callback import StatusCallback
 from nemo_tied_lora.nemo.stop_callback import StopCallback, restore_status_file
 from nemo_tied_lora.planning.data_files import SECTIONS
+from nemo_tied_lora.planning.run_length import REMOVED, adjusted_run
 from nemo_tied_lora.planning.run_settings import GuardSettings
 from nemo_tied_lora.resilience.rank import Rank
 
@@ -86,12 +87,15 @@ def pretrain(cfg: DictConfig, rank: Rank | None = None) -> dict[str, Any]:
 
 def _prepare(cfg: DictConfig, rank: Rank | None) -> tuple[Trainer, RunRecorder, Path]:
     torch.multiprocessing.set_start_method("spawn", force=True)
+    _adjust(cfg)
     recorder = RunRecorder()
     callbacks = [] if rank is None else [StatusCallback(rank), StopCallback(rank)]
     trainer = TiedLoraTrainerBuilder(cfg).create_trainer(callbacks=[recorder, *callbacks])
     remove_leftover_checkpoints(cfg)
     with launch_kept(cfg):
         folder = exp_manager(trainer, cfg.exp_manager)
+    if trainer.ckpt_path is None:  # else the run has checkpoints of its own
+        trainer.ckpt_path = cfg.model.get("resume_from_checkpoint")
     if rank is not None:
         restore_status_file(trainer, rank)
     skip_one_validation(trainer)
@@ -101,6 +105,18 @@ def _prepare(cfg: DictConfig, rank: Rank | None) -> tuple[Trainer, RunRecorder, 
         if section.get("index_mapping_dir") is None:  # the folder of the data may not be writable
             section.index_mapping_dir = str(Path(folder) / "data_index")
     return trainer, recorder, Path(folder)
+
+
+def _adjust(cfg: DictConfig) -> None:
+    """Replaces what contradicts the length of the run; see `run_length`. Every rank gets the same values."""
+    values = adjusted_run(OmegaConf.to_container(cfg, resolve=True)).values  # type: ignore[arg-type]
+    with open_dict(cfg):
+        for key, value in values.items():
+            if value is REMOVED:
+                section, _, name = key.rpartition(".")
+                del OmegaConf.select(cfg, section)[name]
+            else:
+                OmegaConf.update(cfg, key, value, force_add=True)
 
 
 def _check_vocabulary(model: Any) -> None:

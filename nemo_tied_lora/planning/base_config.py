@@ -1,21 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads the base's configuration, from its `.nemo` or an adapter's record, and the adapter's section of a run's."""
+"""Reads the base's configuration, from its `.nemo` or an adapter's record, and the adapter's section of a run's.
+
+A file that is not whole, or no base that this package can adapt, is refused here, before a model is built.
+"""
 
 from __future__ import annotations
 
 import os
-import tarfile
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from nemo_tied_lora.config import TiedLoraConfig
 from nemo_tied_lora.errors import ConfigError, Problems
-from nemo_tied_lora.planning.nemo_archive import read_members
+from nemo_tied_lora.planning.base_weights import weight_problems
+from nemo_tied_lora.planning.nemo_archive import NemoFiles
+from nemo_tied_lora.planning.nemo_model_config import adapter_kind, nemo_config
+from nemo_tied_lora.versions import installed_version
 
-__all__ = ["adapter_section", "base_model_config", "recorded_model_keys"]
+__all__ = ["adapter_section", "base_model_config", "recorded_model_keys", "usable_base"]
 
 
 def adapter_section(peft: Mapping[str, Any]) -> TiedLoraConfig:
@@ -29,37 +33,58 @@ def adapter_section(peft: Mapping[str, Any]) -> TiedLoraConfig:
 
 
 def base_model_config(path: str | os.PathLike | None, key: str = "model.restore_from_path") -> dict[str, Any]:
-    """Returns the `model_config.yaml` of a base `.nemo`: a tar, plain or gzipped, or an unpacked folder.
+    """Returns the `model_config.yaml` of a base `.nemo`: a tar, plain or compressed, or an unpacked folder.
 
     Args:
         key: the configuration key of the path, for messages.
 
     Raises:
-        ConfigError: there is no path, no file, or no readable configuration in it.
+        ConfigError: there is no path, no file, it is cut off or something else, or has no readable configuration.
     """
     if path is None:
         raise ConfigError([f"{key}: missing; name the base model's .nemo"])
-    try:
-        config = _read_model_config(Path(str(path)))
-    except FileNotFoundError:
-        raise ConfigError([f"{key}={path}: no such file"]) from None
-    except (tarfile.TarError, OSError, yaml.YAMLError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ConfigError([f"{key}={path}: not a .nemo file: {reason}"]) from None
-    if not isinstance(config, dict) or not config:
-        raise ConfigError([f"{key}={path}: holds no model_config.yaml with keys; not a .nemo model"])
-    if (config.get("peft") or {}).get("peft_scheme") == "tied_lora" and "targets" in config:
-        raise ConfigError([f"{key}={path}: is a Tied-LoRA adapter, not a base model"])
+    config, files = nemo_config(Path(str(path)), key)
+    kind = adapter_kind(config, files)
+    if kind is not None:
+        raise ConfigError([f"{key}={path}: is {kind}, not a base model"])
     return config
 
 
-_CONFIG, _MAX_CONFIG_BYTES = "model_config.yaml", 4 << 20
+def usable_base(path: str | os.PathLike | None, key: str = "model.restore_from_path") -> dict[str, Any]:
+    """Returns `base_model_config`, if NeMo can build the model and this package can adapt it.
+
+    Raises:
+        ConfigError: as `base_model_config`; or a model of another class, not of Megatron-core, of a newer NeMo, or its
+            weights are missing or cut off.
+    """
+    config = base_model_config(path, key)
+    problems = [*_model_problems(config), *weight_problems(NemoFiles(Path(str(path))))]
+    Problems(f"{key}={path}: {problem}" for problem in problems).raise_if_any()
+    return config
 
 
-def _read_model_config(path: Path) -> Any:
-    if path.is_dir():
-        return yaml.safe_load((path / _CONFIG).read_bytes())
-    return yaml.safe_load(read_members(path, (_CONFIG,), _MAX_CONFIG_BYTES).get(_CONFIG, b""))
+_MCORE = (
+    "mcore_gpt is not set: this base is not a Megatron-core GPT; convert it with NeMo's converter, "
+    "scripts/checkpoint_converters/convert_gpt_nemo_to_mcore.py"
+)
+_NO_BASE = re.compile("PromptLearning|AdapterLearning|AdapterPTuning|LoRA|PTuning|IA3|Reward")
+_RELEASE = re.compile(r"(\d+)\.(\d+)")
+_TESTED_NEMO = "2.4.1"
+
+
+def _model_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    """What the model's configuration says that NeMo or this package cannot do."""
+    target = str(config.get("target") or "")
+    name = target.rpartition(".")[2]
+    known = not target or target.startswith("nemo_tied_lora.")
+    if not known and ("GPT" not in name or _NO_BASE.search(name)):
+        yield f"is a {name} (target: {target}); only a GPT of NeMo, as MegatronGPTModel, can be the base"
+    elif not config.get("mcore_gpt"):
+        yield _MCORE
+    stated, here = str(config.get("nemo_version") or ""), installed_version("nemo_toolkit") or _TESTED_NEMO
+    made, reads = _RELEASE.match(stated), _RELEASE.match(here)
+    if made and reads and tuple(map(int, made.groups())) > tuple(map(int, reads.groups())):
+        yield f"was written by NeMo {stated}, newer than the NeMo {here} that reads it; install that, or save it with {here}"
 
 
 # Megatron's activation function, gated -> NeMo's word. NeMo's LoRA recognizes a gated linear by "fast".

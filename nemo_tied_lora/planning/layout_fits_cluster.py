@@ -17,7 +17,7 @@ from typing import Any
 
 from nemo_tied_lora.checkpoint.nemo_adapter_packing import largest_file
 from nemo_tied_lora.config import TiedLoraConfig
-from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.errors import ConfigError, is_whole_number
 from nemo_tied_lora.planning.adapter_cost import Precision, rank_share
 from nemo_tied_lora.planning.architecture import Architecture, selected_linears
 from nemo_tied_lora.planning.parallel_layout import Layout
@@ -158,7 +158,7 @@ def _checkpoints_kept(cfg: Mapping[str, Any]) -> int:
     if best == -1:  # all
         steps, every = cfg["trainer"].get("max_steps"), cfg["trainer"].get("val_check_interval")
         best = steps // every if isinstance(steps, int) and isinstance(every, int) and steps > 0 and every > 0 else 1
-    return int(best) + 1
+    return (best if is_whole_number(best, 0) else 1) + 1
 
 
 def _seconds_left(environment: Mapping[str, str]) -> float | None:

@@ -15,12 +15,22 @@ from nemo_tied_lora.config import TiedLoraConfig
 from nemo_tied_lora.errors import ConfigError, Problems
 from nemo_tied_lora.planning import layout_fits_cluster
 from nemo_tied_lora.planning.architecture import Architecture
-from nemo_tied_lora.planning.base_config import adapter_section, base_model_config
+from nemo_tied_lora.planning.base_config import adapter_section, usable_base
 from nemo_tied_lora.planning.data_checks import batch_problems, data_problems
 from nemo_tied_lora.planning.data_files import unreadable
+from nemo_tied_lora.planning.monitor_checks import monitor_problems
+from nemo_tied_lora.planning.nemo_model_config import adapter_problems
+from nemo_tied_lora.planning.number_checks import (
+    generation_lines,
+    generation_number_problems,
+    number_lines,
+    number_problems,
+)
 from nemo_tied_lora.planning.parallel_layout import Layout, check, check_ranks
 from nemo_tied_lora.planning.prompt_template import template_problems
+from nemo_tied_lora.planning.resumed_step import resumed_step_problems
 from nemo_tied_lora.planning.run_settings import GuardSettings, survival_problems
+from nemo_tied_lora.planning.schedule_checks import run_lines, run_problems
 from nemo_tied_lora.planning.training_loop_checks import loop_problems
 
 __all__ = ["check_finetuning", "check_generation", "check_pretraining"]
@@ -30,8 +40,8 @@ _OPTIMIZERS = ("fused_adam", "adamw", "adam", "sgd", "mcore_distributed_optim")
 _PRECISIONS = ("bf16", "bf16-mixed", "16", "16-mixed", "32")
 
 
-def check_finetuning(cfg: Mapping[str, Any]) -> None:
-    """Checks the configuration of `tied-lora finetune`.
+def check_finetuning(cfg: Mapping[str, Any]) -> list[str]:
+    """Checks the configuration of `tied-lora finetune`. Returns the lines to print at the start of the run.
 
     Raises:
         ConfigError: with all problems.
@@ -53,11 +63,11 @@ def check_finetuning(cfg: Mapping[str, Any]) -> None:
     problems += _checkpoint_problems(cfg.get("exp_manager") or {})
     problems += _optimizer_problems(model["optim"].get("name"))
     config = problems.attempt(adapter_section, model["peft"])
-    base = problems.attempt(base_model_config, model.get("restore_from_path"))
+    base = problems.attempt(usable_base, model.get("restore_from_path"))
     start = model["peft"].get("restore_from_path")
     problems.flag("model.peft.allow_other_base", model["peft"].get("allow_other_base", False))
     if start is not None:
-        problems.file("model.peft.restore_from_path", start)
+        problems += adapter_problems(start, "model.peft.restore_from_path")
     given = [key for key, value in (model["peft"].get("tied_lora") or {}).items() if value is not None]
     if start is not None and given:
         fix = "the adapter of restore_from_path has its own; remove these keys"
@@ -66,10 +76,11 @@ def check_finetuning(cfg: Mapping[str, Any]) -> None:
     problems += _run_problems(cfg, base, config)
     problems += _output_problems(cfg, [model.get("restore_from_path"), start])
     problems.raise_if_any()
+    return [*run_lines(cfg), *number_lines(cfg)]
 
 
-def check_pretraining(cfg: Mapping[str, Any]) -> None:
-    """Checks the configuration of `tied-lora pretrain`.
+def check_pretraining(cfg: Mapping[str, Any]) -> list[str]:
+    """Checks the configuration of `tied-lora pretrain`. Returns the lines to print at the start of the run.
 
     Raises:
         ConfigError: with all problems.
@@ -86,19 +97,23 @@ def check_pretraining(cfg: Mapping[str, Any]) -> None:
     problems += _run_problems(cfg, cfg["model"], None)
     problems += _output_problems(cfg, [tokenizer])
     problems.raise_if_any()
+    return [*run_lines(cfg), *number_lines(cfg)]
 
 
-def check_generation(cfg: Mapping[str, Any]) -> None:
-    """Checks the configuration of `tied-lora generate`.
+def check_generation(cfg: Mapping[str, Any]) -> list[str]:
+    """Checks the configuration of `tied-lora generate`. Returns the lines to print at the start.
 
     Raises:
         ConfigError: with all problems.
     """
     problems = Problems()
-    base = problems.attempt(base_model_config, cfg.get("base"), key="base")
+    base = problems.attempt(usable_base, cfg.get("base"), key="base")
     adapter = cfg.get("adapter")
     if adapter is not None:
-        problems.file("adapter", adapter, "adapter=null generates with the base alone")
+        found = adapter_problems(adapter, "adapter", tied=False)
+        problems += [
+            f"{line}; adapter=null generates with the base alone" if "no such" in line else line for line in found
+        ]
     if (cfg.get("prompts") is None) == (cfg.get("prompts_file") is None):
         problems.append("prompts, prompts_file: give one of them: prompts=['...'] or prompts_file=questions.jsonl")
     problems.flag("allow_other_base", cfg.get("allow_other_base", False))
@@ -120,8 +135,10 @@ def check_generation(cfg: Mapping[str, Any]) -> None:
         problems.append(f"temperature={temperature!r}: must be greater than 0; null picks the likeliest token")
     problems.one_of("trainer.precision", str(cfg["trainer"].get("precision")), _PRECISIONS)
     problems += _output_problems(cfg, [cfg.get("base"), adapter, prompts_file], suffix=None)
+    problems += generation_number_problems(cfg, base)
     problems += _layout_problems(cfg, {**(base or {}), **_layout_keys(cfg["model"])} if base else None, None)
     problems.raise_if_any()
+    return generation_lines(cfg)
 
 
 def _require_sections(cfg: Mapping[str, Any], *names: str) -> None:
@@ -135,6 +152,7 @@ def _run_problems(cfg: Mapping[str, Any], base: Mapping[str, Any] | None, config
     problems = Problems()
     problems.attempt(GuardSettings.from_mapping, cfg.get("guards"))
     problems.one_of("trainer.precision", str(cfg["trainer"].get("precision")), _PRECISIONS)
+    problems += [*run_problems(cfg), *number_problems(cfg), *monitor_problems(cfg), *resumed_step_problems(cfg)]
     problems += data_problems(cfg)
     problems += layout_fits_cluster.folder_problems(cfg)
     problems += _allocation_problems(cfg, base, config)

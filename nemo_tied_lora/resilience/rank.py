@@ -48,6 +48,7 @@ def run_as_rank(
     problems: Sequence[str],
     work: Callable[[Rank], Any],
     check_on_rank_0: Callable[[], None] | None = None,
+    lines: Sequence[str] = (),
 ) -> int:
     """Runs `work` as one rank of a run; `Rank` describes how it ends.
 
@@ -57,12 +58,13 @@ def run_as_rank(
         problems: what this rank found wrong before it met the others.
         work: returns a summary; the summary's "output" names the file that the run wrote.
         check_on_rank_0: see `Rank.start`.
+        lines: what rank 0 prints once all ranks have agreed to start.
 
     Returns:
         The exit code.
     """
     with Rank(command, values) as rank:
-        rank.start(problems, check_on_rank_0)
+        rank.start(problems, check_on_rank_0, lines)
         if values.get("preflight") != "only":
             rank.finish(work(rank))
     return rank.exit_code
@@ -108,12 +110,18 @@ class Rank:
             self.exit_code = self._end(error)
         return True
 
-    def start(self, problems: Sequence[str], check_on_rank_0: Callable[[], None] | None = None) -> None:
+    def start(
+        self,
+        problems: Sequence[str],
+        check_on_rank_0: Callable[[], None] | None = None,
+        lines: Sequence[str] = (),
+    ) -> None:
         """Meets the other ranks, agrees with them to start, and checks the machines if the pre-flight is on.
 
         Args:
             problems: this rank's own.
             check_on_rank_0: raises ConfigError for what one rank finds out for all, such as wrong lines of data.
+            lines: what rank 0 prints once all ranks have agreed.
 
         Raises:
             Refused: on every rank, with the problems of all ranks.
@@ -122,6 +130,8 @@ class Rank:
         try:
             self._meet(problems, check_on_rank_0)
             self._begin()
+            for line in lines:
+                self._print(line)
             if self._values.get("preflight"):
                 self.status.update(state="preflight")
                 self._preflight()

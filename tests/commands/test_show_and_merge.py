@@ -219,7 +219,7 @@ def test_a_base_whose_config_is_a_bomb_is_refused(
         tar.addfile(info, io.BytesIO(b"#" * info.size))
     assert base.stat().st_size < 1 << 20
     problems = run(capsys, words_of(base, tmp_path / "m.nemo", f"adapter={adapter}"), 2)
-    assert f"base={base}: not a .nemo file: its model_config.yaml claims 67108864 bytes" in problems
+    assert f"base={base}: not a whole .nemo file: its model_config.yaml claims 67108864 bytes" in problems
 
 
 def test_merge_needs_a_few_of_the_bases_tensors_in_memory_not_the_model(tmp_path: Path) -> None:

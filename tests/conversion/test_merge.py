@@ -28,6 +28,7 @@ from tests.harness.adapter_files import shapes_of, tiny_adapter
 
 LAYERS, HIDDEN = 4, 24
 MODEL = {
+    "mcore_gpt": True,
     "num_layers": LAYERS,
     "hidden_size": HIDDEN,
     "ffn_hidden_size": 2 * HIDDEN,

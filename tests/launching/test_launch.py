@@ -50,11 +50,12 @@ LAUNCHES = {
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, with a base of LLaMA2-7B's sizes and the data."""
     sizes = {"num_layers": 32, "hidden_size": 4096, "ffn_hidden_size": 11008, "num_attention_heads": 32}
-    config = json.dumps({**sizes, "encoder_seq_length": 4096, "activation": "fast-swiglu"}).encode()
+    config = json.dumps({**sizes, "encoder_seq_length": 4096, "activation": "fast-swiglu", "mcore_gpt": True}).encode()
     with tarfile.open(tmp_path / "llama2_7b.nemo", "w") as tar:
-        member = tarfile.TarInfo("model_config.yaml")
-        member.size = len(config)
-        tar.addfile(member, io.BytesIO(config))
+        for file, content in (("model_config.yaml", config), ("model_weights.ckpt", b"weights")):
+            member = tarfile.TarInfo(file)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
     for name in ("train", "validation"):
         (tmp_path / f"{name}.jsonl").write_text('{"input": "1", "output": "one"}\n')
     monkeypatch.chdir(tmp_path)

@@ -26,6 +26,7 @@ from nemo_tied_lora.planning.parallel_layout import Layout
 from nemo_tied_lora.planning.preflight import check_finetuning
 
 BASE = {
+    "mcore_gpt": True,
     "num_layers": 4,
     "hidden_size": 32,
     "ffn_hidden_size": 48,
@@ -45,9 +46,11 @@ def sound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "model_config.yaml").write_text(yaml.safe_dump(BASE))
+    (tmp_path / "base" / "model_weights.ckpt").write_bytes(b"weights")
     (tmp_path / "train.jsonl").write_text(json.dumps({"input": "a", "output": "b"}) + "\n")
     files = [f"model.data.{name}.file_names=[{tmp_path / 'train.jsonl'}]" for name in ("train_ds", "validation_ds")]
-    sizes = ["model.data.train_ds.max_seq_length=32", "model.global_batch_size=8", "model.micro_batch_size=2"]
+    sizes = ["model.data.train_ds.max_seq_length=32", "model.data.validation_ds.tokens_to_generate=8"]
+    sizes += ["model.global_batch_size=8", "model.micro_batch_size=2"]
     place = [f"model.restore_from_path={tmp_path / 'base'}", f"exp_manager.exp_dir={tmp_path / 'runs'}"]
     cfg = plain(compose_config("finetune", [*files, *sizes, *place]))
     check_finetuning(cfg)
@@ -188,9 +191,9 @@ def test_data_that_cannot_be_read_is_refused(sound: dict[str, Any]) -> None:
     ("config", "text"),
     [
         (None, "no such file"),
-        ("", "holds no model_config.yaml with keys"),
-        ("a: [", "not a .nemo file"),
-        ("num_layers: 4", "model.hidden_size: missing"),
+        ("", "its model_config.yaml holds no keys"),
+        ("a: [", "its model_config.yaml is not YAML"),
+        ("num_layers: 4\nmcore_gpt: true", "model.hidden_size: missing"),
         (yaml.safe_dump({**BASE, "num_attention_heads": 5}), "not divisible by model.num_attention_heads=5"),
     ],
 )
@@ -202,13 +205,14 @@ def test_a_missing_base_or_one_without_architecture_is_refused(
         (tmp_path / "model_config.yaml").write_text(config)
         with tarfile.open(base, "w") as tar:
             tar.add(tmp_path / "model_config.yaml", "./model_config.yaml")
+            tar.add(tmp_path / "base" / "model_weights.ckpt", "./model_weights.ckpt")
     assert any(text in problem for problem in refusals(sound, {"model.restore_from_path": str(base)}))
 
 
 def test_a_truncated_base_is_refused(sound: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "cut.nemo").write_bytes(b"\x1f\x8b\x08 and no more")
     (problem,) = refusals(sound, {"model.restore_from_path": str(tmp_path / "cut.nemo")})
-    assert "cut.nemo: not a .nemo file" in problem
+    assert "cut.nemo: not a whole .nemo file" in problem
 
 
 def test_a_folder_that_is_not_writable_is_refused(sound: dict[str, Any], tmp_path: Path) -> None:

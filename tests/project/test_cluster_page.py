@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import re
 import runpy
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -25,10 +24,13 @@ _END = "----- the next command"
 
 @pytest.fixture
 def shared(tmp_path: Path) -> Path:
-    """A folder for the page's /shared: data, and unpacked bases of the published sizes without weights."""
+    """A folder for the page's /shared: data, and unpacked bases of the published sizes with a few bytes for weights."""
     for name in ("llama2_7b", "llama2_13b", "llama2_70b"):
-        (tmp_path / "shared" / name).mkdir(parents=True)
-        shutil.copy(config_folder() / "model" / f"{name}.yaml", tmp_path / "shared" / name / "model_config.yaml")
+        base = tmp_path / "shared" / name
+        base.mkdir(parents=True)
+        sizes = (config_folder() / "model" / f"{name}.yaml").read_text()
+        (base / "model_config.yaml").write_text(f"{sizes}\nmcore_gpt: true\n")
+        (base / "model_weights.ckpt").write_bytes(b"weights")
     for name in ("train", "validation"):
         line = re.findall(r'^    (\{"input": .*)$', PAGE.read_text(), flags=re.M)[0]
         (tmp_path / "shared" / f"{name}.jsonl").write_text(f"{line}\n")

@@ -86,11 +86,12 @@ def submit(slurm: PrivateCluster, workshop: Path, runs: Sequence[Point], argumen
 def mistakes(slurm: PrivateCluster, workshop: Path) -> Run:
     (workshop / "damaged.jsonl").write_text('{"input": "1", \n')
     sizes = {"num_layers": 80, "hidden_size": 8192, "ffn_hidden_size": 28672, "num_attention_heads": 64}
-    config = json.dumps({**sizes, "encoder_seq_length": 4096, "activation": "fast-swiglu"}).encode()
+    config = json.dumps({**sizes, "encoder_seq_length": 4096, "activation": "fast-swiglu", "mcore_gpt": True}).encode()
     with tarfile.open(workshop / "huge.nemo", "w") as tar:
-        member = tarfile.TarInfo("model_config.yaml")
-        member.size = len(config)
-        tar.addfile(member, io.BytesIO(config))
+        for file, content in (("model_config.yaml", config), ("model_weights.ckpt", b"weights")):
+            member = tarfile.TarInfo(file)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
     runs = [Point(name, tuple(overrides)) for name, (overrides, _) in MISTAKES.items()]
     batch = ["model.global_batch_size=16", "model.micro_batch_size=2"]
     arguments = [*rank_arguments("mistakes"), "model.data.train_ds.global_batch_size=16", *batch, *VALIDATION]

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compares the length of a run with the checkpoint from which it would resume, before the base is loaded.
+
+Lightning takes no step if the checkpoint is further: the run would write the checkpoint's adapter again, without a word.
+Reads only `checkpoint.json`, or the step in the name of NeMo's own checkpoint. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from nemo_tied_lora.planning.run_length import as_whole_number
+from nemo_tied_lora.planning.run_settings import run_folder
+
+__all__ = ["resumed_step", "resumed_step_problems"]
+
+_STEP = re.compile(r"step=(\d+)")
+
+
+def resumed_step_problems(cfg: Mapping[str, Any]) -> Iterator[str]:
+    """Refuses a run that ends before the step of the checkpoint from which it would resume, or that has no such file."""
+    for section in ("model", "exp_manager"):
+        given = (cfg.get(section) or {}).get("resume_from_checkpoint")
+        if given is not None and not Path(str(given)).exists():
+            yield f"{section}.resume_from_checkpoint={given}: no such checkpoint"
+    steps, found = as_whole_number((cfg.get("trainer") or {}).get("max_steps")), resumed_step(cfg)
+    if steps is None or steps < 1 or found is None:
+        return
+    step, path = found
+    if step > steps:
+        yield (
+            f"trainer.max_steps={steps}: {path} has trained {step} steps already; set more steps, or set name= or "
+            "exp_manager.explicit_log_dir= to another folder to start again"
+        )
+
+
+def resumed_step(cfg: Mapping[str, Any]) -> tuple[int, Path] | None:
+    """The step and the path of the checkpoint from which the run would resume. None: there is none, or no step is known."""
+    manager = cfg.get("exp_manager") or {}
+    folder = run_folder(cfg)
+    places: list[Path] = []
+    if manager.get("resume_from_checkpoint"):
+        places = [Path(str(manager["resume_from_checkpoint"]))]
+    elif folder is not None and manager.get("resume_if_exists"):
+        dirpath = (manager.get("checkpoint_callback_params") or {}).get("dirpath")
+        checkpoints = Path(str(dirpath)) if dirpath else folder / "checkpoints"
+        places = [path for path in _entries(checkpoints) if re.search(r"-last(\.ckpt)?$", path.name)]
+    given = (cfg.get("model") or {}).get("resume_from_checkpoint")
+    if not places and given is not None:
+        places = [Path(str(given))]
+    steps = [(step, path) for path in places if (step := _step_of(path)) is not None]
+    return max(steps, default=None, key=lambda found: found[0])
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return [path for path in folder.iterdir() if not path.name.startswith(".")]
+    except OSError:
+        return []
+
+
+def _step_of(path: Path) -> int | None:
+    try:
+        return int(json.loads((path / "checkpoint.json").read_text())["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        found = _STEP.search(path.name)
+        return int(found[1]) if found else None
