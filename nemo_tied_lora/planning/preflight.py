@@ -18,6 +18,7 @@ from nemo_tied_lora.planning.architecture import Architecture
 from nemo_tied_lora.planning.base_config import adapter_section, usable_base
 from nemo_tied_lora.planning.data_checks import batch_problems, data_problems
 from nemo_tied_lora.planning.data_files import unreadable
+from nemo_tied_lora.planning.flag_checks import flag_problems
 from nemo_tied_lora.planning.monitor_checks import monitor_problems
 from nemo_tied_lora.planning.nemo_model_config import adapter_problems
 from nemo_tied_lora.planning.number_checks import (
@@ -65,7 +66,7 @@ def check_finetuning(cfg: Mapping[str, Any]) -> list[str]:
     config = problems.attempt(adapter_section, model["peft"])
     base = problems.attempt(usable_base, model.get("restore_from_path"))
     start = model["peft"].get("restore_from_path")
-    problems.flag("model.peft.allow_other_base", model["peft"].get("allow_other_base", False))
+    problems += flag_problems("finetune", cfg)
     if start is not None:
         problems += adapter_problems(start, "model.peft.restore_from_path")
     given = [key for key, value in (model["peft"].get("tied_lora") or {}).items() if value is not None]
@@ -87,6 +88,7 @@ def check_pretraining(cfg: Mapping[str, Any]) -> list[str]:
     """
     _require_sections(cfg, "peft", "data", "optim", "tokenizer")
     problems = survival_problems(cfg)
+    problems += flag_problems("pretrain", cfg)
     if cfg["model"]["peft"].get("tied_lora"):
         problems.append(
             "model.peft.tied_lora: pretrain trains every parameter, without an adapter; remove preset=, peft="
@@ -116,7 +118,7 @@ def check_generation(cfg: Mapping[str, Any]) -> list[str]:
         ]
     if (cfg.get("prompts") is None) == (cfg.get("prompts_file") is None):
         problems.append("prompts, prompts_file: give one of them: prompts=['...'] or prompts_file=questions.jsonl")
-    problems.flag("allow_other_base", cfg.get("allow_other_base", False))
+    problems += flag_problems("generate", cfg)
     prompts, prompts_file = cfg.get("prompts"), cfg.get("prompts_file")
     if prompts is not None and not (
         isinstance(prompts, list) and prompts and all(isinstance(p, str) for p in prompts)

@@ -55,6 +55,7 @@ def adjusted_run(cfg: Mapping[str, Any]) -> Adjusted:
             )
             found.set("trainer.log_every_n_steps", steps, line)
     _adjust_optimizer((cfg.get("model") or {}).get("optim"), found)
+    _adjust_trainers_own(trainer, cfg.get("exp_manager") or {}, found)
     return found
 
 
@@ -111,6 +112,16 @@ def _adjust_validation(trainer: Mapping[str, Any], steps: int, found: Adjusted) 
         found.set(key, steps, None if off else f"{key}={every}: more than trainer.max_steps={steps}; {once}")
     elif whole is not None and whole >= 1 and not is_whole_number(every):
         found.set(key, whole)
+
+
+def _adjust_trainers_own(trainer: Mapping[str, Any], manager: Mapping[str, Any], found: Adjusted) -> None:
+    """Switches off what exp_manager makes itself; it would stop with a LoggerMisconfigurationError."""
+    loggers = any(value is True for key, value in manager.items() if key.startswith("create_") and "logger" in key)
+    for key, made in (("logger", loggers), ("enable_checkpointing", manager.get("create_checkpoint_callback", True))):
+        if trainer.get(key) is True and made:
+            found.set(
+                f"trainer.{key}", False, f"trainer.{key}=true: taken as false, because exp_manager makes its own"
+            )
 
 
 def _adjust_optimizer(optim: Any, found: Adjusted) -> None:

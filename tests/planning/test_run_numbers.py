@@ -12,6 +12,7 @@ import pytest
 
 from nemo_tied_lora.planning.compose import compose_config, plain
 from nemo_tied_lora.planning.config_folder import config_folder
+from nemo_tied_lora.planning.flag_checks import flag_problems
 from nemo_tied_lora.planning.monitor_checks import monitor_problems
 from nemo_tied_lora.planning.number_checks import (
     generation_lines,
@@ -308,3 +309,27 @@ def test_numbers_of_generation_are_checked() -> None:
     assert generation_lines({**cfg, "top_k": 40}) == [
         "top_k=40: has no effect, because temperature=null always takes the likeliest token"
     ]
+
+
+def test_a_text_in_place_of_true_or_false_is_refused(composed: dict[str, Any]) -> None:
+    assert flag_problems("finetune", composed) == []
+    values = {f"{TRAIN}.drop_last": "no", "model__answer_only_loss": "off", "exp_manager__resume_if_exists": "false"}
+    assert flag_problems("finetune", changed(composed, **values)) == [
+        "exp_manager.resume_if_exists='false': must be true or false",
+        "model.answer_only_loss='off': must be true or false",
+        f"{TRAIN}.drop_last='no': must be true or false",
+    ]
+    assert flag_problems("finetune", changed(composed, **{f"{TRAIN}.shuffle": None, "verbose": 0})) == []
+    for command in ("pretrain", "generate"):
+        assert flag_problems(command, plain(compose_config(command, []))) == []
+
+
+def test_exp_managers_own_logger_and_checkpoints_replace_the_trainers(composed: dict[str, Any]) -> None:
+    cfg = changed(composed, trainer__logger=True, trainer__enable_checkpointing=True)
+    assert adjusted_run(cfg).values == {"trainer.logger": False, "trainer.enable_checkpointing": False}
+    assert [line.partition(":")[0] for line in lines(cfg)] == [
+        "trainer.logger=true",
+        "trainer.enable_checkpointing=true",
+    ]
+    off = {f"exp_manager.create_{name}": False for name in ("tensorboard_logger", "checkpoint_callback")}
+    assert adjusted_run(changed(cfg, **off)).values == {}
