@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The environment variables that tell a process which rank it is, and which task of SLURM or MPI. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+
+__all__ = [
+    "BROKEN_PIPE",
+    "INTERRUPTED",
+    "LAUNCHER",
+    "MPI_VARIABLES",
+    "STORE_SOCKET",
+    "is_first",
+    "is_rank",
+    "tasks_on_nodes",
+]
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells report it."""
+BROKEN_PIPE = 141
+"""Exit code if nobody reads the output any more, as shells report it."""
+LAUNCHER = "TIED_LORA_LAUNCHER"
+"""The number of the process of ours that has started this rank. All ranks that it started share one terminal or log."""
+STORE_SOCKET = "TIED_LORA_STORE_SOCKET"
+"""The number of rank 0's open socket that listens at MASTER_PORT. So no other process can take the port."""
+MPI_VARIABLES = (
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_SIZE"),
+    ("JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_LOCAL_RANK", "JSM_NAMESPACE_LOCAL_SIZE"),
+    ("FLUX_TASK_RANK", "FLUX_JOB_SIZE", "FLUX_TASK_LOCAL_ID", ""),
+)
+"""(rank, number of ranks, rank on the node, ranks on the node) of Open MPI, of MPICH and Intel MPI, of MVAPICH, jsrun and Flux."""
+
+
+def is_rank(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether a launcher has started this process as a rank."""
+    return "RANK" in environment and "WORLD_SIZE" in environment
+
+
+def is_first(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process prints what all tasks of a launcher have to say. True for a process that is alone."""
+    names = ("RANK", "SLURM_PROCID", *(names[0] for names in MPI_VARIABLES))
+    return all(environment.get(name, "0") == "0" for name in names)
+
+
+def tasks_on_nodes(text: str) -> list[int]:
+    """Expands SLURM's "2(x3),1" to [2, 2, 2, 1]."""
+    found = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
+    return [int(tasks) for tasks, times in found for _ in range(int(times or 1))]
