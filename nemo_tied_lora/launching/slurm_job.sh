@@ -3,7 +3,23 @@
 
 arguments+=("$@")  # sbatch SCRIPT key=value ...
 restart=${SLURM_RESTART_COUNT:-0}
-job=$SLURM_JOB_ID
+job=${SLURM_JOB_ID:-}
+say() { echo "$(date --utc +%FT%TZ) $job restart $restart: $*"; }
+refuse() {
+    say "refused: $*"
+    exit 2
+}
+[[ -n $job ]] || refuse "SLURM_JOB_ID is not set: this is a job's script; submit it with sbatch"
+[[ ${SLURM_HET_SIZE:-1} == 1 ]] || refuse "a heterogeneous job (SLURM_HET_SIZE=$SLURM_HET_SIZE): all nodes must hold the same" \
+    "number of ranks; leave the second group out"
+# Which of these variables sbatch sets depends on its options and its version. "8(x2)" is even, "8(x2),4" is not.
+num_nodes=${SLURM_JOB_NUM_NODES:-${SLURM_NNODES:-1}}
+each=${SLURM_NTASKS_PER_NODE:-${SLURM_TASKS_PER_NODE:-0}}
+tasks=${SLURM_NTASKS:-${SLURM_NPROCS:-$((num_nodes * ${each%%[!0-9]*}))}}
+if ((tasks == 0 || tasks % num_nodes)) || [[ ${SLURM_TASKS_PER_NODE:-} == *,* ]]; then
+    refuse "$tasks tasks on $num_nodes nodes${SLURM_TASKS_PER_NODE:+ ($SLURM_TASKS_PER_NODE)}; ask for the same number on each," \
+        "with --ntasks-per-node"
+fi
 if [[ -n $index ]]; then
     # The array name, because the plain job number of an array's last task is the number of the whole array.
     job=${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}
@@ -12,10 +28,8 @@ if [[ -n $index ]]; then
     arguments+=("${point[@]:1}")
 fi
 logs=$folder/logs/$job-$restart
-say() { echo "$(date --utc +%FT%TZ) $job restart $restart: $*"; }
 if ! mkdir -p "$logs" || ! touch "$logs"; then
-    say "refused: $folder cannot be written to"
-    exit 2
+    refuse "$folder cannot be written to"
 fi
 
 finished=$folder/logs/$job.finished  # named after the job: another job, such as a pre-flight, may use the folder too
@@ -26,11 +40,7 @@ elif [[ -e $finished ]]; then
     exit 0
 fi
 cp -- "$0" "$logs/job.sbatch"
-if ((SLURM_NTASKS % SLURM_JOB_NUM_NODES)); then
-    say "refused: $SLURM_NTASKS tasks on $SLURM_JOB_NUM_NODES nodes; ask for the same number on each, with --ntasks-per-node"
-    exit 2
-fi
-arguments+=("trainer.num_nodes=$SLURM_JOB_NUM_NODES" "trainer.devices=$((SLURM_NTASKS / SLURM_JOB_NUM_NODES))")
+arguments+=("trainer.num_nodes=$num_nodes" "trainer.devices=$((tasks / num_nodes))")
 arguments+=("exp_manager.explicit_log_dir=$folder")
 
 # Rank 0 and this script run on the first node. SLURM's own address of it works even if host names do not resolve.
@@ -67,9 +77,10 @@ fi
 terminated=''
 trap 'terminated=yes; say "SIGTERM: waiting for the ranks"' TERM
 if ((code == 0)); then
-    say "starting $SLURM_NTASKS ranks on $SLURM_JOB_NUM_NODES nodes"
+    say "starting $tasks ranks on $num_nodes nodes"
     # shellcheck disable=SC2016 # each task expands its own variables
-    srun --kill-on-bad-exit=1 --wait=60 --label --open-mode=append --output="$logs/node-%n.log" \
+    srun --nodes="$num_nodes" --ntasks="$tasks" --ntasks-per-node="$((tasks / num_nodes))" \
+        --kill-on-bad-exit=1 --wait=60 --label --open-mode=append --output="$logs/node-%n.log" \
         "${srun_options[@]}" "${inside[@]}" bash -c '
             export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID NODE_RANK=$SLURM_NODEID
             exec "$@"' rank "$python" -m nemo_tied_lora.commands.finetune "${arguments[@]}" &
