@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes tables for the terminal and for Markdown. A column is numeric if a cell below its head begins with a digit."""
+"""Makes durations readable, and tables for the terminal and for Markdown.
+
+A column is numeric if a cell below its head begins with a digit.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["markdown_table", "text_table"]
+__all__ = ["duration", "markdown_table", "text_table"]
 
 _Rows = Sequence[Sequence[str]]
 
@@ -53,3 +56,10 @@ def _widths(rows: _Rows) -> list[int]:
 
 def _numbers(rows: _Rows) -> list[bool]:
     return [any(cell[:1].isdigit() for cell in column[1:]) for column in zip(*rows, strict=True)]
+
+
+def duration(seconds: float) -> str:
+    """Returns "2 h 5 min", "3 min 20 s" or "7 s"."""
+    whole = max(0, int(seconds))
+    hours, minutes = whole // 3600, whole % 3600 // 60
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"

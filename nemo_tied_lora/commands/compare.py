@@ -29,7 +29,7 @@ _EXAMPLES = """  tied-lora compare
 
 
 def main(argv: list[str]) -> int:
-    """Returns 0, 1 if a run failed, or 2 if the configuration is refused. Keeps the runs that have finished already."""
+    """Returns 0, the exit code of a run that failed, or 2 if the configuration is refused. Keeps the runs that have finished."""
     return run_composed("compare", argv, _compare, summary=SUMMARY, examples=_EXAMPLES)
 
 
@@ -58,9 +58,9 @@ def _is_list(value: object) -> bool:
 
 
 def _run(cfg: Mapping[str, Any]) -> None:
-    from tqdm import tqdm
 
     from nemo_tied_lora.commands.demo import stages
+    from nemo_tied_lora.launching.progress import Progress
 
     folder = Path(cfg["folder"])
     threads = max(1, (os.cpu_count() or 1) // cfg["at_once"])
@@ -84,7 +84,7 @@ def _run(cfg: Mapping[str, Any]) -> None:
         write_json(record, {"arguments": arguments})
 
     with ThreadPoolExecutor(cfg["at_once"]) as pool:
-        list(tqdm(pool.map(train, runs), total=len(runs), desc="runs", unit="run"))
+        list(Progress(pool.map(train, runs), total=len(runs), desc="runs", unit="run"))
     answers = stages.evaluate(base, data, folder / "answers.json", [place / "adapter.nemo" for _, _, place in runs])
     results = [_result(preset, seed, place, answers) for preset, seed, place in runs]
     summary = {

@@ -31,13 +31,15 @@ def _run(cfg: Mapping[str, Any]) -> int:
     if cfg["checkpoint"] is None:
         problems.append("checkpoint: missing; name a training checkpoint's folder, or a run's")
     problems.raise_if_any()
-    from tqdm import tqdm
 
     from nemo_tied_lora.checkpoint.checkpoint_to_adapter import write_adapter_of
+    from nemo_tied_lora.launching.progress import Progress
 
     checkpoint, output = _find_checkpoint(Path(str(cfg["checkpoint"]))), Path(str(cfg["output"]))
     try:
-        description = write_adapter_of(checkpoint, output, lambda names: tqdm(names, desc="converting", unit="tensor"))
+        description = write_adapter_of(
+            checkpoint, output, lambda names: Progress(names, desc="converting", unit="tensor")
+        )
     except OSError as error:
         raise ConfigError([f"output={output}: {error}"]) from error
     size = f"{output.stat().st_size:,} bytes"

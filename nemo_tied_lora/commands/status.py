@@ -12,6 +12,7 @@ from typing import Any
 from nemo_tied_lora.commands.local_command import run_composed
 from nemo_tied_lora.errors import Problems
 from nemo_tied_lora.resilience.status_file import ENDED, STALE_S, read_status
+from nemo_tied_lora.tables import duration
 
 __all__ = ["SUMMARY", "main"]
 
@@ -49,7 +50,7 @@ def _show(cfg: dict[str, Any]) -> int:
 def _lines(status: Mapping[str, Any], age: float, alive: bool) -> list[str]:
     state = status["state"]
     if not alive:
-        state += f", but no sign of life since {status['updated']} ({_time(age)} ago): it was killed, or its machine is gone"
+        state += f", but no sign of life since {status['updated']} ({duration(age)} ago): it was killed, or its machine is gone"
     rows = {"state": state}
     if status.get("reason"):
         rows["reason"] = status["reason"]
@@ -59,7 +60,7 @@ def _lines(status: Mapping[str, Any], age: float, alive: bool) -> list[str]:
         if status.get(key) is not None:
             rows[key.replace("_", " ")] = f"{status[key]:.4g}" if key == "loss" else f"{status[key]:,.0f}"
     if status.get("seconds_left") is not None and status["state"] not in ENDED and alive:
-        rows["time left"] = _time(status["seconds_left"])
+        rows["time left"] = duration(status["seconds_left"])
     if status.get("last_checkpoint"):
         rows["last checkpoint"] = f"{status['last_checkpoint']} (step {status.get('saved_step')})"
     if status.get("output"):
@@ -67,11 +68,5 @@ def _lines(status: Mapping[str, Any], age: float, alive: bool) -> list[str]:
     if status.get("restarts"):
         rows["restarts"] = f"{status['restarts']}, of which {status['fruitless_restarts']} in a row saved nothing new"
     rows["rank 0"] = f"node {status.get('node')}, process {status.get('pid')}"
-    rows["updated"] = f"{status['updated']} ({_time(age)} ago)"
+    rows["updated"] = f"{status['updated']} ({duration(age)} ago)"
     return [f"{name:<18}{value}" for name, value in rows.items()]
-
-
-def _time(seconds: float) -> str:
-    whole = max(0, int(seconds))
-    hours, minutes = whole // 3600, whole % 3600 // 60
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"

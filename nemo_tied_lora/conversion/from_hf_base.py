@@ -16,13 +16,13 @@ import torch
 from lightning.pytorch import Trainer
 from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronLMPPTrainerBuilder
 from omegaconf import DictConfig, OmegaConf, open_dict
-from tqdm import tqdm
 
 from nemo_tied_lora.conversion.hf_config import NemoKeys, nemo_keys
 from nemo_tied_lora.conversion.hf_families import BaseSizes, family_of_model_type
 from nemo_tied_lora.conversion.hf_tokenizer import differing_texts, tokenizer_section
 from nemo_tied_lora.conversion.hf_weights import HfWeights, megatron_tensors
 from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.launching.progress import Progress
 from nemo_tied_lora.nemo.generation import load_base, next_token_logits
 from nemo_tied_lora.nemo.model import MegatronGPTTiedLoraModel
 from nemo_tied_lora.nemo.process_groups import ensure_process_groups
@@ -178,7 +178,7 @@ def _fill(body: Any, weights: HfWeights, keys: NemoKeys, config: Mapping[str, An
         shared=bool(keys.model["share_embeddings_and_output_weights"]),
         vocab_rows=keys.model["override_vocab_size"],
     )
-    for name, tensor in tqdm(
+    for name, tensor in Progress(
         tensors, desc="importing", unit="tensor", total=len(parameters), disable=len(parameters) < 100
     ):
         parameter = parameters.pop(_name_in(parameters, name))

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from tqdm import tqdm
 
 from nemo_tied_lora.checkpoint.base_identity import check_weights
 from nemo_tied_lora.checkpoint.read_nemo_adapter import AdapterFile
@@ -27,6 +26,7 @@ from nemo_tied_lora.conversion.merging.base_formats import find_pieces
 from nemo_tied_lora.conversion.merging.shards import CrcField, Piece, members_of
 from nemo_tied_lora.errors import ConfigError
 from nemo_tied_lora.files import file_beside, put_in_place
+from nemo_tied_lora.launching.progress import Progress
 
 __all__ = ["MergeReport", "merge_into"]
 
@@ -93,14 +93,14 @@ def _copy(base: Path, file: IO[bytes]) -> None:
     """Writes the base as an uncompressed tar."""
     if base.is_dir():
         with tarfile.open(fileobj=file, mode="w") as tar:
-            for path in tqdm(sorted(base.rglob("*")), desc="packing the base", unit="file"):
+            for path in Progress(sorted(base.rglob("*")), desc="packing the base", unit="file"):
                 tar.add(path, arcname=f"./{path.relative_to(base)}", recursive=False)
         return
     with open(base, "rb") as raw:
         packed = raw.read(2) == b"\x1f\x8b"
         raw.seek(0)
         source: Any = gzip.GzipFile(fileobj=raw) if packed else raw
-        with tqdm(total=base.stat().st_size, desc="copying the base", unit="B", unit_scale=True) as bar:
+        with Progress(total=base.stat().st_size, desc="copying the base", unit="B", unit_scale=True) as bar:
             while block := source.read(_SLAB):
                 file.write(block)
                 bar.update(raw.tell() - bar.n)
@@ -113,7 +113,7 @@ def _rewrite(file: IO[bytes], pieces: Sequence[Piece], updates: Updates, vocab_r
     dtypes: dict[str, None] = {}
     stale: dict[CrcField, None] = {}
     total = sum(piece.num_bytes for piece in pieces)
-    with tqdm(total=total, desc="merging", unit="B", unit_scale=True) as bar:
+    with Progress(total=total, desc="merging", unit="B", unit_scale=True) as bar:
         for piece in pieces:
             adapted = updates.adapts(piece.key)
             for position, part, offset in _slabs(file, piece):
