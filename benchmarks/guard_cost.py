@@ -145,7 +145,7 @@ _PAGE = """\
 | `tie_guard_every_n_steps` | 200 | every so many steps, and before each save, ranks compare the bits of what they share; 0: never |
 | `nonfinite_gradients` | `stop` | on NaN or infinity, `stop` ends the run; `skip` skips the step and counts it |
 
-If a guard stops a run, the run ends on every rank, with one message and exit code 3 (1 if `torchrun` started it). An
+If a guard stops a run, the run ends on every rank, with one message and exit code 3 (1 if torchrun started it). An
 older checkpoint or adapter is unchanged.
 
 ## The tie guard

@@ -3,11 +3,8 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import sys
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,15 +12,21 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_tied_lora.commands.local_command import parser
 from nemo_tied_lora.errors import ConfigError, Problems, report
-from nemo_tied_lora.launching.torchrun import is_rank, start_ranks
+from nemo_tied_lora.launching.local_ranks import start_ranks
+from nemo_tied_lora.launching.task_ranks import adopt
 from nemo_tied_lora.planning.compose import compose_config, parse_overrides, plain
 from nemo_tied_lora.planning.config_folder import config_folder
 from nemo_tied_lora.planning.data_files import checked_already, mark_checked
+from nemo_tied_lora.planning.layout_fits_cluster import launcher_problems
 from nemo_tied_lora.planning.parallel_layout import Layout
+from nemo_tied_lora.planning.rank_variables import is_first, is_rank
 from nemo_tied_lora.resilience.rank import STOPPED, Rank, run_as_rank
-from nemo_tied_lora.resilience.restarts import finished_already, preempted_code
+from nemo_tied_lora.resilience.restarts import finished_already
+from nemo_tied_lora.resilience.stop_signals import STOP_SIGNALS
 
 __all__ = ["STOPPED", "run_command"]
+
+_STOPPED_EARLY = tuple(128 + number for number in STOP_SIGNALS)
 
 
 def run_command(
@@ -49,7 +52,7 @@ def run_command(
 
     Returns:
         0 for success, 2 if the configuration is refused, 3 if a guard stopped the run, `preemption.exit_code` if a
-        signal stopped it, else the exit code of the rank that failed.
+        signal stopped it, else the exit code of the first rank that failed.
     """
     options = parser(command, summary, examples, groups).parse_intermixed_args(argv)
     problems = Problems()
@@ -58,11 +61,15 @@ def run_command(
         print(OmegaConf.to_yaml(cfg, resolve=options.resolve), end="")
         return 0
     values = (None if cfg is None else problems.attempt(plain, cfg)) or {}
-    lines = (problems.attempt(_check, check, values) if values else None) or ()
+    try:
+        adopt()
+    except ConfigError as error:
+        return report(command, error) if is_first() else 2
+    lines = (problems.attempt(check, values) if values else None) or ()
+    if values:
+        problems += _launcher_problems(values)
     if is_rank():
-        work = partial(
-            _run_rank, command, options.overrides, options.config_dir, run, verbose=values.get("verbose", True)
-        )
+        work = partial(_run_rank, command, options.overrides, options.config_dir, run)
         read = None if check_files is None or checked_already(values) else partial(check_files, values)
         return run_as_rank(command, values, problems, work, read, lines)
     if values and check_files is not None:
@@ -79,22 +86,17 @@ def run_command(
         return report(command, ConfigError([problem]))
     mark_checked(values)
     code = start_ranks("nemo_tied_lora.commands.main", [command, *argv], layout.devices)
-    return code and preempted_code(values, code)
+    # A rank that a stop signal ended before it could answer: nothing was to be saved, and the same command starts it again.
+    return values["preemption"]["exit_code"] if code in _STOPPED_EARLY and "preemption" in values else code
 
 
-def _check(
-    check: Callable[[Mapping[str, Any]], Sequence[str] | None], values: Mapping[str, Any]
-) -> Sequence[str] | None:
-    """Runs the command's check. On a rank, also refuses another number of ranks than configured: the run would hang."""
-    lines = check(values)
-    layout = Layout.from_config(values)
-    if is_rank() and int(os.environ["WORLD_SIZE"]) != layout.world_size:
-        started = os.environ["WORLD_SIZE"]
-        problem = (
-            f"trainer.num_nodes x trainer.devices = {layout.world_size}, but the launcher started {started} ranks"
-        )
-        raise ConfigError([f"{problem}; make them agree"])
-    return lines
+def _launcher_problems(values: Mapping[str, Any]) -> Iterator[str]:
+    """Yields in what the configured ranks differ from those that a launcher has started: the run would hang."""
+    try:
+        layout = Layout.from_config(values)
+    except ConfigError:
+        return  # reported by the command's check
+    yield from launcher_problems(layout)
 
 
 def _run_rank(
@@ -103,20 +105,12 @@ def _run_rank(
     config_dir: str | None,
     run: Callable[[DictConfig, Rank], Any],
     rank: Rank,
-    *,
-    verbose: bool,
 ) -> Any:
     """Runs `run` under NeMo's `hydra_runner`; returns what it returns and raises what it raises."""
-    if not verbose:
-        _quiet()
     from nemo_tied_lora.platform import prepare
 
     prepare(nemo=True)
     from nemo.core.config import hydra_runner
-    from nemo.utils import logging as nemo_logging
-
-    if not verbose:
-        nemo_logging.remove_stream_handlers()  # the log files in the run's folder still get every message
 
     results: list[Any] = []
     failures: list[Exception] = []
@@ -133,10 +127,3 @@ def _run_rank(
     if failures:
         raise failures[0]
     return results[0]
-
-
-def _quiet() -> None:
-    """Hides warnings and messages of noisy packages. Errors and the progress bar stay. Call it before their import."""
-    warnings.filterwarnings("ignore")
-    for name in ("lightning.pytorch", "datasets", "megatron", "torch.distributed"):
-        logging.getLogger(name).setLevel(logging.ERROR)

@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from nemo_tied_lora.commands.distributed_command import run_command
+from nemo_tied_lora.commands.program import run_program
 from nemo_tied_lora.planning.data_files import check_training_files
 from nemo_tied_lora.planning.preflight import check_finetuning
 from nemo_tied_lora.resilience.rank import Rank
@@ -45,4 +46,4 @@ def _run(cfg: DictConfig, rank: Rank) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_program(main, sys.argv[1:], "finetune")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,15 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from nemo_tied_lora.errors import ConfigError, Problems, report
+from nemo_tied_lora.launching.task_ranks import find_tasks
 from nemo_tied_lora.planning.compose import compose_config, plain
 from nemo_tied_lora.planning.config_folder import config_folder
+from nemo_tied_lora.planning.rank_variables import is_first, is_rank
 
 __all__ = ["check_output", "parser", "run_composed"]
+
+_READERS = ("plan", "show", "report", "status")
+"""Commands that may run several times at once."""
 
 
 def parser(command: str, summary: str, examples: str, groups: Iterable[str]) -> argparse.ArgumentParser:
@@ -58,9 +64,23 @@ def run_composed(
         if options.cfg:
             print(OmegaConf.to_yaml(cfg, resolve=options.resolve), end="")
             return 0
+        if command not in _READERS:
+            _check_alone()
         return work(plain(cfg))
     except ConfigError as error:
-        return report(command, error)
+        return report(command, error) if is_first() else 2
+
+
+def _check_alone() -> None:
+    """Raises ConfigError if a launcher has started several processes: each would do the whole work and write the same files."""
+    tasks = find_tasks()
+    count, launcher = (tasks.count, tasks.launcher) if tasks is not None else (os.environ.get("WORLD_SIZE", "1"), "")
+    if tasks is not None or (is_rank() and count != "1"):
+        raise ConfigError(
+            [
+                f"{launcher or 'a launcher'} started {count} processes, and each would do all of this; start one (srun --ntasks=1)"
+            ]
+        )
 
 
 def check_output(problems: Problems, output: object, inputs: Iterable[object]) -> None:

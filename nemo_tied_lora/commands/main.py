@@ -7,9 +7,10 @@ import difflib
 import importlib
 import importlib.metadata
 import keyword
-import os
 import sys
 from typing import Any
+
+from nemo_tied_lora.commands.program import run_program
 
 __all__ = ["COMMANDS", "entry", "main"]
 
@@ -30,22 +31,10 @@ COMMANDS = (
     "status",
 )
 
-_BROKEN_PIPE = 141
-"""What a shell reports for a program that SIGPIPE ended."""
-
 
 def entry() -> None:
-    """The console script. If the reader of its output has gone, as with `| head`, it exits quietly."""
-    try:
-        try:
-            code = main(sys.argv[1:])
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        # Python flushes stdout again at exit, and would print an error.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = _BROKEN_PIPE
-    sys.exit(code)
+    """The console script."""
+    run_program(main, sys.argv[1:])
 
 
 def main(argv: list[str]) -> int:

@@ -18,11 +18,12 @@ from omegaconf import DictConfig
 from nemo_tied_lora.commands.distributed_command import run_command
 from nemo_tied_lora.commands.local_command import check_output, run_composed
 from nemo_tied_lora.errors import ConfigError, Problems
-from nemo_tied_lora.launching.torchrun import is_rank, start_ranks
+from nemo_tied_lora.launching.local_ranks import start_ranks
 from nemo_tied_lora.planning.architecture import Architecture
 from nemo_tied_lora.planning.base_config import usable_base
 from nemo_tied_lora.planning.nemo_model_config import adapter_problems
 from nemo_tied_lora.planning.parallel_layout import Layout, check
+from nemo_tied_lora.planning.rank_variables import is_rank
 
 __all__ = ["SUMMARY", "main"]
 

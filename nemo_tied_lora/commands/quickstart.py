@@ -32,7 +32,7 @@ _BATCH = {"micro_batch_size": 32, "global_batch_size": 32}
 
 
 def main(argv: list[str]) -> int:
-    """Returns 0 for success, 1 if a stage failed, or 2 if the configuration is refused."""
+    """Returns 0 for success, the exit code of the stage that failed, or 2 if the configuration is refused."""
     return run_composed(
         "quickstart", argv, _quickstart, summary=SUMMARY, examples=_EXAMPLES, groups=("layout", "preset")
     )

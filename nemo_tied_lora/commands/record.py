@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nemo_tied_lora.commands.local_command import parser
+from nemo_tied_lora.commands.program import run_program
 from nemo_tied_lora.errors import ConfigError, report
 from nemo_tied_lora.launching.run_record import write_record
 from nemo_tied_lora.planning.compose import compose_config, plain
@@ -37,4 +38,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_program(main, sys.argv[1:], "finetune")

@@ -19,10 +19,10 @@ from omegaconf import DictConfig
 from nemo_tied_lora.errors import ConfigError, Problems
 from nemo_tied_lora.files import write_atomically
 from nemo_tied_lora.launching.cluster_config import Cluster, Container
+from nemo_tied_lora.launching.local_ranks import start_ranks
 from nemo_tied_lora.launching.run_record import write_record
 from nemo_tied_lora.launching.slurm_script import Job, render
 from nemo_tied_lora.launching.sweep import Point, index_file, points, split_sweep
-from nemo_tied_lora.launching.torchrun import start_ranks
 from nemo_tied_lora.planning.architecture import Architecture
 from nemo_tied_lora.planning.base_config import adapter_section, base_model_config
 from nemo_tied_lora.planning.compose import compose_config, plain
@@ -114,8 +114,7 @@ def print_launch(launch: Launch) -> None:
     for name, value in job.cluster.exported.items():
         print(f"export {name}={shlex.quote(value)}")
     for folder, run in zip(launch.folders, launch.runs, strict=True):
-        words = ["torchrun", "--standalone", "--nproc-per-node", str(job.ranks_per_node)]
-        print(shlex.join([*words, "-m", _MODULE, *_local_arguments(job, folder, run)]))
+        print(shlex.join(["tied-lora", "finetune", *_local_arguments(job, folder, run)]))
 
 
 def submit(launch: Launch) -> str:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 from megatron.core import parallel_state
-from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronLMPPTrainerBuilder
 from nemo.collections.nlp.parts.nlp_overrides import NLPDDPStrategy
 from nemo.utils import logging
 from nemo.utils.callbacks.nemo_model_checkpoint import NeMoModelCheckpoint
@@ -33,6 +32,7 @@ from nemo_tied_lora.checkpoint.full_optimizer_state import (
 )
 from nemo_tied_lora.checkpoint.json_values import decode, encode
 from nemo_tied_lora.checkpoint.local_optimizer_state import LocalState, read_optimizer, write_optimizer
+from nemo_tied_lora.nemo.launched_trainer import LaunchedTrainerBuilder
 from nemo_tied_lora.nemo.resuming import KeepRandomStates, whole_steps
 
 __all__ = ["AdapterCheckpointStrategy", "TiedLoraTrainerBuilder"]
@@ -51,8 +51,8 @@ _NOT_IN_JSON = (
 _SCHEDULE_LENGTH = ("max_steps", "warmup_steps", "constant_steps", "decay_steps")
 
 
-class TiedLoraTrainerBuilder(MegatronLMPPTrainerBuilder):
-    """NeMo's builder with `AdapterCheckpointStrategy` and `KeepRandomStates`."""
+class TiedLoraTrainerBuilder(LaunchedTrainerBuilder):
+    """`LaunchedTrainerBuilder` with `AdapterCheckpointStrategy` and `KeepRandomStates`."""
 
     def _training_strategy(self) -> Any:
         strategy = super()._training_strategy()

@@ -12,11 +12,11 @@ from lightning.pytorch import Trainer
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
-from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronLMPPTrainerBuilder
 from omegaconf import DictConfig, OmegaConf, open_dict
-from tqdm import tqdm
 
 from nemo_tied_lora.errors import Problems
+from nemo_tied_lora.launching.progress import Progress
+from nemo_tied_lora.nemo.launched_trainer import LaunchedTrainerBuilder
 from nemo_tied_lora.nemo.model import MegatronGPTTiedLoraModel
 from nemo_tied_lora.nemo.process_groups import ensure_process_groups
 
@@ -25,7 +25,7 @@ __all__ = ["complete", "load_base", "next_token_logits"]
 
 def load_base(cfg: DictConfig) -> MegatronGPTTiedLoraModel:
     """Loads the base `cfg.base` on the layout of `cfg.model` and `cfg.trainer`, for inference. All ranks call it."""
-    trainer: Trainer = MegatronLMPPTrainerBuilder(cfg).create_trainer()
+    trainer: Trainer = LaunchedTrainerBuilder(cfg).create_trainer()
     model_cfg = MegatronGPTTiedLoraModel.restore_from(cfg.base, trainer=trainer, return_config=True)
     with open_dict(model_cfg):
         for key, value in cfg.model.items():
@@ -80,7 +80,7 @@ def complete(
     completions: list[str] = []
     first = torch.distributed.get_rank() == 0
     starts = range(0, len(prompts), batch_size)
-    for start in tqdm(starts, desc="generating", unit="batch", disable=not first or len(starts) == 1):
+    for start in Progress(starts, desc="generating", unit="batch", disable=not first or len(starts) == 1):
         batch = tokens[start : start + batch_size]
         with torch.no_grad():
             answer = model.generate(

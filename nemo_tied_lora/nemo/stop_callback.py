@@ -19,9 +19,12 @@ __all__ = ["StopCallback", "answer_alone", "restore_status_file"]
 def restore_status_file(trainer: Trainer, rank: Rank) -> None:
     """Writes the status file again, after exp_manager has moved it away, and sets how this run stops.
 
+    From now on, other packages' output is kept in the run's folder.
+
     Only `StopCallback` answers SIGTERM. NeMo's process groups get the limit `watchdog.stuck_s`, not Lightning's 30 min.
     """
     rank.status.update(now=True)
+    rank.other_output.keep_in(rank.status.folder)
     answer_alone(trainer)
     if rank.stuck_s:
         trainer.strategy._timeout = timedelta(seconds=rank.stuck_s)

@@ -21,14 +21,15 @@ from nemo_tied_lora.errors import ConfigError, is_whole_number
 from nemo_tied_lora.planning.adapter_cost import Precision, rank_share
 from nemo_tied_lora.planning.architecture import Architecture, selected_linears
 from nemo_tied_lora.planning.parallel_layout import Layout
+from nemo_tied_lora.planning.rank_variables import is_rank, tasks_on_nodes
 from nemo_tied_lora.planning.run_settings import run_folder
 
 __all__ = [
     "checkpoint_bytes",
     "disk_problems",
     "folder_problems",
+    "launcher_problems",
     "seconds_to_save",
-    "slurm_problems",
     "time_problems",
 ]
 
@@ -40,19 +41,26 @@ _LOGS_BYTES = 64 * 2**20
 _SQUEUE_TIMEOUT_S = 10
 
 
-def slurm_problems(layout: Layout, environment: Mapping[str, str] = os.environ) -> Iterator[str]:
-    """Compares the configured ranks with the SLURM job step that runs this rank. Outside a step, yields nothing."""
+def launcher_problems(layout: Layout, environment: Mapping[str, str] = os.environ) -> Iterator[str]:
+    """Compares the configured ranks with those that a launcher has started, if this process is one of them."""
+    if not is_rank(environment):
+        return
     nodes, tasks = (_number(environment.get(f"SLURM_STEP_NUM_{name}")) for name in ("NODES", "TASKS"))
-    if "RANK" not in environment or nodes is None or tasks is None:
+    started = _number(environment["WORLD_SIZE"])
+    if started != layout.world_size:
+        where = f" on {nodes} nodes" if nodes and nodes > 1 else ""
+        fits = started and nodes and started % nodes == 0
+        sizes = f"set trainer.num_nodes={nodes} trainer.devices={started // nodes}" if fits else "make them agree"  # type: ignore[operator]
+        yield (
+            f"trainer.num_nodes={layout.num_nodes} x trainer.devices={layout.devices} = {layout.world_size}, but the launcher "
+            f"started {started} ranks{where}; {sizes}, or start {layout.world_size}"
+        )
+        return
+    if nodes is None or tasks is None:
         return
     if nodes != layout.num_nodes:
         yield f"trainer.num_nodes={layout.num_nodes}: SLURM runs this on {nodes} nodes; set it to {nodes}"
-    if tasks not in (layout.world_size, nodes):  # one task per rank, or torchrun as the only task of each node
-        yield (
-            f"trainer.num_nodes={layout.num_nodes} x trainer.devices={layout.devices}: {layout.world_size} ranks, but "
-            f"srun started {tasks} tasks; start one task per rank: --ntasks={layout.world_size}"
-        )
-    each = _tasks_on_nodes(environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    each = tasks_on_nodes(environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
     if tasks == layout.world_size and len(set(each)) > 1:
         yield f"SLURM_STEP_TASKS_PER_NODE={each}: nodes hold different numbers of ranks; --ntasks-per-node={layout.devices}"
     gpus = _number(environment.get("SLURM_GPUS_ON_NODE"))
@@ -130,12 +138,6 @@ def seconds_to_save(
     if precision is None:
         return None
     return _SAVE_OVERHEAD_S + checkpoint_bytes(arch, layout, config, precision) / _SAVED_BYTES_PER_SECOND
-
-
-def _tasks_on_nodes(text: str) -> list[int]:
-    """Expands SLURM's "2(x3),1" to [2, 2, 2, 1]."""
-    found = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
-    return [int(tasks) for tasks, times in found for _ in range(int(times or 1))]
 
 
 def _number(text: str | None) -> int | None:

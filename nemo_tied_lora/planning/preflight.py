@@ -183,7 +183,6 @@ def _layout_problems(
     yield from problems
     if layout is not None:
         yield from check_ranks(layout) if arch is None else check(arch, layout, config)
-        yield from layout_fits_cluster.slurm_problems(layout)
 
 
 def _allocation_problems(

@@ -27,7 +27,9 @@ from typing import Any
 
 from torch.distributed import Store
 
+from nemo_tied_lora.planning.rank_variables import BROKEN_PIPE, LAUNCHER
 from nemo_tied_lora.resilience.rendezvous import node_name
+from nemo_tied_lora.resilience.unforeseen import say
 
 __all__ = ["EXIT_CODE", "Watchdog"]
 
@@ -101,7 +103,9 @@ class Watchdog:
         Args:
             code: the exit code of every rank.
         """
-        self._store.compare_set("verdict", "", json.dumps({"reason": reason, "code": code, "gone": []}))
+        self._store.compare_set(
+            "verdict", "", json.dumps({"reason": reason, "code": code, "gone": [], "by": self._rank})
+        )
         self._end(json.loads(self._store.get("verdict")))
 
     def fail_after_peers(self, reason: str) -> None:
@@ -195,7 +199,8 @@ class Watchdog:
         return {rank: json.loads(value) for rank, value in zip(ranks, self._store.multi_get(keys), strict=True)}
 
     def _record_verdict(self, gone: list[int], reason: str) -> None:
-        self._store.compare_set("verdict", "", json.dumps({"reason": reason, "code": EXIT_CODE, "gone": gone}))
+        verdict = {"reason": reason, "code": EXIT_CODE, "gone": gone, "by": self._rank}
+        self._store.compare_set("verdict", "", json.dumps(verdict))
         self._end(json.loads(self._store.get("verdict")))
 
     def _store_lost(self, problem: str) -> None:
@@ -207,14 +212,16 @@ class Watchdog:
     def _end(self, verdict: Mapping[str, Any], *, reachable: bool = True) -> None:
         """Prints the verdict and exits. Rank 0 exits last, because the others read the verdict from its store."""
         with self._ending:  # never released: the first thread here ends the process
-            reason, gone = str(verdict["reason"]), verdict["gone"]
-            print(f"tied-lora: rank {self._rank}: the run ends: {reason}", file=sys.stderr, flush=True)
+            reason, gone, code = str(verdict["reason"]), verdict["gone"], int(verdict["code"])
             survivors = [rank for rank in range(self._world) if rank not in gone] or [0]
+            # Under srun each rank, or each node, has a log of its own. The ranks of our own launcher share one.
+            if code != BROKEN_PIPE and (verdict.get("by", survivors[0]) == self._rank or LAUNCHER not in os.environ):
+                say(f"tied-lora: rank {self._rank}: the run ends: {reason}")
             if self._rank == survivors[0]:
-                _try(lambda: self._on_end(reason, int(verdict["code"])))
+                _try(lambda: self._on_end(reason, code))
             if reachable:
                 _try(lambda: self._wait_for_others(len(gone)))
-            os._exit(int(verdict["code"]))
+            os._exit(code)
 
     def _wait_for_others(self, gone: int) -> None:
         self._store.add("farewells", 1)
@@ -248,4 +255,4 @@ def _try(action: Callable[[], Any]) -> None:
     try:
         action()
     except Exception as error:
-        print(f"tied-lora: {error}", file=sys.stderr, flush=True)
+        say(f"tied-lora: {error}")

@@ -7,19 +7,21 @@ import datetime
 import os
 import signal
 import sys
-import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from nemo_tied_lora.errors import ConfigError, TrainingStopped, report
+from nemo_tied_lora.planning.rank_variables import BROKEN_PIPE, INTERRUPTED
 from nemo_tied_lora.planning.run_settings import run_folder
+from nemo_tied_lora.resilience.leaving import end_all, leave_together
+from nemo_tied_lora.resilience.other_output import OtherOutput
 from nemo_tied_lora.resilience.restarts import Preempted, fingerprint, finished_already, restarted
 from nemo_tied_lora.resilience.status_file import RunStatus
-from nemo_tied_lora.resilience.stop_signals import answered_by, ignore_from_now
+from nemo_tied_lora.resilience.stop_signals import answered_by, interrupted_by
+from nemo_tied_lora.resilience.unforeseen import describe, keep_traceback, say
 
 if TYPE_CHECKING:  # these modules import torch
     from nemo_tied_lora.resilience.dead_rank_watchdog import Watchdog
@@ -31,7 +33,6 @@ STOPPED = 3
 """Exit code of a run that a guard stopped."""
 
 _START_S = 300.0
-_GONE_S = 10.0
 
 
 class Refused(ConfigError):
@@ -63,10 +64,14 @@ def run_as_rank(
     Returns:
         The exit code.
     """
-    with Rank(command, values) as rank:
-        rank.start(problems, check_on_rank_0, lines)
-        if values.get("preflight") != "only":
-            rank.finish(work(rank))
+    rank = Rank(command, values)
+    try:
+        with rank:
+            rank.start(problems, check_on_rank_0, lines)
+            if values.get("preflight") != "only":
+                rank.finish(work(rank))
+    finally:
+        rank.other_output.end(keep=rank.exit_code == 1)
     return rank.exit_code
 
 
@@ -88,6 +93,9 @@ class Rank:
         self._first, self._is_alone = os.environ["RANK"] == "0", os.environ["WORLD_SIZE"] == "1"
         self._rendezvous: Rendezvous | None = None
         self._signals = ExitStack()
+        quiet = not values.get("verbose", True)
+        self.other_output = OtherOutput(f"{command}-rank-{os.environ['RANK']}", wanted=quiet)
+        """What NeMo and others print."""
         self.exit_code = 0
         self.status = RunStatus(None, active=False)
         self.watchdog: Watchdog | None = None
@@ -99,6 +107,7 @@ class Rank:
         """True from the first step to the last. In this time a stop signal is answered at the start of a step."""
 
     def __enter__(self) -> Rank:
+        self._signals.enter_context(interrupted_by(self._on_interrupt))
         return self
 
     def __exit__(
@@ -178,7 +187,9 @@ class Rank:
             timeout_s = self._watching.get("timeout_s")
             if timeout_s:
                 self._start_watchdog(self._rendezvous, timeout_s)
-            self._make_process_group(self._rendezvous, self.stuck_s or timeout_s)
+            self._make_process_group(self.stuck_s or timeout_s)
+        else:
+            self._make_process_group(None)
 
     def _start_watchdog(self, rendezvous: Rendezvous, timeout_s: float) -> None:
         from nemo_tied_lora.resilience.dead_rank_watchdog import Watchdog
@@ -194,25 +205,29 @@ class Rank:
         )
         self.watchdog.start()
 
-    def _make_process_group(self, rendezvous: Rendezvous, seconds: float | None) -> None:
+    def _make_process_group(self, seconds: float | None) -> None:
         """Makes the default process group over the ranks' store, before Lightning does; Lightning then uses it.
 
-        Lightning would listen at MASTER_PORT, where rank 0 already has the ranks' store unless torchrun holds one.
+        Lightning would listen at MASTER_PORT, where rank 0 already has the ranks' store unless torchrun holds one. A rank
+        that is alone needs no port, so several runs on one machine cannot meet.
 
         Args:
             seconds: time limit of a collective. None or 0: torch's own.
         """
         import torch
-        from torch.distributed import PrefixStore
+        from torch.distributed import HashStore, PrefixStore
 
         from nemo_tied_lora.platform.devices import select_device
 
+        if torch.distributed.is_initialized():
+            return
+        meeting = self._rendezvous
         device = select_device(self._values["trainer"].get("accelerator"))
         torch.distributed.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            store=PrefixStore("process_group", rendezvous.store),
-            rank=rendezvous.rank,
-            world_size=rendezvous.world_size,
+            store=HashStore() if meeting is None else PrefixStore("process_group", meeting.store),
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
             timeout=datetime.timedelta(seconds=seconds) if seconds else None,
         )
 
@@ -247,12 +262,13 @@ class Rank:
         elif isinstance(error, Finished):
             code = 0
             self._print(error)
+        elif isinstance(error, BrokenPipeError) and error.filename is None:
+            return self._nobody_reads()
         elif error is not None:
-            self._fail(error)
-            return 1
+            return self._fail(error)
         else:
             code = 0
-        self._leave(refused=isinstance(error, Refused))
+        leave_together(self._rendezvous, self.watchdog, refused=isinstance(error, Refused))
         return code
 
     def _print(self, message: object, file: Any = None) -> None:
@@ -270,54 +286,26 @@ class Rank:
         # A rank that could not reach the others has its own problem, and prints it too.
         return report(self._command, error) if self._first or self._rendezvous is None else 2
 
-    def _fail(self, error: Exception) -> None:
-        """Prints the traceback and ends the run on all ranks. With a watchdog, it does not return."""
-        traceback.print_exception(error)
-        sys.stderr.flush()
-        first_line = (str(error).strip().splitlines() or [""])[0]
-        reason = f"rank {os.environ['RANK']} failed: {type(error).__name__}: {first_line}"
-        if self.watchdog is None:
-            self.status.fail(reason)
-        elif _is_of_network(error):
-            self.watchdog.fail_after_peers(reason)
-        else:
-            self.watchdog.fail(reason)
+    def _fail(self, error: Exception) -> int:
+        """Prints one line and ends the run on all ranks. Returns the exit code; with a watchdog, it does not return."""
+        from nemo_tied_lora.resilience.rendezvous import node_name
 
-    def _leave(self, *, refused: bool) -> None:
-        """Waits until all ranks leave: rank 0 holds the store that the others use.
-
-        Args:
-            refused: a collective of the pre-flight may hang, and cannot be cancelled. So no collective is called, and
-                a rank that has a process group exits here.
-        """
-        ignore_from_now()
+        where = keep_traceback(error, f"{self._command}-rank-{os.environ['RANK']}", self.status.folder)
+        who = "" if self._is_alone else f"rank {os.environ['RANK']} on node {node_name()} failed: "
+        reason = f"{who}{describe(error, self._command)}; {where}"
         if self.watchdog is not None:
-            self.watchdog.stop()
-        has_group = "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()
-        if has_group and not refused:
-            import torch
+            end_all(self.watchdog, reason, error)
+        self.status.fail(reason)
+        say(f"tied-lora {self._command}: {reason}")
+        return 1
 
-            # A rank that exits while its groups' threads run may be aborted, after its work is done.
-            torch.distributed.barrier()
-            torch.distributed.destroy_process_group()
-        elif self._rendezvous is not None:
-            self._wait_for_all(self._rendezvous)
-        if has_group and refused:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(2)
-
-    def _wait_for_all(self, rendezvous: Rendezvous) -> None:
-        """Waits, for at most `_GONE_S` seconds, until all ranks are about to leave.
-
-        All ranks ignore stop signals by now. So a launcher that ends the others when the first rank leaves changes no
-        exit code.
-        """
-        deadline = time.monotonic() + _GONE_S
-        with suppress(RuntimeError):  # rank 0 has left, so all ranks have been here
-            rendezvous.store.add("gone", 1)
-            while rendezvous.store.add("gone", 0) < rendezvous.world_size and time.monotonic() < deadline:
-                time.sleep(0.1)
+    def _nobody_reads(self) -> int:
+        """Ends the run without a word, as a shell's pipe ends its programs: whoever read the output has gone."""
+        reason = "the reader of the output has gone (a closed pipe)"
+        if self.watchdog is not None:
+            self.watchdog.fail(reason, BROKEN_PIPE)
+        self.status.fail(reason)
+        return BROKEN_PIPE
 
     def _record_verdict(self, reason: str, code: int) -> None:
         """Called by the watchdog on one surviving rank, before it ends the run."""
@@ -334,17 +322,19 @@ class Rank:
             return
         code = self._preemption["exit_code"]
         reason = f"{name} before the first step: nothing to save; the same command starts it again"
-        print(f"tied-lora: rank {os.environ['RANK']}: {reason}", file=sys.stderr, flush=True)
         if self.watchdog is not None:
-            self.watchdog.fail(reason, code)
+            self.watchdog.fail(reason, code)  # prints the reason, or another one if the run has ended already
+        say(f"tied-lora: rank {os.environ['RANK']}: {reason}")
         self.status.update(now=True, state="preempted", reason=reason)
         os._exit(code)
 
-
-def _is_of_network(error: BaseException) -> bool:
-    """Whether another rank's death may have caused the error. torch raises plain RuntimeErrors for most of these."""
-    import torch
-
-    marks = ("gloo", "nccl", "connection", "socket", "timed out", "timeout", "peer")
-    known = isinstance(error, (RuntimeError, torch.distributed.DistError))
-    return known and any(mark in str(error).lower() for mark in marks)
+    def _on_interrupt(self) -> None:
+        """Ctrl-C: ends all ranks at once. A file that is being written still has its temporary name."""
+        saved = self.status["saved_step"]
+        reason = f"interrupted; the same command resumes after step {saved}" if saved else "interrupted"
+        if self.watchdog is not None:
+            self.watchdog.fail(reason, INTERRUPTED)
+        self.status.fail(reason)
+        if self._first:
+            say(f"tied-lora {self._command}: {reason}")
+        os._exit(INTERRUPTED)

@@ -15,9 +15,11 @@ from typing import Any
 from torch.distributed import PrefixStore, Store, TCPStore
 
 from nemo_tied_lora.errors import ConfigError, Problems
+from nemo_tied_lora.planning.rank_variables import STORE_SOCKET
 
 __all__ = ["Rendezvous", "connect", "name_ranks", "node_name"]
 
+_OWNER, _OWNER_S = "tied_lora/owner", 10.0
 _POLL_S = 0.2
 _NAMED = 8
 _RANK_0_FACTOR = 4
@@ -110,13 +112,42 @@ def connect(timeout_s: float, environment: Mapping[str, str] = os.environ, *, cl
     torchruns = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     holds = not client and not torchruns and environment.get("RANK") == "0"
     timeout = datetime.timedelta(seconds=timeout_s)
+    given: dict[str, Any] = (
+        {"master_listen_fd": int(environment[STORE_SOCKET])} if holds and STORE_SOCKET in environment else {}
+    )
     try:
-        store = TCPStore(address, port, is_master=holds, timeout=timeout, wait_for_workers=False)
+        store = TCPStore(address, port, is_master=holds, timeout=timeout, wait_for_workers=False, **given)
     except RuntimeError as error:  # torch's DistError is a RuntimeError
         reason = str(error).splitlines()[0]
         problem = "cannot be listened on" if holds else f"rank 0 was not reached within {timeout_s:.0f} s"
         raise ConfigError([f"MASTER_ADDR={address}, MASTER_PORT={port}: {problem}: {reason}"]) from None
+    if not torchruns:
+        _check_owner(store, holds, environment)
     return PrefixStore(f"tied_lora/{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _check_owner(store: Store, holds: bool, environment: Mapping[str, str]) -> None:
+    """Rank 0 writes the number of its SLURM step; another rank compares it with its own.
+
+    Raises:
+        ConfigError: another run, whose port is the same, has its store there.
+    """
+    own = ".".join(environment.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    if own == ".":
+        return
+    if holds:
+        store.set(_OWNER, own)
+        return
+    deadline = time.monotonic() + _OWNER_S
+    while not store.check([_OWNER]) and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+    found = store.get(_OWNER).decode() if store.check([_OWNER]) else "another program"
+    if found != own:
+        raise ConfigError(
+            [
+                f"MASTER_PORT={environment['MASTER_PORT']}: SLURM step {found} uses it, not {own}; set MASTER_PORT to a free port"
+            ]
+        )
 
 
 def name_ranks(ranks: Sequence[int], nodes: Mapping[int, str]) -> str:

@@ -14,7 +14,7 @@ from nemo_tied_lora.errors import ConfigError
 from nemo_tied_lora.planning.run_settings import run_folder
 from nemo_tied_lora.resilience.status_file import STATUS_FILE, read_status
 
-__all__ = ["Preempted", "fingerprint", "finished_already", "finished_before", "preempted_code", "restarted"]
+__all__ = ["Preempted", "fingerprint", "finished_already", "finished_before", "restarted"]
 
 
 # Settings that change neither the training nor the place of the result.
@@ -55,13 +55,6 @@ def finished_already(values: Mapping[str, Any]) -> str | None:
     if output is None:
         return None
     return f"finished already: {output}; for another run, change the settings, name=, or remove {run_folder(values)}"
-
-
-def preempted_code(values: Mapping[str, Any], code: int) -> int:
-    """`code`, or `preemption.exit_code` if the run can be continued: torchrun's own code is 1 for every failure."""
-    folder, preemption = run_folder(values), values.get("preemption")
-    status = read_status(folder) if folder is not None and preemption else None
-    return preemption["exit_code"] if preemption and status and status.get("state") == "preempted" else code
 
 
 def restarted(folder: Path | None, settings: str, allowed: int) -> dict[str, int]:

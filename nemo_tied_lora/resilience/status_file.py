@@ -37,6 +37,11 @@ class RunStatus:
         self._active, self._lock, self._written = active, threading.RLock(), 0.0
         self._fields: dict[str, Any] = {"state": "starting", **fields}
 
+    @property
+    def folder(self) -> Path | None:
+        """The run's folder. None: nothing is written."""
+        return None if self._path is None else self._path.parent
+
     def update(self, *, now: Any = False, **fields: Any) -> None:
         """Sets fields. Writes at once if the state changes or `now` is true, otherwise at most every two seconds."""
         with self._lock:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["STOP_SIGNALS", "answered_by", "ignore_from_now"]
+__all__ = ["STOP_SIGNALS", "answered_by", "ignore_from_now", "interrupted_by"]
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """The signals with which SLURM and people stop a run."""
@@ -37,6 +37,27 @@ def answered_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[No
         for number, before in previous.items():
             if signal.getsignal(number) is handler:
                 signal.signal(number, before)
+
+
+@contextmanager
+def interrupted_by(handler: Callable[[], None]) -> Iterator[None]:
+    """Calls `handler` for Ctrl-C (SIGINT) inside the block, instead of raising KeyboardInterrupt in the middle of the work.
+
+    A process that is forked inside the block ends at once. Works in the main thread only.
+    """
+    owner = os.getpid()
+
+    def answer(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != owner:
+            os._exit(128 + number)
+        handler()
+
+    previous = signal.signal(signal.SIGINT, answer)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) is answer:
+            signal.signal(signal.SIGINT, previous)
 
 
 def ignore_from_now() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole commands as a user types them: the installed script, which starts its ranks through torchrun.
+"""The whole commands as a user types them: the installed script, which starts its ranks.
 
 tests/slurm has `launch`, `report` and `status`; tests/commands/test_demo.py has quickstart and compare, in forked processes.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stages that test_hugging_face.py runs under torchrun on real NeMo: import on one rank, training on four.
+"""The stages that test_hugging_face.py runs on ranks of real NeMo: import on one rank, training on four.
 
 python -m tests.conversion.hugging_face_ranks import|train FOLDER
 """

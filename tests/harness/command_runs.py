@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -77,7 +78,7 @@ def tied_lora(
 def console_script(
     *arguments: str, folder: Path, ok: bool = True, planted: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Runs the command in a folder as a user does: the installed script, which starts its ranks with torchrun."""
+    """Runs the command in a folder as a user does: the installed script, which starts its ranks."""
     script = Path(sys.executable).with_name("tied-lora")
     done = subprocess.run(
         [script, *arguments],
@@ -103,7 +104,8 @@ def _checked(
     done: subprocess.CompletedProcess[str], arguments: tuple[str, ...], ok: bool
 ) -> subprocess.CompletedProcess[str]:
     if ok:
-        assert done.returncode == 0, f"{arguments}\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
+        kept = [Path(path).read_text() for path in re.findall(r"the traceback is in (\S+)", done.stderr)]
+        assert done.returncode == 0, "\n".join([str(arguments), done.stdout[-4000:], done.stderr[-8000:], *kept])
     return done
 
 

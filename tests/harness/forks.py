@@ -45,8 +45,8 @@ REFUSE_NEMO = "REFUSE_NEMO"
 """The environment variable with which the server does not import NeMo."""
 may_import_nemo = True
 """Whether processes forked from now on can import NeMo."""
-_TORCHRUN_GRACE_S = 30.0
-"""Between torchrun's SIGTERM to the other ranks and its SIGKILL."""
+_GRACE_S = 30.0
+"""Between the launcher's SIGTERM to the other ranks and its SIGKILL."""
 
 
 class Forked:
@@ -128,21 +128,26 @@ def fork_command(argv: Sequence[str]) -> int:
     """`tied-lora` with `argv`. Its ranks, and the commands of quickstart and compare, are forked from this process."""
     from nemo_tied_lora.commands import main
     from nemo_tied_lora.commands.demo import stages
+    from nemo_tied_lora.commands.program import run_program
 
-    _fork_ranks_instead_of_torchrun()
+    _fork_ranks_instead_of_starting_them()
     stages.subprocess = SimpleNamespace(run=_fork_stage, STDOUT=subprocess.STDOUT)  # type: ignore[assignment]
-    return main.main(list(argv))
+    run_program(main.main, list(argv))
 
 
 def fork_module(module: str, argv: Sequence[str]) -> int:
     """`python -m module` with `argv`, for a module whose `main(argv)` returns the exit code."""
-    _fork_ranks_instead_of_torchrun()
-    code = importlib.import_module(module).main(list(argv))
-    return int(code or 0)
+    from nemo_tied_lora.commands.program import run_program
+
+    _fork_ranks_instead_of_starting_them()
+    main = importlib.import_module(module).main
+    if module.startswith("nemo_tied_lora.commands."):
+        run_program(main, list(argv), module.rpartition(".")[2].replace("main", ""))
+    return int(main(list(argv)) or 0)
 
 
 def fork_on_ranks(module: str, argv: Sequence[str], num_ranks: int) -> int:
-    """`torchrun --nproc-per-node num_ranks -m module` with `argv`; returns 1 if a rank fails."""
+    """`python -m module` with `argv` on ranks; returns 0, or the exit code of the first rank that failed."""
     return _fork_ranks(module, argv, num_ranks)
 
 
@@ -218,10 +223,10 @@ def _exit(function: Callable[..., int], *args: Any) -> None:
     os._exit(code)
 
 
-def _fork_ranks_instead_of_torchrun() -> None:
-    from nemo_tied_lora.launching import torchrun
+def _fork_ranks_instead_of_starting_them() -> None:
+    from nemo_tied_lora.launching import local_ranks
 
-    original = torchrun.start_ranks
+    original = local_ranks.start_ranks
     for module in list(sys.modules.values()):
         if (
             getattr(module, "__name__", "").startswith("nemo_tied_lora")
@@ -249,30 +254,33 @@ def _fork_stage(
 
 
 def _fork_ranks(module: str, arguments: Sequence[str], num_ranks: int) -> int:
-    """`start_ranks`, with the variables that srun gives: rank 0 holds the store. Returns 1 if a rank fails, as torchrun."""
+    """`start_ranks`, which starts new processes, with forks of this one instead. Returns 0, or the code of the first failure."""
+    from nemo_tied_lora.launching.local_ranks import exit_code, rank_variables
+
     sys.stdout.flush()
     sys.stderr.flush()
-    variables = {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
-    variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    port = free_port()
+    variables = [rank_variables(rank, num_ranks, port) for rank in range(num_ranks)]
     ranks = []
     for rank in range(num_ranks):
         pid = os.fork()
         if pid == 0:
-            os.environ.update(variables, RANK=str(rank), LOCAL_RANK=str(rank))
+            os.environ.update(variables[rank])
             _exit(fork_module, module, arguments)
         ranks.append(pid)
-    failed, deadline = False, math.inf
+    failed, deadline = 0, math.inf
     while ranks:
         ended = [(pid, status) for pid, status in (os.waitpid(rank, os.WNOHANG) for rank in ranks) if pid != 0]
         for pid, status in ended:
             ranks.remove(pid)
             if os.waitstatus_to_exitcode(status) != 0 and not failed:
-                failed, deadline = True, time.monotonic() + _TORCHRUN_GRACE_S
+                failed = exit_code(os.waitstatus_to_exitcode(status))
+                deadline = time.monotonic() + _GRACE_S
                 _send(signal.SIGTERM, ranks)
         time.sleep(0.01)
         if time.monotonic() > deadline:
             _send(signal.SIGKILL, ranks)
-    return int(failed)
+    return failed
 
 
 def _send(number: int, ranks: Sequence[int]) -> None:

@@ -94,7 +94,7 @@ CONTROLS = {
         "DID NOT RAISE",
     ),
     "SLURM's tasks and nodes": (
-        "nemo_tied_lora.planning.layout_fits_cluster:slurm_problems()",
+        "nemo_tied_lora.planning.layout_fits_cluster:launcher_problems()",
         "planning/test_layout_fits_cluster.py::test_ranks_that_slurm_did_not_start_are_named",
         "assert 0 == 1",
     ),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole command, disturbed: real NeMo on two tensor-parallel ranks, which start without torchrun, as srun starts them."""
+"""The whole command, disturbed: real NeMo on two tensor-parallel ranks, which start one by one, as srun starts them."""
 
 from __future__ import annotations
 

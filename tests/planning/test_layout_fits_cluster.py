@@ -36,7 +36,13 @@ BASE = {
     "max_position_embeddings": 32,
     "override_vocab_size": 128,
 }
-STEP = {"RANK": "0", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "16", "SLURM_STEP_TASKS_PER_NODE": "8(x2)"}
+STEP = {
+    "RANK": "0",
+    "WORLD_SIZE": "16",
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_STEP_NUM_TASKS": "16",
+    "SLURM_STEP_TASKS_PER_NODE": "8(x2)",
+}
 
 
 @pytest.fixture
@@ -294,7 +300,10 @@ def test_a_base_with_rotary_positions_accepts_longer_sequences(sound: dict[str, 
         (
             {},
             {"num_nodes": 2, "devices": 4},
-            ["8 ranks, but srun started 16 tasks; start one task per rank: --ntasks=8"],
+            [
+                "trainer.num_nodes=2 x trainer.devices=4 = 8, but the launcher started 16 ranks on 2 nodes; set "
+                "trainer.num_nodes=2 trainer.devices=8, or start 8"
+            ],
         ),
         (
             {"SLURM_STEP_TASKS_PER_NODE": "9,7"},
@@ -307,14 +316,14 @@ def test_a_base_with_rotary_positions_accepts_longer_sequences(sound: dict[str, 
 def test_ranks_that_slurm_did_not_start_are_named(
     step: dict[str, str], layout: dict[str, int], text: list[str]
 ) -> None:
-    problems = list(layout_fits_cluster.slurm_problems(Layout(**layout), {**STEP, **step}))
+    problems = list(layout_fits_cluster.launcher_problems(Layout(**layout), {**STEP, **step}))
     assert len(problems) == len(text), problems
     assert all(part in problem for part, problem in zip(text, problems, strict=True))
 
 
 def test_slurms_step_is_ignored_outside_a_rank() -> None:
     environment = {name: value for name, value in STEP.items() if name != "RANK"}
-    assert not list(layout_fits_cluster.slurm_problems(Layout(), environment))
+    assert not list(layout_fits_cluster.launcher_problems(Layout(), environment))
 
 
 def test_too_little_disk_space_is_refused_with_the_space_needed(

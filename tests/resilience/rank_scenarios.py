@@ -96,7 +96,7 @@ def hang_in_own_code() -> int:
 
     original = Rank._make_process_group
     # The watchdog must end it, not the collective's own limit.
-    replace(Rank, "_make_process_group", lambda rank, rendezvous, seconds: original(rank, rendezvous, 60))
+    replace(Rank, "_make_process_group", lambda rank, seconds: original(rank, 60))
     return run_as_rank("finetune", cfg, [], work)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 
 from nemo_tied_lora.commands.demo.tasks import write_quickstart_data
+from nemo_tied_lora.launching.local_ranks import exit_code
 
 __all__ = [
     "MemoryMeter",
@@ -33,16 +34,20 @@ __all__ = [
 
 
 class StageError(RuntimeError):
-    """A stage's command failed; the message names the command."""
+    """A stage's command failed; the message names the command. `code` is its exit code."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 def run_stages(command: str, run: Callable[[Mapping[str, Any]], None], cfg: Mapping[str, Any]) -> int:
-    """Runs a command that consists of stages. Returns 0, or 1 if a stage failed, with the reason on stderr."""
+    """Runs a command that consists of stages. Returns 0, or the exit code of the stage that failed."""
     try:
         run(cfg)
     except StageError as error:
         print(f"tied-lora {command}: {error}", file=sys.stderr)
-        return 1
+        return error.code
     return 0
 
 
@@ -161,7 +166,8 @@ def _run(command: Sequence[str], log: Path | None, threads: int | None = None) -
             code = subprocess.run(
                 command, check=False, env=environment, stdout=file, stderr=subprocess.STDOUT
             ).returncode
+    code = exit_code(code)
     if code != 0:
         where = "" if log is None else f"; its output is in {log}"
-        raise StageError(f"{shlex.join(command[1:4])} ... failed with exit code {code}{where}")
+        raise StageError(f"{shlex.join(command[1:4])} ... failed with exit code {code}{where}", code)
     return time.perf_counter() - started
