@@ -7,7 +7,9 @@ A shell script replaces Python, so that a start takes a second.
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -195,6 +197,39 @@ def test_the_last_task_of_an_array_requeues_itself_and_not_the_array(slurm: Priv
     array = submit(slurm, script)
     states = [slurm.wait_for_state(f"{array}_{number}", "COMPLETED", "FAILED", seconds=60) for number in (1, 0)]
     assert [(state["JobState"], state["Restarts"]) for state in states] == [("FAILED", "1"), ("COMPLETED", "0")]
+
+
+ADOPT = """
+import os
+from nemo_tied_lora.launching.task_ranks import adopt
+adopt()
+print(*(os.environ.get(name, "-") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")))
+"""
+
+
+def test_a_plain_srun_makes_each_task_a_rank_and_a_shell_or_a_script_stays_alone(
+    slurm: PrivateCluster, tmp_path: Path
+) -> None:
+    program = tmp_path / "adopt.py"
+    program.write_text(ADOPT)
+    command, path = (sys.executable, str(program)), str(ROOT)
+    sizes = ("--nodes=2", "--ntasks-per-node=2")
+    lines = sorted(slurm.run("srun", *sizes, *command, PYTHONPATH=path).splitlines())
+    ports = {line.split()[-1] for line in lines}
+    assert len(ports) == 1
+    # n1 is not the name of a host: the address comes from scontrol.
+    assert [line.rsplit(maxsplit=1)[0] for line in lines] == [f"{r} 4 {r % 2} {r // 2} 127.0.0.1" for r in range(4)]
+    alone = ["- - - - - -"]
+    assert slurm.run("salloc", *sizes, *command, PYTHONPATH=path).splitlines()[:1] == alone
+    assert slurm.run("srun", "--ntasks=1", *command, PYTHONPATH=path).splitlines() == alone
+    script = tmp_path / "batch.sh"
+    script.write_text(f"#!/bin/bash\n{shlex.join(command)}\nsrun {shlex.join(command)}\n")
+    job = slurm.run("sbatch", "--parsable", *sizes, f"--output={tmp_path}/log", str(script), PYTHONPATH=path)
+    slurm.wait_for_state(job, "COMPLETED")
+    first, *ranks = (tmp_path / "log").read_text().splitlines()
+    assert [first] == alone
+    assert sorted(line.split()[0] for line in ranks) == ["0", "1", "2", "3"]
+    assert {line.split()[-1] for line in ranks} != ports
 
 
 def test_uneven_nodes_are_refused(slurm: PrivateCluster, write: Write) -> None:
