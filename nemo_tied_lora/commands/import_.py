@@ -54,14 +54,13 @@ def _import(argv: list[str], cfg: Mapping[str, Any]) -> int:
 
 def _fit(cfg: Mapping[str, Any]) -> int:
     config = _check_lora(cfg)
-    from tqdm import tqdm
-
     from nemo_tied_lora.checkpoint.write_nemo_adapter import write_adapter
     from nemo_tied_lora.conversion.lora_to_tied import fit_adapter, read_lora
+    from nemo_tied_lora.launching.progress import Progress
 
     base = None if cfg["base"] is None else base_model_config(cfg["base"], key="base")
     lora = read_lora(Path(cfg["path"]), base)
-    with tqdm(desc="fitting", unit="iteration") as bar:
+    with Progress(desc="fitting", unit="iteration") as bar:
 
         def progress(target: str, error: float) -> None:
             bar.set_postfix_str(f"{target}: relative error {error:.3e}", refresh=False)

@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.plugins.environments import TorchElasticEnvironment
+from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronLMPPTrainerBuilder
 from nemo.collections.nlp.parts.nlp_overrides import CustomProgressBar
 
@@ -36,7 +36,10 @@ class LaunchedTrainerBuilder(MegatronLMPPTrainerBuilder):
 
     def _plugins(self) -> list[Any]:
         plugins = [p for p in super()._plugins() if not isinstance(p, TorchElasticEnvironment)]
-        return [RankEnvironment(), *plugins] if "RANK" in os.environ else plugins
+        if "RANK" in os.environ:
+            return [RankEnvironment(), *plugins]
+        alone = self.cfg.trainer.devices == 1 and self.cfg.trainer.num_nodes == 1
+        return [LightningEnvironment(), *plugins] if alone else plugins  # in an allocation of several tasks too
 
     def _callbacks(self, callbacks: list[Callback] | None) -> list[Callback]:
         found = super()._callbacks(callbacks)

@@ -88,6 +88,6 @@ def test_the_examples_of_the_help_are_accepted_as_typed(command: ModuleType) -> 
 
 def test_a_stage_that_fails_is_named_with_its_command(folder: Path) -> None:
     done = tied_lora("quickstart", "overrides=['model.peft.tied_lora.adapter_dim=8']", folder=folder, ok=False)
-    assert done.returncode == 1
+    assert done.returncode == 2  # the code of the stage
     assert "tied-lora quickstart: " in done.stderr
     assert "finetune ... failed with exit code 2" in done.stderr

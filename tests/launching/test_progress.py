@@ -48,6 +48,15 @@ def test_short_work_is_one_line_and_no_work_is_none() -> None:
     assert file.getvalue() == ""
 
 
+def test_work_without_a_known_end_is_counted() -> None:
+    file = io.StringIO()
+    with Progress(desc="fitting", unit="iteration", file=file) as shown:
+        shown.update()
+        shown.set_postfix_str("relative error 0.1", refresh=False)
+        shown.update()
+    assert file.getvalue() == "fitting: 2 iteration, 0 s\n"
+
+
 def test_bytes_have_a_unit() -> None:
     file = io.StringIO()
     with Progress(total=3 * 10**9, desc="copying", unit="B", unit_scale=True, file=file) as shown:

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nemo_tied_lora.commands.program import run_program
+
 __all__ = ["evaluate", "exact_match", "main"]
 
 _TOKENS = 40  # the longest answer of the quickstart's language has fewer
@@ -59,4 +61,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_program(main, sys.argv[1:], "quickstart: evaluation")
