@@ -117,6 +117,14 @@ REFUSED = {
         {"megatron_amp_O2": True, "context_parallel_size": 2, "optim": {"name": "fused_adam"}},
         "context_parallel_size=2",
     ),
+    "a float32 adapter in O2": (
+        {
+            "megatron_amp_O2": True,
+            "optim": {"name": "fused_adam"},
+            "peft": {"peft_scheme": "tied_lora", "tied_lora": {"dtype": "float32"}},
+        },
+        r"model\.peft\.tied_lora\.dtype=float32: not possible with megatron_amp_O2=true",
+    ),
     "overlap with full recomputation": (
         {
             "activations_checkpoint_granularity": "full",
@@ -135,6 +143,9 @@ def test_what_nemo_cannot_do_is_refused_by_name(case: str) -> None:
 
 
 def test_each_half_of_a_refused_pair_is_allowed() -> None:
+    float32 = {"peft": {"peft_scheme": "tied_lora", "tied_lora": {"dtype": "float32"}}}
+    check_loop({**float32, "optim": {"name": "fused_adam"}})
+    check_loop({**float32, "megatron_amp_O2": True, "optim": {"name": "mcore_distributed_optim"}})
     check_loop({"megatron_amp_O2": True, "optim": {"name": "fused_adam"}})
     check_loop({"megatron_amp_O2": True, "context_parallel_size": 2, "optim": {"name": "mcore_distributed_optim"}})
     check_loop({"activations_checkpoint_granularity": "full", "optim": {"name": "mcore_distributed_optim"}})
@@ -164,9 +175,10 @@ def test_nemo_itself_builds_no_interleaved_model() -> None:
 def test_your_own_loop_is_refused_before_it_wraps_the_model() -> None:
     """The configs have only the fields that the check reads."""
     overlap, plain = SimpleNamespace(overlap_grad_reduce=True), SimpleNamespace(overlap_grad_reduce=False)
-    full = SimpleNamespace(recompute_granularity="full", recompute_modules=None)
-    mlp = SimpleNamespace(recompute_granularity="selective", recompute_modules=["mlp"])
-    core = SimpleNamespace(recompute_granularity="selective", recompute_modules=["core_attn"])
+    injected = {"has_cond_embedder": True}
+    full = SimpleNamespace(recompute_granularity="full", recompute_modules=None, **injected)
+    mlp = SimpleNamespace(recompute_granularity="selective", recompute_modules=["mlp"], **injected)
+    core = SimpleNamespace(recompute_granularity="selective", recompute_modules=["core_attn"], **injected)
     for recompute in (full, mlp):
         with pytest.raises(ConfigError, match="overlap_grad_reduce=True: not possible with recompute_granularity"):
             check_ddp(recompute, overlap)
