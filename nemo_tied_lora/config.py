@@ -12,7 +12,16 @@ from typing import Any
 
 from nemo_tied_lora.errors import Problems, is_whole_number
 
-__all__ = ["EXPERT_TIES", "FACTORS", "FROZEN_FACTORS", "INIT_METHODS", "PRESETS", "TARGETS", "TiedLoraConfig"]
+__all__ = [
+    "DTYPES",
+    "EXPERT_TIES",
+    "FACTORS",
+    "FROZEN_FACTORS",
+    "INIT_METHODS",
+    "PRESETS",
+    "TARGETS",
+    "TiedLoraConfig",
+]
 
 
 TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
@@ -20,6 +29,7 @@ FACTORS = ("v", "B", "u", "A")
 INIT_METHODS = ("normal", "xavier", "kaiming", "zero")
 EXPERT_TIES = ("per_expert", "tied")
 FROZEN_FACTORS = ("tensor", "seed")
+DTYPES = (None, "float32")
 
 
 # NeMo's names for the same linears (its `model.peft.lora_tuning.target_modules`).
@@ -54,6 +64,7 @@ _FOREIGN_KEYS = {
     "target_modules": "write targets",
     "layer_selection": "write layers, which counts from 0 (layer_selection counts from 1)",
     "layers_to_transform": "write layers",
+    "lora_dtype": "write dtype",
     "column_init_method": "write init_A",
     "row_init_method": "write init_B",
     "dropout_position": "remove it: dropout always acts on the linear's input",
@@ -106,6 +117,9 @@ class TiedLoraConfig:
     frozen_factors: str = "tensor"
     """How a file stores an A or B that is not trained. tensor: the tensor. seed: the seed, and a checksum by which
     loading refuses a generator that draws other numbers."""
+    dtype: str | None = None
+    """float32: the factors, their gradients and the update's arithmetic are float32, also on a bfloat16 base. None: they
+    have the base's dtype."""
 
     def __post_init__(self) -> None:
         for name in ("targets", "trained", "tied", "layers"):
@@ -205,6 +219,7 @@ class TiedLoraConfig:
             problems.append(f"init_std={self.init_std!r}: must be a finite number greater than 0")
         problems.whole_number("seed", self.seed, 0)
         problems.one_of("frozen_factors", self.frozen_factors, FROZEN_FACTORS)
+        problems.one_of("dtype", self.dtype, DTYPES)
         problems += _unknown_values("targets", self.targets, (*TARGETS, *_TARGET_ALIASES), empty_ok=False)
         problems += _unknown_values("trained", self.trained, FACTORS, empty_ok=False)
         problems += _unknown_values("tied", self.tied, ("A", "B"), empty_ok=True)

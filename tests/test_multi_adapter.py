@@ -378,9 +378,9 @@ def test_control_a_linear_left_detached_would_show(
     attach = type(adapters["lora"].chunks[0]).attach
 
     def attach_all_but_one(chunk: Any) -> None:
-        chunk.detached.pop(next(iter(chunk.detached)))
+        chunk.adapters.pop(next(iter(chunk.adapters)))
         attach(chunk)
 
-    monkeypatch.setattr("nemo_tied_lora.adapter.injected_adapter.Chunk.attach", attach_all_but_one)
+    monkeypatch.setattr("nemo_tied_lora.adapter.injected_chunk.Chunk.attach", attach_all_but_one)
     with pytest.raises(AssertionError):
         test_each_adapter_gives_the_bits_that_it_gives_alone(model, adapters, files)

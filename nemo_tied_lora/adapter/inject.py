@@ -3,23 +3,29 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from torch import nn
 
+from nemo_tied_lora.adapter.agreement import exchange, raise_together
 from nemo_tied_lora.adapter.experts import groups_of, is_routed, linear_of, refused_layouts
 from nemo_tied_lora.adapter.grad_allreduce import mark_parameters
-from nemo_tied_lora.adapter.injected_adapter import Adapter, Chunk
+from nemo_tied_lora.adapter.injected_adapter import Adapter
+from nemo_tied_lora.adapter.injected_chunk import Chunk
 from nemo_tied_lora.adapter.shapes import LinearShape
-from nemo_tied_lora.adapter.target_modules import AdaptableLinear, find_adaptable_linears, gpt_model
+from nemo_tied_lora.adapter.target_modules import AdaptableLinear, find_adaptable_linears, gpt_model, used_twice
 from nemo_tied_lora.adapter.tied_factors import ChunkFactors
-from nemo_tied_lora.adapter.tied_linear import LinearAdapter, attach_to_linear
+from nemo_tied_lora.adapter.tied_linear import LinearAdapter
 from nemo_tied_lora.config import TiedLoraConfig
 from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.platform.devices import collective_device
 
 __all__ = ["inject"]
 
@@ -27,10 +33,12 @@ __all__ = ["inject"]
 def inject(model: nn.Module | Sequence[nn.Module], config: TiedLoraConfig) -> Adapter:
     """Adds Tied-LoRA to a Megatron model in place and freezes everything else.
 
-    All ranks of a pipeline must call this together, before the model is wrapped in Megatron's DDP.
+    All ranks of the job must call this together, before the model is wrapped in Megatron's DDP. If it fails on one
+    rank, it raises on all of them, and every model is as it was.
 
     Args:
-        model: one Megatron module (a GPTModel, wrapped or not), or the list of a stage's chunks.
+        model: one Megatron module (a GPTModel, wrapped or not), or the list of a stage's chunks. A stage or chunk may
+            have no layers, and no parameters at all.
         config: what to inject.
 
     Returns:
@@ -38,29 +46,80 @@ def inject(model: nn.Module | Sequence[nn.Module], config: TiedLoraConfig) -> Ad
 
     Raises:
         ConfigError: the model has no Megatron linears, a target or layer matches nothing, the rank exceeds a linear's
-            width, or a linear cannot be adapted. Lists all problems together, the same on every stage.
-        RuntimeError: the model already has an adapter.
+            width, or a linear cannot be adapted. Lists all problems together, the same on every rank.
+        RuntimeError: the model already has an adapter, or another rank failed.
     """
-    wrapped = [model] if isinstance(model, nn.Module) else list(model)
-    bodies = [gpt_model(chunk) for chunk in wrapped]
+    failure: Exception | None = None
+    found = _Findings(failed=True)
+    try:
+        part = _scan(model, config)
+        found = part.findings(config)
+    except Exception as error:
+        failure = error
+    everyone = exchange(found)
+    with ExitStack() as undo:
+        try:
+            if not any(rank.failed for rank in everyone):
+                shapes, dtype = _agree(everyone, config)
+                adapter = Adapter(config, shapes, _build_chunks(part, shapes, config, dtype))
+                for chunk in adapter.chunks:
+                    undo.callback(chunk.detach)
+                    chunk.attach()
+        except Exception as error:
+            failure = error
+        raise_together("inject", failure)
+        undo.pop_all()
+    return adapter
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Findings:
+    """What one rank tells the others. groups: to whole shapes, with the layers of this stage. dtypes: the floating-point
+    dtypes of its linears' weights. failed: whether it failed to find anything."""
+
+    groups: dict[str, LinearShape] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    dtypes: frozenset[torch.dtype] = frozenset()
+    num_layers: int = 0
+    config: TiedLoraConfig | None = None
+    failed: bool = False
+
+
+@dataclass(frozen=True)
+class _Part:
+    """This rank's part of the model. bodies: the GPTModels in `outers`. linears: of each chunk."""
+
+    outers: list[nn.Module]
+    bodies: list[Any]
+    linears: list[list[AdaptableLinear]]
+    problems: list[str]
+
+    def findings(self, config: TiedLoraConfig) -> _Findings:
+        every = list(itertools.chain(*self.linears))
+        transformer = self.bodies[0].config
+        problems = [*self.problems, *used_twice(every)]
+        problems += _refused_layouts(transformer, [linear.group for linear in every])
+        groups = _found_groups(every, problems)
+        weights = (linear.module.weight for linear in every)
+        dtypes = frozenset(weight.dtype for weight in weights if weight.dtype.is_floating_point)
+        return _Findings(
+            groups=groups, problems=problems, dtypes=dtypes, num_layers=transformer.num_layers, config=config
+        )
+
+
+def _scan(model: nn.Module | Sequence[nn.Module], config: Any) -> _Part:
+    """Finds the linears and their problems. Changes nothing."""
+    if not isinstance(config, TiedLoraConfig):
+        kind = type(config).__name__
+        raise TypeError(f"inject: config is a {kind}; pass a TiedLoraConfig, such as TiedLoraConfig.preset('tl6')")
+    outers = [model] if isinstance(model, nn.Module) else list(model)
+    if not outers:
+        raise ConfigError(["model: an empty list; pass this stage's chunks"])
+    bodies = [gpt_model(chunk) for chunk in outers]
     if any(hasattr(body.decoder, "tied_lora") for body in bodies):
         raise RuntimeError("model: it has a Tied-LoRA adapter already; call adapter.remove() first")
     scans = [find_adaptable_linears(body, config.targets) for body in bodies]
-    linears = [scan[0] for scan in scans]
-    problems = [problem for scan in scans for problem in scan[1]]
-    problems += _refused_layouts(bodies[0].config, [linear.group for chunk in linears for linear in chunk])
-    shapes = _agree_on_shapes(
-        [linear for chunk in linears for linear in chunk], problems, bodies[0].config.num_layers, config
-    )
-
-    was_trained = [{name for name, p in chunk.named_parameters() if p.requires_grad} for chunk in wrapped]
-    chunks, stage = [], parallel_state.get_pipeline_model_parallel_rank()
-    for index, (outer, body) in enumerate(zip(wrapped, bodies, strict=True)):
-        outer.requires_grad_(False)
-        selected = [s for s in linears[index] if s.group in shapes and s.layer in shapes[s.group].layers]
-        chunk_rank = index * parallel_state.get_pipeline_model_parallel_world_size() + stage
-        chunks.append(_inject_chunk(outer, body, selected, shapes, config, chunk_rank, was_trained[index]))
-    return Adapter(config, shapes, chunks)
+    return _Part(outers, bodies, [scan[0] for scan in scans], [problem for scan in scans for problem in scan[1]])
 
 
 def _refused_layouts(config: Any, groups: Iterable[str]) -> list[str]:
@@ -72,22 +131,37 @@ def _refused_layouts(config: Any, groups: Iterable[str]) -> list[str]:
     return list(refused_layouts(config, groups, **sizes))
 
 
-def _agree_on_shapes(
-    linears: Sequence[AdaptableLinear], problems: list[str], num_layers: int, config: TiedLoraConfig
-) -> dict[str, LinearShape]:
-    """Gathers shapes and layers over the pipeline, so that all stages decide alike.
+def _agree(everyone: Sequence[_Findings], config: TiedLoraConfig) -> tuple[dict[str, LinearShape], torch.dtype]:
+    """Decides alike on all ranks.
 
     Returns:
-        Group to whole shape, with the selected layers of all stages.
+        Group to whole shape, with the selected layers of all stages; the factors' dtype.
 
     Raises:
-        ConfigError: lists the problems of all stages.
+        ConfigError: lists the problems of all ranks.
     """
-    stages = _gather_over_pipeline((_found_groups(linears, problems), problems))
-    problems = sorted({problem for _, stage in stages for problem in stage})
+    first = everyone[0]
+    assert first.config is not None
+    problems = sorted({problem for rank in everyone for problem in rank.problems})
+    others = [rank for rank, found in enumerate(everyone) if found.config != first.config]
+    if others:
+        problems.append(f"config: rank {others[0]} has another one than rank 0; pass the same one on all ranks")
+    shapes = _agreed_shapes([rank.groups for rank in everyone], problems, first.num_layers, first.config)
+    if problems:
+        raise ConfigError(problems)
+    if config.dtype is not None:
+        return shapes, getattr(torch, config.dtype)
+    dtypes = sorted({dtype for rank in everyone for dtype in rank.dtypes}, key=str)
+    return shapes, functools.reduce(torch.promote_types, dtypes) if dtypes else torch.get_default_dtype()
+
+
+def _agreed_shapes(
+    stages: Sequence[dict[str, LinearShape]], problems: list[str], num_layers: int, config: TiedLoraConfig
+) -> dict[str, LinearShape]:
+    """Group to whole shape, with the selected layers of all stages. Adds to `problems`."""
     found, agreed = set(), {}
     for group in [group for target in config.targets for group in groups_of(target)]:
-        parts = [groups[group] for groups, _ in stages if group in groups]
+        parts = [groups[group] for groups in stages if group in groups]
         if len({replace(shape, layers=()) for shape in parts}) > 1:
             problems.append(f"targets: {group} has different shapes on different pipeline stages")
         elif parts:
@@ -97,8 +171,6 @@ def _agree_on_shapes(
             if selected:
                 agreed[group] = replace(parts[0], layers=tuple(selected))
     problems += _mismatches(agreed, found, num_layers, config)
-    if problems:
-        raise ConfigError(problems)
     return agreed
 
 
@@ -147,46 +219,61 @@ def _mismatches(
             yield f"rank={config.rank}: more than {widest}, the smaller side of {group}; choose a smaller rank"
 
 
-def _gather_over_pipeline(value: object) -> list:
-    size = parallel_state.get_pipeline_model_parallel_world_size()
-    if size == 1:
-        return [value]
-    values: list = [None] * size
-    torch.distributed.all_gather_object(values, value, group=parallel_state.get_pipeline_model_parallel_group())
-    return values
+def _build_chunks(
+    part: _Part, shapes: dict[str, LinearShape], config: TiedLoraConfig, dtype: torch.dtype
+) -> list[Chunk]:
+    """Builds the factors of this stage's chunks. The model does not have them yet."""
+    stage, num_stages = (
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+    )
+    device = _device(part.bodies)
+    chunks = []
+    for index, (outer, body) in enumerate(zip(part.outers, part.bodies, strict=True)):
+        selected = [s for s in part.linears[index] if s.group in shapes and s.layer in shapes[s.group].layers]
+        chunks.append(_build_chunk(outer, body, selected, shapes, config, index * num_stages + stage, device, dtype))
+    return chunks
 
 
-def _inject_chunk(
+def _device(bodies: Sequence[Any]) -> torch.device:
+    """The device of this stage's parameters; that of collectives if the stage has none."""
+    first = next(itertools.chain(*(body.parameters() for body in bodies)), None)
+    return collective_device() if first is None else first.device
+
+
+def _build_chunk(
     outer: nn.Module,
     body: Any,
     linears: Sequence[AdaptableLinear],
     shapes: dict[str, LinearShape],
     config: TiedLoraConfig,
     chunk_rank: int,
-    was_trained: set[str],
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Chunk:
-    """Builds one chunk's factors at `decoder.tied_lora` and attaches its linears to them."""
     tp_size = parallel_state.get_tensor_model_parallel_world_size()
     sequence_parallel = bool(body.config.sequence_parallel) and tp_size > 1
-    like = next(body.parameters())
     factors = ChunkFactors(
         config,
         shapes,
         {group: [linear.layer for linear in linears if linear.group == group] for group in shapes},
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         tp_size=tp_size,
-        device=like.device,
-        dtype=like.dtype,
+        device=device,
+        dtype=dtype,
         chunk_rank=chunk_rank,
     )
     mark_parameters(factors, shapes, first=chunk_rank == 0, sequence_parallel=sequence_parallel)
-    body.decoder.tied_lora = factors
-    for linear in linears:
-        tied, own = factors.tied(linear.name), factors.of_layer(linear.layer, linear.name)
-        expert = is_routed(linear.name)
-        attach_to_linear(
-            linear.module, LinearAdapter(config, linear.kind, tied, own, tp_size, sequence_parallel, expert)
+    adapters = {
+        linear.module: LinearAdapter(
+            config,
+            linear.kind,
+            factors.tied(linear.name),
+            factors.of_layer(linear.layer, linear.name),
+            tp_size,
+            sequence_parallel,
+            is_routed(linear.name),
         )
-    chunk = Chunk(outer=outer, body=body, factors=factors, linears=tuple(linears), was_trained=frozenset(was_trained))
-    chunk.prepare_base()
-    return chunk
+        for linear in linears
+    }
+    return Chunk(outer=outer, body=body, factors=factors, linears=tuple(linears), adapters=adapters)

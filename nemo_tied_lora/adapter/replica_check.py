@@ -83,7 +83,7 @@ def check_ties(adapter: Adapter, when: str = "") -> None:
     extremes = torch.full(shape, _NOTHING, dtype=torch.int64)
     for (name, shard), values in own.items():
         extremes[:, names[name], shard or 0] = torch.tensor([max(values), max(~value for value in values)])
-    extremes = extremes.to(next(adapter.chunks[0].body.parameters()).device)
+    extremes = extremes.to(adapter.device)
     torch.distributed.all_reduce(extremes, op=torch.distributed.ReduceOp.MAX)
     held = extremes[1] != _NOTHING
     differing = [(row, slot) for row, slot in (held & (extremes[0] != ~extremes[1])).nonzero().tolist()]

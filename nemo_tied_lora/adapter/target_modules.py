@@ -14,7 +14,9 @@ from nemo_tied_lora.adapter.tied_linear import linear_kind
 from nemo_tied_lora.config import TARGETS
 from nemo_tied_lora.errors import ConfigError
 
-__all__ = ["AdaptableLinear", "find_adaptable_linears", "gpt_model"]
+__all__ = ["AdaptableLinear", "find_adaptable_linears", "gpt_model", "used_twice"]
+
+_ONE_ADAPTER = "one module cannot have two adapters: give each layer a linear of its own"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,27 +51,50 @@ def find_adaptable_linears(body: Any, targets: Iterable[str] = TARGETS) -> tuple
     """
     linears: list[AdaptableLinear] = []
     problems: list[str] = []
-    seen = set()
+    seen: dict[tuple[int, str], Any] = {}
     for layer in body.decoder.layers:
         number = layer.layer_number - 1
-        for path, module in layer.named_modules():
+        aliases = set()  # a module that a layer registers under a second path is still one linear
+        for path, module in layer.named_modules(remove_duplicate=False):
             target = linear_of(path)
             if target == "experts" and not hasattr(module, "local_experts"):
                 problems += _grouped_experts(f"layer {number} {path}", module, targets)
             name = name_at(path) if target in targets else None
             if name is None or type(module).__name__.startswith("Identity"):
                 continue
+            if (name, module) in aliases:
+                continue
+            aliases.add((name, module))
             kind = _adaptable_kind(module)
-            if (number, name) in seen:
+            if seen.get((number, name)) is module:
+                problems.append(f"targets: layer {number} is in the model twice, as one module object; {_ONE_ADAPTER}")
+            elif (number, name) in seen:
                 problems.append(f"targets: layer {number} {path}: a second {name}, cannot be adapted; drop {target}")
             elif kind is None:
                 cls = type(module).__name__
                 problems.append(f"targets: layer {number} {path}: a {cls} cannot be adapted; drop {target}")
             else:
-                seen.add((number, name))
+                seen[number, name] = module
                 gated = target == "linear_fc1" and bool(getattr(body.config, "gated_linear_unit", False))
                 linears.append(AdaptableLinear(number, name, module, kind, 2 if gated else 1))
     return linears, problems
+
+
+def used_twice(linears: Iterable[AdaptableLinear]) -> list[str]:
+    """One line per linear whose module object is that of another linear, in the same layer or in another one.
+
+    Each linear needs its own u and v, and a module can have only one of each.
+    """
+    first: dict[Any, AdaptableLinear] = {}
+    problems = []
+    for linear in linears:
+        known = first.setdefault(linear.module, linear)
+        if known is not linear:
+            problems.append(
+                f"targets: layer {linear.layer} {linear.name} is the same module object as layer {known.layer} "
+                f"{known.name}; {_ONE_ADAPTER}, or drop {linear_of(linear.name)}"
+            )
+    return problems
 
 
 def _adaptable_kind(module: nn.Module) -> str | None:

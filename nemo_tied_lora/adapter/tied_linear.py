@@ -20,6 +20,9 @@ An expert's linears exchange nothing. In forward the token dispatcher gathers x 
 y over them; in backward it does the reverse. So y of a row and the gradient of x of a column are this rank's share of a
 sum, for the base as for the update. An expert gets only its own tokens, in its own order, and perhaps none.
 
+If the factors are wider than x (float32 on a bfloat16 base), the update is computed in their dtype, and rounded once, when
+it is added to y. h crosses the network in their dtype.
+
 The factors are scaled, not the activations. v and alpha / r are folded into B. u is folded into the replicated factor
 (A of a column, B of a row) if that factor gets a gradient anyway; otherwise u multiplies the r-wide h.
 """
@@ -95,6 +98,14 @@ class LinearAdapter:
             B = B * self.config.scale
         return A.to(dtype), None if h_scale is None else h_scale.to(dtype), B.to(dtype)
 
+    def compute_dtype(self, x: torch.Tensor) -> torch.dtype:
+        """The dtype in which the update of x is computed: autocast's, else the wider one of x and the factors."""
+        if torch.is_autocast_enabled(x.device.type):
+            return torch.get_autocast_dtype(x.device.type)
+        A = self.factor("A")
+        assert A is not None
+        return torch.promote_types(x.dtype, A.dtype)
+
     def dropped_out(self, x: torch.Tensor) -> torch.Tensor:
         """Applies dropout to x: with the same mask on all ranks if x is replicated, different masks if it is sharded."""
         if not self.config.dropout:
@@ -135,7 +146,7 @@ class TiedLoraMixin:
             return super().forward(input_, *args, **kwargs)  # type: ignore[misc]
         if getattr(self, "layer_norm_weight", None) is not None:
             return self._forward_after_fused_norm(input_, *args, **kwargs)
-        A, h_scale, B = adapter.folded(_compute_dtype(input_))
+        A, h_scale, B = adapter.folded(adapter.compute_dtype(input_))
         if self.training and adapter.config.dropout:  # type: ignore[attr-defined]
             shortcut, h = input_, functional.linear(adapter.dropped_out(input_).to(A.dtype), A)
         else:
@@ -151,7 +162,7 @@ class TiedLoraMixin:
             (output, normed), bias = _fused_norm_outputs(super().forward(input_, *args, **kwargs))  # type: ignore[misc]
         finally:
             self.return_layernorm_output = False  # if the update is disabled, callers expect two values
-        A, h_scale, B = adapter.folded(_compute_dtype(normed))
+        A, h_scale, B = adapter.folded(adapter.compute_dtype(normed))
         x = adapter.dropped_out(normed) if self.training else normed  # type: ignore[attr-defined]
         h = functional.linear(x.to(A.dtype), A)
         return _SecondProduct.apply(output, adapter.across_ranks(h, h_scale), B), bias
@@ -167,9 +178,10 @@ def attach_to_linear(module: nn.Module, adapter: LinearAdapter) -> None:
 
 
 def detach_from_linear(module: nn.Module) -> None:
-    """Gives the module its own class again."""
-    module.__class__ = type(module).__bases__[1]
-    del module.__dict__["tied_lora"]
+    """Gives the module its own class again. Does nothing if it has it."""
+    if isinstance(module, TiedLoraMixin):
+        module.__class__ = type(module).__bases__[1]
+    module.__dict__.pop("tied_lora", None)
 
 
 _mixed: dict[type, type] = {}
@@ -177,10 +189,6 @@ _mixed: dict[type, type] = {}
 
 def _all_reduce(h: torch.Tensor) -> torch.Tensor:
     return reduce_from_tensor_model_parallel_region(h)
-
-
-def _compute_dtype(x: torch.Tensor) -> torch.dtype:
-    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 
 def _fused_norm_outputs(outputs: Any) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor | None]:

@@ -37,7 +37,7 @@ def gather_tensors(adapter: Adapter, state: LocalState) -> Iterator[tuple[str, d
 
     All ranks must exhaust it. Each holds the tensors of one group at a time, on the CPU.
     """
-    device = next(adapter.chunks[0].body.parameters()).device
+    device = adapter.device
     dtypes = _agreed({slot: next(iter(held.values())).dtype for slot, held in state.slots.items() if held})
     factors = [chunk.factors for chunk in adapter.chunks]
     for group, shape in adapter.shapes.items():

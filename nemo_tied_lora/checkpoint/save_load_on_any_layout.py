@@ -57,7 +57,7 @@ def save_adapter(
     with _base_weights_in_place(adapter):
         described = describe_base([chunk.body for chunk in adapter.chunks], tokenizer=base.get("tokenizer"))
     factors = [chunk.factors for chunk in adapter.chunks]
-    device = next(adapter.chunks[0].body.parameters()).device
+    device = adapter.device
     names = order_of_writing(adapter.config, adapter.shapes)
     tensors = full_state.stream(adapter.config, adapter.shapes, factors, device, names)
     failure: Exception | None = None

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from nemo_tied_lora.adapter.splitmix64 import GOLDEN_GAMMA, as_int64, mix_
+from nemo_tied_lora.platform.devices import collective_device
 
 __all__ = ["WeightChecksums", "fingerprint_model"]
 
@@ -48,7 +49,7 @@ def fingerprint_model(chunks: Sequence[Any], vocab_rows: int | None = None) -> d
             if padded and vocab_rows is not None:
                 tensor = tensor[: max(0, vocab_rows - offset[0])]
             checksums.add(key, tensor, offset)
-    checksums.sum_over_ranks(next(chunks[0].parameters()).device)
+    checksums.sum_over_ranks()
     return checksums.as_dict(vocab_rows)
 
 
@@ -75,14 +76,15 @@ class WeightChecksums:
         total = _checksum(tensor.detach().reshape(shape), offset) if tensor.numel() else 0
         self._sums[key] = (self._sums.get(key, 0) + total) & _MASK
 
-    def sum_over_ranks(self, device: torch.device) -> None:
+    def sum_over_ranks(self) -> None:
         """Sums over all ranks of the job."""
         if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
             return
         known: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(known, sorted(self._sums))
         keys = sorted({key for rank in known for key in rank})
-        values = torch.tensor([as_int64(self._sums.get(key, 0)) for key in keys], dtype=torch.int64, device=device)
+        values = torch.tensor([as_int64(self._sums.get(key, 0)) for key in keys], dtype=torch.int64)
+        values = values.to(collective_device())
         torch.distributed.all_reduce(values)
         self._sums = {key: value & _MASK for key, value in zip(keys, values.tolist(), strict=True)}
 

@@ -21,7 +21,7 @@ from nemo_tied_lora.checkpoint.base_identity import tokenizer_identity
 from nemo_tied_lora.checkpoint.read_nemo_adapter import is_adapter_file
 from nemo_tied_lora.checkpoint.save_load_on_any_layout import load_adapter, save_adapter
 from nemo_tied_lora.checkpoint.training_checkpoint import is_checkpoint, read_description
-from nemo_tied_lora.errors import Problems
+from nemo_tied_lora.errors import ConfigError, Problems
 from nemo_tied_lora.nemo.answer_truncation import check_answers, special_token_problems
 from nemo_tied_lora.nemo.guarded_training import GuardedTrainingMixin
 from nemo_tied_lora.nemo.learning_rate_groups import learning_rate_groups
@@ -29,7 +29,7 @@ from nemo_tied_lora.nemo.legacy_weights import tensors_only
 from nemo_tied_lora.nemo.peft_config import TiedLoraPEFTConfig, register
 from nemo_tied_lora.nemo.sft_datasets import own_datasets
 from nemo_tied_lora.nemo.stored_tokenizer import StoredTokenizerMixin
-from nemo_tied_lora.planning.training_loop_checks import check_loop
+from nemo_tied_lora.planning.training_loop_checks import FLOAT32_UNDER_O2, check_loop
 from nemo_tied_lora.versions import installed_version
 
 __all__ = ["MegatronGPTTiedLoraModel", "TiedLoraModelMixin"]
@@ -113,8 +113,15 @@ class TiedLoraModelMixin:
         By default NeMo's O2 starts an all-reduce whenever a gradient arrives, during the backward pass, and waits for
         none. With several microbatches, one may still run when the next gradient is added. NeMo also counts arrivals.
         Under recomputation a tied tensor's gradient arrives once per layer, so it would never be summed.
+
+        Raises:
+            ConfigError: O2's optimizer would not average the gradients of an adapter in float32. The adapter's file may
+                ask for float32 although the run's configuration does not.
         """
         if self.tied_lora is not None:
+            half = self.megatron_amp_O2 and not self.use_mcore_dist_optim  # type: ignore[attr-defined]
+            if half and self.tied_lora.config.dtype is not None:
+                raise ConfigError([f"tied_lora.dtype={self.tied_lora.config.dtype}: {FLOAT32_UNDER_O2}"])
             with open_dict(self.cfg):  # type: ignore[attr-defined]
                 self.cfg.async_grad_allreduce = False  # type: ignore[attr-defined]
         return super().configure_optimizers()  # type: ignore[misc]

@@ -11,6 +11,7 @@ from megatron.core import parallel_state
 from nemo_tied_lora.adapter.injected_adapter import Adapter
 from nemo_tied_lora.adapter.param_count import parameter_counts
 from nemo_tied_lora.config import TiedLoraConfig
+from nemo_tied_lora.platform.devices import collective_device
 from nemo_tied_lora.tables import text_table
 
 __all__ = ["base_parameter_count", "lora_counts", "parameter_table"]
@@ -45,7 +46,7 @@ def base_parameter_count(model: Any) -> int:
         and not getattr(parameter, "shared", False)
         and (getattr(parameter, "tensor_model_parallel", False) or first)
     ]
-    total = torch.tensor(float(sum(counted)), dtype=torch.float64, device=next(modules[0].parameters()).device)
+    total = torch.tensor(float(sum(counted)), dtype=torch.float64, device=collective_device())
     torch.distributed.all_reduce(total, group=parallel_state.get_model_parallel_group())
     return int(total.item())
 

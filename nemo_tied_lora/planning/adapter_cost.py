@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from nemo_tied_lora.adapter.experts import is_routed
@@ -36,6 +36,7 @@ __all__ = [
 
 
 _GRADIENT_BYTES = 4
+_FLOAT32_BYTES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +76,12 @@ class Precision:
             moments=8,
             description=text,
         )
+
+    def of_adapter(self, config: TiedLoraConfig) -> Precision:
+        """The adapter's own: with ``dtype: float32`` its weights and h are float32, and Adam needs no copy of them."""
+        if config.dtype is None or self.weights == _FLOAT32_BYTES:
+            return self
+        return replace(self, weights=_FLOAT32_BYTES, activations=_FLOAT32_BYTES, master=0)
 
 
 @dataclass(frozen=True)
@@ -133,7 +140,9 @@ def plan(arch: Architecture, layout: Layout, config: TiedLoraConfig, precision: 
 
     The model and the layout must have passed `parallel_layout.check`. A ratio is None if LoRA's number is 0.
     """
-    lora = TiedLoraConfig.preset("lora", rank=config.rank, targets=config.targets, layers=config.layers)
+    alike = {"rank": config.rank, "targets": config.targets, "layers": config.layers, "dtype": config.dtype}
+    lora = TiedLoraConfig.preset("lora", **alike)
+    precision = precision.of_adapter(config)
     ours, loras = _numbers(arch, layout, config, precision), _numbers(arch, layout, lora, precision)
     base = arch.num_parameters
     return {
@@ -151,7 +160,7 @@ def plan(arch: Architecture, layout: Layout, config: TiedLoraConfig, precision: 
         "architecture": asdict(arch),
         "layout": {**asdict(layout), "dp_size": layout.resolved_dp_size, "world_size": layout.world_size},
         "assumptions": [
-            precision.description,
+            precision.description + (", the adapter in float32" if config.dtype else ""),
             "per rank: the rank that holds most; optimizer state whole on every data-parallel rank",
             "network: bytes sent by one rank, ring collectives, activations not recomputed",
             "LoRA: this project's preset lora, same rank, targets and layers",
@@ -233,6 +242,7 @@ def several_adapters(
     - bytes: on all ranks of one copy of the model, one number for each of `numbers`
     """
     alike = {"rank": config.rank, "targets": config.targets, "layers": config.layers}
+    precision = precision.of_adapter(config)
     configs = {"this adapter": config} | {name: TiedLoraConfig.preset(name, **alike) for name in PRESETS}
     return {
         "numbers": list(numbers),

@@ -77,7 +77,7 @@ def checkpoint_bytes(arch: Architecture, layout: Layout, config: TiedLoraConfig 
     per_element = precision.weights + precision.master + precision.moments
     if config is None:
         return (arch.num_parameters or 0) * per_element
-    share = rank_share(arch, layout, config)
+    precision, share = precision.of_adapter(config), rank_share(arch, layout, config)
     held = share.held * precision.weights + share.trained * (precision.master + precision.moments)
     return held * layout.tp_size * layout.pp_size
 
@@ -100,7 +100,9 @@ def disk_problems(
         return
     one = checkpoint_bytes(arch, layout, config, precision)
     kept = _checkpoints_kept(cfg) + 1
-    result = one if config is None else largest_file(config, selected_linears(arch, config), precision.weights)
+    result = one
+    if config is not None:
+        result = largest_file(config, selected_linears(arch, config), precision.of_adapter(config).weights)
     needed = kept * one + result + _LOGS_BYTES
     free = shutil.disk_usage(_nearest_existing(folder)).free
     if free < needed:

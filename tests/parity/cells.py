@@ -161,9 +161,23 @@ def _short(tolerance: float) -> str:
 
 
 def _stages() -> Table:
-    columns = {"short ends": "first and last stage shorter", "no layers": "first and last stage without a layer"}
-    rows = {ROWS["pp4"]: tuple(_cell("pp4", feature) for feature in columns)}
-    return Table("Stages that differ", "", tuple(columns.values()), rows)
+    columns = {
+        "short ends": "first and last stage shorter",
+        "no layers": "first and last stage without a layer",
+        "empty": "a stage or chunk without parameters",
+    }
+    cells = [_cell("pp4", feature) for feature in columns]
+    chunks = _cell("pp4 vp2", "empty")
+    cells[-1] = Cell(
+        cells[-1].text, cells[-1].evidence + chunks.evidence, cells[-1].proof(NEWER) + chunks.proof(NEWER)
+    )
+    return Table(
+        "Stages that differ",
+        "A stage or chunk without parameters has no layers, no embedding and no output layer, as the second one of "
+        '`pipeline_model_parallel_layout="Et||t|L"`. Its column is tested with two chunks per stage too.',
+        tuple(columns.values()),
+        {ROWS["pp4"]: tuple(cells)},
+    )
 
 
 def _experts() -> Table:

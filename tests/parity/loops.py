@@ -13,8 +13,6 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
-from megatron.core.transformer.module import param_is_not_shared
 from torch import nn
 
 from nemo_tied_lora.adapter.injected_adapter import Adapter
@@ -54,7 +52,8 @@ class PlainLoop:
     def __init__(self, chunks: list[nn.Module], adapter: Adapter, fault: str | None = None):
         self.models, self._adapter, self._fault = chunks, adapter, fault
         self._parameters = list(adapter.parameters())
-        self._optimizer = torch.optim.Adam(self._parameters, lr=LEARNING_RATE, eps=EPS, betas=BETAS)
+        # One group: a stage may have no parameters, and torch refuses an empty list.
+        self._optimizer = torch.optim.Adam([{"params": self._parameters}], lr=LEARNING_RATE, eps=EPS, betas=BETAS)
 
     def start(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)
@@ -71,9 +70,7 @@ class PlainLoop:
         return {parameter: parameter.grad for parameter in self._parameters}
 
     def clip_and_step(self) -> float:
-        counted = [p for p in self._parameters if param_is_not_shared(p) and param_is_not_tensor_parallel_duplicate(p)]
-        norm = float64_norm([p.grad for p in counted], parallel_state.get_model_parallel_group())
-        clip([p.grad for p in self._parameters], norm)
+        norm = self._adapter.clip_gradients(MAX_NORM).item()
         for _ in range(2 if self._fault == "stepped twice" else 1):
             self._optimizer.step()
         return norm
@@ -103,7 +100,7 @@ class MegatronLoop:
         self.models = [DistributedDataParallel(config, ddp, c, disable_bucketing=i > 0) for i, c in enumerate(chunks)]
         if overlap:
             _overlap(config, self.models, aligned="aligned" in run.loop)
-        self._parameters, self._distributed = list(adapter.parameters()), distributed
+        self._adapter, self._parameters, self._distributed = adapter, list(adapter.parameters()), distributed
         self._optimizer = get_megatron_optimizer(_optimizer_config(ddp, bfloat16=bfloat16), self.models)
 
     def start(self) -> None:
@@ -124,12 +121,14 @@ class MegatronLoop:
         if not self._exact:
             _, norm, _ = self._optimizer.step()
             return norm
+        own = self._adapter.gradient_norm().item()  # from the same buffers
         assert not self._optimizer.prepare_grads()
         norm = 0.0
         for optimizer in getattr(self._optimizer, "chained_optimizers", [self._optimizer]):
             counted, group = optimizer.get_main_grads_for_grad_norm(), optimizer.get_grad_stats_parallel_group()
             norm = float64_norm(counted, group)
             assert abs(optimizer.get_grad_norm() / norm - 1) < 1e-6  # megatron-core's kernel sums in float32
+        assert self._fault is not None or abs(own / norm - 1) < 1e-12, f"adapter.gradient_norm() is {own}, not {norm}"
         clip([parameter.grad for parameter in self._parameters], norm)
         self._optimizer.step_with_ready_grads()
         return norm
@@ -153,7 +152,7 @@ def float64_norm(gradients: list[torch.Tensor], group: Any) -> float:
 def clip(gradients: list[torch.Tensor], norm: float) -> None:
     """Clips the gradients in place, as megatron-core does."""
     coefficient = MAX_NORM / (norm + 1e-6)
-    if coefficient < 1.0:
+    if gradients and coefficient < 1.0:
         torch._foreach_mul_(gradients, coefficient)
 
 

@@ -98,6 +98,37 @@ UNEVEN: dict[str, Run] = {
         features=("no layers",),
     ),
 }
+UNEVEN |= {
+    # The second stage has no parameters of the base, and none that is trained either with the preset lora.
+    "empty stage": Run(
+        config=TL6,
+        model={"num_layers": 2},
+        loop="ddp overlap aligned",
+        stages={"pipeline_model_parallel_layout": "Et||t|L"},
+        features=("empty",),
+    ),
+    "empty stage, nothing trained": Run(
+        config={"preset": "lora", "rank": 3},
+        model={"num_layers": 2},
+        stages={"pipeline_model_parallel_layout": "Et||t|L"},
+        features=("empty",),
+    ),
+    "empty stage, nothing trained, DDP": Run(
+        config={"preset": "lora", "rank": 3},
+        model={"num_layers": 2},
+        loop="ddp",
+        stages={"pipeline_model_parallel_layout": "Et||t|L"},
+        features=("empty",),
+    ),
+}
+EMPTY_CHUNKS = {
+    "empty chunks": Run(
+        config=TL6,
+        model={"num_layers": 4},
+        stages={"pipeline_model_parallel_layout": "Et||t||t||t|L"},
+        features=("empty",),
+    ),
+}
 TOLERANCES = {
     # Sums are only reordered: about 1e-13. Adam's division may magnify it if a gradient is small.
     "float64": 1e-9,
@@ -121,7 +152,7 @@ MIXED: dict[str, Run] = {
 def runs_of(name: str, release: tuple[int, ...] | None = None) -> dict[str, Run]:
     """The runs of a layout on a release of megatron-core. None: the installed release."""
     layout, release = LAYOUTS[name], release or megatron_version()
-    more = {"pp4": UNEVEN, "tp2 pp2": MIXED}.get(name, {})
+    more = {"pp4": UNEVEN, "pp4 vp2": EMPTY_CHUNKS, "tp2 pp2": MIXED}.get(name, {})
     if counts_repeated_gradients(release):
         more = {**more, "overlap and full": OVERLAP_AND_FULL}
     return {key: _fitted(run, layout, release) for key, run in {**RUNS, **more}.items()}

@@ -112,6 +112,19 @@ def test_each_chunk_holds_its_own_tied_tensors_and_a_stage_sums_once() -> None:
     assert chunks["reduced_bytes_per_step"] == plain["reduced_bytes_per_step"] > 0
 
 
+def test_a_float32_adapter_has_float32_weights_and_no_copy_of_them() -> None:
+    """4 bytes each for weight and gradient and 8 for the moments: 16, where O2's bfloat16 adapter has 2 + 4 + 4 + 8."""
+    layout, config = Layout(tp_size=2, devices=2), TiedLoraConfig(rank=2)
+    plain = plan(small(), layout, config, O2)["numbers"]
+    float32 = plan(small(), layout, dataclasses.replace(config, dtype="float32"), O2)["numbers"]
+    trained = plain["trained_parameters_per_rank"]
+    assert (plain["bytes_per_rank"], float32["bytes_per_rank"]) == (18 * trained, 16 * trained)
+    assert float32["activation_bytes_per_microbatch"] == 2 * plain["activation_bytes_per_microbatch"]
+    assert float32["file_bytes"] > plain["file_bytes"]
+    one = Precision.from_names("bf16", False)
+    assert one.of_adapter(dataclasses.replace(config, dtype="float32")) == one
+
+
 @pytest.mark.parametrize(
     ("precision", "amp_O2", "per_parameter"),
     [("bf16", True, 2 + 4 + 12), ("16-mixed", True, 18), ("bf16-mixed", False, 4 + 4 + 8), (32, False, 16)],
