@@ -13,13 +13,14 @@ import torch
 from torch import nn
 
 from nemo_tied_lora.adapter import full_state
+from nemo_tied_lora.adapter.agreement import raise_together
 from nemo_tied_lora.adapter.inject import inject
 from nemo_tied_lora.adapter.injected_adapter import Adapter
 from nemo_tied_lora.adapter.replica_check import check_ties
 from nemo_tied_lora.adapter.target_modules import gpt_model
 from nemo_tied_lora.checkpoint.base_identity import check_architecture, check_weights, describe_base
 from nemo_tied_lora.checkpoint.nemo_adapter_packing import order_of_writing
-from nemo_tied_lora.checkpoint.read_nemo_adapter import AdapterFileError, read_adapter
+from nemo_tied_lora.checkpoint.read_nemo_adapter import AdapterFile, AdapterFileError, read_adapter
 from nemo_tied_lora.checkpoint.weight_checksums import fingerprint_model
 from nemo_tied_lora.checkpoint.write_nemo_adapter import write_adapter
 
@@ -94,12 +95,14 @@ def load_adapter(
         AdapterFileError: the file cannot be read as an adapter, or the shapes of its linears are not the model's.
         BaseMismatchError: the base has another architecture, other weights or another tokenizer.
         ConfigError: as `inject`.
+        RuntimeError: another rank failed, for instance because it does not see the file. Nothing is changed on any rank.
     """
-    file = read_adapter(path)
-    recorded = file.yaml.get("base")
-    recorded = recorded if isinstance(recorded, Mapping) else {}
-    bodies = [gpt_model(chunk) for chunk in ([model] if isinstance(model, nn.Module) else model)]
-    check_architecture(recorded, bodies[0], str(path))
+    failure: Exception | None = None
+    try:
+        file, recorded, bodies = _read(path, model)
+    except Exception as error:
+        failure = error
+    raise_together("load_adapter", failure)
     found: dict[str, Any] = {"tokenizer": tokenizer}
     if recorded.get("fingerprint"):
         found["fingerprint"] = fingerprint_model(bodies, recorded["fingerprint"].get("vocab_rows"))
@@ -116,6 +119,18 @@ def load_adapter(
         raise AdapterFileError("\n".join(differences))
     adapter.load_full_state(file.state)
     return adapter
+
+
+def _read(
+    path: str | os.PathLike, model: nn.Module | Sequence[nn.Module]
+) -> tuple[AdapterFile, Mapping[str, Any], list[Any]]:
+    """Returns the file, what it records of its base, and the model's GPTModels, of the recorded architecture."""
+    file = read_adapter(path)
+    recorded = file.yaml.get("base")
+    recorded = recorded if isinstance(recorded, Mapping) else {}
+    bodies = [gpt_model(chunk) for chunk in ([model] if isinstance(model, nn.Module) else model)]
+    check_architecture(recorded, bodies[0], str(path))
+    return file, recorded, bodies
 
 
 @contextlib.contextmanager

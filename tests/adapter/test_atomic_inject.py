@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import nemo_tied_lora.adapter
-from nemo_tied_lora import ConfigError, TiedLoraConfig, inject
+from nemo_tied_lora import ConfigError, TiedLoraConfig, inject, load_adapter, save_adapter
 from nemo_tied_lora.adapter import inject as inject_module
 from tests.adapter.test_inject_refused import description
 from tests.harness.ranks import run_ranks, single_process
@@ -117,7 +117,7 @@ def test_control_a_fault_shows_if_nothing_is_undone(monkeypatch: pytest.MonkeyPa
         test_a_fault_at_any_line_leaves_the_model_as_it_was()
 
 
-def _on_a_rank() -> dict[str, Any]:
+def _on_a_rank(folder: str) -> dict[str, Any]:
     """Faults on rank 1 alone, at some lines of each file, and refusals and exceptions of one rank alone."""
     model, rank = small_model(), torch.distributed.get_rank()
     before, errors = description(model), []
@@ -125,7 +125,18 @@ def _on_a_rank() -> dict[str, Any]:
     for place in list(lines)[:: len(lines) // 25]:
         error = fail_at(place, lines[place], model) if rank == 1 else raised(lambda: inject(model, CONFIG))
         errors.append((f"{type(error).__name__}: {error}", description(model) == before))
-    return {"faults": errors, **{name: _alone(name, rank) for name in ALONE}}
+    return {"faults": errors, "file": _lost_file(folder, rank), **{name: _alone(name, rank) for name in ALONE}}
+
+
+def _lost_file(folder: str, rank: int) -> tuple[str, bool]:
+    """What `load_adapter` raises if rank 1 alone does not see the file, and whether the model is unchanged."""
+    model, path = small_model(), Path(folder) / "adapter.nemo"
+    adapter = inject(model, CONFIG)
+    save_adapter(adapter, path)
+    adapter.remove()
+    before = description(model)
+    error = raised(lambda: load_adapter(model, path if rank == 0 else path.with_name("lost.nemo")))
+    return f"{type(error).__name__}: {error}", description(model) == before
 
 
 def _alone(name: str, rank: int) -> tuple[str, bool]:
@@ -173,8 +184,14 @@ ALONE = {
 
 
 @pytest.mark.parametrize("sizes", [{"tp": 2}, {}], ids=["tp2", "dp2"])
-def test_what_fails_on_one_rank_raises_on_both_and_changes_neither(sizes: dict[str, int]) -> None:
-    first, second = run_ranks(_on_a_rank, world_size=2, **sizes)
+def test_what_fails_on_one_rank_raises_on_both_and_changes_neither(sizes: dict[str, int], tmp_path: Path) -> None:
+    first, second = run_ranks(_on_a_rank, str(tmp_path), world_size=2, **sizes)
+    assert first["file"][0].startswith(
+        "RuntimeError: load_adapter: rank 1 failed, so nothing was changed on any rank: "
+    )
+    assert second["file"][0] in first["file"][0]
+    assert "lost.nemo" in second["file"][0]
+    assert (first["file"][1], second["file"][1]) == (True, True)
     assert len(first["faults"]) >= 25
     for (text, unchanged), (own, also) in zip(first["faults"], second["faults"], strict=True):
         assert unchanged

@@ -35,6 +35,8 @@ _FULL = (
     "model.activations_checkpoint_method=uniform",
     "model.activations_checkpoint_num_layers=1",
 )
+_HALF = ("model.megatron_amp_O2=true", "trainer.precision=bf16")
+_CHECK_LOOP = "nemo_tied_lora.planning.training_loop_checks:check_loop"
 _OVERLAP = ("+model.optim.overlap_grad_sync=true", "+model.optim.overlap_param_sync=true")
 
 _TINY = [
@@ -125,7 +127,12 @@ def fits_of(world_size: int) -> dict[str, Fit]:
     if world_size == 1:
         fits = {loop: Fit(overrides=overrides, steps=5) for loop, overrides in LOOPS.items()}
         interleaved = (*LOOPS["O2"], "model.virtual_pipeline_model_parallel_size=2")
-        return fits | {"interleaved": Fit(overrides=interleaved)}
+        float32 = (*_HALF, "model.peft.tied_lora.dtype=float32")
+        return fits | {
+            "interleaved": Fit(overrides=interleaved),
+            "float32 adapter": Fit(overrides=(*LOOPS["mcore"], *float32), steps=2),
+            "float32 adapter in O2, unchecked": Fit(overrides=(*LOOPS["O1"], *float32), off=_CHECK_LOOP),
+        }
     layouts = {"tp2": ("layout=tp2",), "pp2": ("layout=pp2",), "dp2": ()}
     fits = {
         f"{loop} {layout}": Fit(overrides=(*sizes, *overrides), steps=5)
@@ -144,7 +151,7 @@ def fits_of(world_size: int) -> dict[str, Fit]:
     unsummed = "nemo_tied_lora.adapter.injected_adapter:Adapter.reduce_gradients"
     fits |= {f"{name}, unsummed": replace(fits[name], off=unsummed) for name in UNSUMMED}
     loop = "mcore dp2 overlap full recompute"
-    fits[f"{loop}, unguarded"] = replace(fits[loop], off="nemo_tied_lora.planning.training_loop_checks:check_loop")
+    fits[f"{loop}, unguarded"] = replace(fits[loop], off=_CHECK_LOOP)
     # The guards.
     skip = ("guards.nonfinite_gradients=skip",)
     poison = (2, 1, "layers.3.linear_fc1.u")

@@ -152,6 +152,21 @@ def test_each_half_of_a_refused_pair_is_allowed() -> None:
     check_loop({"optim": {"name": "mcore_distributed_optim", "overlap_grad_sync": True}})
 
 
+def test_an_adapter_stays_in_float32_on_a_bfloat16_base() -> None:
+    fit = oracle("float32 adapter")
+    for name, tensor in fit.state.items():
+        assert len(fit.local_bits[f"0 {name}"]) == 4 * tensor.numel(), name
+        assert not torch.equal(tensor, tensor.bfloat16().float()), name
+        assert not torch.equal(tensor, fit.start[name]), name
+
+
+def test_an_adapter_whose_file_asks_for_float32_is_refused_in_o2_as_well() -> None:
+    """The run's configuration, which is checked first, need not say so."""
+    failure = fit_records(1)[0]["float32 adapter in O2, unchecked"].failure
+    assert failure is not None
+    assert failure.startswith("ConfigError: tied_lora.dtype=float32: not possible with megatron_amp_O2=true")
+
+
 def test_nemos_own_loop_would_fail_with_overlap_and_full_recomputation() -> None:
     """The reason for the refusal. If this no longer fails, remove the refusal."""
     failures = [records[f"{OVERLAP_AND_FULL}, unguarded"].failure for records in fit_records(2)]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tests.conftest import NEED_NEMO
 from tests.parity.layouts import LAYOUTS
-from tests.parity.runs import TOLERANCES, Run, runs_of
+from tests.parity.runs import FLOAT32_LAYOUTS, TOLERANCES, Run, runs_of
 
 __all__ = ["GPU", "NEWER", "OLDER", "Cell", "Table", "tables"]
 
@@ -78,6 +78,7 @@ def tables() -> Iterator[Table]:
         rows = {label: tuple(_cell(layout, feature) for feature in columns) for layout, label in ROWS.items()}
         rows |= {label: (Cell(GPU),) * len(columns) for label in ON_A_GPU}
         yield Table(title, intro, tuple(columns.values()), rows)
+    yield _float32_adapter()
     yield _stages()
     yield _experts()
     yield _nemo()
@@ -158,6 +159,12 @@ def _refused_by_the_older(feature: str, tp_size: int) -> tuple[str, tuple[str, .
 
 def _short(tolerance: float) -> str:
     return f"{tolerance:.0e}".replace("e-0", "e-")
+
+
+def _float32_adapter() -> Table:
+    rows = {ROWS[layout]: (_cell(layout, "float32 adapter"),) for layout in FLOAT32_LAYOUTS}
+    intro = "The base and the activations are bfloat16; the adapter and its gradients are float32 (`dtype: float32`)."
+    return Table("An adapter in float32", intro, ("distributed optimizer",), rows)
 
 
 def _stages() -> Table:

@@ -10,7 +10,7 @@ from typing import Any
 from nemo_tied_lora.planning.megatron_version import counts_repeated_gradients, megatron_version, splits_query_groups
 from tests.parity.layouts import LAYOUTS, Layout
 
-__all__ = ["FAULTS", "OVERLAP_AND_FULL", "RUNS", "TOLERANCES", "Run", "oracle_of", "runs_of"]
+__all__ = ["FAULTS", "FLOAT32_LAYOUTS", "OVERLAP_AND_FULL", "RUNS", "TOLERANCES", "Run", "oracle_of", "runs_of"]
 
 TL6 = {"preset": "tl6", "rank": 3, "alpha": 5.0}
 ONE_STAGE = {"preset": "tl6", "rank": 3, "layers": [3], "targets": ["linear_qkv", "linear_fc2"]}
@@ -129,6 +129,12 @@ EMPTY_CHUNKS = {
         features=("empty",),
     ),
 }
+FLOAT32_ADAPTER = {
+    "float32 adapter": Run(
+        config={**TL6, "dtype": "float32"}, dtype="bfloat16", loop="distributed", features=("float32 adapter",)
+    ),
+}
+FLOAT32_LAYOUTS = ("tp2", "tp2 sp", "pp2", "dp2")
 TOLERANCES = {
     # Sums are only reordered: about 1e-13. Adam's division may magnify it if a gradient is small.
     "float64": 1e-9,
@@ -153,6 +159,8 @@ def runs_of(name: str, release: tuple[int, ...] | None = None) -> dict[str, Run]
     """The runs of a layout on a release of megatron-core. None: the installed release."""
     layout, release = LAYOUTS[name], release or megatron_version()
     more = {"pp4": UNEVEN, "pp4 vp2": EMPTY_CHUNKS, "tp2 pp2": MIXED}.get(name, {})
+    if name in FLOAT32_LAYOUTS:
+        more = {**more, **FLOAT32_ADAPTER}
     if counts_repeated_gradients(release):
         more = {**more, "overlap and full": OVERLAP_AND_FULL}
     return {key: _fitted(run, layout, release) for key, run in {**RUNS, **more}.items()}
