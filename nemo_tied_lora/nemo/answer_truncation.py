@@ -22,12 +22,11 @@ _SHOW_FROM = 20_000
 _KINDS = ("answers", "cut", "lost", "prompts_cut")
 
 
-def check_answers(sections: Mapping[str, Sequence[Any]], lengths: Mapping[str, int]) -> None:
+def check_answers(sections: Mapping[str, Sequence[Any]]) -> None:
     """Counts on all ranks together, each its share. Rank 0 prints a line for each section that loses something.
 
     Args:
         sections: the datasets of each section, such as {"train_ds": [...]}.
-        lengths: each section's `max_seq_length`.
 
     Raises:
         ConfigError: on every rank; in a section no answer is left, or a conversation cannot be trained on.
@@ -45,7 +44,7 @@ def check_answers(sections: Mapping[str, Sequence[Any]], lengths: Mapping[str, i
         shares: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(shares, (counts, found))
         problems += [problem for _, its in shares for problem in its]
-        line = _line(f"model.data.{name}", lengths[name], {k: sum(s[k] for s, _ in shares) for k in _KINDS}, problems)
+        line = _line(f"model.data.{name}", datasets[0], {k: sum(s[k] for s, _ in shares) for k in _KINDS}, problems)
         if line and rank == 0:
             print(line, flush=True)
     problems.raise_if_any()
@@ -123,14 +122,18 @@ def _chat_token_problems(tokenizer: Any, tokens: Mapping[str, str]) -> Iterator[
             )
 
 
-def _line(key: str, length: int, counts: Mapping[str, int], problems: Problems) -> str | None:
+def _line(key: str, dataset: Any, counts: Mapping[str, int], problems: Problems) -> str | None:
     """The line to print; appends a problem if no answer is left."""
     answers, lost, cut, prompts = (counts[kind] for kind in ("answers", "lost", "cut", "prompts_cut"))
+    length = dataset.max_seq_length
     fix = f"raise {key}.max_seq_length, or name fields of the prompt in truncation_field"
+    if dataset.tokens_to_generate:
+        fix += f", or lower tokens_to_generate={dataset.tokens_to_generate}, for which NeMo cuts too"
     if answers and lost == answers:
         problems.append(
             f"{key}.max_seq_length={length}: cuts away all {answers:,} answers, so nothing is left to learn; {fix}"
         )
+        return None
     if not (lost or cut or prompts):
         return None
     parts = [f"{lost:,} of {answers:,} answers wholly", f"{cut:,} in part"] if lost or cut else ["no answer"]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,10 @@ from nemo_tied_lora.nemo.model import MegatronGPTTiedLoraModel
 from nemo_tied_lora.nemo.process_groups import ensure_process_groups
 
 __all__ = ["complete", "load_base", "next_token_logits"]
+
+
+_NAMED = 20
+"""So many empty prompts are named at most."""
 
 
 def load_base(cfg: DictConfig) -> MegatronGPTTiedLoraModel:
@@ -79,6 +84,12 @@ def complete(
     }
     completions: list[str] = []
     first = torch.distributed.get_rank() == 0
+    empty = [number for number, prompt in enumerate(prompts, 1) if not model.tokenizer.text_to_ids(prompt)]
+    if first and empty:
+        named = ", ".join(map(str, empty[:_NAMED])) + (
+            f" and {len(empty) - _NAMED} more" if len(empty) > _NAMED else ""
+        )
+        print(f"prompt {named}: no tokens; answered from the start token", file=sys.stderr, flush=True)
     starts = range(0, len(prompts), batch_size)
     for start in Progress(starts, desc="generating", unit="batch", disable=not first or len(starts) == 1):
         batch = tokens[start : start + batch_size]

@@ -27,7 +27,7 @@ from nemo_tied_lora.nemo.guarded_training import GuardedTrainingMixin
 from nemo_tied_lora.nemo.learning_rate_groups import learning_rate_groups
 from nemo_tied_lora.nemo.legacy_weights import tensors_only
 from nemo_tied_lora.nemo.peft_config import TiedLoraPEFTConfig, register
-from nemo_tied_lora.nemo.sft_datasets import own_datasets
+from nemo_tied_lora.nemo.sft_datasets import leave_room_only_to_generate, own_datasets
 from nemo_tied_lora.nemo.stored_tokenizer import StoredTokenizerMixin
 from nemo_tied_lora.planning.training_loop_checks import FLOAT32_UNDER_O2, check_loop
 from nemo_tied_lora.versions import installed_version
@@ -142,14 +142,16 @@ class TiedLoraModelMixin:
         """
         data: Any = self.cfg.data  # type: ignore[attr-defined]
         Problems(special_token_problems(self, data)).raise_if_any()
+        leave_room_only_to_generate(data)
         with own_datasets():
             super().build_train_valid_test_datasets(stage)  # type: ignore[misc]
-        if stage != "fit":
-            return
-        blends = {"train_ds": self._train_ds.datasets, "validation_ds": self._validation_ds}  # type: ignore[attr-defined]
-        if getattr(self, "_test_ds", None):
-            blends["test_ds"] = self._test_ds  # type: ignore[attr-defined]
-        check_answers(blends, {name: data[name].max_seq_length for name in blends})
+        if stage == "fit":
+            sections = {"train_ds": self._train_ds.datasets}  # type: ignore[attr-defined]
+            if self.trainer.limit_val_batches:  # type: ignore[attr-defined]
+                sections["validation_ds"] = self._validation_ds  # type: ignore[attr-defined]
+            if getattr(self, "_test_ds", None):
+                sections["test_ds"] = self._test_ds  # type: ignore[attr-defined]
+            check_answers(sections)
 
     def build_data_loader(self, dataset: Any, data_cfg: Any, consumed_samples: int = 0) -> Any:
         """NeMo's, except that a resumed run continues after the samples that it has consumed.

@@ -22,12 +22,21 @@ from nemo.collections.nlp.data.language_modeling.megatron.gpt_sft_chat_dataset i
 from nemo.collections.nlp.data.language_modeling.megatron.gpt_sft_dataset import GPTSFTDataset, GPTSFTPackedDataset
 from nemo.collections.nlp.data.language_modeling.text_memmap_dataset import TextMemMapDataset
 from nemo.collections.nlp.models.language_modeling import megatron_gpt_sft_model
+from omegaconf import open_dict
 
 from nemo_tied_lora.planning.example_forms import with_texts
 from nemo_tied_lora.planning.jsonl_lines import is_blank
 from nemo_tied_lora.planning.prompt_template import template_fields, unescaped
 
-__all__ = ["ChatDataset", "JsonlExamples", "PackedDataset", "PromptDataset", "line_ends", "own_datasets"]
+__all__ = [
+    "ChatDataset",
+    "JsonlExamples",
+    "PackedDataset",
+    "PromptDataset",
+    "leave_room_only_to_generate",
+    "line_ends",
+    "own_datasets",
+]
 
 _BLOCK_BYTES = 64 << 20
 _WHITE = np.frombuffer(b" \t\r\n\x0b\x0c\xc2\xe1\xe2\xe3\xef", np.uint8)
@@ -128,6 +137,23 @@ class ChatDataset(_Lines, GPTSFTChatDataset):
 
 class PackedDataset(GPTSFTPackedDataset):
     """`GPTSFTPackedDataset`: sequences that NeMo's script has packed."""
+
+
+def leave_room_only_to_generate(data: Any) -> None:
+    """Sets `tokens_to_generate` to 0 in sections that only compute the loss. NeMo would cut answers to leave room for it.
+
+    Args:
+        data: the configuration's section `model.data`.
+    """
+    for name in ("validation_ds", "test_ds"):
+        section = data.get(name)
+        if (
+            section
+            and (section.get("metric") or {}).get("name") == "loss"
+            and not section.get("write_predictions_to_file")
+        ):
+            with open_dict(section):
+                section.tokens_to_generate = 0
 
 
 @contextlib.contextmanager

@@ -52,6 +52,7 @@ _TINY = [
     "model.global_batch_size=8",
     "model.micro_batch_size=2",
     "model.data.train_ds.max_seq_length=32",
+    "model.data.validation_ds.tokens_to_generate=4",
     "model.data.train_ds.pin_memory=false",
     "model.data.validation_ds.pin_memory=false",
     "model.optim.sched.warmup_steps=1",
