@@ -18,6 +18,7 @@ __all__ = [
     "FACTORS",
     "FROZEN_FACTORS",
     "INIT_METHODS",
+    "NEMO_TARGETS",
     "PRESETS",
     "TARGETS",
     "TiedLoraConfig",
@@ -32,8 +33,7 @@ FROZEN_FACTORS = ("tensor", "seed")
 DTYPES = (None, "float32")
 
 
-# NeMo's names for the same linears (its `model.peft.lora_tuning.target_modules`).
-_TARGET_ALIASES: dict[str, tuple[str, ...]] = {
+NEMO_TARGETS: dict[str, tuple[str, ...]] = {
     "attention_qkv": ("linear_qkv",),
     "attention_dense": ("linear_proj",),
     "mlp_fc1": ("linear_fc1",),
@@ -42,6 +42,7 @@ _TARGET_ALIASES: dict[str, tuple[str, ...]] = {
     "mlp": ("linear_fc1", "linear_fc2"),
     "all": TARGETS,
 }
+"""NeMo's names for the same linears (its `model.peft.lora_tuning.target_modules`)."""
 
 
 # Which of v, B, u, A is trained and which of A, B is tied (the paper's table of configurations).
@@ -129,7 +130,7 @@ class TiedLoraConfig:
             if value is not None and isinstance(value, Iterable):
                 object.__setattr__(self, name, tuple(value))
         self._problems().raise_if_any()
-        expanded = {name for target in self.targets for name in _TARGET_ALIASES.get(target, (target,))}
+        expanded = {name for target in self.targets for name in NEMO_TARGETS.get(target, (target,))}
         object.__setattr__(self, "targets", tuple(t for t in TARGETS if t in expanded))
         object.__setattr__(self, "trained", tuple(f for f in FACTORS if f in self.trained))
         object.__setattr__(self, "tied", tuple(f for f in ("A", "B") if f in self.tied))
@@ -220,7 +221,7 @@ class TiedLoraConfig:
         problems.whole_number("seed", self.seed, 0)
         problems.one_of("frozen_factors", self.frozen_factors, FROZEN_FACTORS)
         problems.one_of("dtype", self.dtype, DTYPES)
-        problems += _unknown_values("targets", self.targets, (*TARGETS, *_TARGET_ALIASES), empty_ok=False)
+        problems += _unknown_values("targets", self.targets, (*TARGETS, *NEMO_TARGETS), empty_ok=False)
         problems += _unknown_values("trained", self.trained, FACTORS, empty_ok=False)
         problems += _unknown_values("tied", self.tied, ("A", "B"), empty_ok=True)
         problems.one_of("experts", self.experts, EXPERT_TIES)

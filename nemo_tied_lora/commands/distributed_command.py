@@ -3,19 +3,18 @@
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from nemo_tied_lora.commands.local_command import parser
+from nemo_tied_lora.commands.hydra_flags import parser, print_config, print_notes, yaml_sources
 from nemo_tied_lora.errors import ConfigError, Problems, report
 from nemo_tied_lora.launching.local_ranks import start_ranks
 from nemo_tied_lora.launching.task_ranks import adopt
-from nemo_tied_lora.planning.compose import compose_config, parse_overrides, plain
-from nemo_tied_lora.planning.config_folder import config_folder
+from nemo_tied_lora.planning.compose import compose_with_notes, plain
 from nemo_tied_lora.planning.data_files import checked_already, mark_checked
 from nemo_tied_lora.planning.layout_fits_cluster import launcher_problems
 from nemo_tied_lora.planning.parallel_layout import Layout
@@ -46,7 +45,7 @@ def run_command(
         command: the name of the command and of its YAML.
         groups: the config groups that --help lists.
         check: raises ConfigError if the configuration cannot run. Returns lines that rank 0 prints at the start.
-        run: one rank's work. NeMo's `hydra_runner` passes the configuration.
+        run: one rank's work on the composed configuration.
         check_files: raises ConfigError if a line of data is wrong. One process calls it: the one that starts the ranks,
             or else rank 0.
 
@@ -56,10 +55,10 @@ def run_command(
     """
     options = parser(command, summary, examples, groups).parse_intermixed_args(argv)
     problems = Problems()
-    cfg = problems.attempt(compose_config, command, options.overrides, options.config_dir)
+    cfg, notes = problems.attempt(_compose, command, options) or (None, [])
+    print_notes(command, notes)
     if cfg is not None and options.cfg:
-        print(OmegaConf.to_yaml(cfg, resolve=options.resolve), end="")
-        return 0
+        return 0 if problems.attempt(_print, cfg, options) else report(command, ConfigError(problems))
     values = (None if cfg is None else problems.attempt(plain, cfg)) or {}
     try:
         adopt()
@@ -69,7 +68,7 @@ def run_command(
     if values:
         problems += _launcher_problems(values)
     if is_rank():
-        work = partial(_run_rank, command, options.overrides, options.config_dir, run)
+        work = partial(_run_rank, cfg, run)
         read = None if check_files is None or checked_already(values) else partial(check_files, values)
         return run_as_rank(command, values, problems, work, read, lines)
     if values and check_files is not None:
@@ -99,31 +98,19 @@ def _launcher_problems(values: Mapping[str, Any]) -> Iterator[str]:
     yield from launcher_problems(layout)
 
 
-def _run_rank(
-    command: str,
-    overrides: list[str],
-    config_dir: str | None,
-    run: Callable[[DictConfig, Rank], Any],
-    rank: Rank,
-) -> Any:
-    """Runs `run` under NeMo's `hydra_runner`; returns what it returns and raises what it raises."""
+def _compose(command: str, options: argparse.Namespace) -> tuple[DictConfig, list[str]]:
+    return compose_with_notes(command, options.overrides, yaml_sources(command, options))
+
+
+def _print(cfg: DictConfig, options: argparse.Namespace) -> bool:
+    print_config(cfg, options)
+    return True
+
+
+def _run_rank(cfg: DictConfig | None, run: Callable[[DictConfig, Rank], Any], rank: Rank) -> Any:
+    """Prepares this machine's platform and runs `run` on the configuration that was checked."""
+    assert cfg is not None  # a rank with problems does not get here
     from nemo_tied_lora.platform import prepare
 
     prepare(nemo=True)
-    from nemo.core.config import hydra_runner
-
-    results: list[Any] = []
-    failures: list[Exception] = []
-
-    def guarded(cfg: DictConfig) -> None:
-        try:
-            results.append(run(cfg, rank))
-        except Exception as error:  # Hydra would print it and exit
-            failures.append(error)
-
-    more = [] if config_dir is None else ["--config-dir", config_dir]
-    sys.argv = [f"tied-lora {command}", *parse_overrides(command, overrides)[0], *more]
-    hydra_runner(config_path=str(config_folder()), config_name=command)(guarded)()
-    if failures:
-        raise failures[0]
-    return results[0]
+    return run(cfg, rank)

@@ -49,10 +49,21 @@ def _run(cfg: DictConfig) -> None:
     model = load_base(cfg)
     if cfg.adapter is not None:
         model.load_adapters(cfg.adapter)
-    sampling = {key: cfg[key] for key in ("tokens_to_generate", "batch_size", "temperature", "top_k", "top_p")}
+    sampling = {key: cfg[key] for key in _SAMPLING}
     completions = complete(model, [row["prompt"] for row in rows], **sampling)
     if torch.distributed.get_rank() == 0:
         _write([{**row, "completion": text} for row, text in zip(rows, completions, strict=True)], cfg.output)
+
+
+_SAMPLING = (
+    "tokens_to_generate",
+    "min_tokens_to_generate",
+    "batch_size",
+    "temperature",
+    "top_k",
+    "top_p",
+    "repetition_penalty",
+)
 
 
 def _rows(cfg: Mapping[str, Any]) -> list[dict[str, Any]]:

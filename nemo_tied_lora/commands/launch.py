@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from nemo_tied_lora.commands.local_command import parser
+from nemo_tied_lora.commands.hydra_flags import parser, print_config, print_notes, yaml_sources
 from nemo_tied_lora.errors import ConfigError, report
 from nemo_tied_lora.launching.submit import Launch, prepare, print_launch, run_here, submit
 from nemo_tied_lora.launching.sweep import expand_short_keys
-from nemo_tied_lora.planning.compose import compose_config, plain
+from nemo_tied_lora.planning.compose import compose_config, compose_with_notes, plain
+from nemo_tied_lora.planning.yaml_sources import YamlSources
 
 __all__ = ["SUMMARY", "main"]
 
@@ -33,10 +36,12 @@ def main(argv: list[str]) -> int:
     options = parser("launch", SUMMARY, _EXAMPLES, groups).parse_intermixed_args(argv)
     own, arguments = _split([expand_short_keys(argument) for argument in options.overrides])
     try:
-        settings = compose_config("launch", own, options.config_dir)
+        sources = yaml_sources("finetune", options)
+        settings = compose_config("launch", own, replace(sources, own=None))
         if options.cfg:
-            return _print_config(settings, arguments, options.config_dir, resolve=options.resolve)
-        launch = prepare(plain(settings), arguments, options.config_dir)
+            return _print_configs(settings, arguments, sources, options)
+        launch = prepare(plain(settings), arguments, sources)
+        print_notes("launch", launch.notes)
         if settings.dry_run:
             print_launch(launch)
             return 0
@@ -64,9 +69,12 @@ def _split(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
     return own, rest
 
 
-def _print_config(settings: DictConfig, arguments: list[str], config_dir: str | None, *, resolve: bool) -> int:
-    finetune = compose_config("finetune", arguments, config_dir)
-    print(
-        OmegaConf.to_yaml(settings, resolve=resolve) + "# finetune:\n" + OmegaConf.to_yaml(finetune, resolve=resolve)
-    )
+def _print_configs(
+    settings: DictConfig, arguments: list[str], sources: YamlSources, options: argparse.Namespace
+) -> int:
+    finetune, notes = compose_with_notes("finetune", arguments, sources)
+    print_notes("launch", notes)
+    print_config(settings, options)
+    print("\n# finetune:")
+    print_config(finetune, options)
     return 0

@@ -3,44 +3,21 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
+from nemo_tied_lora.commands.hydra_flags import parser, print_config, print_notes, yaml_sources
 from nemo_tied_lora.errors import ConfigError, Problems, report
 from nemo_tied_lora.launching.task_ranks import find_tasks
-from nemo_tied_lora.planning.compose import compose_config, plain
-from nemo_tied_lora.planning.config_folder import config_folder
+from nemo_tied_lora.planning.compose import compose_with_notes, plain
 from nemo_tied_lora.planning.rank_variables import is_first, is_rank
 
-__all__ = ["check_output", "parser", "run_composed"]
+__all__ = ["check_output", "run_composed"]
 
 _READERS = ("plan", "show", "report", "status")
 """Commands that may run several times at once."""
-
-
-def parser(command: str, summary: str, examples: str, groups: Iterable[str]) -> argparse.ArgumentParser:
-    """The options of every Hydra command; --help shows examples and the shipped choices of each config group."""
-    folder = config_folder()
-    choices = [
-        f"  {group}=  {', '.join(sorted(path.stem for path in (folder / group).glob('*.yaml')))}" for group in groups
-    ]
-    listed = ["groups:", *choices, ""] if choices else []
-    result = argparse.ArgumentParser(
-        prog=f"tied-lora {command}",
-        description=f"{summary[0].upper()}{summary[1:]}.",
-        epilog="\n".join([f"examples:\n{examples}", *listed, "--cfg job shows every key and its value."]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    result.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides")
-    result.add_argument("--config-dir", "-cd", metavar="DIR", help="also search this folder for YAMLs")
-    result.add_argument("--cfg", "-c", choices=["job"], help="print the composed config and stop")
-    result.add_argument("--resolve", action="store_true", help="with --cfg: resolve interpolations")
-    return result
 
 
 def run_composed(
@@ -60,9 +37,10 @@ def run_composed(
     """
     options = parser(command, summary, examples, groups).parse_intermixed_args(argv)
     try:
-        cfg = compose_config(command, options.overrides, options.config_dir)
+        cfg, notes = compose_with_notes(command, options.overrides, yaml_sources(command, options))
+        print_notes(command, notes)
         if options.cfg:
-            print(OmegaConf.to_yaml(cfg, resolve=options.resolve), end="")
+            print_config(cfg, options)
             return 0
         if command not in _READERS:
             _check_alone()

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from nemo_tied_lora.commands.local_command import parser
+from nemo_tied_lora.commands.hydra_flags import parser, yaml_sources
 from nemo_tied_lora.commands.program import run_program
 from nemo_tied_lora.errors import ConfigError, report
 from nemo_tied_lora.launching.run_record import write_record
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str]) -> int:
     folder, *rest = arguments
     options = parser("finetune", _SUMMARY, "", ()).parse_intermixed_args(rest)
     try:
-        cfg = compose_config("finetune", options.overrides, options.config_dir)
+        cfg = compose_config("finetune", options.overrides, yaml_sources("finetune", options))
         write_record(Path(folder), cfg, rest)
         check_finetuning(plain(cfg))
     except ConfigError as error:

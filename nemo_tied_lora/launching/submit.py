@@ -25,10 +25,11 @@ from nemo_tied_lora.launching.slurm_script import Job, render
 from nemo_tied_lora.launching.sweep import Point, index_file, points, split_sweep
 from nemo_tied_lora.planning.architecture import Architecture
 from nemo_tied_lora.planning.base_config import adapter_section, base_model_config
-from nemo_tied_lora.planning.compose import compose_config, plain
+from nemo_tied_lora.planning.compose import compose_config, compose_with_notes, plain
 from nemo_tied_lora.planning.layout_fits_cluster import seconds_to_save
 from nemo_tied_lora.planning.parallel_layout import Layout, check
 from nemo_tied_lora.planning.preflight import check_finetuning
+from nemo_tied_lora.planning.yaml_sources import YamlSources
 
 __all__ = ["SCRIPT", "Launch", "prepare", "print_launch", "run_here", "submit"]
 
@@ -46,6 +47,8 @@ class Launch:
     job: Job
     runs: Sequence[Point]
     configs: Sequence[DictConfig]
+    notes: Sequence[str] = ()
+    """What was translated in the overrides or the user's YAML, one line each."""
 
     @property
     def folders(self) -> list[str]:
@@ -60,12 +63,13 @@ class Launch:
         return script if index is None else {**script, index: index_file(self.job.folder, self.runs)}
 
 
-def prepare(settings: Mapping[str, Any], arguments: Sequence[str], config_dir: str | None = None) -> Launch:
+def prepare(settings: Mapping[str, Any], arguments: Sequence[str], sources: YamlSources | None = None) -> Launch:
     """Composes the configurations, and checks everything that this machine can see.
 
     Args:
         settings: `configs/launch.yaml`, composed.
         arguments: the overrides of `tied-lora finetune`, with or without sweeps.
+        sources: the YAMLs beside the shipped ones. The job names them by absolute paths.
 
     Raises:
         ConfigError: all problems together.
@@ -73,11 +77,14 @@ def prepare(settings: Mapping[str, Any], arguments: Sequence[str], config_dir: s
     cluster = Cluster.from_mapping(settings["cluster"])
     fixed, swept = split_sweep(arguments)
     runs = points(swept)
-    first = plain(compose_config("finetune", [*fixed, *runs[0].overrides], config_dir))
+    sources = sources or YamlSources()
+    cfg, notes = compose_with_notes("finetune", [*fixed, *runs[0].overrides], sources)
+    first = plain(cfg)
     nodes = cluster.nodes or first["trainer"]["num_nodes"]
     ranks = cluster.gpus_per_node or first["trainer"]["devices"]
     sizes = [f"trainer.num_nodes={nodes}", f"trainer.devices={ranks}"]
-    folder = str(first["exp_manager"]["explicit_log_dir"] or Path(first["exp_manager"]["exp_dir"], str(first["name"])))
+    manager = first["exp_manager"]
+    folder = str(manager["explicit_log_dir"] or Path(manager["exp_dir"] or "nemo_experiments", str(first["name"])))
     if not re.fullmatch(r"[\w./+@-]+", folder):
         raise ConfigError([f"exp_manager.explicit_log_dir={folder!r}: letters, digits and ./_+-@ only"])
     problems = Problems(_launch_problems(fixed, swept, folder, nodes, cluster))
@@ -86,7 +93,7 @@ def prepare(settings: Mapping[str, Any], arguments: Sequence[str], config_dir: s
         place = (
             f"exp_manager.explicit_log_dir={folder}/{run.name}" if swept else f"exp_manager.explicit_log_dir={folder}"
         )
-        configs.append(compose_config("finetune", [*fixed, *run.overrides, *sizes, place], config_dir))
+        configs.append(compose_config("finetune", [*fixed, *run.overrides, *sizes, place], sources))
         found = list(_run_problems(plain(configs[-1]), cluster.container, settings.get("model")))
         found += _save_problems(plain(configs[-1]), cluster)
         problems += [f"{run.name}: {problem}" if swept else problem for problem in found]
@@ -94,13 +101,13 @@ def prepare(settings: Mapping[str, Any], arguments: Sequence[str], config_dir: s
     job = Job(
         name=str(first["name"]),
         folder=folder,
-        arguments=[*([] if config_dir is None else [f"--config-dir={Path(config_dir).resolve()}"]), *fixed],
+        arguments=[*sources.flags(), *fixed],
         cluster=replace(cluster, python=cluster.python or ("python" if cluster.container.image else sys.executable)),
         nodes=nodes,
         ranks_per_node=ranks,
         num_runs=len(runs) if swept else None,
     )
-    return Launch(job, runs, configs)
+    return Launch(job, runs, configs, notes)
 
 
 def print_launch(launch: Launch) -> None:

@@ -13,6 +13,7 @@ from hydra.errors import HydraException
 
 from nemo_tied_lora.errors import Problems
 from nemo_tied_lora.launching.cluster_config import looks_secret
+from nemo_tied_lora.planning.override_lines import not_an_override
 
 __all__ = ["Point", "expand_short_keys", "index_file", "points", "read_index", "split_sweep"]
 
@@ -47,7 +48,10 @@ def split_sweep(arguments: Sequence[str]) -> tuple[list[str], list[list[str]]]:
             parsed = OverridesParser.create().parse_override(argument)
             values = list(parsed.sweep_string_iterator()) if parsed.is_sweep_override() else []
         except (HydraException, NotImplementedError) as error:
-            problems.append(f"{argument!r}: not an override; write key=value, or key=value,value ({_first(error)})")
+            unknown_sweep = f"{argument!r}: not an override; write key=value,value ({_first(error)})"
+            problems.append(
+                not_an_override(argument, _first(error)) if isinstance(error, HydraException) else unknown_sweep
+            )
             continue
         if looks_secret(parsed.key_or_group) and parsed.value() not in (None, "null"):
             problems.append(

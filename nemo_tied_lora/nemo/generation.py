@@ -57,6 +57,8 @@ def complete(
     temperature: float | None = None,
     top_k: int = 0,
     top_p: float = 0.9,
+    repetition_penalty: float = 1.0,
+    min_tokens_to_generate: int = 0,
 ) -> list[str]:
     """Completes each prompt, up to the end-of-text token. All ranks call it and get the same texts.
 
@@ -65,6 +67,8 @@ def complete(
     Args:
         tokens_to_generate: the largest number of tokens per prompt.
         temperature: None picks the likeliest token each time.
+        repetition_penalty: above 1, tokens that have come already are less likely. Without a temperature, no effect.
+        min_tokens_to_generate: the end-of-text token cannot come earlier.
 
     Raises:
         ConfigError: on every rank; a prompt is longer than the base's learned positions.
@@ -76,7 +80,7 @@ def complete(
         "temperature": 1.0 if temperature is None else temperature,
         "top_k": top_k,
         "top_p": top_p,
-        "repetition_penalty": 1.0,
+        "repetition_penalty": repetition_penalty,
         "add_BOS": False,
         "all_probs": False,
         "compute_logprob": False,
@@ -96,7 +100,7 @@ def complete(
         with torch.no_grad():
             answer = model.generate(
                 inputs=_padded(batch, tokens_to_generate, model.tokenizer.eos_id),
-                length_params={"max_length": tokens_to_generate, "min_length": 0},
+                length_params={"max_length": tokens_to_generate, "min_length": min_tokens_to_generate},
                 sampling_params=sampling,
             )
         completions += _completions(model, batch, answer, tokens_to_generate) if first else []

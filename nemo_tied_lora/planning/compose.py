@@ -1,54 +1,85 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Composes the Hydra configuration of a command line, and reports all mistakes together, one line each."""
+"""Composes the configuration of a command line, and reports all mistakes together, one line each.
+
+Later values win: the shipped YAML, the user's own YAML, the groups that were typed, the keys that were typed. Then keys
+of NeMo that have another name here, or no meaning, are translated or removed.
+"""
 
 from __future__ import annotations
 
-import difflib
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+import copy
+import functools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from hydra import compose, initialize_config_dir
-from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_tied_lora.errors import ConfigError, Problems
 from nemo_tied_lora.planning.config_folder import config_folder
+from nemo_tied_lora.planning.dotted_keys import first_line, flat, has_key, remove_key, value_of
+from nemo_tied_lora.planning.generation_keys import is_generation_key, translate_generation
+from nemo_tied_lora.planning.nemo_keys import is_nemo_key, mistaken_key, nearest, unknown_to_nemo
+from nemo_tied_lora.planning.nemo_yaml import OwnYaml, read_own_yaml
+from nemo_tied_lora.planning.override_lines import Line, read_lines
+from nemo_tied_lora.planning.training_keys import translate_lora, translate_training
+from nemo_tied_lora.planning.yaml_sources import YamlSources
 
-__all__ = ["compose_config", "parse_overrides", "plain"]
+__all__ = ["compose_config", "compose_with_notes", "plain"]
 
-
-# These commands check the adapter's keys themselves, and tell what to write instead of an unknown one.
-_READ_ADAPTER_KEYS = ("plan", "finetune")
-_ADAPTER_KEYS = ("model.peft.tied_lora.", "model.peft.lora_tuning.")
+_TRAINING = ("finetune", "pretrain")
+# The adapter's own check tells what to write instead of an unknown key.
+_ADAPTER = ("model.peft.tied_lora.", "model.peft.lora_tuning.")
+_WITH_ADAPTER = ("plan", "finetune")
+# NeMo makes a constant rate of a missing section; the code reads all others.
+_MAY_BE_DELETED = ("model.optim.sched",)
+_MAY_BE_NULL = ("model.optim.sched", "model.peft.tied_lora", "exp_manager.wandb_logger_kwargs", "guards")
 # Hydra raises ValueError for a number in place of a group, and NeMo, once imported, makes `trainer` a group.
 _NOT_COMPOSED = (HydraException, OmegaConfBaseException, ValueError)
+_TYPED_GROUPS = "_typed_groups"
+
+# NeMo registers the same two when it is imported, with replace=True.
+OmegaConf.register_new_resolver("multiply", lambda x, y: x * y, replace=True)
+OmegaConf.register_new_resolver("sum", lambda x, y: x + y, replace=True)
 
 
-def compose_config(name: str, arguments: Sequence[str], config_dir: str | None = None) -> DictConfig:
+def compose_config(name: str, arguments: Sequence[str], sources: YamlSources | None = None) -> DictConfig:
     """Composes `configs/NAME.yaml` with the overrides.
 
     Raises:
         ConfigError: with every override that cannot be parsed or does not fit.
     """
-    overrides, problems = parse_overrides(name, arguments)
-    search = []
-    if config_dir is not None:
-        folder = Path(config_dir).resolve()
-        if not folder.is_dir():
-            raise ConfigError([*problems, f"--config-dir={config_dir}: no such folder; name one that holds YAMLs"])
-        search = [f"hydra.searchpath=[{json.dumps(f'file://{folder}')}]"]
-    with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):
-        try:
-            cfg = compose(name, [*search, *overrides])
-        except _NOT_COMPOSED as error:
-            alone = [problem for o in overrides for problem in _problem_alone(name, o, search)]
-            raise ConfigError([*problems, *(alone or [_first_line(error)])]) from None
+    return compose_with_notes(name, arguments, sources)[0]
+
+
+def compose_with_notes(
+    name: str, arguments: Sequence[str], sources: YamlSources | None = None
+) -> tuple[DictConfig, list[str]]:
+    """As `compose_config`; also returns one line for each key that was translated or has no effect.
+
+    Raises:
+        ConfigError: as there.
+    """
+    sources = sources or YamlSources()
+    lines, problems = read_lines(arguments)
+    notes = list(_hydra_lines(lines, problems))
+    lines = [line for line in lines if not _is_hydras(line)]
+    groups = [line for line in lines if sources.is_group(line.key) or line.has_package]
+    typed = [line for line in lines if line not in groups]
+    cfg, own = problems.attempt(_composed, name, groups, sources) or (_shipped(name, [], YamlSources()), None)
+    with open_dict(cfg):
+        for line in typed:
+            problems += _apply(cfg, line, name)
+        if own is not None:
+            problems += [f"{own.file}: {problem}" for problem in _file_problems(own, name, cfg)]
+        notes += [] if own is None else own.notes
+        keys = {line.key: line.value for line in typed if not line.deletes}
+        problems += _translated(cfg, name, keys, {} if own is None else own.keys, notes)
     problems.raise_if_any()
-    return cfg
+    return cfg, notes
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
@@ -60,55 +91,206 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     try:
         values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise ConfigError([_first_line(error)]) from None
+        key = "" if not error.full_key or error.full_key in str(error).partition("\n")[0] else f"{error.full_key}: "
+        raise ConfigError([f"{key}{first_line(error)}"]) from None
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}
 
 
-def parse_overrides(name: str, arguments: Sequence[str]) -> tuple[list[str], Problems]:
-    """Returns (overrides for Hydra, problems). Lets unknown keys of adapters through: the command's own check explains them."""
-    overrides, problems = [], Problems()
-    for argument in arguments:
+# Keys of Hydra itself that ask for something -> what to use.
+_HYDRA = {
+    "hydra.searchpath": "use --config-dir=FOLDER",
+    "hydra/launcher": "tied-lora launch submits jobs",
+    "hydra.launcher": "tied-lora launch submits jobs",
+    "hydra/sweeper": "tied-lora launch runs sweeps: rank=2,8",
+    "hydra.sweeper": "tied-lora launch runs sweeps: rank=2,8",
+    "hydra.mode": "tied-lora launch runs sweeps: rank=2,8",
+}
+
+
+def _is_hydras(line: Line) -> bool:
+    return line.key.replace("/", ".").partition(".")[0] == "hydra"
+
+
+def _hydra_lines(lines: Sequence[Line], problems: Problems) -> Iterator[str]:
+    """Yields a note for each key of Hydra itself without effect: the ranks run without Hydra's job."""
+    for line in lines:
+        answer = next((answer for key, answer in _HYDRA.items() if line.key.startswith(key)), None)
+        if answer is not None:
+            problems.append(f"{line.text}: not possible; {answer}")
+        elif _is_hydras(line):
+            yield f"{line.text}: has no effect here: a run writes to exp_manager.explicit_log_dir"
+
+
+def _composed(name: str, groups: Sequence[Line], sources: YamlSources) -> tuple[DictConfig, OwnYaml | None]:
+    """Composes the YAMLs and the groups, without the other overrides."""
+    if sources.own is None:
+        return _shipped(name, [line.text for line in groups], sources), None
+    shipped = _shipped(name, [], sources)
+    beside = [line.text for line in groups if sources.is_own_group(line.key)]
+    own = read_own_yaml(name, sources, beside, shipped)
+    with open_dict(shipped):
+        values = OmegaConf.merge(shipped, OmegaConf.create(own.values), _typed_groups(name, groups, sources))
+    assert isinstance(values, DictConfig)
+    return values, own
+
+
+def _shipped(name: str, groups: Sequence[str], sources: YamlSources) -> DictConfig:
+    if sources.config_dir is None:
+        return copy.deepcopy(_compose_once(str(config_folder()), name, tuple(groups)))
+    return _compose(str(config_folder()), name, groups, sources.search_path)
+
+
+@functools.lru_cache(maxsize=64)
+def _compose_once(folder: str, name: str, groups: tuple[str, ...]) -> DictConfig:
+    return _compose(folder, name, groups, [])
+
+
+def _compose(folder: str, name: str, groups: Sequence[str], search: Sequence[str]) -> DictConfig:
+    with initialize_config_dir(version_base="1.3", config_dir=folder):
         try:
-            parsed = OverridesParser.create().parse_override(argument)
-        except HydraException as error:
-            problems.append(f"{argument!r}: not an override; write key=value ({_first_line(error)})")
-            continue
-        if parsed.is_sweep_override():
-            problems.append(f"{argument!r}: a sweep; give one value, and run the command once for each")
-        elif name in _READ_ADAPTER_KEYS and parsed.key_or_group.startswith(_ADAPTER_KEYS) and not parsed.is_delete():
-            overrides.append(f"++{argument.lstrip('+')}")
-        else:
-            overrides.append(argument)
-    return overrides, problems
+            return compose(name, [*search, *groups])
+        except _NOT_COMPOSED as error:
+            alone = [problem for group in groups for problem in _problem_alone(name, group, search)]
+            raise ConfigError(alone or [first_line(error)]) from None
 
 
-def _problem_alone(name: str, override: str, search: Sequence[str]) -> Iterator[str]:
-    """Yields the problem of one override, if it has one without the others."""
+def _problem_alone(name: str, group: str, search: Sequence[str]) -> Iterator[str]:
+    """Yields the problem of one group, if it has one without the others."""
     try:
-        compose(name, [*search, override])
+        compose(name, [*search, group])
     except _NOT_COMPOSED as error:
-        key = override.split("=")[0].lstrip("+~")
-        if "not in struct" in str(error.__cause__):
-            close = difflib.get_close_matches(key, _known_keys(compose(name, list(search))), n=1)
-            hint = f"did you mean {close[0]}?" if close else f"+{override} adds a key of your own"
-            yield f"{override}: the configuration has no key {key}; {hint}"
-        elif isinstance(error, MissingConfigException) and error.options:
-            yield f"{override}: unknown; choose one of {', '.join(error.options)}"
+        key = group.partition("=")[0].lstrip("+~")
+        if isinstance(error, MissingConfigException) and error.options:
+            yield f"{group}: unknown; choose one of {', '.join(error.options)}"
         elif isinstance(error, ValueError) and "Config group override" in str(error):
-            yield f"{override}: {key} is a section; set a key in it, {key}.KEY=value"
+            yield f"{group}: {key} is a section; set a key in it, {key}.KEY=value"
+        elif "No match in the defaults list" in str(error) or "Could not override" in str(error):
+            yield f"{group}: {key} is not a group of tied-lora {name}; tied-lora {name} --help lists them"
         else:
-            yield f"{override}: {_first_line(error)}"
+            yield f"{group}: {first_line(error)}"
 
 
-def _known_keys(cfg: Mapping[Any, Any], prefix: str = "") -> list[str]:
-    keys = []
-    for key, value in cfg.items():
-        keys.append(f"{prefix}{key}")
-        if isinstance(value, Mapping):
-            keys += _known_keys(value, f"{prefix}{key}.")
-    return keys
+def _typed_groups(name: str, groups: Sequence[Line], sources: YamlSources) -> DictConfig:
+    """Composes the typed groups alone: their values go over the user's YAML."""
+    chosen = [line for line in groups if sources.is_shipped_group(line.key) and not line.deletes]
+    _shipped(
+        name, [line.text for line in chosen if not sources.is_own_group(line.key)], sources
+    )  # refuses unknown ones
+    chosen = [line for line in chosen if line.value is not None]
+    if not chosen:
+        return OmegaConf.create()
+    store = ConfigStore.instance()
+    store.store(name=_TYPED_GROUPS, node={"defaults": [{line.key: line.value} for line in chosen]})
+    try:
+        return _compose(str(config_folder()), _TYPED_GROUPS, [], sources.search_path)
+    except ConfigError:
+        return OmegaConf.create()  # groups beside the user's YAML
+    finally:
+        store.repo.pop(f"{_TYPED_GROUPS}.yaml", None)
 
 
-def _first_line(error: Exception) -> str:
-    return next(line for line in [*str(error).splitlines(), type(error).__name__] if line.strip())
+def _apply(cfg: DictConfig, line: Line, name: str) -> Iterator[str]:
+    """Sets or deletes one key, or yields why that is not possible."""
+    present = has_key(cfg, line.key)
+    if line.deletes:
+        yield from _delete(cfg, line, present=present)
+        return
+    section = line.key.rpartition(".")[0]
+    if section and has_key(cfg, section) and not isinstance(value_of(cfg, section), (DictConfig, type(None))):
+        yield f"{line.text}: {section} is a value, not a section of keys"
+        return
+    if not present:
+        problem = _key_problem(line.key, name, cfg, line.text, adds=line.adds)
+        if problem is not None:
+            yield problem
+            return
+    if _replaces_section(cfg, line):
+        yield f"{line.text}: {line.key} is a section; set a key in it, {line.key}.KEY=value"
+        return
+    try:
+        OmegaConf.update(cfg, line.key, line.value, merge=True, force_add=True)
+    except (OmegaConfBaseException, AttributeError, TypeError) as error:
+        yield f"{line.text}: {first_line(error)}"
+
+
+def _replaces_section(cfg: DictConfig, line: Line) -> bool:
+    if isinstance(line.value, dict) or not isinstance(value_of(cfg, line.key), DictConfig):
+        return False
+    return line.value is not None or not (line.key in _MAY_BE_NULL or line.key.startswith("cluster."))
+
+
+def _delete(cfg: DictConfig, line: Line, *, present: bool) -> Iterator[str]:
+    if not present and not is_nemo_key(line.key):
+        yield f"{line.text}: the configuration has no key {line.key}"
+    elif present and line.key not in _MAY_BE_DELETED:
+        yield f"{line.text}: this key is read and cannot be deleted; set it instead, for example {line.key}=null"
+    elif present:
+        remove_key(cfg, line.key)
+
+
+def _key_problem(key: str, name: str, cfg: DictConfig, text: str, *, adds: bool) -> str | None:
+    """Returns why a key that the configuration does not have cannot be set, or None if it can."""
+    if name in _WITH_ADAPTER and key.startswith(_ADAPTER):
+        return None
+    if name == "generate" and (is_generation_key(key) or is_nemo_key(key)):
+        return None
+    known = list(flat(_container(cfg)))
+    if name in _TRAINING:
+        right, refused = mistaken_key(key), unknown_to_nemo(key)
+        if right is not None:
+            return f"{text}: not a key of NeMo; write {right}"
+        if refused is not None:
+            return f"{text}: {refused}"
+        if is_nemo_key(key):
+            return None
+    if adds:
+        return None
+    close = nearest(key, known)
+    hint = f"did you mean {close}?" if close else f"+{text} adds a key of your own"
+    return f"{text}: the configuration has no key {key}; {hint}"
+
+
+def _container(cfg: DictConfig) -> dict[Any, Any]:
+    values = OmegaConf.to_container(cfg, resolve=False)
+    assert isinstance(values, dict)
+    return values
+
+
+def _file_problems(own: OwnYaml, name: str, cfg: DictConfig) -> Iterator[str]:
+    """Judges the keys of the user's YAML as override lines are judged; notes the keys that nobody knows."""
+    shipped = _container(_shipped(name, [], YamlSources()))
+    known, strange = list(flat(shipped)), []
+    for key, value in own.keys.items():
+        if key in known or key.startswith(_ADAPTER) or (name == "generate" and is_generation_key(key)):
+            continue
+        if isinstance(value, str) and YamlSources().is_shipped_group(key):
+            yield f"{key}={value}: a group; type it, or write `defaults: [{name}, {{override {key}: {value}}}, _self_]`"
+            continue
+        right, refused = mistaken_key(key) if name in _TRAINING else None, unknown_to_nemo(key)
+        if right is not None:
+            yield f"{key}: not a key of NeMo; write {right}"
+        elif refused is not None and value is not None:
+            yield f"{key}={value}: {refused}"
+        elif refused is not None:
+            remove_key(cfg, key)
+        elif not is_nemo_key(key):
+            close = nearest(key, known, cutoff=0.85)
+            if close is not None:
+                yield f"{key}: not a key of NeMo; did you mean {close}?"
+            strange.append(key)
+    if strange and len(strange) == len(own.keys) and not set(own.values) & set(shipped):
+        yield f"none of its keys is one of this command's ({', '.join(strange[:5])}); name another file"
+    elif strange:
+        own.notes.append(f"passed on as they are, unknown to this command: {', '.join(strange)}")
+
+
+def _translated(
+    cfg: DictConfig, name: str, typed: dict[str, Any], in_file: dict[str, Any], notes: list[str]
+) -> Iterator[str]:
+    if name in _TRAINING:
+        yield from translate_training(cfg, typed, in_file, notes)
+    elif name == "generate":
+        yield from translate_generation(cfg, typed, in_file, notes)
+    if name in _WITH_ADAPTER:
+        yield from translate_lora(cfg, notes)

@@ -32,6 +32,7 @@ from nemo_tied_lora.planning.prompt_template import template_problems
 from nemo_tied_lora.planning.resumed_step import resumed_step_problems
 from nemo_tied_lora.planning.run_settings import GuardSettings, survival_problems
 from nemo_tied_lora.planning.schedule_checks import run_lines, run_problems
+from nemo_tied_lora.planning.text_checks import text_problems
 from nemo_tied_lora.planning.training_loop_checks import loop_problems
 
 __all__ = ["check_finetuning", "check_generation", "check_pretraining"]
@@ -55,7 +56,6 @@ def check_finetuning(cfg: Mapping[str, Any]) -> list[str]:
         problems.append(
             f"model.peft.peft_scheme={scheme!r}: this command trains tied_lora; for plain LoRA: preset=lora"
         )
-    problems += _unread_lora_keys(model["peft"])
     problems += loop_problems(model)
     if model.get("fsdp"):
         problems.append(
@@ -66,7 +66,7 @@ def check_finetuning(cfg: Mapping[str, Any]) -> list[str]:
     config = problems.attempt(adapter_section, model["peft"])
     base = problems.attempt(usable_base, model.get("restore_from_path"))
     start = model["peft"].get("restore_from_path")
-    problems += flag_problems("finetune", cfg)
+    problems += [*flag_problems("finetune", cfg), *text_problems("finetune", cfg)]
     if start is not None:
         problems += adapter_problems(start, "model.peft.restore_from_path")
     given = [key for key, value in (model["peft"].get("tied_lora") or {}).items() if value is not None]
@@ -88,7 +88,7 @@ def check_pretraining(cfg: Mapping[str, Any]) -> list[str]:
     """
     _require_sections(cfg, "peft", "data", "optim", "tokenizer")
     problems = survival_problems(cfg)
-    problems += flag_problems("pretrain", cfg)
+    problems += [*flag_problems("pretrain", cfg), *text_problems("pretrain", cfg)]
     if cfg["model"]["peft"].get("tied_lora"):
         problems.append(
             "model.peft.tied_lora: pretrain trains every parameter, without an adapter; remove preset=, peft="
@@ -118,7 +118,7 @@ def check_generation(cfg: Mapping[str, Any]) -> list[str]:
         ]
     if (cfg.get("prompts") is None) == (cfg.get("prompts_file") is None):
         problems.append("prompts, prompts_file: give one of them: prompts=['...'] or prompts_file=questions.jsonl")
-    problems += flag_problems("generate", cfg)
+    problems += [*flag_problems("generate", cfg), *text_problems("generate", cfg)]
     prompts, prompts_file = cfg.get("prompts"), cfg.get("prompts_file")
     if prompts is not None and not (
         isinstance(prompts, list) and prompts and all(isinstance(p, str) for p in prompts)
@@ -226,16 +226,6 @@ def _optimizer_problems(name: object) -> Iterator[str]:
         yield (
             f"model.optim.name={name!r}: its state cannot be saved for other layouts; "
             f"choose one of {', '.join(_OPTIMIZERS)}"
-        )
-
-
-def _unread_lora_keys(peft: Mapping[str, Any]) -> Iterator[str]:
-    """Refuses NeMo's keys of plain LoRA, which this command would ignore."""
-    section = peft.get("lora_tuning")
-    if section:
-        yield (
-            f"model.peft.lora_tuning ({', '.join(section)}): read by peft_scheme=lora only; "
-            "write model.peft.tied_lora.rank for adapter_dim, .targets for target_modules, .alpha, .dropout"
         )
 
 

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from omegaconf import OmegaConf
 
 from nemo_tied_lora.checkpoint.read_nemo_adapter import AdapterFile, read_adapter
 from tests.harness.command_runs import SHORT, console_script, finetune, finetune_arguments, tied_lora
+from tests.harness.nemo_yamls import FINETUNING, GENERATION
 from tests.harness.paths import ROOT
 
 
@@ -68,9 +70,11 @@ def test_generate_completes_prompts_on_another_layout(workshop: Path, single: tu
     adapter = "adapter=single/adapter.nemo"
     done = tied_lora("generate", *common, adapter, "prompts=['1:','2:']", "layout=pp2", folder=workshop)
     assert [line[:2] for line in done.stdout.splitlines()[-2:]] == ["1:", "2:"]
-    tied_lora(
-        "generate", *common, "adapter=null", "prompts_file=validation.jsonl", "output=answers.jsonl", folder=workshop
-    )
+    (workshop / "gen.yaml").write_text(yaml.safe_dump(GENERATION))  # NeMo's own file, with NeMo's keys
+    nemos = ["--config-name=gen", "model.restore_from_path=base.nemo", "model.data.test_ds.tokens_to_generate=4"]
+    nemos += ["model.data.test_ds.file_names=[validation.jsonl]", "model.data.test_ds.write_predictions_to_file=true"]
+    nemos += ["model.data.test_ds.output_file_path_prefix=answers", "inference.min_tokens_to_generate=1"]
+    tied_lora("generate", *nemos, "trainer.precision=32", "trainer.enable_progress_bar=false", folder=workshop)
     answers = [json.loads(line) for line in (workshop / "answers.jsonl").read_text().splitlines()]
     assert [answer["prompt"] for answer in answers[:2]] == ["0:", "1:"]
     assert all(isinstance(answer["completion"], str) for answer in answers)
@@ -91,16 +95,21 @@ def test_a_run_that_a_guard_stops_fails_with_the_reason_and_keeps_an_older_file(
     assert (workshop / "single" / "adapter.nemo").read_bytes() == older
 
 
-def test_a_sweep_runs_on_this_machine_and_is_reported(workshop: Path) -> None:
+def test_a_sweep_of_a_users_own_yaml_runs_on_this_machine_and_is_reported(workshop: Path) -> None:
+    """The YAML has every key of NeMo's, with NeMo's default: its values reach the ranks through launch."""
+    own = OmegaConf.merge(FINETUNING, {"model": {"optim": {"weight_decay": 0.125}}})
+    OmegaConf.save(own, workshop / "nemos.yaml")
     arguments = [one for one in finetune_arguments("sweep") if "rank=" not in one and not one.startswith("output=")]
     short = ["trainer.max_steps=2", "cluster=local", "layout=single"]
-    tied_lora("launch", *arguments, *short, "rank=2,4", folder=workshop)
+    tied_lora("launch", "--config-name=nemos", *arguments, *short, "rank=2,4", folder=workshop)
     for name, rank in (("0_rank-2", 2), ("1_rank-4", 4)):
         run = workshop / "sweep" / name
         assert read_adapter(run / "adapter.nemo").config.rank == rank
         config = OmegaConf.load(next(run.rglob("config.yaml")))
         assert config.exp_manager.explicit_log_dir == f"sweep/{name}"
         assert config.model.peft.tied_lora.rank == rank
+        assert read_adapter(run / "adapter.nemo").config.targets == ("linear_qkv",)  # its lora_tuning
+        assert (config.model.optim.weight_decay, config.name) == (0.125, "megatron_gpt_peft_tied_lora_tuning")
         assert json.loads(next(run.rglob("versions.json")).read_text())["packages"]["nemo_toolkit"]
     shown = tied_lora("report", "folder=sweep", folder=workshop).stdout
     losses = [json.loads((workshop / "sweep" / n / "metrics.json").read_text()) for n in ("0_rank-2", "1_rank-4")]

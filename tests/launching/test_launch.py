@@ -15,6 +15,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import yaml
 from omegaconf import OmegaConf
 
 from nemo_tied_lora.commands import launch, record, report
@@ -22,6 +23,7 @@ from nemo_tied_lora.errors import ConfigError
 from nemo_tied_lora.launching.cluster_config import Cluster, Container, looks_secret, seconds
 from nemo_tied_lora.launching.run_record import resolved_yaml, write_record
 from nemo_tied_lora.launching.sweep import index_file, points, read_index, split_sweep
+from tests.harness.nemo_yamls import FINETUNING
 from tests.harness.paths import ROOT
 
 GOLDEN = Path(__file__).with_name("golden")
@@ -83,6 +85,20 @@ def test_a_dry_run_prints_what_would_be_submitted_and_writes_nothing(
     assert launch.main([BASE, *DATA, "dry_run=true", *LAUNCHES[name]]) == 0
     compare(GOLDEN / f"{name}.txt", capsys.readouterr().out)
     assert sorted(folder.rglob("*")) == before
+
+
+def test_a_users_own_yaml_goes_into_the_script_by_its_absolute_path(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "conf").mkdir()
+    (folder / "conf" / "mine.yaml").write_text(yaml.safe_dump(FINETUNING))
+    own = ["--config-path=conf", "--config-name=mine", "model.data.train_ds.global_batch_size=128", "name=mine"]
+    assert launch.main([BASE, *DATA, *SLURM, *own, "dry_run=true"]) == 0
+    printed = capsys.readouterr()
+    assert f"    --config-path={folder}/conf\n    --config-name=mine.yaml\n    {BASE}\n" in printed.out
+    assert "tied-lora launch: model.peft.lora_tuning: taken as model.peft.tied_lora.rank=32" in printed.err
+    (folder / "conf" / "mine.yaml").write_text("model: {optim: {learning_rate: 1}}")
+    assert "write model.optim.lr" in refused(capsys, *SLURM, *own)
 
 
 def test_the_shipped_script_is_what_launch_writes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

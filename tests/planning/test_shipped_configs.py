@@ -110,7 +110,7 @@ def test_an_override_that_fits_nothing_is_explained() -> None:
     with pytest.raises(ConfigError) as caught:
         compose_config("finetune", ["model.optim.learning_rate=1", "layout=tp3", "preset"])
     text = str(caught.value)
-    assert "no key model.optim.learning_rate" in text
+    assert "write model.optim.lr" in text
     assert "layout=tp3: unknown; choose one of" in text
     assert "'preset': not an override" in text
 

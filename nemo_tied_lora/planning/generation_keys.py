@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Translates the keys of NeMo's scripts `megatron_gpt_generate` and `megatron_gpt_eval` to those of `tied-lora generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_tied_lora.planning.dotted_keys import remove_key, value_of
+
+__all__ = ["is_generation_key", "translate_generation"]
+
+_TEST = "model.data.test_ds"
+# NeMo's key -> this command's. The first that is given counts.
+_SAME = {
+    "model.restore_from_path": "base",
+    "gpt_model_file": "base",
+    "model.peft.restore_from_path": "adapter",
+    f"{_TEST}.tokens_to_generate": "tokens_to_generate",
+    "inference.tokens_to_generate": "tokens_to_generate",
+    f"{_TEST}.global_batch_size": "batch_size",
+    "inference.top_k": "top_k",
+    "inference.top_p": "top_p",
+    "inference.repetition_penalty": "repetition_penalty",
+    "inference.min_tokens_to_generate": "min_tokens_to_generate",
+    "sentences": "prompts",
+    "prompts_jsonl": "prompts_file",
+    "tensor_model_parallel_size": "model.tensor_model_parallel_size",
+    "pipeline_model_parallel_size": "model.pipeline_model_parallel_size",
+    "megatron_amp_O2": "model.megatron_amp_O2",
+}
+# Top-level sections and keys of NeMo's two files, and of its fine-tuning file, that are not in this command's.
+_FOREIGN = (
+    "name",
+    "exp_manager",
+    "inference",
+    "cluster_type",
+    "gpt_model_file",
+    "sentences",
+    "prompts_jsonl",
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "pipeline_model_parallel_split_rank",
+    "megatron_amp_O2",
+    "checkpoint_dir",
+    "checkpoint_name",
+    "hparams_file",
+    "server",
+    "port",
+    "web_server",
+    "web_port",
+    "share",
+    "username",
+    "password",
+    "chat",
+    "chatbot_config",
+)
+# Keys of `model` and `trainer` that are about training.
+_TRAINING = (
+    "model.activations_checkpoint_granularity",
+    "model.activations_checkpoint_layers_per_pipeline",
+    "model.activations_checkpoint_method",
+    "model.activations_checkpoint_num_layers",
+    "model.answer_only_loss",
+    "model.attention_dropout",
+    "model.data",
+    "model.ffn_dropout",
+    "model.fsdp",
+    "model.fsdp_grad_reduce_dtype",
+    "model.fsdp_sharded_checkpoint",
+    "model.fsdp_sharding_strategy",
+    "model.fsdp_use_orig_params",
+    "model.global_batch_size",
+    "model.hidden_dropout",
+    "model.micro_batch_size",
+    "model.optim",
+    "model.peft",
+    "model.restore_from_path",
+    "model.resume_from_checkpoint",
+    "model.save_nemo_on_validation_end",
+    "model.seed",
+    "model.sync_batch_comm",
+    "trainer.gradient_clip_val",
+    "trainer.limit_test_batches",
+    "trainer.limit_val_batches",
+    "trainer.log_every_n_steps",
+    "trainer.max_epochs",
+    "trainer.max_steps",
+    "trainer.num_sanity_val_steps",
+    "trainer.val_check_interval",
+)
+
+# Key -> (the value that asks for nothing, what to write instead).
+_REFUSED: dict[str, tuple[object, str]] = {
+    "server": (False, "there is no server; give prompts=['...'] or prompts_file="),
+    "web_server": (False, "there is no server; give prompts=['...'] or prompts_file="),
+    "chat": (False, "prompts are completed as they are; write the chat's tokens into prompts or prompt_template"),
+    "checkpoint_dir": (None, "convert the checkpoint to a .nemo, and name it as base="),
+    "checkpoint_name": (None, "convert the checkpoint to a .nemo, and name it as base="),
+    "hparams_file": (None, "name the base's .nemo as base="),
+    "inference.all_probs": (False, "only texts are written; leave it out"),
+    "inference.compute_logprob": (False, "only texts are written; leave it out"),
+    "inference.end_strings": (["<|endoftext|>"], "an answer ends at the end-of-text token; leave it out"),
+    f"{_TEST}.add_bos": (False, "prompts are completed as they are; leave it out"),
+    "model.peft.restore_from_ckpt.checkpoint_dir": (
+        None,
+        "tied-lora convert-checkpoint checkpoint=FOLDER output=adapter.nemo makes an adapter for adapter=",
+    ),
+    "model.peft.restore_from_ckpt.checkpoint_name": (
+        None,
+        "tied-lora convert-checkpoint checkpoint=FOLDER output=adapter.nemo makes an adapter for adapter=",
+    ),
+}
+_ADD_BOS = "inference.add_BOS"
+
+
+def is_generation_key(key: str) -> bool:
+    """Whether only NeMo's scripts read a key. It is taken, and removed again."""
+    return any(key == first or key.startswith(f"{first}.") for first in (*_FOREIGN, *_TRAINING))
+
+
+def translate_generation(
+    cfg: DictConfig, typed: Mapping[str, Any], in_file: Mapping[str, Any], notes: list[str]
+) -> Iterator[str]:
+    """Moves the values of NeMo's keys to this command's, removes NeMo's keys, and yields problems.
+
+    Args:
+        cfg: composed, with NeMo's keys in it; changed in place.
+        typed: the keys of the command line. They win over those of the file.
+        in_file: the keys of the user's own YAML.
+        notes: gets one line with what was translated, and one with typed keys that have no effect.
+    """
+    given = {**in_file, **typed}
+    if not any(is_generation_key(key) for key in given):
+        return
+    for key, (nothing, remedy) in _REFUSED.items():
+        value = _resolved(cfg, key)
+        if key in given and value not in (nothing, None):
+            yield f"{key}={_shown(value)}: not possible; {remedy}"
+    taken: dict[str, Any] = {}
+    used: set[str] = set()
+    refused: set[str] = set()
+    for found in (_renamed, _prompts, _sampling, _output):
+        for source, key, value in found(cfg, typed, given):
+            used.add(source)
+            if key == "":
+                yield f"{source}={_shown(value)}: {_SEVERAL if source.endswith('file_names') else _TEMPLATE}"
+            elif key in typed and typed[key] != value and key not in refused:
+                refused.add(key)
+                yield f"{source}={_shown(_resolved(cfg, source))}: {key}={_shown(typed[key])} says something else; give one of them"
+            elif key not in typed and key not in taken:
+                taken[key] = value
+    for key, value in taken.items():
+        OmegaConf.update(cfg, key, value, force_add=True)
+    if taken:
+        notes.append(f"from NeMo's keys: {', '.join(f'{key}={_shown(value)}' for key, value in taken.items())}")
+    idle = [key for key in typed if is_generation_key(key) and key not in used and key not in _REFUSED]
+    if idle:
+        notes.append(f"no effect in generate: {', '.join(idle)}")
+    for key in (*_FOREIGN, *_TRAINING):
+        remove_key(cfg, key)
+
+
+_SEVERAL = "must be a list of one file here; generate once for each, with prompts_file= and output="
+_TEMPLATE = "must end in the answer's field, which generate leaves open; write prompt_template='{input}'"
+
+_Found = Iterator[tuple[str, str, Any]]
+
+
+def _renamed(cfg: DictConfig, typed: Mapping[str, Any], given: Mapping[str, Any]) -> _Found:
+    """(NeMo's key, this command's key, value) of keys that only have another name."""
+    for source, key in sorted(_SAME.items(), key=lambda pair: pair[0] not in typed):
+        value = _resolved(cfg, source)
+        if source in given and value is not None and not (key.endswith("parallel_size") and value == -1):
+            yield source, key, value
+
+
+def _prompts(cfg: DictConfig, typed: Mapping[str, Any], given: Mapping[str, Any]) -> _Found:
+    files, template = f"{_TEST}.file_names", f"{_TEST}.prompt_template"
+    if files in given and _resolved(cfg, files) is not None:
+        names = _resolved(cfg, files)
+        single = [names] if isinstance(names, str) else names
+        one = isinstance(single, list) and len(single) == 1
+        yield (files, "prompts_file", single[0]) if one else (files, "", names)
+    if template in given and isinstance(_resolved(cfg, template), str):
+        text, label = str(_resolved(cfg, template)), _resolved(cfg, f"{_TEST}.label_key") or "output"
+        before, _, after = text.partition(f"{{{label}}}")
+        yield template, "" if after.strip() else "prompt_template", text if after.strip() else before.rstrip(" ")
+    elif files in given:
+        yield template, "prompt_template", "{input}"
+
+
+def _sampling(cfg: DictConfig, typed: Mapping[str, Any], given: Mapping[str, Any]) -> _Found:
+    """NeMo samples if `greedy` is false, and reads `temperature` then; here a temperature means sampling."""
+    greedy, temperature = _resolved(cfg, "inference.greedy"), _resolved(cfg, "inference.temperature")
+    if "inference.greedy" in given or "inference.temperature" in given:
+        yield (
+            "inference.greedy",
+            "temperature",
+            (1.0 if temperature is None else temperature) if greedy is False else None,
+        )
+        if greedy is False:
+            yield "inference.temperature", "temperature", 1.0 if temperature is None else temperature
+
+
+def _output(cfg: DictConfig, typed: Mapping[str, Any], given: Mapping[str, Any]) -> _Found:
+    prefix, outfile = f"{_TEST}.output_file_path_prefix", "inference.outfile_path"
+    if _resolved(cfg, f"{_TEST}.write_predictions_to_file") and _resolved(cfg, prefix):
+        yield f"{_TEST}.write_predictions_to_file", "output", f"{_resolved(cfg, prefix)}.jsonl"
+        yield prefix, "output", f"{_resolved(cfg, prefix)}.jsonl"
+    elif typed.get(outfile):
+        yield outfile, "output", typed[outfile]
+
+
+def _resolved(cfg: DictConfig, key: str) -> Any:
+    value = value_of(cfg, key)
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(str, value))}]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
