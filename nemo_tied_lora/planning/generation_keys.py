@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -114,6 +115,8 @@ _REFUSED: dict[str, tuple[object, str]] = {
     ),
 }
 _ADD_BOS = "inference.add_BOS"
+_INFERENCE = """add_BOS all_probs compute_attention_mask compute_logprob end_strings greedy min_tokens_to_generate outfile_path
+repetition_penalty temperature tokens_to_generate top_k top_p"""
 
 
 def is_generation_key(key: str) -> bool:
@@ -135,23 +138,23 @@ def translate_generation(
     given = {**in_file, **typed}
     if not any(is_generation_key(key) for key in given):
         return
-    for key, (nothing, remedy) in _REFUSED.items():
-        value = _resolved(cfg, key)
-        if key in given and value not in (nothing, None):
-            yield f"{key}={_shown(value)}: not possible; {remedy}"
+    yield from _refused(cfg, typed, given, notes)
     taken: dict[str, Any] = {}
-    used: set[str] = set()
+    used = {f"{_TEST}.label_key"}
     refused: set[str] = set()
     for found in (_renamed, _prompts, _sampling, _output):
         for source, key, value in found(cfg, typed, given):
             used.add(source)
+            both_typed = (source in typed) == (key in typed)
             if key == "":
                 yield f"{source}={_shown(value)}: {_SEVERAL if source.endswith('file_names') else _TEMPLATE}"
-            elif key in typed and typed[key] != value and key not in refused:
+            elif key not in given or (source in typed and key not in typed):
+                taken.setdefault(key, value)
+            elif given[key] != value and both_typed and key not in refused:
                 refused.add(key)
-                yield f"{source}={_shown(_resolved(cfg, source))}: {key}={_shown(typed[key])} says something else; give one of them"
-            elif key not in typed and key not in taken:
-                taken[key] = value
+                shown = _shown(_resolved(cfg, source))
+                yield f"{source}={shown}: {key}={_shown(given[key])} says something else; give one of them"
+    _typed_prompts_win(taken, typed, cfg)
     for key, value in taken.items():
         OmegaConf.update(cfg, key, value, force_add=True)
     if taken:
@@ -161,6 +164,44 @@ def translate_generation(
         notes.append(f"no effect in generate: {', '.join(idle)}")
     for key in (*_FOREIGN, *_TRAINING):
         remove_key(cfg, key)
+
+
+def _refused(cfg: DictConfig, typed: Mapping[str, Any], given: Mapping[str, Any], notes: list[str]) -> Iterator[str]:
+    """Yields what asks for something that this command does not do, and unknown or wrong keys of `inference`."""
+    for key, (nothing, remedy) in _REFUSED.items():
+        value = _resolved(cfg, key)
+        if key in given and value not in (nothing, None):
+            yield f"{key}={_shown(value)}: not possible; {remedy}"
+    if _resolved(cfg, _ADD_BOS) and _ADD_BOS in given:
+        if _ADD_BOS in typed:
+            yield f"{_ADD_BOS}=true: not possible; prompts are completed as they are; leave it out"
+        else:
+            notes.append(f"{_ADD_BOS}=true: has no effect here: prompts are completed as they are")
+    greedy = _resolved(cfg, "inference.greedy")
+    if greedy not in (None, True, False):
+        yield f"inference.greedy={greedy}: must be true or false"
+    for section in ("inference", "model.data", _TEST):
+        if section in given and given[section] is not None and not isinstance(given[section], Mapping):
+            yield f"{section}={_shown(given[section])}: must be a section of keys"
+    for key in given:
+        section, _, name = key.rpartition(".")
+        if section == "inference" and name not in _INFERENCE.split():
+            close = difflib.get_close_matches(name, _INFERENCE.split(), n=1)
+            hint = f"did you mean inference.{close[0]}?" if close else f"its keys are {', '.join(_INFERENCE.split())}"
+            yield f"{key}={_shown(given[key])}: NeMo does not read it; {hint}"
+
+
+def _typed_prompts_win(taken: dict[str, Any], typed: Mapping[str, Any], cfg: DictConfig) -> None:
+    """Leaves out the prompts of the file if others are typed, as texts or as a file."""
+    texts = {"prompts", "sentences"} & set(typed)
+    files = {"prompts_file", "prompts_jsonl", f"{_TEST}.file_names"} & set(typed)
+    if texts and not files:
+        taken["prompts_file"] = None
+    elif files and not texts:
+        taken["prompts"] = None
+    for key in ("prompts", "prompts_file"):
+        if key in taken and taken[key] is None and _resolved(cfg, key) is None:
+            del taken[key]
 
 
 _SEVERAL = "must be a list of one file here; generate once for each, with prompts_file= and output="

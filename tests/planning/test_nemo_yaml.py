@@ -245,6 +245,23 @@ def test_nemos_file_for_generation_becomes_this_commands_keys(tmp_path: Path) ->
     assert any("base=base.nemo, adapter=a.nemo" in note for note in notes)
 
 
+def test_typed_prompts_win_over_those_of_the_file(tmp_path: Path) -> None:
+    file = write(tmp_path, {"gpt_model_file": "b.nemo", "prompts": ["a"], "inference": {"add_BOS": True}})
+    values, notes = composed(file, command="generate")
+    assert (values["base"], values["prompts"], values["prompts_file"]) == ("b.nemo", ["a"], None)
+    assert any("add_BOS" in note for note in notes)
+    values, _ = composed(file, "prompts_file=t.jsonl", "base=c.nemo", command="generate")
+    assert (values["base"], values["prompts"], values["prompts_file"]) == ("c.nemo", None, "t.jsonl")
+    file = write(tmp_path, {"model": {"data": {"test_ds": {"file_names": ["t.jsonl"]}}}})
+    values, _ = composed(file, "prompts=['b']", command="generate")
+    assert (values["prompts"], values["prompts_file"]) == (["b"], None)
+
+
+@pytest.mark.parametrize("text", ["inference: 5", "model: {data: {test_ds: 3}}", "inference: {gredy: true}"])
+def test_a_wrong_section_of_generation_is_answered(tmp_path: Path, text: str) -> None:
+    assert len(refused(write(tmp_path, text), command="generate")) == 1
+
+
 @pytest.mark.parametrize(
     ("lines", "expected"),
     [
@@ -297,6 +314,11 @@ def test_a_line_of_nemos_generation_keeps_its_meaning(lines: list[str], expected
         (["gpt_model_file=a.nemo", "base=b.nemo"], "give one of them"),
         (["inference.greedy=False", "temperature=null"], "give one of them"),
         (["model.data.test_ds.add_bos=True"], "prompts are completed as they are"),
+        (["inference.add_BOS=True"], "prompts are completed as they are"),
+        (["inference.greedy=maybe"], "true or false"),
+        (["inference.temprature=1"], "did you mean inference.temperature"),
+        (["inference.nosuch=1"], "its keys are"),
+        (["sentences=['a']", "prompts=['b']"], "give one of them"),
     ],
 )
 def test_a_line_of_nemos_generation_without_a_meaning_is_answered(lines: list[str], told: str) -> None:
