@@ -48,10 +48,7 @@ def split_sweep(arguments: Sequence[str]) -> tuple[list[str], list[list[str]]]:
             parsed = OverridesParser.create().parse_override(argument)
             values = list(parsed.sweep_string_iterator()) if parsed.is_sweep_override() else []
         except (HydraException, NotImplementedError) as error:
-            unknown_sweep = f"{argument!r}: not an override; write key=value,value ({_first(error)})"
-            problems.append(
-                not_an_override(argument, _first(error)) if isinstance(error, HydraException) else unknown_sweep
-            )
+            problems.append(not_an_override(argument, _first(error)))
             continue
         if looks_secret(parsed.key_or_group) and parsed.value() not in (None, "null"):
             problems.append(

@@ -69,7 +69,7 @@ def not_an_override(argument: str, reason: str) -> str:
     value = argument.partition("=")[2]
     if any(value.count(left) != value.count(right) for left, right in ("[]", "{}")):
         return f"{argument!r}: not an override; a bracket of the value is not closed ({reason})"
-    quoted = _with_quotes(argument)
+    quoted = None if re.fullmatch(r"\w+\(.*\)", value) else _with_quotes(argument)  # glob(*), choice(a,b)
     if quoted is None:
         return f"{argument!r}: not an override; write key=value, a value with special characters in quotes ({reason})"
     return f"{argument!r}: Hydra cannot read this value; write it in quotes: {quoted}"
