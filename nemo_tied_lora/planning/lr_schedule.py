@@ -111,6 +111,8 @@ def schedule_lines(optim: Mapping[str, Any], max_steps: int) -> Iterator[str]:
         last = rate * max_steps / (warmup + 1)
         reached = f"the learning rate only reaches {last:.3g} of model.optim.lr={rate:g}"
         yield f"{_KEY}.warmup_steps={warmup}: not less than trainer.max_steps={max_steps}; {reached}"
+    if sched.get("name") == "T5InverseSquareRootAnnealing":
+        yield f"{_KEY}.name={sched['name']}: does not read model.optim.lr={rate:g}; step k has 1 / sqrt(k), or less at first"
     hold = _steps(sched, "hold", total)
     if hold and warmup < max_steps <= warmup + hold:
         yield f"{_KEY}: warmup and hold last for {warmup + hold} of {max_steps} steps; the learning rate never falls"

@@ -20,11 +20,8 @@ _OF_TRAINING = (
     *("step_seconds", "tokens_per_second", "train_step_timing in s", "epoch", "step", "max_memory_reserved"),
     *("max_memory_allocated", "seq_length_padded", "tokens_avg"),
 )
-_LOWER_IS_BETTER = ("loss", "wer")
-_HIGHER_IS_BETTER = (
-    *("exact_string_match", "rouge", "accuracy", "average_precision", "f1", "token_f1", "bleu"),
-    *("pearson_corr_coef", "spearman_corr_coef", "matthews_corr_coef"),
-)
+_LOWER_IS_BETTER = ("loss",)
+_HIGHER_IS_BETTER = ("exact_string_match", "rouge", "token_f1")
 _CHECKPOINTS, _STOPPING = "exp_manager.checkpoint_callback_params", "exp_manager.early_stopping_callback_params"
 _TRIGGERS = ("every_n_train_steps", "every_n_epochs", "train_time_interval")
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from nemo_tied_lora.planning.lr_schedule import is_number
 
 __all__ = ["generation_lines", "generation_number_problems", "number_lines", "number_problems"]
 
-_METRICS = (
-    *("exact_string_match", "rouge", "loss", "accuracy", "average_precision", "f1", "token_f1", "wer", "bleu"),
+_METRICS = ("exact_string_match", "rouge", "token_f1", "loss")
+# NeMo 2.4 names these too, but builds them in a way that torchmetrics refuses since its release 0.11.
+_BROKEN_METRICS = (
+    *("accuracy", "average_precision", "f1", "wer", "bleu"),
     *("pearson_corr_coef", "spearman_corr_coef", "matthews_corr_coef"),
 )
-_AVERAGED = ("accuracy", "average_precision", "f1")
 _MAX_SEED = (1 << 32) - 1
 # operations.md: finished, an error, refused, stopped by a guard, ended by the watchdog.
 _TAKEN_CODES = (0, 1, 2, 3, 70)
@@ -42,6 +44,11 @@ def number_problems(cfg: Mapping[str, Any]) -> Problems:
         if isinstance(section, Mapping) and (section.get("file_names") or name != "test_ds"):
             problems += _dataset_problems(f"model.data.{name}", section)
             problems += _sampling_problems(section) if name == "train_ds" else _metric_problems(name, section)
+            if name != "train_ds":
+                limit = "limit_val_batches" if name == "validation_ds" else "limit_test_batches"
+                problems += _limit_problems(name, section, limit, cfg["trainer"].get(limit))
+    if model.get("megatron_amp_O2") is True and str(cfg["trainer"].get("precision")) == "32":
+        problems.append("model.megatron_amp_O2=true: not possible with trainer.precision=32; set it to false, or bf16")
     return problems
 
 
@@ -54,6 +61,10 @@ def number_lines(cfg: Mapping[str, Any]) -> Iterator[str]:
             f"{Path(str(file)).name} {weight / total:.1%}" for file, weight in zip(files, weights, strict=True)
         )
         yield f"model.data.train_ds.{_PROBABILITIES}={weights}: the sum is {total:g}, not 1; taken as shares: {shares}"
+    for name in ("train_ds", "validation_ds", "test_ds"):
+        least = (cfg["model"]["data"].get(name) or {}).get("min_seq_length")
+        if least not in (None, 0, 1):
+            yield f"model.data.{name}.min_seq_length={least}: has no effect; NeMo 2.4 keeps shorter examples"
     watchdog = cfg.get("watchdog") or {}
     stuck, timeout = (watchdog.get(name) or 0 for name in ("stuck_s", "timeout_s"))
     if 0 < stuck < timeout:
@@ -119,12 +130,11 @@ def _metric_problems(name: str, section: Mapping[str, Any]) -> Iterator[str]:
     key, metric = f"model.data.{name}", section.get("metric") or {"name": "exact_string_match"}
     kind, files, names = metric.get("name"), section.get("file_names"), section.get("names")
     if kind not in _METRICS:
-        yield f"{key}.metric.name={kind}: unknown; choose one of {', '.join(_METRICS)}"
-    elif kind in _AVERAGED and metric.get("average") is None:
-        yield f"{key}.metric.average=null: {kind} needs micro or macro"
+        why = "NeMo cannot build it with the installed torchmetrics" if kind in _BROKEN_METRICS else "unknown"
+        yield f"{key}.metric.name={kind}: {why}; choose one of {', '.join(_METRICS)}"
     number, longest = section.get("tokens_to_generate"), section.get("max_seq_length")
-    if number is not None and not is_whole_number(number, 0):
-        yield f"{key}.tokens_to_generate={number!r}: must be a whole number of at least 0"
+    if number is not None and not is_whole_number(number, 0 if kind == "loss" else 1):
+        yield f"{key}.tokens_to_generate={number!r}: must be a whole number of at least 1"
     elif kind != "loss" and is_whole_number(number) and is_whole_number(longest) and number >= longest:
         yield (
             f"{key}.tokens_to_generate={number}: leaves nothing of max_seq_length={longest} for the prompt; lower it, or "
@@ -137,6 +147,19 @@ def _metric_problems(name: str, section: Mapping[str, Any]) -> Iterator[str]:
         for file in files:
             if _lines(Path(str(file)), whole) < whole:
                 yield f"{key}.drop_last=true: {file} has fewer lines than global_batch_size={whole}, so all are dropped"
+
+
+def _limit_problems(name: str, section: Mapping[str, Any], limit: str, share: object) -> Iterator[str]:
+    """Lightning stops if a share of the batches of an evaluation set is less than one batch."""
+    whole, files = section.get("global_batch_size"), section.get("file_names")
+    if not (isinstance(share, float) and 0 < share < 1 and is_whole_number(whole) and isinstance(files, list)):
+        return
+    for file in files:
+        lines = _lines(Path(str(file)), whole * math.ceil(1 / share))
+        batches = lines // whole if section.get("drop_last") else -(-lines // whole)
+        if batches > 0 and batches * share < 1:
+            least = math.ceil(100 / batches) / 100
+            yield f"trainer.{limit}={share}: is less than one of the {batches} batches of {file}; use at least {least:g}"
 
 
 def _recomputation_problems(model: Mapping[str, Any]) -> Iterator[str]:

@@ -19,14 +19,21 @@ from nemo_tied_lora.planning.run_settings import run_folder
 __all__ = ["resumed_step", "resumed_step_problems"]
 
 _STEP = re.compile(r"step=(\d+)")
+_DESCRIPTION, _OF_NEMO = "checkpoint.json", ("metadata.json", ".metadata", "common.pt")
 
 
 def resumed_step_problems(cfg: Mapping[str, Any]) -> Iterator[str]:
     """Refuses a run that ends before the step of the checkpoint from which it would resume, or that has no such file."""
+    manager = cfg.get("exp_manager") or {}
     for section in ("model", "exp_manager"):
         given = (cfg.get(section) or {}).get("resume_from_checkpoint")
         if given is not None and not Path(str(given)).exists():
             yield f"{section}.resume_from_checkpoint={given}: no such checkpoint"
+        elif given is not None and not _is_checkpoint(Path(str(given))):
+            yield f"{section}.resume_from_checkpoint={given}: is not a checkpoint: {_DESCRIPTION} is missing"
+    if manager.get("resume_if_exists") and manager.get("resume_ignore_no_checkpoint") is False and not _own(cfg):
+        fix = "set it to true, which starts from the beginning"
+        yield f"exp_manager.resume_ignore_no_checkpoint=false: the run has no checkpoint yet; {fix}"
     steps, found = as_whole_number((cfg.get("trainer") or {}).get("max_steps")), resumed_step(cfg)
     if steps is None or steps < 1 or found is None:
         return
@@ -40,20 +47,24 @@ def resumed_step_problems(cfg: Mapping[str, Any]) -> Iterator[str]:
 
 def resumed_step(cfg: Mapping[str, Any]) -> tuple[int, Path] | None:
     """The step and the path of the checkpoint from which the run would resume. None: there is none, or no step is known."""
-    manager = cfg.get("exp_manager") or {}
-    folder = run_folder(cfg)
-    places: list[Path] = []
-    if manager.get("resume_from_checkpoint"):
-        places = [Path(str(manager["resume_from_checkpoint"]))]
-    elif folder is not None and manager.get("resume_if_exists"):
-        dirpath = (manager.get("checkpoint_callback_params") or {}).get("dirpath")
-        checkpoints = Path(str(dirpath)) if dirpath else folder / "checkpoints"
-        places = [path for path in _entries(checkpoints) if re.search(r"-last(\.ckpt)?$", path.name)]
-    given = (cfg.get("model") or {}).get("resume_from_checkpoint")
-    if not places and given is not None:
-        places = [Path(str(given))]
+    named = [(cfg.get(section) or {}).get("resume_from_checkpoint") for section in ("exp_manager", "model")]
+    places = _own(cfg) or [Path(str(path)) for path in named if path is not None][:1]
     steps = [(step, path) for path in places if (step := _step_of(path)) is not None]
     return max(steps, default=None, key=lambda found: found[0])
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return path.is_file() or any((path / name).is_file() for name in (_DESCRIPTION, *_OF_NEMO))
+
+
+def _own(cfg: Mapping[str, Any]) -> list[Path]:
+    """The run's own "-last" checkpoints, which come before a named one."""
+    manager, folder = cfg.get("exp_manager") or {}, run_folder(cfg)
+    if folder is None or not manager.get("resume_if_exists"):
+        return []
+    dirpath = (manager.get("checkpoint_callback_params") or {}).get("dirpath")
+    checkpoints = Path(str(dirpath)) if dirpath else folder / "checkpoints"
+    return [path for path in _entries(checkpoints) if re.search(r"-last(\.ckpt)?$", path.name)]
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -65,7 +76,7 @@ def _entries(folder: Path) -> list[Path]:
 
 def _step_of(path: Path) -> int | None:
     try:
-        return int(json.loads((path / "checkpoint.json").read_text())["step"])
+        return int(json.loads((path / _DESCRIPTION).read_text())["step"])
     except (OSError, ValueError, KeyError, TypeError):
         found = _STEP.search(path.name)
         return int(found[1]) if found else None

@@ -54,8 +54,10 @@ def adjusted_run(cfg: Mapping[str, Any]) -> Adjusted:
                 f"trainer.log_every_n_steps={every}: more than trainer.max_steps={steps}; logs once, at the last step"
             )
             found.set("trainer.log_every_n_steps", steps, line)
+        _adjust_epochs(trainer, steps, found)
     _adjust_optimizer((cfg.get("model") or {}).get("optim"), found)
     _adjust_trainers_own(trainer, cfg.get("exp_manager") or {}, found)
+    _adjust_checkpoints(cfg, found)
     return found
 
 
@@ -114,6 +116,13 @@ def _adjust_validation(trainer: Mapping[str, Any], steps: int, found: Adjusted) 
         found.set(key, whole)
 
 
+def _adjust_epochs(trainer: Mapping[str, Any], steps: int, found: Adjusted) -> None:
+    """Keeps exp_manager from comparing a null `check_val_every_n_epoch` with the number of epochs: a TypeError."""
+    epochs, per_epoch = trainer.get("max_epochs"), steps_of_epoch(trainer, steps)
+    if trainer.get("check_val_every_n_epoch", 1) is None and is_whole_number(epochs) and per_epoch * epochs >= steps:
+        found.set("trainer.max_epochs", -1)
+
+
 def _adjust_trainers_own(trainer: Mapping[str, Any], manager: Mapping[str, Any], found: Adjusted) -> None:
     """Switches off what exp_manager makes itself; it would stop with a LoggerMisconfigurationError."""
     loggers = any(value is True for key, value in manager.items() if key.startswith("create_") and "logger" in key)
@@ -122,6 +131,22 @@ def _adjust_trainers_own(trainer: Mapping[str, Any], manager: Mapping[str, Any],
             found.set(
                 f"trainer.{key}", False, f"trainer.{key}=true: taken as false, because exp_manager makes its own"
             )
+
+
+def _adjust_checkpoints(cfg: Mapping[str, Any], found: Adjusted) -> None:
+    """Saves the last checkpoint without validations too, and keeps one rule for when to save: Lightning takes no two."""
+    trainer, manager = cfg.get("trainer") or {}, cfg.get("exp_manager") or {}
+    key, params = "exp_manager.checkpoint_callback_params", manager.get("checkpoint_callback_params") or {}
+    rules = [params.get(name) for name in ("every_n_train_steps", "train_time_interval")]
+    if not manager.get("create_checkpoint_callback", True):
+        return
+    if any(rules) and "every_n_epochs" not in params:
+        found.set(f"{key}.every_n_epochs", None)  # NeMo's default is 1
+    every = found.values.get("trainer.val_check_interval", trainer.get("val_check_interval"))
+    if trainer.get("limit_val_batches") == 0 and not any(rules) and is_whole_number(every):
+        found.set(f"{key}.every_n_epochs", None)
+        line = f"trainer.limit_val_batches=0: no validation; the last checkpoint is written every {every} steps"
+        found.set(f"{key}.every_n_train_steps", every, f"{line}, and no best one")
 
 
 def _adjust_optimizer(optim: Any, found: Adjusted) -> None:

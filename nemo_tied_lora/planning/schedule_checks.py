@@ -48,8 +48,6 @@ def run_lines(cfg: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"trainer.max_epochs={epochs}: has no effect; NeMo's epoch is the whole run of trainer.max_steps={steps}"
         )
-    if trainer.get("limit_val_batches") == 0:
-        lines.append("trainer.limit_val_batches=0: no validation, so no best checkpoint and no early stopping")
     return [*lines, *schedule_lines(cfg["model"].get("optim") or {}, steps)]
 
 
@@ -90,6 +88,12 @@ def _validation_problems(trainer: Mapping[str, Any]) -> Iterator[str]:
     if epochs is not None and epochs > 1 and epochs > steps // max(per_epoch, 1):
         fix = "remove it, and set trainer.val_check_interval; or set trainer.limit_val_batches=0"
         yield f"trainer.check_val_every_n_epoch={epochs}: the run has fewer epochs, so it would never validate; {fix}"
+    most = trainer.get("max_epochs")
+    if epochs is None and is_whole_number(most) and per_epoch * most < steps:
+        yield (
+            f"trainer.check_val_every_n_epoch=null: not possible with trainer.max_epochs={most}, which NeMo compares it with; "
+            f"set max_epochs=-1 and trainer.max_steps={per_epoch * most}"
+        )
     if per_epoch < steps and epochs is not None and number is not None and not share and number > per_epoch > 0:
         yield (
             f"trainer.val_check_interval={every}: more than the {per_epoch} steps of an epoch, by "

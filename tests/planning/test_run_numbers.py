@@ -109,10 +109,28 @@ def test_whole_numbers_are_recognized_as_people_write_them(composed: dict[str, A
     assert adjusted_run(changed(composed, trainer__max_steps=1e3)).values == {"trainer.max_steps": 1000}
 
 
+def test_validations_counted_over_all_epochs_do_not_meet_a_number_of_epochs(composed: dict[str, Any]) -> None:
+    cfg = changed(composed, trainer__check_val_every_n_epoch=None)
+    assert problems(cfg) == []
+    assert adjusted_run(cfg).values == {"trainer.max_epochs": -1}
+
+
 def test_a_run_without_validation_says_so_and_nothing_more(composed: dict[str, Any]) -> None:
     cfg = changed(composed, trainer__max_steps=100, trainer__limit_val_batches=0.0)
-    assert adjusted_run(cfg).values == {"trainer.val_check_interval": 100}  # else Lightning fails even so
-    assert lines(cfg) == ["trainer.limit_val_batches=0: no validation, so no best checkpoint and no early stopping"]
+    assert adjusted_run(cfg).values == {
+        "trainer.val_check_interval": 100,  # else Lightning fails even so
+        f"{PARAMS}.every_n_epochs": None,
+        f"{PARAMS}.every_n_train_steps": 100,
+    }
+    said = (
+        "trainer.limit_val_batches=0: no validation; the last checkpoint is written every 100 steps, and no best one"
+    )
+    assert lines(cfg) == [said]
+    assert problems(cfg) == []
+    own = changed(cfg, **{f"{PARAMS}.every_n_train_steps": 50})
+    assert adjusted_run(own).values == {"trainer.val_check_interval": 100, f"{PARAMS}.every_n_epochs": None}
+    none = changed(cfg, exp_manager__create_checkpoint_callback=False)
+    assert adjusted_run(none).values == {"trainer.val_check_interval": 100}
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -189,6 +207,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {f"{VALIDATION}.names": ["a", "b"]},
         f"{VALIDATION}.names=['a', 'b']: must hold one name for each of the 1 files",
     ),
+    (
+        {f"{VALIDATION}.tokens_to_generate": 0},
+        f"{VALIDATION}.tokens_to_generate=0: must be a whole number of at least 1",
+    ),
+    ({"model__megatron_amp_O2": True, "trainer__precision": 32}, "not possible with trainer.precision=32"),
     ({"model__seed": 0}, "model.seed=0: must be a whole number from 1 to 4294967295"),
     ({"model__seed": -3}, "model.seed=-3: must be a whole number from 1"),
     ({"model__hidden_dropout": 1.5}, "model.hidden_dropout=1.5: must be a number of at least 0 and below 1"),
@@ -200,6 +223,13 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     ({"preemption__exit_code": 2}, "preemption.exit_code=2: has another meaning"),
     ({"model__resume_from_checkpoint": "nowhere"}, "model.resume_from_checkpoint=nowhere: no such checkpoint"),
+    ({"model__resume_from_checkpoint": "/"}, "model.resume_from_checkpoint=/: is not a checkpoint"),
+    ({"exp_manager__resume_ignore_no_checkpoint": False}, "the run has no checkpoint yet; set it to true"),
+    ({f"{VALIDATION}.metric.name": "f1"}, "metric.name=f1: NeMo cannot build it with the installed torchmetrics"),
+    (
+        {"trainer__check_val_every_n_epoch": None, "trainer__limit_train_batches": 50, "trainer__max_epochs": 3},
+        "set max_epochs=-1 and trainer.max_steps=150",
+    ),
 ]
 
 
@@ -236,10 +266,16 @@ ALLOWED: list[tuple[dict[str, Any], list[str]]] = [
         ["the learning rate never falls"],
     ),
     ({f"{SCHED}.min_lr": 1e-4}, []),
+    (
+        {f"{SCHED}.name": "T5InverseSquareRootAnnealing", f"{SCHED}.warmup_steps": 0, f"{SCHED}.constant_steps": 10},
+        ["does not read model.optim.lr=0.0001"],
+    ),
     ({f"{PARAMS}.monitor": "validation_exact_string_match", f"{PARAMS}.mode": "max"}, []),
     ({f"{PARAMS}.monitor": "validation_loss_dataloader0"}, []),
     ({f"{PARAMS}.monitor": "reduced_train_loss"}, []),
     ({f"{PARAMS}.save_top_k": -1}, []),
+    ({f"{PARAMS}.every_n_train_steps": 50}, []),
+    ({f"{TRAIN}.min_seq_length": 16}, [f"{TRAIN}.min_seq_length=16: has no effect"]),
     ({"exp_manager__create_checkpoint_callback": False, f"{PARAMS}.monitor": "nothing"}, []),
     ({f"{TRAIN}.concat_sampling_probabilities": [3]}, ["the sum is 3, not 1; taken as shares: a.jsonl 100.0%"]),
     ({f"{VALIDATION}.tokens_to_generate": 4096, f"{VALIDATION}.metric.name": "loss"}, []),
@@ -276,6 +312,18 @@ def test_an_evaluation_set_that_is_dropped_whole_is_refused(composed: dict[str, 
         assert any("has fewer lines than global_batch_size=4, so all are dropped" in p for p in found) is refused
 
 
+def test_a_share_of_less_than_one_batch_of_an_evaluation_set_is_refused(
+    composed: dict[str, Any], tmp_path: Path
+) -> None:
+    file = tmp_path / "short.jsonl"
+    file.write_text("{}\n" * 7)
+    values = {f"{VALIDATION}.file_names": [str(file)], f"{VALIDATION}.global_batch_size": 4}
+    for share, refused in ((0.4, True), (0.5, False), (1.0, False)):
+        found = problems(changed(composed, **values, trainer__limit_val_batches=share))
+        text = f"trainer.limit_val_batches={share}: is less than one of the 2 batches of {file}; use at least 0.5"
+        assert found == ([text] if refused else [])
+
+
 @pytest.mark.parametrize("form", ["ours", "NeMo's"])
 def test_a_run_that_ends_before_its_checkpoint_is_refused(composed: dict[str, Any], tmp_path: Path, form: str) -> None:
     checkpoint = (
@@ -284,6 +332,8 @@ def test_a_run_that_ends_before_its_checkpoint_is_refused(composed: dict[str, An
     checkpoint.mkdir(parents=True)
     if form == "ours":
         (checkpoint / "checkpoint.json").write_text(json.dumps({"step": 6}))
+    else:
+        (checkpoint / "metadata.json").write_text("{}")
     (tmp_path / "checkpoints" / ".b-last.partial").mkdir()
     values = {"exp_manager__explicit_log_dir": str(tmp_path)}
     for steps, refused in ((5, True), (6, False), (7, False)):
