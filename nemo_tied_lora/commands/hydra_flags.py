@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
@@ -61,6 +62,8 @@ class _Parser(argparse.ArgumentParser):
         key, sign, _ = word.lstrip("-").partition("=")
         if sign and ("." in key or not word.startswith("--")):
             return f"{word}: overrides have no dashes; write {word.lstrip('-')}"
+        if re.fullmatch("--(config|yaml)([-_]file)?", f"--{key}"):
+            return f"{word}: unknown flag; --config-path=FOLDER --config-name=FILE name a YAML of your own"
         flags = [flag for action in self._actions for flag in action.option_strings]
         close = difflib.get_close_matches(word.partition("=")[0], flags, n=1)
         return f"{word}: unknown flag; " + (f"did you mean {close[0]}?" if close else "--help lists the flags")

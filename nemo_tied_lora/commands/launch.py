@@ -14,6 +14,7 @@ from nemo_tied_lora.errors import ConfigError, report
 from nemo_tied_lora.launching.submit import Launch, prepare, print_launch, run_here, submit
 from nemo_tied_lora.launching.sweep import expand_short_keys
 from nemo_tied_lora.planning.compose import compose_config, compose_with_notes, plain
+from nemo_tied_lora.planning.dotted_keys import has_key
 from nemo_tied_lora.planning.yaml_sources import YamlSources
 
 __all__ = ["SUMMARY", "main"]
@@ -74,6 +75,10 @@ def _print_configs(
 ) -> int:
     finetune, notes = compose_with_notes("finetune", arguments, sources)
     print_notes("launch", notes)
+    section = options.package
+    if section is not None:
+        print_config(settings if has_key(settings, section) else finetune, options)
+        return 0
     print_config(settings, options)
     print("\n# finetune:")
     print_config(finetune, options)

@@ -88,6 +88,7 @@ def prepare(settings: Mapping[str, Any], arguments: Sequence[str], sources: Yaml
     if not re.fullmatch(r"[\w./+@-]+", folder):
         raise ConfigError([f"exp_manager.explicit_log_dir={folder!r}: letters, digits and ./_+-@ only"])
     problems = Problems(_launch_problems(fixed, swept, folder, nodes, cluster))
+    problems += _yaml_problems(sources, first, cluster.container, swept=bool(swept))
     configs = []
     for run in runs:
         place = (
@@ -183,6 +184,19 @@ def _launch_problems(
             f"exp_manager.explicit_log_dir={folder}: the job writes there from inside the container and from outside; "
             "name an absolute path that cluster.container.mounts shows at the same place"
         )
+
+
+def _yaml_problems(
+    sources: YamlSources, first: Mapping[str, Any], container: Container, *, swept: bool
+) -> Iterator[str]:
+    """Yields what does not fit of the user's YAMLs: the job reads them by the same path, inside its container if it has one."""
+    folders = {"--config-dir": sources.config_dir, "--config-path": sources.own and sources.own.parent}
+    for flag, folder in folders.items():
+        if folder is not None and container.host_path(str(folder)) != str(folder):
+            fix = "name a folder that cluster.container.mounts shows at the same place"
+            yield f"{flag}={folder}: the job reads it inside the container; {fix}"
+    if swept and sources.own is not None and first.get("output") is not None:
+        yield f"{sources.own}: output={first.get('output')}: all runs of a sweep would write it; remove it from the file"
 
 
 def _run_problems(values: dict[str, Any], container: Container, expected: Mapping[str, Any] | None) -> Iterator[str]:

@@ -8,6 +8,7 @@ of NeMo that have another name here, or no meaning, are translated or removed.
 from __future__ import annotations
 
 import copy
+import difflib
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -127,10 +128,11 @@ def _composed(name: str, groups: Sequence[Line], sources: YamlSources) -> tuple[
     if sources.own is None:
         return _shipped(name, [line.text for line in groups], sources), None
     shipped = _shipped(name, [], sources)
-    beside = [line.text for line in groups if sources.is_own_group(line.key)]
-    own = read_own_yaml(name, sources, beside, shipped)
+    beside = [line for line in groups if sources.is_beside_own(line.key, line.value)]
+    own = read_own_yaml(name, sources, [line.text for line in beside], shipped)
+    typed = _typed_groups(name, [line for line in groups if line not in beside], sources)
     with open_dict(shipped):
-        values = OmegaConf.merge(shipped, OmegaConf.create(own.values), _typed_groups(name, groups, sources))
+        values = OmegaConf.merge(shipped, OmegaConf.create(own.values), typed)
     assert isinstance(values, DictConfig)
     return values, own
 
@@ -173,19 +175,14 @@ def _problem_alone(name: str, group: str, search: Sequence[str]) -> Iterator[str
 
 def _typed_groups(name: str, groups: Sequence[Line], sources: YamlSources) -> DictConfig:
     """Composes the typed groups alone: their values go over the user's YAML."""
-    chosen = [line for line in groups if sources.is_shipped_group(line.key) and not line.deletes]
-    _shipped(
-        name, [line.text for line in chosen if not sources.is_own_group(line.key)], sources
-    )  # refuses unknown ones
-    chosen = [line for line in chosen if line.value is not None]
+    _shipped(name, [line.text for line in groups], sources)  # refuses unknown ones
+    chosen = [line for line in groups if not line.deletes and line.value is not None]
     if not chosen:
         return OmegaConf.create()
     store = ConfigStore.instance()
     store.store(name=_TYPED_GROUPS, node={"defaults": [{line.key: line.value} for line in chosen]})
     try:
         return _compose(str(config_folder()), _TYPED_GROUPS, [], sources.search_path)
-    except ConfigError:
-        return OmegaConf.create()  # groups beside the user's YAML
     finally:
         store.repo.pop(f"{_TYPED_GROUPS}.yaml", None)
 
@@ -194,7 +191,7 @@ def _apply(cfg: DictConfig, line: Line, name: str) -> Iterator[str]:
     """Sets or deletes one key, or yields why that is not possible."""
     present = has_key(cfg, line.key)
     if line.deletes:
-        yield from _delete(cfg, line, present=present)
+        yield from _delete(cfg, line, name, present=present)
         return
     section = line.key.rpartition(".")[0]
     if section and has_key(cfg, section) and not isinstance(value_of(cfg, section), (DictConfig, type(None))):
@@ -220,10 +217,10 @@ def _replaces_section(cfg: DictConfig, line: Line) -> bool:
     return line.value is not None or not (line.key in _MAY_BE_NULL or line.key.startswith("cluster."))
 
 
-def _delete(cfg: DictConfig, line: Line, *, present: bool) -> Iterator[str]:
+def _delete(cfg: DictConfig, line: Line, name: str, *, present: bool) -> Iterator[str]:
     if not present and not is_nemo_key(line.key):
         yield f"{line.text}: the configuration has no key {line.key}"
-    elif present and line.key not in _MAY_BE_DELETED:
+    elif line.key not in _MAY_BE_DELETED and has_key(_shipped(name, [], YamlSources()), line.key):
         yield f"{line.text}: this key is read and cannot be deleted; set it instead, for example {line.key}=null"
     elif present:
         remove_key(cfg, line.key)
@@ -261,7 +258,11 @@ def _file_problems(own: OwnYaml, name: str, cfg: DictConfig) -> Iterator[str]:
     """Judges the keys of the user's YAML as override lines are judged; notes the keys that nobody knows."""
     shipped = _container(_shipped(name, [], YamlSources()))
     known, strange = list(flat(shipped)), []
+    misspelt = _misspelt_sections(own, known)
+    yield from (f"{wrong}: not a section of NeMo; did you mean {right}?" for wrong, right in misspelt.items())
     for key, value in own.keys.items():
+        if key.startswith(tuple(f"{wrong}." for wrong in misspelt)):
+            continue
         if key in known or key.startswith(_ADAPTER) or (name == "generate" and is_generation_key(key)):
             continue
         if isinstance(value, str) and YamlSources().is_shipped_group(key):
@@ -283,6 +284,24 @@ def _file_problems(own: OwnYaml, name: str, cfg: DictConfig) -> Iterator[str]:
         yield f"none of its keys is one of this command's ({', '.join(strange[:5])}); name another file"
     elif strange:
         own.notes.append(f"passed on as they are, unknown to this command: {', '.join(strange)}")
+
+
+def _misspelt_sections(own: OwnYaml, known: Sequence[str]) -> dict[str, str]:
+    """Maps each section of the user's YAML that nobody knows to the known one that is most like it."""
+    sections = {"inference"} | {
+        ".".join(key.split(".")[:depth]) for key in known for depth in range(1, key.count(".") + 1)
+    }
+    found: dict[str, str] = {}
+    for key in own.keys:
+        for depth in range(1, key.count(".") + 1):
+            section = ".".join(key.split(".")[:depth])
+            close = difflib.get_close_matches(section, sorted(sections), n=1, cutoff=0.8)
+            if section in sections:
+                continue
+            if close and not is_nemo_key(section):
+                found[section] = close[0]
+            break
+    return found
 
 
 def _translated(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,11 +32,15 @@ def has_key(cfg: DictConfig, key: str) -> bool:
 
 
 def remove_key(cfg: DictConfig, key: str) -> None:
-    """Removes a dotted key if it exists."""
+    """Removes a dotted key if it exists. What other keys take from it by interpolation stays, as a value."""
+    if not has_key(cfg, key):
+        return
+    for user, raw in flat(OmegaConf.to_container(cfg, resolve=False)).items():  # type: ignore[arg-type]
+        if isinstance(raw, str) and re.search(rf"\$\{{{re.escape(key)}[.}}]", raw) and not user.startswith(f"{key}."):
+            OmegaConf.update(cfg, user, value_of(cfg, user))
     section, _, last = key.rpartition(".")
     node = value_of(cfg, section) if section else cfg
-    if isinstance(node, DictConfig):
-        node.pop(last, None)
+    node.pop(last)
 
 
 def value_of(cfg: DictConfig, key: str) -> Any:

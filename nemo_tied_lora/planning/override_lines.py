@@ -61,6 +61,9 @@ def read_lines(arguments: Sequence[str]) -> tuple[list[Line], Problems]:
 
 def not_an_override(argument: str, reason: str) -> str:
     """Returns what is wrong with an argument that Hydra cannot parse, and what to write."""
+    if "=" not in argument and argument.endswith((".yaml", ".yml")):
+        path = Path(argument)
+        return f"{argument!r}: name a YAML of your own with --config-path={path.parent} --config-name={path.stem}"
     if "=" not in argument:
         return f"{argument!r}: not an override; write key=value ({reason})"
     shorter = argument.rstrip(", \\")

@@ -80,6 +80,12 @@ class YamlSources:
         """Whether a key names a group beside the user's YAML."""
         return self.own is not None and _is_group(self.own.parent, key)
 
+    def is_beside_own(self, key: str, choice: object) -> bool:
+        """Whether a choice of a group is beside the user's YAML, and not one of the shipped choices."""
+        if self.own is None or not self.is_own_group(key):
+            return False
+        return (self.own.parent / key / f"{choice}.yaml").is_file() or not self.is_shipped_group(key)
+
 
 def _is_group(folder: Path, key: str) -> bool:
     return any((folder / key).glob("*.yaml"))

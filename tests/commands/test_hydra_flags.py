@@ -52,6 +52,7 @@ def ended(*words: str) -> int:
         (["--confg-name=mine"], "did you mean --config-name?"),
         (["--cfgs", "job"], "did you mean --cfg?"),
         (["--verbose"], "unknown flag"),
+        (["--config", "conf/mine.yaml"], "--config-name=FILE"),
         (["--model.seed=5"], "write model.seed=5"),
         (["--cfg", "hydra"], "choose from"),
         (["--config-path"], "expected one argument"),
@@ -87,6 +88,8 @@ def test_cfg_prints_one_section_of_a_users_yaml_and_the_notes_go_to_stderr(capsy
     assert "lora_tuning: taken as model.peft.tied_lora.rank=32" in printed.err
     assert ended("finetune", *MINE, "--cfg", "job", "--package", "model.nothing") == 2
     assert "--package=model.nothing" in capsys.readouterr().err
+    assert ended("launch", *MINE, "--cfg", "job", "--package=model.peft.tied_lora") == 0
+    assert yaml.safe_load(capsys.readouterr().out)["rank"] == 32
     assert ended("generate", "-cp=conf", "-cn=gen", "--cfg", "job", "--package=tokens_to_generate") == 0
     assert capsys.readouterr().out == "32\n"
 

@@ -97,6 +97,9 @@ def test_a_users_own_yaml_goes_into_the_script_by_its_absolute_path(
     printed = capsys.readouterr()
     assert f"    --config-path={folder}/conf\n    --config-name=mine.yaml\n    {BASE}\n" in printed.out
     assert "tied-lora launch: model.peft.lora_tuning: taken as model.peft.tied_lora.rank=32" in printed.err
+    assert "--config-path" in refused(capsys, *SLURM, *own, *CONTAINER)
+    (folder / "conf" / "mine.yaml").write_text("output: a.nemo")
+    assert "output=a.nemo: all runs of a sweep" in refused(capsys, *SLURM, *own, "rank=2,4")
     (folder / "conf" / "mine.yaml").write_text("model: {optim: {learning_rate: 1}}")
     assert "write model.optim.lr" in refused(capsys, *SLURM, *own)
 

@@ -136,6 +136,12 @@ def test_a_scheme_that_means_other_training_stays_for_the_check_that_refuses_it(
     assert composed(file, "model.peft.peft_scheme=tied_lora")[0]["model"]["peft"]["peft_scheme"] == "tied_lora"
 
 
+def test_what_a_file_takes_from_a_section_that_is_translated_or_left_out_stays(tmp_path: Path) -> None:
+    name = "r${model.peft.lora_tuning.adapter_dim}_${model.peft.p_tuning.virtual_tokens}_lr${model.optim.lr}"
+    file = write(tmp_path, changed(FINETUNING, name=name, model__fsdp_grad_reduce_dtype="${trainer.precision}"))
+    assert composed(file, "model.peft.lora_tuning.adapter_dim=4")[0]["name"] == "r4_10_lr0.0001"
+
+
 def test_a_small_file_and_an_empty_one_leave_the_rest_to_the_defaults(tmp_path: Path) -> None:
     shipped = plain(compose_config("finetune", []))
     values, _ = composed(write(tmp_path, "trainer:\nmodel:\n  optim: {lr: 2e-4}\n"))
@@ -166,6 +172,14 @@ model:
     assert values["exp_manager"]["exp_dir"] == "/scratch/me/runs"
     assert (values["model"]["global_batch_size"], values["model"]["optim"]["lr"]) == (32, 5e-5)
     assert composed(file, "tune=slow")[0]["model"]["optim"]["lr"] == 1e-5
+    # A folder that has the name of a shipped group: each choice is found where it is, and no other typed group is lost.
+    write(tmp_path / "layout", "# @package _global_\nmodel: {seed: 7}\n", "mine.yaml")
+    values, _ = composed(file, "+layout=mine", "preset=tl5")
+    assert (values["model"]["seed"], values["model"]["peft"]["tied_lora"]["preset"]) == (7, "tl5")
+    assert composed(file, "layout=tp2", "preset=tl5")[0]["trainer"]["devices"] == 2
+    assert "layout=tp3" in refused(file, "layout=tp3")[0]
+    assert "nosuch" in refused(file, "tune=nosuch")[0]
+    assert composed(file, "~model.peft.lora_tuning")[0]["model"]["peft"]["tied_lora"]["rank"] is None
     over_ours = write(tmp_path, "defaults: [finetune, _self_, {override layout: tp2}]\nname: mine\n", "ours.yaml")
     assert composed(over_ours)[0]["trainer"]["devices"] == 2
 
@@ -192,6 +206,8 @@ model:
         ("model: {data: {train_ds: {file_path: a.jsonl}}}\n", "file_names"),
         ("model: {peft: {lora_tuning: {dropout: 0.1}}}\n", "adapter_dropout"),
         ("model: {peft: {lora_tuning: {target_modules: [q_proj]}}}\n", "attention_qkv"),
+        ("modle: {optim: {lr: 1, betas: [0, 0]}, seed: 5}\n", "modle: not a section of NeMo; did you mean model?"),
+        ("model: {data: {trian_ds: {shuffle: true, seed: 3}}}\n", "did you mean model.data.train_ds?"),
         ("layout: tp2\n", "override layout: tp2"),
         ("model: {peft: {lora_tuning: [1]}}\n", "must be a section"),
         ("defaults: [nosuch]\n", "nosuch"),

@@ -198,6 +198,7 @@ REFUSED = [
     ("~trainer.max_epochs", ["cannot be deleted"]),
     ("~model.no_such_key", ["has no key"]),
     ("model.restore_from_path", ["key=value"]),
+    ("conf/mine.yaml", ["--config-path=conf --config-name=mine"]),
     ("trainer.max_steps=5,10", ["a sweep", "tied-lora launch"]),
     ("model.restore_from_path=/a,b.nemo", ["a sweep", "model.restore_from_path='/a,b.nemo'"]),
     ("model=llama2_7b", ["not a group of tied-lora finetune"]),
