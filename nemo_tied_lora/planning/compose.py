@@ -295,7 +295,8 @@ def _misspelt_sections(own: OwnYaml, known: Sequence[str]) -> dict[str, str]:
     for key in own.keys:
         for depth in range(1, key.count(".") + 1):
             section = ".".join(key.split(".")[:depth])
-            close = difflib.get_close_matches(section, sorted(sections), n=1, cutoff=0.8)
+            level = sorted(known for known in sections if known.count(".") == section.count("."))
+            close = difflib.get_close_matches(section, level, n=1, cutoff=0.8)
             if section in sections:
                 continue
             if close and not is_nemo_key(section):

@@ -288,13 +288,16 @@ def mistaken_key(key: str) -> str | None:
 
 def unknown_to_nemo(key: str) -> str | None:
     """Returns why Lightning or exp_manager would refuse a key, else None."""
-    section, _, name = key.rpartition(".")
+    section = max((closed for closed in _CLOSED_SECTIONS if key.startswith(f"{closed}.")), key=len, default="")
+    if not section:
+        return None
+    name = key.removeprefix(f"{section}.").partition(".")[0]
     if section == "trainer" and name in _NEMO_CHOOSES:
         return "NeMo chooses it; leave it out"
-    if section not in _CLOSED_SECTIONS or is_nemo_key(key):
+    if name in _SECTIONS[section]:
         return None
     owner = "Lightning's Trainer" if section == "trainer" else "NeMo's exp_manager"
-    close = nearest(key, ())
+    close = nearest(f"{section}.{name}", ())
     return f"{owner} has no such key" + (f"; did you mean {close}?" if close else "")
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,7 +68,8 @@ def _composed(file: Path, overrides: list[str]) -> dict[str, Any]:
     if not any(override.startswith("hydra.searchpath") for override in overrides):
         overrides = [f"hydra.searchpath=['file://{config_folder()}']", *overrides]
     try:
-        with initialize_config_dir(version_base="1.3", config_dir=str(file.parent)):
+        with initialize_config_dir(version_base="1.3", config_dir=str(file.parent)), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Hydra warns of a defaults list without _self_; the file's own values win
             values = OmegaConf.to_container(compose(file.stem, overrides), resolve=False)
     except MissingConfigException as error:
         raise ConfigError([f"{file}: {first_line(error)}{_hint(str(error.missing_cfg_file))}"]) from None
@@ -75,12 +77,21 @@ def _composed(file: Path, overrides: list[str]) -> dict[str, Any]:
         mark = error.problem_mark
         place = file if mark is None else f"{mark.name}: line {mark.line + 1}"
         raise ConfigError([f"{place}: not YAML: {error.problem}"]) from None
+    except RecursionError:
+        raise ConfigError([f"{file}: its defaults list leads back to the same file; remove that entry"]) from None
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, OSError) as error:
-        reason = "holds a list, not keys with values" if "got ListConfig" in str(error) else first_line(error)
-        raise ConfigError([f"{file}: {reason}"]) from None
+        raise ConfigError([f"{file}: {_reason(error)}"]) from None
     if not isinstance(values, dict):
         raise ConfigError([f"{file}: holds no keys with values"])
     return {str(key): value for key, value in values.items()}
+
+
+def _reason(error: Exception) -> str:
+    """Hydra's reason in one line: its first line, and the next if that one ends in a colon."""
+    if "got ListConfig" in str(error):
+        return "holds a list, not keys with values"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def _hint(missing: str) -> str:
@@ -96,9 +107,19 @@ def _without_missing(values: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def _check_sections(own: OwnYaml, shipped: DictConfig) -> None:
-    problems = list(_wrong_sections(own.values, OmegaConf.to_container(shipped, resolve=False), ""))
+    problems = [f"{key}: a key with dots; write a section for each part" for key in _dotted(own.values)]
+    problems += list(_wrong_sections(own.values, OmegaConf.to_container(shipped, resolve=False), ""))
     if problems:
         raise ConfigError(f"{own.file}: {problem}" for problem in problems)
+
+
+def _dotted(values: Mapping[str, Any]) -> Iterator[str]:
+    """Yields keys with dots in them: OmegaConf takes such a key for one name, so it would set nothing."""
+    for key, value in values.items():
+        if "." in key:
+            yield key
+        if isinstance(value, Mapping):
+            yield from _dotted(value)
 
 
 def _wrong_sections(values: dict[str, Any], shipped: Any, prefix: str) -> Iterator[str]:
