@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 __all__ = [
     "ADAPTER",
@@ -109,7 +109,7 @@ name power reduce_on_plateau warmup_ratio warmup_steps
 """)
 
 # Section -> its keys. * stands for one name.
-_SECTIONS: dict[str, Iterable[str]] = {
+_SECTIONS: dict[str, Collection[str]] = {
     "trainer": _TRAINER,
     "exp_manager": _EXP_MANAGER,
     "exp_manager.checkpoint_callback_params": _CHECKPOINT,
