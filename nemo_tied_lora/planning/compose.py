@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from nemo_tied_lora.errors import ConfigError, Problems
 from nemo_tied_lora.planning.config_folder import config_folder
 from nemo_tied_lora.planning.dotted_keys import first_line, flat, has_key, remove_key, value_of
-from nemo_tied_lora.planning.generation_keys import is_generation_key, translate_generation
+from nemo_tied_lora.planning.generation_keys import is_generation_key, mistaken_generation_key, translate_generation
 from nemo_tied_lora.planning.nemo_keys import is_nemo_key, mistaken_key, nearest, unknown_to_nemo
 from nemo_tied_lora.planning.nemo_yaml import OwnYaml, read_own_yaml
 from nemo_tied_lora.planning.override_lines import Line, read_lines
@@ -230,8 +230,12 @@ def _key_problem(key: str, name: str, cfg: DictConfig, text: str, *, adds: bool)
     """Returns why a key that the configuration does not have cannot be set, or None if it can."""
     if name in _WITH_ADAPTER and key.startswith(_ADAPTER):
         return None
-    if name == "generate" and (is_generation_key(key) or is_nemo_key(key)):
-        return None
+    if name == "generate":
+        right = mistaken_generation_key(key)
+        if right is not None:
+            return f"{text}: not a key of generate; write {right}"
+        if is_generation_key(key) or is_nemo_key(key):
+            return None
     known = list(flat(_container(cfg)))
     if name in _TRAINING:
         right, refused = mistaken_key(key), unknown_to_nemo(key)
@@ -268,7 +272,8 @@ def _file_problems(own: OwnYaml, name: str, cfg: DictConfig) -> Iterator[str]:
         if isinstance(value, str) and YamlSources().is_shipped_group(key):
             yield f"{key}={value}: a group; type it, or write `defaults: [{name}, {{override {key}: {value}}}, _self_]`"
             continue
-        right, refused = mistaken_key(key) if name in _TRAINING else None, unknown_to_nemo(key)
+        right = mistaken_generation_key(key) if name == "generate" else mistaken_key(key)
+        refused = unknown_to_nemo(key)
         if right is not None:
             yield f"{key}: not a key of NeMo; write {right}"
         elif refused is not None and value is not None:

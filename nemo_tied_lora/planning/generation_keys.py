@@ -10,8 +10,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_tied_lora.planning.dotted_keys import remove_key, value_of
+from nemo_tied_lora.planning.nemo_keys import under_model
 
-__all__ = ["is_generation_key", "translate_generation"]
+__all__ = ["is_generation_key", "mistaken_generation_key", "translate_generation"]
 
 _TEST = "model.data.test_ds"
 # NeMo's key -> this command's. The first that is given counts.
@@ -122,6 +123,21 @@ repetition_penalty temperature tokens_to_generate top_k top_p"""
 def is_generation_key(key: str) -> bool:
     """Whether only NeMo's scripts read a key. It is taken, and removed again."""
     return any(key == first or key.startswith(f"{first}.") for first in (*_FOREIGN, *_TRAINING))
+
+
+def mistaken_generation_key(key: str) -> str | None:
+    """Returns what to write instead of a key that people take for another, else None."""
+    return _MISTAKEN.get(key) or under_model(key)
+
+
+_MISTAKEN = {
+    **dict.fromkeys(("max_length", "max_new_tokens", "max_tokens", "num_tokens_to_generate"), "tokens_to_generate"),
+    **dict.fromkeys(("inference.max_length", "inference.max_new_tokens"), "tokens_to_generate"),
+    **dict.fromkeys(("greedy", "do_sample"), "temperature=null for greedy, temperature=1.0 for sampling"),
+    **dict.fromkeys(("model_file", "restore_from_path", "nemo_model"), "base"),
+    **dict.fromkeys(("peft_restore_from_path", "lora_checkpoint_path", "adapter_path"), "adapter"),
+    **dict.fromkeys(("outfile_path", "output_file", "out"), "output"),
+}
 
 
 def translate_generation(

@@ -19,6 +19,7 @@ __all__ = [
     "nearest",
     "no_effect",
     "other_scheme",
+    "under_model",
     "unknown_to_nemo",
 ]
 
@@ -280,6 +281,11 @@ def mistaken_key(key: str) -> str | None:
     for pattern, right in _MISTAKEN.items():
         if fnmatch.fnmatch(key, pattern):
             return right
+    return under_model(key)
+
+
+def under_model(key: str) -> str | None:
+    """Returns the key with the sections that were left out in front, else None."""
     first, _, rest = key.partition(".")
     if rest and first in _TOP_LEVEL:
         return f"model.data.{key}" if first.endswith("_ds") else f"model.{key}"
