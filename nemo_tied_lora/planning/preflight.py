@@ -54,7 +54,8 @@ def check_finetuning(cfg: Mapping[str, Any]) -> list[str]:
     scheme = model["peft"].get("peft_scheme")
     if scheme != "tied_lora":
         problems.append(
-            f"model.peft.peft_scheme={scheme!r}: this command trains tied_lora; for plain LoRA: preset=lora"
+            f"model.peft.peft_scheme={'null' if scheme is None else scheme}: this command trains tied_lora; leave it out; "
+            "for plain LoRA: preset=lora"
         )
     problems += loop_problems(model)
     if model.get("fsdp"):

@@ -234,6 +234,12 @@ TYPES = [
     ("trainer.val_check_interval=often", "must be a whole number"),
     ("trainer.accumulate_grad_batches=4", "model.global_batch_size"),
     ("name=[a]", "must be a text"),
+    ('model.peft.peft_scheme="lora"', "preset=lora"),
+    ("model.peft.peft_scheme=ptuning", "leave it out"),
+    ("model.peft.peft_scheme=none", "leave it out"),
+    ("model.peft.peft_scheme=null", "peft_scheme=null"),
+    ("model.optim.name=distributed_fused_adam", "mcore_distributed_optim, or fused_adam"),
+    ("model.fsdp=True", "FSDP would shard"),
     ("exp_manager.explicit_log_dir=[a]", "must be a text, or null"),
     ("exp_manager.checkpoint_callback_params.filename=null", "must be a text"),
     ("trainer.log_every_n_steps=[1]", "must be a whole number"),
@@ -295,7 +301,7 @@ def test_a_value_that_hydra_cannot_read_is_answered_with_the_quoted_form(line: s
 
 
 @pytest.mark.parametrize(("line", "told"), TYPES)
-def test_a_value_of_a_wrong_type_is_named(line: str, told: str) -> None:
+def test_a_value_that_cannot_be_is_named_before_the_start(line: str, told: str) -> None:
     def problems(*lines: str) -> set[str]:
         with pytest.raises(ConfigError) as error:  # there is neither a base nor data
             check_finetuning(plain(compose_config("finetune", lines)))
