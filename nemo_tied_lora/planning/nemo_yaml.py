@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -53,7 +54,11 @@ def read_own_yaml(command: str, sources: YamlSources, groups: Sequence[str], shi
         ConfigError: the file cannot be read, or a value stands where a section must be.
     """
     assert sources.own is not None
-    own = OwnYaml(sources.own, _without_missing(_composed(sources.own, [*sources.search_path, *groups])))
+    folders = [sources.config_dir, config_folder()]  # so its defaults list may name shipped YAMLs and groups
+    search = json.dumps(
+        [*_search_path(sources.own), *(f"file://{folder}" for folder in folders if folder is not None)]
+    )
+    own = OwnYaml(sources.own, _without_missing(_composed(sources.own, [f"hydra.searchpath={search}", *groups])))
     _check_sections(own, shipped)
     own.notes.append(f"{own.file}: {len(own.keys)} values, over this command's defaults")
     trainer = own.values.get("trainer")
@@ -64,9 +69,17 @@ def read_own_yaml(command: str, sources: YamlSources, groups: Sequence[str], shi
     return own
 
 
+def _search_path(file: Path) -> list[str]:
+    """Returns the file's own hydra.searchpath. The override that adds the shipped folder would replace it."""
+    try:
+        section = (yaml.safe_load(file.read_bytes()) or {}).get("hydra") or {}
+        found = section.get("searchpath") or []
+    except (yaml.YAMLError, ValueError, AttributeError, OSError):
+        return []  # composing the file reports it
+    return [str(folder) for folder in found] if isinstance(found, list) else []
+
+
 def _composed(file: Path, overrides: list[str]) -> dict[str, Any]:
-    if not any(override.startswith("hydra.searchpath") for override in overrides):
-        overrides = [f"hydra.searchpath=['file://{config_folder()}']", *overrides]
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(file.parent)), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Hydra warns of a defaults list without _self_; the file's own values win

@@ -182,6 +182,12 @@ model:
     assert composed(file, "~model.peft.lora_tuning")[0]["model"]["peft"]["tied_lora"]["rank"] is None
     over_ours = write(tmp_path, "defaults: [finetune, _self_, {override layout: tp2}]\nname: mine\n", "ours.yaml")
     assert composed(over_ours)[0]["trainer"]["devices"] == 2
+    write(tmp_path / "far" / "speed", "model: {optim: {lr: 0.5}}\n", "high.yaml")
+    text = f"defaults: [{{speed@_global_: high}}, _self_]\nhydra: {{searchpath: ['file://{tmp_path}/far']}}\n"
+    assert composed(write(tmp_path, text, "far.yaml"))[0]["model"]["optim"]["lr"] == 0.5
+    write(tmp_path / "more" / "layout", "# @package _global_\ntrainer: {devices: 3}\n", "three.yaml")
+    sources = YamlSources(own=over_ours, config_dir=tmp_path / "more")
+    assert compose_config("finetune", ["layout=three"], sources).trainer.devices == 3
 
 
 @pytest.mark.parametrize(
