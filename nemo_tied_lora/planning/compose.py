@@ -265,30 +265,39 @@ def _file_problems(own: OwnYaml, name: str, cfg: DictConfig) -> Iterator[str]:
     misspelt = _misspelt_sections(own, known)
     yield from (f"{wrong}: not a section of NeMo; did you mean {right}?" for wrong, right in misspelt.items())
     for key, value in own.keys.items():
-        if key.startswith(tuple(f"{wrong}." for wrong in misspelt)):
+        if key in known or key.startswith((*_ADAPTER, *(f"{wrong}." for wrong in misspelt))):
             continue
-        if key in known or key.startswith(_ADAPTER) or (name == "generate" and is_generation_key(key)):
-            continue
-        if isinstance(value, str) and YamlSources().is_shipped_group(key):
-            yield f"{key}={value}: a group; type it, or write `defaults: [{name}, {{override {key}: {value}}}, _self_]`"
-            continue
-        right = mistaken_generation_key(key) if name == "generate" else mistaken_key(key)
-        refused = unknown_to_nemo(key)
-        if right is not None:
-            yield f"{key}: not a key of NeMo; write {right}"
-        elif refused is not None and value is not None:
-            yield f"{key}={value}: {refused}"
-        elif refused is not None:
+        problem = _file_key_problem(key, value, name)
+        close = None if problem or _is_read(key, name) else nearest(key, known, cutoff=0.85)
+        if problem is not None and (value is not None or not unknown_to_nemo(key)):
+            yield problem
+        elif problem is not None:
             remove_key(cfg, key)
-        elif not is_nemo_key(key):
-            close = nearest(key, known, cutoff=0.85)
-            if close is not None:
-                yield f"{key}: not a key of NeMo; did you mean {close}?"
+        elif close is not None:
+            yield f"{key}: not a key of NeMo; did you mean {close}?"
+        elif not _is_read(key, name):
             strange.append(key)
     if strange and len(strange) == len(own.keys) and not set(own.values) & set(shipped):
         yield f"none of its keys is one of this command's ({', '.join(strange[:5])}); name another file"
     elif strange:
         own.notes.append(f"passed on as they are, unknown to this command: {', '.join(strange)}")
+
+
+def _is_read(key: str, name: str) -> bool:
+    return is_nemo_key(key) or (name == "generate" and is_generation_key(key))
+
+
+def _file_key_problem(key: str, value: Any, name: str) -> str | None:
+    """Returns why a key of the user's YAML cannot be there, or None."""
+    if isinstance(value, str) and YamlSources().is_shipped_group(key):
+        return f"{key}={value}: a group; type it, or write `defaults: [{name}, {{override {key}: {value}}}, _self_]`"
+    if name == "generate" and is_generation_key(key):
+        return None
+    right = mistaken_generation_key(key) if name == "generate" else mistaken_key(key)
+    refused = unknown_to_nemo(key)
+    if right is not None:
+        return f"{key}: not a key of NeMo; write {right}"
+    return None if refused is None else f"{key}={value}: {refused}"
 
 
 def _misspelt_sections(own: OwnYaml, known: Sequence[str]) -> dict[str, str]:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -155,31 +155,36 @@ def translate_generation(
     if not any(is_generation_key(key) for key in given):
         return
     yield from _refused(cfg, typed, given, notes)
+    found = [one for translate in (_renamed, _prompts, _sampling, _output) for one in translate(cfg, typed, given)]
+    yield from _contradictions(cfg, found, typed, given)
     taken: dict[str, Any] = {}
-    used = {f"{_TEST}.label_key"}
-    refused: set[str] = set()
-    for found in (_renamed, _prompts, _sampling, _output):
-        for source, key, value in found(cfg, typed, given):
-            used.add(source)
-            both_typed = (source in typed) == (key in typed)
-            if key == "":
-                yield f"{source}={_shown(value)}: {_SEVERAL if source.endswith('file_names') else _TEMPLATE}"
-            elif key not in given or (source in typed and key not in typed):
-                taken.setdefault(key, value)
-            elif given[key] != value and both_typed and key not in refused:
-                refused.add(key)
-                shown = _shown(_resolved(cfg, source))
-                yield f"{source}={shown}: {key}={_shown(given[key])} says something else; give one of them"
+    for source, key, value in found:
+        if key not in given or (source in typed and key not in typed):
+            taken.setdefault(key, value)
     _typed_prompts_win(taken, typed, cfg)
     for key, value in taken.items():
         OmegaConf.update(cfg, key, value, force_add=True)
     if taken:
         notes.append(f"from NeMo's keys: {', '.join(f'{key}={_shown(value)}' for key, value in taken.items())}")
-    idle = [key for key in typed if is_generation_key(key) and key not in used and key not in _REFUSED]
+    used = {f"{_TEST}.label_key", *_REFUSED, *(source for source, _, _ in found)}
+    idle = [key for key in typed if is_generation_key(key) and key not in used]
     if idle:
         notes.append(f"no effect in generate: {', '.join(idle)}")
     for key in (*_FOREIGN, *_TRAINING):
         remove_key(cfg, key)
+
+
+def _contradictions(
+    cfg: DictConfig, found: Sequence[tuple[str, str, Any]], typed: Mapping[str, Any], given: Mapping[str, Any]
+) -> Iterator[str]:
+    """Yields keys of NeMo and of this command that say different things in the same place, typed or in the file."""
+    refused = set()
+    for source, key, value in found:
+        same_place = (source in typed) == (key in typed)
+        if key in given and given[key] != value and same_place and key not in refused:
+            refused.add(key)
+            shown = _shown(_resolved(cfg, source))
+            yield f"{source}={shown}: {key}={_shown(given[key])} says something else; give one of them"
 
 
 def _refused(cfg: DictConfig, typed: Mapping[str, Any], given: Mapping[str, Any], notes: list[str]) -> Iterator[str]:
@@ -199,6 +204,7 @@ def _refused(cfg: DictConfig, typed: Mapping[str, Any], given: Mapping[str, Any]
     for section in ("inference", "model.data", _TEST):
         if section in given and given[section] is not None and not isinstance(given[section], Mapping):
             yield f"{section}={_shown(given[section])}: must be a section of keys"
+    yield from _wrong_prompts(cfg, given)
     for key in given:
         section, _, name = key.rpartition(".")
         if section == "inference" and name not in _INFERENCE.split():
@@ -220,8 +226,31 @@ def _typed_prompts_win(taken: dict[str, Any], typed: Mapping[str, Any], cfg: Dic
             del taken[key]
 
 
-_SEVERAL = "must be a list of one file here; generate once for each, with prompts_file= and output="
-_TEMPLATE = "must end in the answer's field, which generate leaves open; write prompt_template='{input}'"
+def _wrong_prompts(cfg: DictConfig, given: Mapping[str, Any]) -> Iterator[str]:
+    """Yields what is wrong with NeMo's data of prompts: several files, or an answer that is not at the template's end."""
+    names = _files(cfg, given)
+    if names is not None and len(names) != 1:
+        once = "must be a list of one file here; generate once for each, with prompts_file= and output="
+        yield f"{_TEST}.file_names={_shown(names)}: {once}"
+    template = _resolved(cfg, _TEMPLATE)
+    if _TEMPLATE in given and isinstance(template, str) and _before_answer(cfg, template) is None:
+        fix = "must end in the answer's field, which generate leaves open; write prompt_template='{input}'"
+        yield f"{_TEMPLATE}={template}: {fix}"
+
+
+def _files(cfg: DictConfig, given: Mapping[str, Any]) -> list[Any] | None:
+    """NeMo's files of prompts. None: not given."""
+    names = _resolved(cfg, f"{_TEST}.file_names") if f"{_TEST}.file_names" in given else None
+    return names if names is None or isinstance(names, list) else [names]
+
+
+def _before_answer(cfg: DictConfig, template: str) -> str | None:
+    """The template up to the answer's field. None: something follows that field."""
+    before, _, after = template.partition(f"{{{_resolved(cfg, f'{_TEST}.label_key') or 'output'}}}")
+    return None if after.strip() else before.rstrip(" ")
+
+
+_TEMPLATE = f"{_TEST}.prompt_template"
 
 _Found = Iterator[tuple[str, str, Any]]
 
@@ -235,18 +264,13 @@ def _renamed(cfg: DictConfig, typed: Mapping[str, Any], given: Mapping[str, Any]
 
 
 def _prompts(cfg: DictConfig, typed: Mapping[str, Any], given: Mapping[str, Any]) -> _Found:
-    files, template = f"{_TEST}.file_names", f"{_TEST}.prompt_template"
-    if files in given and _resolved(cfg, files) is not None:
-        names = _resolved(cfg, files)
-        single = [names] if isinstance(names, str) else names
-        one = isinstance(single, list) and len(single) == 1
-        yield (files, "prompts_file", single[0]) if one else (files, "", names)
-    if template in given and isinstance(_resolved(cfg, template), str):
-        text, label = str(_resolved(cfg, template)), _resolved(cfg, f"{_TEST}.label_key") or "output"
-        before, _, after = text.partition(f"{{{label}}}")
-        yield template, "" if after.strip() else "prompt_template", text if after.strip() else before.rstrip(" ")
-    elif files in given:
-        yield template, "prompt_template", "{input}"
+    names, template = _files(cfg, given), _resolved(cfg, _TEMPLATE)
+    if names:
+        yield f"{_TEST}.file_names", "prompts_file", names[0]
+    if _TEMPLATE in given and isinstance(template, str):
+        yield _TEMPLATE, "prompt_template", _before_answer(cfg, template)
+    elif names:
+        yield _TEMPLATE, "prompt_template", "{input}"
 
 
 def _sampling(cfg: DictConfig, typed: Mapping[str, Any], given: Mapping[str, Any]) -> _Found:
