@@ -115,6 +115,12 @@ def _chat_token_problems(tokenizer: Any, tokens: Mapping[str, str]) -> Iterator[
     before = len(tokenizer.text_to_ids(prefix))
     for name, text in tokens.items():
         ids = tokenizer.text_to_ids(prefix + text)[before:]
+        if len(ids) > 1 and torch.distributed.get_rank() == 0:
+            shorter = "a text of one token leaves more room"
+            print(
+                f"model.data.chat_prompt_tokens.{name}={text!r}: {len(ids)} tokens of this tokenizer; {shorter}",
+                flush=True,
+            )
         if not ids or unknown in ids:
             yield (
                 f"model.data.chat_prompt_tokens.{name}={text!r}: the tokenizer does not know it; choose a text that it "
@@ -126,7 +132,9 @@ def _line(key: str, dataset: Any, counts: Mapping[str, int], problems: Problems)
     """The line to print; appends a problem if no answer is left."""
     answers, lost, cut, prompts = (counts[kind] for kind in ("answers", "lost", "cut", "prompts_cut"))
     length = dataset.max_seq_length
-    fix = f"raise {key}.max_seq_length, or name fields of the prompt in truncation_field"
+    fix = f"raise {key}.max_seq_length"
+    if not isinstance(dataset, GPTSFTChatDataset):
+        fix += ", or name fields of the prompt in truncation_field"
     if dataset.tokens_to_generate:
         fix += f", or lower tokens_to_generate={dataset.tokens_to_generate}, for which NeMo cuts too"
     if answers and lost == answers:

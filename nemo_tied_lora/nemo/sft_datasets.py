@@ -24,6 +24,7 @@ from nemo.collections.nlp.data.language_modeling.text_memmap_dataset import Text
 from nemo.collections.nlp.models.language_modeling import megatron_gpt_sft_model
 from omegaconf import open_dict
 
+from nemo_tied_lora.errors import ConfigError
 from nemo_tied_lora.planning.example_forms import with_texts
 from nemo_tied_lora.planning.jsonl_lines import is_blank
 from nemo_tied_lora.planning.prompt_template import template_fields, unescaped
@@ -136,7 +137,31 @@ class ChatDataset(_Lines, GPTSFTChatDataset):
 
 
 class PackedDataset(GPTSFTPackedDataset):
-    """`GPTSFTPackedDataset`: sequences that NeMo's script has packed."""
+    """`GPTSFTPackedDataset`: sequences that NeMo's script has packed.
+
+    Raises:
+        ConfigError: the file cannot be read, a pack has another form, or it is longer than `max_seq_length`.
+    """
+
+    def _load_dataset(self) -> None:
+        path, most = self.file_path, self.max_seq_length
+        remedy = "write it with NeMo's prepare_packed_ft_dataset.py again"
+        try:
+            self.indexed_dataset = np.load(path, allow_pickle=True)
+            # Each sequence trains on one token less than it has: its labels are its tokens, one further.
+            longest = max(len(pack["input_ids"]) - len(pack["seq_start_id"]) for pack in self.indexed_dataset)
+            uneven = [
+                n for n, pack in enumerate(self.indexed_dataset, 1) if len(pack["input_ids"]) != len(pack["loss_mask"])
+            ]
+        except Exception as error:  # a pickle can raise anything
+            raise ConfigError([f"{path}: not packed sequences: {type(error).__name__}: {error}; {remedy}"]) from error
+        if uneven:
+            raise ConfigError([f"{path}: pack {uneven[0]}: input_ids and loss_mask differ in length; {remedy}"])
+        if longest > most:
+            fix = f"set it to {longest} or more, the size that the sequences were packed to"
+            raise ConfigError(
+                [f"model.data.train_ds.max_seq_length={most}: {path} has a pack of {longest} tokens; {fix}"]
+            )
 
 
 def leave_room_only_to_generate(data: Any) -> None:

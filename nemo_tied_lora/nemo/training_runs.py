@@ -29,6 +29,7 @@ from nemo_tied_lora.nemo.stop_callback import StopCallback, restore_status_file
 from nemo_tied_lora.planning.data_files import SECTIONS
 from nemo_tied_lora.planning.run_length import REMOVED, adjusted_run
 from nemo_tied_lora.planning.run_settings import GuardSettings
+from nemo_tied_lora.platform import prepare
 from nemo_tied_lora.resilience.rank import Rank
 
 __all__ = ["finetune", "pretrain"]
@@ -87,6 +88,7 @@ def pretrain(cfg: DictConfig, rank: Rank | None = None) -> dict[str, Any]:
 
 def _prepare(cfg: DictConfig, rank: Rank | None) -> tuple[Trainer, RunRecorder, Path]:
     torch.multiprocessing.set_start_method("spawn", force=True)
+    _check_packing(cfg)
     _adjust(cfg)
     recorder = RunRecorder()
     callbacks = [] if rank is None else [StatusCallback(rank), StopCallback(rank)]
@@ -105,6 +107,20 @@ def _prepare(cfg: DictConfig, rank: Rank | None) -> tuple[Trainer, RunRecorder, 
         if section.get("index_mapping_dir") is None:  # the folder of the data may not be writable
             section.index_mapping_dir = str(Path(folder) / "data_index")
     return trainer, recorder, Path(folder)
+
+
+def _check_packing(cfg: DictConfig) -> None:
+    """Raises ConfigError if sequences are packed and this machine cannot keep them apart.
+
+    `planning` has looked whether Transformer Engine is installed. Whether it works is known once torch is imported.
+    """
+    packed = [name for name in SECTIONS if cfg.model.data[name].get("packed_sequence")]
+    machine = prepare(nemo=True)
+    if packed and not (machine.gpu and machine.transformer_engine):
+        lack = "this machine has no GPU" if not machine.gpu else "it cannot be imported here"
+        raise ConfigError(
+            [f"model.data.{packed[0]}.packed_sequence=true: needs Transformer Engine's attention, but {lack}"]
+        )
 
 
 def _adjust(cfg: DictConfig) -> None:

@@ -27,8 +27,11 @@ def data_problems(cfg: Mapping[str, Any]) -> Iterator[str]:
         yield from _chat_problems(data)
     told: set[str] = set()
     for name in SECTIONS:
-        section = data[name]
+        section = data.get(name)
         key = f"model.data.{name}.file_names"
+        if not isinstance(section, Mapping):
+            yield f"model.data.{name}={section!r}: must be a section of keys; {key}=null for no files"
+            continue
         files = section.get("file_names")
         if name == "test_ds" and files is None:
             continue
@@ -120,8 +123,14 @@ def batch_problems(cfg: Mapping[str, Any], base: Mapping[str, Any], layout: Layo
     NeMo pads a batch to a multiple that suits every layout, but never beyond max_seq_length.
     """
     for name in SECTIONS:
-        section = cfg["model"]["data"][name]
-        if section.get("file_names"):
+        section = cfg["model"]["data"].get(name)
+        if isinstance(section, Mapping) and section.get("file_names"):
+            engine = cfg["model"].get("transformer_engine", base.get("transformer_engine"))
+            if section.get("packed_sequence") and not engine:
+                yield (
+                    f"model.data.{name}.packed_sequence=true: the base's model_config.yaml has transformer_engine: false, "
+                    "and only Transformer Engine's attention keeps packed sequences apart; add +model.transformer_engine=true"
+                )
             yield from _split_batch_problems(f"model.data.{name}", section, layout.resolved_dp_size)
             yield from _length_problems(
                 f"model.data.{name}.max_seq_length", section.get("max_seq_length"), base, layout

@@ -45,6 +45,7 @@ def report_datasets(folder: Path) -> int:
         "ends": line_ends(str(folder / "messy.jsonl")).tolist(),
         "truncation": _truncation(folder),
         "conversations": _same_conversations(folder),
+        "packed": _packed(folder),
     }
     (folder / "datasets.json").write_text(json.dumps(found))
     return 0
@@ -131,3 +132,29 @@ def _same_conversations(folder: Path) -> list[bool]:
         bool(torch.equal(batches[1][key], value)) if isinstance(value, torch.Tensor) else batches[1][key] == value
         for key, value in batches[0].items()
     ]
+
+
+def _packed(folder: Path) -> dict[str, list[str]]:
+    """For several files of packed sequences: what our class says."""
+    import numpy as np
+
+    from nemo_tied_lora.errors import ConfigError
+    from nemo_tied_lora.nemo.sft_datasets import PackedDataset
+
+    pack = {"input_ids": list(range(4, 14)), "loss_mask": [1] * 10, "seq_start_id": [0, 4]}
+    files: dict[str, Any] = {
+        "right": [pack, pack],
+        "too long": [{**pack, "input_ids": [5] * 20, "loss_mask": [1] * 20}],
+        "uneven": [pack, {**pack, "loss_mask": [1]}],
+        "without keys": [{"input_ids": [1]}],
+    }
+    found = {}
+    for name, packs in files.items():
+        np.save(folder / f"{name}.npy", np.array(packs, dtype=object), allow_pickle=True)
+        try:
+            dataset = _prompts(PackedDataset, folder / f"{name}.npy", max_seq_length=8, max_num_samples=3)
+            batch = dataset.collate_fn([dataset[0]])
+            found[name] = [str(batch["tokens"].tolist()), str(len(dataset))]
+        except ConfigError as error:
+            found[name] = list(error.problems)
+    return found

@@ -90,6 +90,14 @@ def test_conversations_give_nemos_batch(report: dict[str, Any]) -> None:
     assert all(report["conversations"])
 
 
+def test_packed_sequences_are_read_or_refused_in_one_line(report: dict[str, Any]) -> None:
+    right, too_long, uneven, without_keys = report["packed"].values()
+    assert right == ["[[4, 5, 6, 8, 9, 10, 11, 12]]", "3"]
+    assert ["a pack of 18 tokens; set it to 18 or more" in line for line in too_long] == [True]
+    assert ["pack 2: input_ids and loss_mask differ in length" in line for line in uneven] == [True]
+    assert ["KeyError: 'seq_start_id'" in line for line in without_keys] == [True]
+
+
 def test_a_file_with_marks_and_blank_lines_trains_as_without(folder: Path) -> None:
     own = "model.data.train_ds.file_names=[{}.jsonl]"
     runs = [finetune(folder, name, own.format(name), "trainer.max_steps=2") for name in ("train", "blanks")]
