@@ -112,6 +112,10 @@ def _scan(model: nn.Module | Sequence[nn.Module], config: Any) -> _Part:
     if not isinstance(config, TiedLoraConfig):
         kind = type(config).__name__
         raise TypeError(f"inject: config is a {kind}; pass a TiedLoraConfig, such as TiedLoraConfig.preset('tl6')")
+    if not isinstance(model, (nn.Module, Iterable)):
+        raise ConfigError(
+            [f"model: a {type(model).__name__}; pass a Megatron module, or the list of this stage's chunks"]
+        )
     outers = [model] if isinstance(model, nn.Module) else list(model)
     if not outers:
         raise ConfigError(["model: an empty list; pass this stage's chunks"])

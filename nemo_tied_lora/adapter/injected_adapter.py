@@ -14,7 +14,7 @@ from nemo_tied_lora.adapter.agreement import raise_together
 from nemo_tied_lora.adapter.factor_names import expected_shapes
 from nemo_tied_lora.adapter.grad_allreduce import reduce_over_pipeline, reduce_over_tensor_parallel
 from nemo_tied_lora.adapter.injected_chunk import Chunk
-from nemo_tied_lora.adapter.merged_weights import merged_weights
+from nemo_tied_lora.adapter.merged_weights import changed_since_merge, merged_weights, version_of
 from nemo_tied_lora.adapter.param_count import parameter_counts
 from nemo_tied_lora.adapter.shapes import LinearShape
 from nemo_tied_lora.adapter.tied_factors import own_frozen
@@ -193,6 +193,7 @@ class Adapter:
         for chunk, module, weight in merged:
             chunk.originals[module] = module.weight.data
             module.weight.data = weight
+            chunk.versions[module] = version_of(module.weight)
             module.tied_lora.enabled = False
         self._merged = True
 
@@ -200,13 +201,25 @@ class Adapter:
         """Restores the base's own weights, bit for bit, and enables the adapter again. Does nothing if it is not merged.
 
         If the model was cast or moved since `merge`, the base's own weights are cast and moved likewise.
+
+        Raises:
+            RuntimeError: merged weights were changed in place since `merge`, for instance by loading a state dict, so the
+                old ones are not the base's any more. Nothing is changed then.
         """
-        for chunk in self._present("unmerge"):
+        chunks = self._present("unmerge")
+        if changed := changed_since_merge(chunks):
+            more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+            raise RuntimeError(
+                f"unmerge: the weight of {changed[0]}{more} was changed since merge(), so the old one is not the base's any "
+                "more; call remove(), load the base again, then the adapter"
+            )
+        for chunk in chunks:
             for module, weight in chunk.originals.items():
                 now: torch.Tensor = module.weight  # type: ignore[assignment]
                 now.data = weight.to(device=now.device, dtype=now.dtype)
                 module.tied_lora.enabled = True  # type: ignore[union-attr]
             chunk.originals.clear()
+            chunk.versions.clear()
         self._merged = False
 
     @property

@@ -33,7 +33,8 @@ class Chunk:
     """One model chunk with its factors.
 
     outer: the module that the caller passed. body: the GPTModel in it. adapters: of each linear's module.
-    originals: the weights of the base that `Adapter.merge` has replaced.
+    originals: the weights of the base that `Adapter.merge` has replaced. versions: torch's counters of changes in place
+    of the merged weights, just after the merge.
     """
 
     outer: nn.Module
@@ -42,6 +43,7 @@ class Chunk:
     linears: tuple[AdaptableLinear, ...]
     adapters: dict[nn.Module, LinearAdapter]
     originals: dict[nn.Module, torch.Tensor] = field(default_factory=dict)
+    versions: dict[nn.Module, int] = field(default_factory=dict)
     _undo: ExitStack = field(default_factory=ExitStack)
 
     @property

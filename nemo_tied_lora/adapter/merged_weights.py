@@ -13,7 +13,7 @@ from nemo_tied_lora.adapter.injected_chunk import Chunk
 from nemo_tied_lora.adapter.tied_linear import LinearAdapter
 from nemo_tied_lora.errors import Problems
 
-__all__ = ["merged_weights"]
+__all__ = ["changed_since_merge", "merged_weights", "version_of"]
 
 
 def merged_weights(chunks: Sequence[Chunk]) -> list[tuple[Chunk, Any, torch.Tensor]]:
@@ -27,6 +27,21 @@ def merged_weights(chunks: Sequence[Chunk]) -> list[tuple[Chunk, Any, torch.Tens
     """
     Problems(_shared_weights(chunks)).raise_if_any()
     return [(chunk, linear.module, _merged(linear.module)) for chunk in chunks for linear in chunk.linears]
+
+
+def version_of(weight: torch.Tensor) -> int:
+    """torch's counter of changes in place. A cast or a move of the model does not count; loading a state dict does."""
+    return 0 if weight.is_inference() else weight._version  # an inference tensor counts nothing
+
+
+def changed_since_merge(chunks: Sequence[Chunk]) -> list[str]:
+    """The names of merged linears whose weights were changed in place since the merge."""
+    return [
+        f"layer {linear.layer} {linear.name}"
+        for chunk in chunks
+        for linear in chunk.linears
+        if version_of(linear.module.weight) != chunk.versions.get(linear.module, version_of(linear.module.weight))
+    ]
 
 
 def _shared_weights(chunks: Sequence[Chunk]) -> Iterator[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -75,6 +75,7 @@ class ChunkFactors(nn.Module):
     ):
         super().__init__()
         self._shapes, self._chunk_rank, self._experts = dict(shapes), chunk_rank, config.experts
+        self._keeps_dtype = config.dtype is not None
 
         def build(layer: int | None, linear: str, shape: LinearShape) -> Factors:
             tensors = {}
@@ -108,6 +109,18 @@ class ChunkFactors(nn.Module):
             for module in self.modules():
                 if isinstance(module, Factors):
                     module()
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ChunkFactors:
+        """Moves and casts the parameters like any module, but does not cast those of an adapter with a dtype of its own.
+
+        Megatron's and NeMo's Float16Module cast the whole model that they wrap.
+        """
+
+        def keeping_dtype(tensor: torch.Tensor) -> torch.Tensor:
+            result = fn(tensor)
+            return result if result.dtype == tensor.dtype else tensor.to(result.device)
+
+        return super()._apply(keeping_dtype if self._keeps_dtype else fn, recurse)
 
     def tied(self, name: str) -> Factors:
         """The tied factors that a linear uses."""

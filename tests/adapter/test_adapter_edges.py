@@ -147,6 +147,20 @@ def test_a_model_that_is_cast_while_merged_gets_its_own_weights_in_the_new_dtype
     assert all(p.grad is not None for p in adapter.parameters())
 
 
+def test_weights_that_were_loaded_while_merged_are_not_overwritten() -> None:
+    model, adapter = adapted()
+    base = weights_of(model)
+    adapter.merge()
+    model.load_state_dict({name: tensor + 1 for name, tensor in base.items()}, strict=False)
+    with pytest.raises(
+        RuntimeError, match=r"unmerge: the weight of layer 0 .* and 7 more was changed since merge\(\)"
+    ):
+        adapter.unmerge()
+    assert all(torch.equal(tensor, base[name] + 1) for name, tensor in weights_of(model).items())
+    adapter.remove()
+    assert all(torch.equal(tensor, base[name] + 1) for name, tensor in weights_of(model).items())
+
+
 # Shared
 
 
@@ -302,6 +316,27 @@ def test_a_float32_adapter_computes_in_float32_and_rounds_once(llama: bool) -> N
         h = x.detach().double() @ (u.unsqueeze(1) * A).t()
         exact = (grad.double() * (h @ B.t()) * adapter.config.scale).sum((0, 1))
         assert ((gradient - exact).norm() / exact.norm()) < 1e-5  # bfloat16 would be off by 4e-3
+
+
+def test_a_float32_adapter_stays_so_when_the_model_is_cast_around_it() -> None:
+    """Megatron's Float16Module casts what it wraps."""
+    from megatron.core.transformer.module import Float16Module
+
+    for dtype, kept in (("float32", torch.float32), (None, torch.bfloat16)):
+        model = build_gpt(num_layers=1, dtype=torch.float32)
+        _, adapter = adapted(model, dtype=dtype)
+        state = adapter.full_state()
+        model.config.bf16 = True
+        Float16Module(model.config, model)
+        assert model.output_layer.weight.dtype == torch.bfloat16
+        assert {p.dtype for p in adapter.parameters()} == {kept}
+        assert all(torch.equal(tensor, state[name].to(kept)) for name, tensor in adapter.full_state().items())
+        assert logits(model).dtype == torch.bfloat16
+        adapter.merge()
+        model.to(torch.float64)
+        adapter.unmerge()
+        assert {p.dtype for p in adapter.parameters()} == {torch.float64 if dtype is None else kept}
+        loss_of(model).backward()
 
 
 def test_a_float32_adapter_merges_and_its_file_keeps_its_dtype(tmp_path: Path) -> None:

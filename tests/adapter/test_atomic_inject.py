@@ -69,6 +69,7 @@ def places() -> dict[Place, int]:
         agreed.update(counts)
 
     model, original = small_model(), inject_module.raise_together
+    inject(small_model(), CONFIG).remove()  # the linears' new classes are made once
     inject_module.raise_together = agree  # type: ignore[assignment]
     try:
         traced(lambda: inject(model, CONFIG), count).remove()
@@ -125,7 +126,29 @@ def _on_a_rank(folder: str) -> dict[str, Any]:
     for place in list(lines)[:: len(lines) // 25]:
         error = fail_at(place, lines[place], model) if rank == 1 else raised(lambda: inject(model, CONFIG))
         errors.append((f"{type(error).__name__}: {error}", description(model) == before))
-    return {"faults": errors, "file": _lost_file(folder, rank), **{name: _alone(name, rank) for name in ALONE}}
+    return {
+        "faults": errors,
+        "file": _lost_file(folder, rank),
+        "merge": _merge_alone(rank),
+        **{name: _alone(name, rank) for name in ALONE},
+    }
+
+
+def _merge_alone(rank: int) -> tuple[str, bool]:
+    """What `merge` raises if rank 1 alone cannot merge, and whether the weights are unchanged and the rest works."""
+    model: Any = small_model()
+    adapter = inject(model, CONFIG)
+    first, second = (layer.self_attention.linear_qkv for layer in model.decoder.layers)
+    own = second.weight
+    if rank == 1:
+        second.weight = first.weight
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    error = raised(adapter.merge)
+    same = all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    second.weight = own
+    adapter.merge()
+    adapter.unmerge()
+    return f"{type(error).__name__}: {error}", same
 
 
 def _lost_file(folder: str, rank: int) -> tuple[str, bool]:
@@ -198,6 +221,9 @@ def test_what_fails_on_one_rank_raises_on_both_and_changes_neither(sizes: dict[s
         assert also
         assert own.startswith("Fault: ")
         assert text == f"RuntimeError: inject: rank 1 failed, so nothing was changed on any rank: {own}"
+    assert first["merge"] == second["merge"]
+    assert first["merge"][0].startswith("ConfigError: merge: decoder.layers.0.self_attention.linear_qkv and decoder.")
+    assert first["merge"][1]
     for name, message in ALONE.items():
         (text, unchanged), (own, also) = first[name], second[name]
         assert (unchanged, also) == (True, True), name

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
 from nemo_tied_lora import TiedLoraConfig, inject
 from tests.adapter.test_inject import loss_of
@@ -102,7 +103,27 @@ def _on_a_rank() -> dict[str, dict[str, Any]]:
         adapter.clip_gradients(0.01)
         found["clipped"] = float(adapter.gradient_norm())
         results[name] = found
+    results["dp2"]["distributed"] = _distributed_optimizer()
     return results
+
+
+def _distributed_optimizer() -> tuple[str, str]:
+    """The norm, or the refusal, with Megatron's distributed optimizer and with plain DDP."""
+    found: list[str] = []
+    for distributed in (True, False):
+        (chunk,) = build_chunks(RUN)
+        adapter = inject(chunk, TiedLoraConfig.from_mapping(RUN.config))
+        randomise(adapter)
+        ddp = DistributedDataParallelConfig(use_distributed_optimizer=distributed)
+        wrapped = DistributedDataParallel(chunk.config, ddp, chunk)
+        _forward_backward([wrapped], RUN, 0, forward_only=False)
+        finalize_model_grads([wrapped])
+        try:
+            found.append(float(adapter.gradient_norm()).hex())
+        except RuntimeError as error:
+            found.append(str(error))
+        wrapped.grad_accs.clear()
+    return found[0], found[1]
 
 
 def test_on_two_ranks_it_is_the_single_process_norm_and_torchs_is_not() -> None:
@@ -123,3 +144,6 @@ def test_on_two_ranks_it_is_the_single_process_norm_and_torchs_is_not() -> None:
     for rank in (first, second):
         assert "data-parallel ranks hold different gradients" in rank["dp2"]["refused"]
         assert rank["dp2"]["refused"] == first["dp2"]["refused"]
+        refused, norm = rank["dp2"]["distributed"]
+        assert "set OptimizerConfig.clip_grad" in refused
+        assert float.fromhex(norm) == pytest.approx(want[0], rel=1e-9)

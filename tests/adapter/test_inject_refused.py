@@ -55,7 +55,10 @@ def description(model: nn.Module) -> dict[str, Any]:
     """Everything that injection could leave behind: classes, attributes, hooks, keys, flags, the config."""
     return {
         "modules": [(name, type(module), sorted(vars(module))) for name, module in model.named_modules()],
-        "hooks": [(name, len(module._forward_hooks)) for name, module in model.named_modules()],
+        "hooks": [
+            (name, len(module._forward_hooks), len(module._forward_pre_hooks), len(module._backward_hooks))
+            for name, module in model.named_modules()
+        ],
         "keys": list(model.state_dict()),
         "requires_grad": [(name, p.requires_grad) for name, p in model.named_parameters()],
         "config": dict(vars(model.config)),  # type: ignore[arg-type]
