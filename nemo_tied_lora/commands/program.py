@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -29,7 +30,7 @@ def run_program(main: Callable[[list[str]], int], argv: list[str], command: str 
     Args:
         command: the command's name, for messages. "": the first argument.
     """
-    _open_closed_streams()
+    _prepare_streams()
     follow_launcher()
     name = command or (argv[0] if argv and not argv[0].startswith("-") else "")
     sys.exit(_flushed(_code(main, argv, name), name))
@@ -94,8 +95,11 @@ def _discard(number: int) -> None:
     os.close(nowhere)
 
 
-def _open_closed_streams() -> None:
-    """Opens /dev/null where standard input, output or error is closed (`>&-`). Else the next file would take its number."""
+def _prepare_streams() -> None:
+    """Makes output go out line by line, and opens /dev/null where standard input, output or error is closed (`>&-`).
+
+    Otherwise the next file that is opened would take the closed one's number, and get what is printed.
+    """
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
             os.fstat(number)
@@ -107,6 +111,10 @@ def _open_closed_streams() -> None:
             os.set_inheritable(number, True)
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(number, mode, closefd=False))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # Whole lines, and at once: ranks that share a log must not write into each other's lines.
+            stream.reconfigure(line_buffering=True, write_through=False)
 
 
 def _prefix(name: str) -> str:

@@ -60,7 +60,7 @@ def rank_variables(rank: int, num_ranks: int, port: int) -> dict[str, str]:
     """Returns the environment variables that tell a process which rank it is."""
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "NODE_RANK": 0, "GROUP_RANK": 0}
     sizes = {"WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, LAUNCHER: os.getpid(), "PYTHONUNBUFFERED": 1}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, LAUNCHER: os.getpid()}
     return {name: str(value) for name, value in {**numbers, **sizes, **place}.items()}
 
 

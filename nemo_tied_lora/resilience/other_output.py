@@ -130,8 +130,7 @@ def _is_ours(frame: FrameType | None) -> bool:
 
 
 def _reopened(number: int, stream: Any) -> TextIO:
-    """The same stream under another file number. Unbuffered, because a rank may end without a last flush."""
+    """The same stream under another file number. It writes each line at once, because a rank may end without a last flush."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
-    return io.TextIOWrapper(
-        os.fdopen(number, "wb", buffering=0, closefd=False), encoding=encoding, errors="replace", write_through=True
-    )
+    raw = os.fdopen(number, "wb", closefd=False)
+    return io.TextIOWrapper(raw, encoding=encoding, errors="replace", line_buffering=True)

@@ -72,6 +72,13 @@ def test_a_closed_pipe_or_stream_and_ctrl_c_end_without_a_word(code: str, shell:
     assert (done.returncode, done.stderr) == (ends, "")
 
 
+def test_processes_that_share_a_log_do_not_write_into_each_others_lines() -> None:
+    many = "for _ in range(300): print('a' * 50)"
+    shared = '& "$PYTHON" -c "$PROGRAM" "$CODE"; wait'
+    lines = program(many, shared).stdout.splitlines()
+    assert lines == ["a" * 50] * 600
+
+
 def test_a_file_does_not_take_the_number_of_a_closed_stream(tmp_path: Path) -> None:
     """Without this, what is printed would be written into the file."""
     done = program(f"write({str(tmp_path / 'file')!r})", ">&- 2>&-")

@@ -16,7 +16,7 @@ from nemo_tied_lora.launching.local_ranks import exit_code
 from tests.harness.paths import ROOT
 
 LAUNCH = "import sys; from nemo_tied_lora.launching.local_ranks import start_ranks; sys.exit(start_ranks('ranks', {argv}, {ranks}))"
-RANKS = """
+RANKS = r"""
 import os, signal, sys, time
 from nemo_tied_lora.launching import local_ranks
 local_ranks.follow_launcher()
@@ -50,7 +50,8 @@ if what == "stubborn":  # rank 0 does not answer SIGTERM
     wait()
 if what == "variables":
     names = ("WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
-    print(rank, *(os.environ[name] for name in names), os.environ["MASTER_PORT"].isdigit(), sys.argv[2:])
+    found = [os.environ[name] for name in names]
+    os.write(1, f"{rank} {' '.join(found)} {os.environ['MASTER_PORT'].isdigit()} {sys.argv[2:]}\n".encode())
 if what == "wait":
     wait()
 """
