@@ -13,12 +13,12 @@ from omegaconf import DictConfig
 from nemo_tied_lora.commands.hydra_flags import parser, print_config, print_notes, yaml_sources
 from nemo_tied_lora.errors import ConfigError, Problems, report
 from nemo_tied_lora.launching.local_ranks import start_ranks
-from nemo_tied_lora.launching.task_ranks import adopt
+from nemo_tied_lora.launching.task_ranks import adopt, others_say_it
 from nemo_tied_lora.planning.compose import compose_with_notes, plain
 from nemo_tied_lora.planning.data_files import checked_already, mark_checked
 from nemo_tied_lora.planning.layout_fits_cluster import launcher_problems
 from nemo_tied_lora.planning.parallel_layout import Layout
-from nemo_tied_lora.planning.rank_variables import is_first, is_rank
+from nemo_tied_lora.planning.rank_variables import is_rank
 from nemo_tied_lora.resilience.rank import STOPPED, Rank, run_as_rank
 from nemo_tied_lora.resilience.restarts import finished_already
 from nemo_tied_lora.resilience.stop_signals import STOP_SIGNALS
@@ -63,7 +63,7 @@ def run_command(
     try:
         adopt()
     except ConfigError as error:
-        return report(command, error) if is_first() else 2
+        return 2 if others_say_it(error) else report(command, error)
     lines = (problems.attempt(check, values) if values else None) or ()
     if values:
         problems += _launcher_problems(values)
@@ -81,7 +81,7 @@ def run_command(
         return 0
     layout = Layout.from_config(values)
     if layout.num_nodes > 1:
-        problem = "trainer.num_nodes: several nodes need a launcher; start one process per rank with torchrun"
+        problem = "trainer.num_nodes: several nodes need a launcher; start one process per rank with srun or torchrun"
         return report(command, ConfigError([problem]))
     mark_checked(values)
     code = start_ranks("nemo_tied_lora.commands.main", [command, *argv], layout.devices)

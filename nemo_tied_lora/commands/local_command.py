@@ -12,7 +12,7 @@ from nemo_tied_lora.commands.hydra_flags import parser, print_config, print_note
 from nemo_tied_lora.errors import ConfigError, Problems, report
 from nemo_tied_lora.launching.task_ranks import find_tasks
 from nemo_tied_lora.planning.compose import compose_with_notes, plain
-from nemo_tied_lora.planning.rank_variables import is_first, is_rank
+from nemo_tied_lora.planning.rank_variables import is_rank
 
 __all__ = ["check_output", "run_composed"]
 
@@ -46,7 +46,7 @@ def run_composed(
             _check_alone()
         return work(plain(cfg))
     except ConfigError as error:
-        return report(command, error) if is_first() else 2
+        return report(command, error)
 
 
 def _check_alone() -> None:

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-from nemo_tied_lora.planning.rank_variables import INTERRUPTED, LAUNCHER, STORE_SOCKET
+from nemo_tied_lora.planning.rank_variables import FAILURE_PIPE, INTERRUPTED, LAUNCHER, STORE_SOCKET
 
 __all__ = ["exit_code", "follow_launcher", "rank_variables", "start_ranks"]
 
@@ -41,19 +41,25 @@ def start_ranks(module: str, arguments: Sequence[str], num_ranks: int) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     ranks: list[subprocess.Popen[bytes]] = []
+    told, tell = os.pipe()
     with _passed_on(ranks) as got, socket.create_server(("127.0.0.1", 0), backlog=4 * num_ranks) as listening:
         for rank in range(num_ranks):
             environment = {**os.environ, **rank_variables(rank, num_ranks, listening.getsockname()[1])}
-            shared: tuple[int, ...] = ()
+            environment[FAILURE_PIPE] = str(told)
+            shared: tuple[int, ...] = (told,)
             if rank == 0 and num_ranks > 1:
-                shared = (listening.fileno(),)
+                shared = (told, listening.fileno())
                 environment[STORE_SOCKET] = str(listening.fileno())
             command = [sys.executable, "-m", module, *arguments]
             ranks.append(subprocess.Popen(command, env=environment, pass_fds=shared, stdin=subprocess.DEVNULL))
+        os.close(told)
         listening.close()  # otherwise the ranks could still connect after the death of rank 0
         if got:  # a signal that arrived between two starts
             _send(got[0], ranks)
-        return _wait(ranks, got)
+        try:
+            return _wait(ranks, got, tell)
+        finally:
+            os.close(tell)
 
 
 def rank_variables(rank: int, num_ranks: int, port: int) -> dict[str, str]:
@@ -79,7 +85,7 @@ def exit_code(returncode: int) -> int:
     return returncode if returncode >= 0 else 128 - returncode
 
 
-def _wait(ranks: Sequence[subprocess.Popen[bytes]], got: Sequence[int]) -> int:
+def _wait(ranks: Sequence[subprocess.Popen[bytes]], got: Sequence[int], tell: int) -> int:
     """Waits for all ranks, and ends the others when one fails. Returns the exit code of the first that failed."""
     failed: int | None = None
     deadline = float("inf")
@@ -92,6 +98,8 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]], got: Sequence[int]) -> int:
             if rank.returncode != 0 and failed is None:
                 failed = exit_code(rank.returncode)
                 _name_killed(number, rank, got)
+                with suppress(OSError):
+                    os.write(tell, b"!" * len(running))
                 _send(signal.SIGTERM, list(running.values()))
         if deadline == float("inf") and (failed is not None or signal.SIGINT in got):
             deadline = time.monotonic() + _GRACE_S

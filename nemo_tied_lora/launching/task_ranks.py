@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from nemo_tied_lora.errors import ConfigError, Problems
 from nemo_tied_lora.planning.rank_variables import MPI_VARIABLES, tasks_on_nodes
 
-__all__ = ["Tasks", "adopt", "find_tasks", "first_host"]
+__all__ = ["Tasks", "adopt", "find_tasks", "first_host", "others_say_it"]
 
 
 # Numbers that SLURM gives to steps that srun did not start: interactive, batch, extern.
@@ -66,6 +66,15 @@ def adopt(environment: MutableMapping[str, str] = os.environ) -> None:
                 "the command start its own ranks"
             ]
         )
+
+
+def others_say_it(error: ConfigError, environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this is a rank of torchrun whose rank 0 prints the same. srun's tasks all print: each may have its own log."""
+    if "TORCHELASTIC_RUN_ID" not in environment or environment.get("RANK", "0") == "0":
+        return False
+    problems = Problems()
+    problems.attempt(adopt, {**environment, "RANK": "0", "LOCAL_RANK": "0"})
+    return set(error.problems) == set(problems)
 
 
 def find_tasks(environment: Mapping[str, str] = os.environ) -> Tasks | None:
@@ -217,7 +226,7 @@ def _check_given(environment: MutableMapping[str, str], tasks: Tasks | None) -> 
     elif world == 1 or environment.get("LOCAL_WORLD_SIZE") == str(world):
         found["LOCAL_RANK"] = str(rank)
     else:
-        problems.append(f"LOCAL_RANK: not set, but RANK={rank} is; the launcher must say which GPU is this rank's")
+        problems.append("LOCAL_RANK: not set, but RANK is; the launcher must say which GPU is this rank's")
     if world > 1:
         found |= problems.attempt(_master, environment, tasks if tasks and tasks.count == world else None) or {}
     problems.raise_if_any()
@@ -263,19 +272,19 @@ def _master(environment: Mapping[str, str], tasks: Tasks | None) -> dict[str, st
         ConfigError: they do not follow from the launcher's variables, or the port is not one.
     """
     found, problems = {}, Problems()
-    if not environment.get("MASTER_ADDR"):
-        if tasks is None or tasks.launcher != "srun":
-            problems.append("MASTER_ADDR: not set; set it to the address of rank 0's node, for all ranks")
-        else:
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
+    if missing and (tasks is None or tasks.launcher != "srun"):
+        problems.append(
+            f"{', '.join(missing)}: not set; set them for all ranks, to rank 0's node and a free port there"
+        )
+    elif missing:
+        assert tasks is not None
+        found = {"MASTER_PORT": str(_port(environment))} if "MASTER_PORT" in missing else {}
+        if "MASTER_ADDR" in missing:
             found["MASTER_ADDR"] = problems.attempt(_address, environment, tasks) or ""
     port = environment.get("MASTER_PORT")
-    if port:
-        if not (port.isdigit() and 0 < int(port) < 65536):
-            problems.append(f"MASTER_PORT={port!r}: must be a port, from 1 to 65535")
-    elif tasks is None or tasks.launcher != "srun":
-        problems.append("MASTER_PORT: not set; set it to a free port of rank 0's node, for all ranks")
-    else:
-        found["MASTER_PORT"] = str(_port(environment))
+    if port and not (port.isdigit() and 0 < int(port) < 65536):
+        problems.append(f"MASTER_PORT={port!r}: must be a port, from 1 to 65535")
     problems.raise_if_any()
     return found
 

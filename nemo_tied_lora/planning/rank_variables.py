@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import os
 import re
+import select
 from collections.abc import Mapping
 
 __all__ = [
     "BROKEN_PIPE",
+    "FAILURE_PIPE",
     "INTERRUPTED",
     "LAUNCHER",
     "MPI_VARIABLES",
     "STORE_SOCKET",
-    "is_first",
+    "another_rank_failed",
     "is_rank",
     "tasks_on_nodes",
 ]
@@ -24,6 +26,8 @@ BROKEN_PIPE = 141
 """Exit code if nobody reads the output any more, as shells report it."""
 LAUNCHER = "TIED_LORA_LAUNCHER"
 """The number of the process of ours that has started this rank. All ranks that it started share one terminal or log."""
+FAILURE_PIPE = "TIED_LORA_FAILURE_PIPE"
+"""The number of a pipe from which a rank reads a byte if our launcher ends it because another rank has failed."""
 STORE_SOCKET = "TIED_LORA_STORE_SOCKET"
 """The number of rank 0's open socket that listens at MASTER_PORT. So no other process can take the port."""
 MPI_VARIABLES = (
@@ -41,10 +45,12 @@ def is_rank(environment: Mapping[str, str] = os.environ) -> bool:
     return "RANK" in environment and "WORLD_SIZE" in environment
 
 
-def is_first(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process prints what all tasks of a launcher have to say. True for a process that is alone."""
-    names = ("RANK", "SLURM_PROCID", *(names[0] for names in MPI_VARIABLES))
-    return all(environment.get(name, "0") == "0" for name in names)
+def another_rank_failed(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether a SIGTERM comes from our launcher after another rank's failure. It is then no request to save and stop."""
+    number = environment.get(FAILURE_PIPE)
+    if number is None or not select.select([int(number)], [], [], 0)[0]:
+        return False
+    return os.read(int(number), 1) != b""  # without a byte, the launcher has died
 
 
 def tasks_on_nodes(text: str) -> list[int]:

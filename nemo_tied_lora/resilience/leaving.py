@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -46,10 +47,11 @@ def leave_together(rendezvous: Rendezvous | None, watchdog: Watchdog | None, *, 
         os._exit(2)
 
 
-def end_all(watchdog: Watchdog, reason: str, error: BaseException) -> None:
-    """Prints this rank's error as the reason, and ends the run on all ranks. Does not return."""
+def end_all(watchdog: Watchdog, reason: str, error: BaseException, record: Callable[[str], None]) -> None:
+    """Prints and records this rank's error as the reason, and ends the run on all ranks. Does not return."""
     if _is_of_network(error):
         watchdog.fail_after_peers(reason)
+    record(reason)
     watchdog.fail(reason)
 
 

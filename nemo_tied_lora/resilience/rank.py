@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import datetime
 import os
 import signal
 import sys
@@ -14,12 +13,12 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from nemo_tied_lora.errors import ConfigError, TrainingStopped, report
-from nemo_tied_lora.planning.rank_variables import BROKEN_PIPE, INTERRUPTED
+from nemo_tied_lora.planning.rank_variables import BROKEN_PIPE, INTERRUPTED, another_rank_failed
 from nemo_tied_lora.planning.run_settings import run_folder
 from nemo_tied_lora.resilience.leaving import end_all, leave_together
 from nemo_tied_lora.resilience.other_output import OtherOutput
 from nemo_tied_lora.resilience.restarts import Preempted, fingerprint, finished_already, restarted
-from nemo_tied_lora.resilience.status_file import RunStatus
+from nemo_tied_lora.resilience.status_file import ENDED, RunStatus, read_status
 from nemo_tied_lora.resilience.stop_signals import answered_by, interrupted_by
 from nemo_tied_lora.resilience.unforeseen import describe, keep_traceback, say
 
@@ -170,6 +169,7 @@ class Rank:
 
     def _begin(self) -> None:
         """Starts the status file and, on several ranks, the watchdog and the process group."""
+        from nemo_tied_lora.resilience.default_group import make_default_group
         from nemo_tied_lora.resilience.rendezvous import node_name
 
         values, preemption = self._values, self._preemption
@@ -187,9 +187,9 @@ class Rank:
             timeout_s = self._watching.get("timeout_s")
             if timeout_s:
                 self._start_watchdog(self._rendezvous, timeout_s)
-            self._make_process_group(self.stuck_s or timeout_s)
+            make_default_group(values, self._rendezvous, self.stuck_s or timeout_s)
         else:
-            self._make_process_group(None)
+            make_default_group(values, None, None)
 
     def _start_watchdog(self, rendezvous: Rendezvous, timeout_s: float) -> None:
         from nemo_tied_lora.resilience.dead_rank_watchdog import Watchdog
@@ -204,32 +204,6 @@ class Rank:
             on_end=self._record_verdict,
         )
         self.watchdog.start()
-
-    def _make_process_group(self, seconds: float | None) -> None:
-        """Makes the default process group over the ranks' store, before Lightning does; Lightning then uses it.
-
-        Lightning would listen at MASTER_PORT, where rank 0 already has the ranks' store unless torchrun holds one. A rank
-        that is alone needs no port, so several runs on one machine cannot meet.
-
-        Args:
-            seconds: time limit of a collective. None or 0: torch's own.
-        """
-        import torch
-        from torch.distributed import HashStore, PrefixStore
-
-        from nemo_tied_lora.platform.devices import select_device
-
-        if torch.distributed.is_initialized():
-            return
-        meeting = self._rendezvous
-        device = select_device(self._values["trainer"].get("accelerator"))
-        torch.distributed.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            store=HashStore() if meeting is None else PrefixStore("process_group", meeting.store),
-            rank=int(os.environ["RANK"]),
-            world_size=int(os.environ["WORLD_SIZE"]),
-            timeout=datetime.timedelta(seconds=seconds) if seconds else None,
-        )
 
     def _preflight(self) -> None:
         """Compares the ranks' software, and tries an all-reduce in every parallel group.
@@ -294,7 +268,7 @@ class Rank:
         who = "" if self._is_alone else f"rank {os.environ['RANK']} on node {node_name()} failed: "
         reason = f"{who}{describe(error, self._command)}; {where}"
         if self.watchdog is not None:
-            end_all(self.watchdog, reason, error)
+            end_all(self.watchdog, reason, error, self.status.fail)
         self.status.fail(reason)
         say(f"tied-lora {self._command}: {reason}")
         return 1
@@ -316,6 +290,8 @@ class Rank:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         """Notes the signal; the run stops at the start of a step. Before the first step it exits: nothing to save."""
+        if another_rank_failed():
+            self._leave_after_failure()
         name = signal.Signals(number).name
         self.asked_to_stop = name
         if self.can_save or self.status["state"] not in ("starting", "preflight"):
@@ -327,6 +303,13 @@ class Rank:
         say(f"tied-lora: rank {os.environ['RANK']}: {reason}")
         self.status.update(now=True, state="preempted", reason=reason)
         os._exit(code)
+
+    def _leave_after_failure(self) -> None:
+        """Ends this rank because another one has failed, which has said why, or the launcher has. Does not return."""
+        folder = self.status.folder
+        if self._first and folder is not None and (read_status(folder) or {}).get("state") not in ENDED:
+            self.status.fail("a rank has failed; the run's output says which")
+        os._exit(1)
 
     def _on_interrupt(self) -> None:
         """Ctrl-C: ends all ranks at once. A file that is being written still has its temporary name."""

@@ -256,16 +256,18 @@ def _fork_stage(
 def _fork_ranks(module: str, arguments: Sequence[str], num_ranks: int) -> int:
     """`start_ranks`, which starts new processes, with forks of this one instead. Returns 0, or the code of the first failure."""
     from nemo_tied_lora.launching.local_ranks import exit_code, rank_variables
+    from nemo_tied_lora.planning.rank_variables import FAILURE_PIPE
 
     sys.stdout.flush()
     sys.stderr.flush()
     port = free_port()
     variables = [rank_variables(rank, num_ranks, port) for rank in range(num_ranks)]
+    told, tell = os.pipe()
     ranks = []
     for rank in range(num_ranks):
         pid = os.fork()
         if pid == 0:
-            os.environ.update(variables[rank])
+            os.environ.update({**variables[rank], FAILURE_PIPE: str(told)})
             _exit(fork_module, module, arguments)
         ranks.append(pid)
     failed, deadline = 0, math.inf
@@ -276,10 +278,13 @@ def _fork_ranks(module: str, arguments: Sequence[str], num_ranks: int) -> int:
             if os.waitstatus_to_exitcode(status) != 0 and not failed:
                 failed = exit_code(os.waitstatus_to_exitcode(status))
                 deadline = time.monotonic() + _GRACE_S
+                os.write(tell, b"!" * len(ranks))
                 _send(signal.SIGTERM, ranks)
         time.sleep(0.01)
         if time.monotonic() > deadline:
             _send(signal.SIGKILL, ranks)
+    os.close(told)
+    os.close(tell)
     return failed
 
 

@@ -19,12 +19,13 @@ LAUNCH = "import sys; from nemo_tied_lora.launching.local_ranks import start_ran
 RANKS = r"""
 import os, signal, sys, time
 from nemo_tied_lora.launching import local_ranks
+from nemo_tied_lora.planning.rank_variables import another_rank_failed
 local_ranks.follow_launcher()
 rank, what = int(os.environ["RANK"]), sys.argv[1]
 folder = os.path.dirname(__file__)
 
 def told(number, frame):
-    open(f"{folder}/told-{rank}-{number}", "w").close()
+    open(f"{folder}/told-{rank}-{number}", "w").write(str(another_rank_failed()))
     sys.exit(75)
 
 def after_the_other():
@@ -83,12 +84,14 @@ def lives(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("code", [1, 2, 3, 70, 75])
-def test_the_exit_code_is_that_of_the_first_rank_that_failed(code: int, tmp_path: Path) -> None:
+def test_the_exit_code_is_that_of_the_first_rank_that_failed_and_the_others_know_why_they_end(
+    code: int, tmp_path: Path
+) -> None:
     started = launch(tmp_path, str(code))
     printed, errors = started.communicate(timeout=60)
     assert started.returncode == code  # not that of rank 0, which ends with 75
     assert (printed, errors) == ("", "")
-    assert (tmp_path / f"told-0-{int(signal.SIGTERM)}").exists()
+    assert (tmp_path / f"told-0-{int(signal.SIGTERM)}").read_text() == "True"
 
 
 def test_a_rank_that_a_signal_ended_is_named_last_and_the_code_is_the_shells(tmp_path: Path) -> None:
@@ -129,7 +132,7 @@ def test_a_signal_reaches_every_rank(number: signal.Signals, code: int, tmp_path
     errors = started.communicate(timeout=60)[1]
     assert (started.returncode, errors) == (code, "")
     if code == 75:
-        assert all((tmp_path / f"told-{rank}-{int(number)}").exists() for rank in range(2))
+        assert all((tmp_path / f"told-{rank}-{int(number)}").read_text() == "False" for rank in range(2))
 
 
 def test_no_rank_survives_a_launcher_that_is_killed(tmp_path: Path) -> None:
@@ -143,4 +146,4 @@ def test_no_rank_survives_a_launcher_that_is_killed(tmp_path: Path) -> None:
     while any(map(lives, pids)):
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    assert all((tmp_path / f"told-{rank}-{int(signal.SIGTERM)}").exists() for rank in range(2))
+    assert all((tmp_path / f"told-{rank}-{int(signal.SIGTERM)}").read_text() == "False" for rank in range(2))

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from nemo_tied_lora.errors import ConfigError
-from nemo_tied_lora.launching.task_ranks import adopt, first_host
-from nemo_tied_lora.planning.rank_variables import is_first, is_rank
+from nemo_tied_lora.launching.task_ranks import adopt, first_host, others_say_it
+from nemo_tied_lora.planning.rank_variables import is_rank
 
 Variables = dict[str, str]
 
@@ -148,7 +148,6 @@ def test_a_process_that_is_alone_starts_its_own_ranks(name: str) -> None:
     found = dict(ALONE[name])
     adopt(found)
     assert not is_rank(found)
-    assert is_first(found)
 
 
 REFUSED: dict[str, tuple[Variables, list[str]]] = {
@@ -196,7 +195,7 @@ REFUSED: dict[str, tuple[Variables, list[str]]] = {
         ["the node no-such-host.invalid has no known address"],
     ),
     "no SLURM_LOCALID": (without(step(11, 16, 2), "SLURM_LOCALID"), ["LOCAL_RANK: not set"]),
-    "mpirun without an address": (mpirun(), ["MASTER_ADDR: not set", "MASTER_PORT: not set"]),
+    "mpirun without an address": (mpirun(), ["MASTER_ADDR, MASTER_PORT: not set; set them for all ranks"]),
     "half of mpirun's variables": ({"OMPI_COMM_WORLD_SIZE": "4"}, ["without OMPI_COMM_WORLD_RANK"]),
     "WORLD_SIZE alone": ({"WORLD_SIZE": "8"}, ["WORLD_SIZE=8 without RANK"]),
     "RANK alone": ({"RANK": "0"}, ["RANK=0 without WORLD_SIZE"]),
@@ -208,7 +207,7 @@ REFUSED: dict[str, tuple[Variables, list[str]]] = {
     ),
     "no address": (
         {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_PORT": "1"},
-        ["MASTER_ADDR: not set; set it to the address of rank 0's node"],
+        ["MASTER_ADDR: not set; set them for all ranks, to rank 0's node"],
     ),
     "no port": (
         {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "n1"},
@@ -217,7 +216,7 @@ REFUSED: dict[str, tuple[Variables, list[str]]] = {
     "a port that is none": (torchrun() | {"MASTER_PORT": "99999"}, ["MASTER_PORT='99999': must be a port"]),
     "no LOCAL_RANK": (
         {"RANK": "1", "WORLD_SIZE": "2", **MASTER},
-        ["LOCAL_RANK: not set, but RANK=1 is"],
+        ["LOCAL_RANK: not set, but RANK is"],
     ),
     "LOCAL_RANK not a number": (torchrun() | {"LOCAL_RANK": "gpu0"}, ["LOCAL_RANK='gpu0': must be a whole number"]),
 }
@@ -268,11 +267,13 @@ def test_the_first_host_of_slurms_list_is_found_without_scontrol(nodes: str, fir
     assert first_host(nodes) == first
 
 
-def test_only_the_first_task_prints_what_all_have_to_say() -> None:
-    assert [is_first(step(task)) for task in range(3)] == [True, False, False]
-    assert [is_first({**step(task), **torchrun(rank)}) for task in (0, 1) for rank in (0, 1)] == [
-        True,
-        False,
-        False,
-        False,
-    ]
+def test_every_task_of_srun_prints_a_refusal_and_of_torchruns_ranks_the_first() -> None:
+    def said_by_others(environment: Variables) -> bool:
+        with pytest.raises(ConfigError) as caught:
+            adopt(environment)
+        return others_say_it(caught.value, environment)
+
+    in_each = [{**step(task), **torchrun(rank)} for task in (0, 1) for rank in (0, 1)]
+    assert [said_by_others(environment) for environment in in_each] == [False, True, False, True]
+    assert not said_by_others(step(3, WORLD_SIZE="16"))
+    assert not said_by_others(torchrun(3) | {"LOCAL_RANK": "gpu0"})

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from nemo_tied_lora.errors import TrainingStopped
-from nemo_tied_lora.resilience import group_check, version_check
+from nemo_tied_lora.resilience import default_group, group_check, version_check
 from nemo_tied_lora.resilience.dead_rank_watchdog import Watchdog
 from nemo_tied_lora.resilience.rank import Rank, run_as_rank
 from nemo_tied_lora.resilience.rendezvous import Rendezvous
@@ -94,9 +94,9 @@ def hang_in_own_code() -> int:
             dist.all_reduce(torch.ones(1))
         return {}
 
-    original = Rank._make_process_group
+    original = default_group.make_default_group
     # The watchdog must end it, not the collective's own limit.
-    replace(Rank, "_make_process_group", lambda rank, seconds: original(rank, 60))
+    replace(default_group, "make_default_group", lambda values, rendezvous, seconds: original(values, rendezvous, 60))
     return run_as_rank("finetune", cfg, [], work)
 
 
