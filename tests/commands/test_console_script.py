@@ -7,7 +7,9 @@ tests/slurm has `launch`, `report` and `status`; tests/commands/test_demo.py has
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -27,10 +29,11 @@ def folder(workshop: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finetuned(folder: Path) -> str:
-    """What `tied-lora finetune` prints, on two tensor-parallel ranks."""
-    words = ["layout=tp2", "trainer.max_steps=2", "trainer.val_check_interval=2"]
-    return console_script("finetune", *finetune_arguments("run"), *words, folder=folder).stdout
+def finetuned(folder: Path) -> subprocess.CompletedProcess[str]:
+    """`tied-lora finetune verbose=false` on two tensor-parallel ranks."""
+    words = ["layout=tp2", "trainer.max_steps=2", "trainer.val_check_interval=2", "verbose=false"]
+    words.append("trainer.enable_progress_bar=true")
+    return console_script("finetune", *finetune_arguments("run"), *words, folder=folder)
 
 
 @pytest.mark.parametrize("command", ["", "quickstart", "compare", "launch", "report"])
@@ -50,20 +53,36 @@ def test_a_key_that_does_not_exist_is_refused_with_exit_code_2(command: str, tmp
     assert "Traceback" not in done.stderr
 
 
-def test_finetune_trains_on_two_ranks(folder: Path, finetuned: str) -> None:
-    assert "pre-flight: the same software and configuration on all 2 ranks" in finetuned
-    assert "Tied-LoRA rank 4: trained v B u A, tied A B" in finetuned
+def test_finetune_trains_on_two_ranks(folder: Path, finetuned: subprocess.CompletedProcess[str]) -> None:
+    assert "pre-flight: the same software and configuration on all 2 ranks" in finetuned.stdout
+    assert "Tied-LoRA rank 4: trained v B u A, tied A B" in finetuned.stdout
     file = read_adapter(folder / "run" / "adapter.nemo")
     metrics = json.loads((folder / "run" / "metrics.json").read_text())
     assert [step["step"] for step in metrics["steps"]] == [1, 2]
     assert metrics["trained_parameters"] == sum(tensor.numel() for tensor in file.state.values())
 
 
+def test_without_verbose_finetune_prints_its_own_lines_and_the_rest_is_in_the_runs_folder(
+    folder: Path, finetuned: subprocess.CompletedProcess[str]
+) -> None:
+    """Progress is a line, because no terminal shows it."""
+    assert finetuned.stderr == ""
+    notes = r"tied-lora finetune: |pre-flight: |\S+\.jsonl|note: |answers|written: "
+    table = r"Tied-LoRA rank|target |-+$|linear_|total |[\d.]+% of"
+    steps = [r"step 1 of 2, loss \d", r"step 2 of 2, loss \d", r"step 2 of 2, validation loss \d"]
+    found = [line for line in finetuned.stdout.splitlines() if not re.match(f"{notes}|{table}", line)]
+    assert len(found) == len(steps), finetuned.stdout
+    assert all(map(re.match, steps, found)), found
+    logs = [(folder / "run" / f"finetune-rank-{rank}.log").read_text() for rank in range(2)]
+    assert "Total params" in logs[0]  # Lightning's summary
+
+
 @pytest.mark.usefixtures("finetuned")
 def test_generate_prints_a_completion_per_prompt(folder: Path) -> None:
     words = ["base=base.nemo", "adapter=run/adapter.nemo", "trainer.precision=32", "tokens_to_generate=3"]
     done = console_script("generate", *words, "prompts=['1:','2:']", folder=folder)
-    assert [line[:2] for line in done.stdout.splitlines()[-2:]] == ["1:", "2:"]
+    assert [line[:2] for line in done.stdout.splitlines()] == ["1:", "2:"]
+    assert done.stderr == ""
 
 
 @pytest.mark.usefixtures("finetuned")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,9 @@ import yaml
 from omegaconf import OmegaConf
 
 from nemo_tied_lora.checkpoint.read_nemo_adapter import AdapterFile, read_adapter
-from tests.harness.command_runs import SHORT, console_script, finetune, finetune_arguments, tied_lora
+from nemo_tied_lora.resilience.status_file import read_status
+from tests.harness.command_runs import SHORT, console_script, finetune, finetune_arguments, tied_lora, user_environment
+from tests.harness.forks import free_port
 from tests.harness.nemo_yamls import FINETUNING, GENERATION
 from tests.harness.paths import ROOT
 
@@ -155,15 +158,56 @@ def test_every_mistake_is_reported_at_once_before_torch_is_imported(workshop: Pa
     assert "Traceback" not in done.stderr
 
 
-def test_the_launcher_starts_each_rank_or_explains_how(tmp_path: Path) -> None:
+def test_the_shipped_torchrun_script_starts_ranks_that_meet_or_explains_how(workshop: Path) -> None:
+    """torchrun holds the ranks' store. `preflight=only` needs no NeMo."""
     script = str(ROOT / "launch" / "torchrun.sh")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
-    environment |= {"NPROC_PER_NODE": "2", "MASTER_PORT": "29471"}
+    environment = {**user_environment(), "PATH": path, "NPROC_PER_NODE": "2", "MASTER_PORT": str(free_port())}
     bare = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, check=False)
     assert bare.returncode == 2
     assert "NODE_RANK" in bare.stdout
-    command = ["bash", script, "plan", "model=quickstart", "format=json"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    command = ["bash", script, "finetune", *finetune_arguments("torchrun"), "layout=tp2", "preflight=only"]
+    done = subprocess.run(command, cwd=workshop, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count('"trained_parameters": 25856') >= 2
+    assert done.stdout.count("pre-flight: the same software and configuration on all 2 ranks") == 1
+    assert "pre-flight: all is well" in done.stdout
+
+
+PLANTED = """
+import os, sys
+from nemo_tied_lora.nemo import training_runs
+
+setup = training_runs.MegatronGPTTiedLoraModel.setup
+
+def planted(model, *args):
+    if os.environ["RANK"] == "1":
+        raise KeyError("layer 3")
+    return setup(model, *args)
+
+training_runs.MegatronGPTTiedLoraModel.setup = planted
+"""
+
+
+@pytest.mark.parametrize(("watchdog", "code"), [("120", 70), ("0", 1)])
+def test_an_error_that_no_check_has_foreseen_ends_all_ranks_with_one_line(
+    workshop: Path, tmp_path: Path, watchdog: str, code: int
+) -> None:
+    """With the watchdog, all ranks end at once. Without it, the launcher ends the others."""
+    (tmp_path / "sitecustomize.py").write_text(PLANTED)
+    words = [
+        f"exp_manager.explicit_log_dir={tmp_path}/run",
+        "layout=tp2",
+        "verbose=false",
+        f"watchdog.timeout_s={watchdog}",
+    ]
+    planted = {"PYTHONPATH": str(tmp_path)}
+    done = tied_lora("finetune", *finetune_arguments("unforeseen"), *words, folder=workshop, ok=False, planted=planted)
+    assert done.returncode == code, done.stderr
+    start = "tied-lora: rank 1: the run ends: " if code == 70 else "tied-lora finetune: "
+    found = re.fullmatch(
+        start + r"rank 1 on node \S+ failed: KeyError: 'layer 3'; the traceback is in (\S+)\n", done.stderr
+    )
+    assert found, done.stderr
+    assert found[1] == f"{tmp_path}/run/finetune-rank-1.traceback"
+    assert "in planted" in Path(found[1]).read_text()
+    assert "KeyError: 'layer 3'" in (read_status(tmp_path / "run") or {})["reason"]
