@@ -56,7 +56,7 @@ class ProgressLines(ProgressBar):
 
     def __init__(self) -> None:
         super().__init__()
-        self._due = SoOften()
+        self._due, self._shown = SoOften(), False
 
     def disable(self) -> None:
         """Lightning calls it on all ranks but rank 0, which alone prints anyway."""
@@ -69,7 +69,9 @@ class ProgressLines(ProgressBar):
     ) -> None:
         if trainer.global_rank == 0 and (self._due() or trainer.global_step >= trainer.max_steps):
             loss = _metric(trainer, "reduced_train_loss", "loss")
-            _say(f"step {trainer.global_step} of {trainer.max_steps}{loss}{_time_left(trainer)}")
+            left = _time_left(trainer) if self._shown else ""  # the first step is slower than the others
+            self._shown = True
+            _say(f"step {trainer.global_step} of {trainer.max_steps}{loss}{left}")
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
