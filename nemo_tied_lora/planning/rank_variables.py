@@ -16,6 +16,7 @@ __all__ = [
     "MPI_VARIABLES",
     "STORE_SOCKET",
     "another_rank_failed",
+    "is_first",
     "is_rank",
     "tasks_on_nodes",
 ]
@@ -43,6 +44,12 @@ MPI_VARIABLES = (
 def is_rank(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether a launcher has started this process as a rank."""
     return "RANK" in environment and "WORLD_SIZE" in environment
+
+
+def is_first(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process prints what all tasks of a launcher have to say. True for a process that is alone."""
+    names = ("RANK", "SLURM_PROCID", *(names[0] for names in MPI_VARIABLES))
+    return all(environment.get(name, "0") == "0" for name in names)
 
 
 def another_rank_failed(environment: Mapping[str, str] = os.environ) -> bool:

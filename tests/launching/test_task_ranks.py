@@ -12,7 +12,7 @@ import pytest
 
 from nemo_tied_lora.errors import ConfigError
 from nemo_tied_lora.launching.task_ranks import adopt, first_host, others_say_it
-from nemo_tied_lora.planning.rank_variables import is_rank
+from nemo_tied_lora.planning.rank_variables import is_first, is_rank
 
 Variables = dict[str, str]
 
@@ -265,6 +265,12 @@ def test_tasks_of_one_step_agree_on_the_port_and_other_steps_and_jobs_have_anoth
 )
 def test_the_first_host_of_slurms_list_is_found_without_scontrol(nodes: str, first: str) -> None:
     assert first_host(nodes) == first
+
+
+def test_only_the_first_task_prints_what_all_have_to_say() -> None:
+    assert [is_first(step(task)) for task in range(3)] == [True, False, False]
+    assert [is_first({**step(task), **torchrun(rank)}) for task in (0, 1) for rank in (0, 1)] == [True, *[False] * 3]
+    assert is_first({})
 
 
 def test_every_task_of_srun_prints_a_refusal_and_of_torchruns_ranks_the_first() -> None:
