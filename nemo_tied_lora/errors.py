@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
 
@@ -95,7 +96,9 @@ def is_whole_number(value: object, least: int = 1) -> TypeGuard[int]:
 
 def report(command: str, error: ConfigError) -> int:
     """Prints every problem on stderr, one per line. Returns the exit code, 2."""
-    print(f"tied-lora {command}: not possible:\n" + "\n".join(f"  {p}" for p in error.problems), file=sys.stderr)
+    text = f"tied-lora {command}: not possible:\n" + "\n".join(f"  {p}" for p in error.problems)
+    with suppress(OSError):  # if nobody can read it, the code still says that the command was refused
+        print(text, file=sys.stderr, flush=True)
     return 2
 
 

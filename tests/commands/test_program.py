@@ -137,6 +137,12 @@ def test_what_to_lower_if_the_memory_is_too_small_depends_on_the_command() -> No
     assert "out of memory" not in describe(RuntimeError("shapes differ"), "finetune")
 
 
+@pytest.mark.parametrize("shell", ["2> /dev/full", "2>&1 | true", "2>&-"])
+def test_a_refusal_keeps_its_exit_code_if_nobody_can_read_it(shell: str) -> None:
+    refuse = "from nemo_tied_lora.errors import *; sys.exit(report('merge', ConfigError(['a', 'b'])))"
+    assert program(refuse, shell).returncode == 2
+
+
 @pytest.mark.parametrize("words", ["plan model=quickstart", "finetune --cfg job"])
 def test_the_real_commands_end_quietly_before_head(words: str, tmp_path: Path) -> None:
     line = f"{sys.executable} -m nemo_tied_lora.commands.main {words} | head -1; exit ${{PIPESTATUS[0]}}"
