@@ -54,10 +54,13 @@ def adopt(environment: MutableMapping[str, str] = os.environ) -> None:
         ConfigError: the variables are incomplete, contradict each other, or several launchers were combined in a way
             that would start more than one run.
     """
-    tasks = find_tasks(environment)
-    if "RANK" in environment:
+    problems = Problems()
+    tasks = problems.attempt(find_tasks, environment)
+    if "RANK" in environment:  # then it does not matter what srun's variables leave open
         _check_given(environment, tasks)
-    elif tasks is not None:
+        return
+    problems.raise_if_any()
+    if tasks is not None:
         _become_rank(environment, tasks)
     elif environment.get("WORLD_SIZE", "1") != "1":
         raise ConfigError(

@@ -108,6 +108,10 @@ RANKS: dict[str, tuple[Variables, dict[str, Any]]] = {
     ),
     "torchrun": (torchrun(3), {"RANK": "3", "LOCAL_RANK": "3"}),
     "torchrun in an sbatch script": (batch(**torchrun(3)), {"RANK": "3"}),
+    "torchrun where only some of SLURM's variables are passed on": (
+        {"SLURM_NTASKS": "16", "SLURM_PROCID": "0", **torchrun(3)},
+        {"RANK": "3"},
+    ),
     "torchrun in srun's only task": ({**step(0, 1), **torchrun(3)}, {"RANK": "3"}),
     "torchrun as the only task of each node": ({**step(1, 2, 2), **torchrun(11, 16, 8, 2)}, {"RANK": "11"}),
     "another launcher as the only task of each node": (
