@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
 def _run(cfg: Mapping[str, Any]) -> int:
     _check(cfg)
     from nemo_tied_lora.checkpoint.read_nemo_adapter import read_adapter
-    from nemo_tied_lora.conversion.to_nemo_lora import check_nemo_lora, write_nemo_lora
+    from nemo_tied_lora.conversion.to_nemo_lora import UNREAD_BY_TENSORRT_LLM, check_nemo_lora, write_nemo_lora
     from nemo_tied_lora.conversion.to_peft_lora import check_hf_peft, write_hf_peft
     from nemo_tied_lora.conversion.to_safetensors import check_full_state, write_full_state
 
@@ -58,6 +58,9 @@ def _run(cfg: Mapping[str, Any]) -> int:
     size = sum(part.stat().st_size for part in ([output] if output.is_file() else output.iterdir()))
     print(f"written: {output} ({size:,} bytes)")
     print(f"check: read back, its updates differ from the tied formula by {difference}")
+    unread = [target for target in UNREAD_BY_TENSORRT_LLM if target in file.shapes and cfg["to"] == "nemo-lora"]
+    if unread:
+        print(f"note: TensorRT-LLM reads linear_qkv alone from this format, and would leave out {', '.join(unread)}")
     if not difference.relative <= _LARGEST_DIFFERENCE:
         print(f"tied-lora export: {output} is wrong: more than {_LARGEST_DIFFERENCE:.0e} apart", file=sys.stderr)
         return 1

@@ -14,6 +14,8 @@ from omegaconf import DictConfig
 from nemo_tied_lora.commands.distributed_command import run_command
 from nemo_tied_lora.commands.local_command import check_output, run_composed
 from nemo_tied_lora.config import TiedLoraConfig
+from nemo_tied_lora.conversion.nemo_lora_config import read_nemo_lora_config
+from nemo_tied_lora.conversion.peft_lora_config import read_peft_config
 from nemo_tied_lora.errors import ConfigError, Problems
 from nemo_tied_lora.planning.base_config import base_model_config
 from nemo_tied_lora.tables import text_table
@@ -75,6 +77,8 @@ def _fit(cfg: Mapping[str, Any]) -> int:
         write_adapter(Path(cfg["output"]), fitted.config, fitted.shapes, fitted.state, facts)
     except OSError as error:
         raise ConfigError([f"output={cfg['output']}: {error}"]) from error
+    for note in fitted.notes:
+        print(f"note: {note}")
     print(_table(fitted.fits, errors, fitted.bounds))
     print(f"written: {cfg['output']} ({Path(cfg['output']).stat().st_size:,} bytes)")
     return _check_written(Path(cfg["output"]), lora, fitted.fits)
@@ -127,7 +131,7 @@ def _table(fits: Mapping[str, Any], errors: Mapping[str, Mapping[int, float]], b
 
 
 def _check_lora(cfg: Mapping[str, Any]) -> TiedLoraConfig:
-    """Checks the arguments of from=lora before any file is read.
+    """Checks the arguments of from=lora and the LoRA's own configuration, before torch is imported.
 
     Raises:
         ConfigError: all problems together.
@@ -136,6 +140,9 @@ def _check_lora(cfg: Mapping[str, Any]) -> TiedLoraConfig:
     check_output(problems, cfg["output"], [cfg["path"], cfg["base"]])
     if cfg["path"] is None or not Path(cfg["path"]).exists():
         problems.append(f"path={cfg['path']}: no such file or folder; name peft's folder or NeMo's LoRA .nemo")
+    else:
+        path = Path(cfg["path"])
+        problems.attempt(read_peft_config if path.is_dir() else read_nemo_lora_config, path)
     if cfg["base"] is not None and not Path(cfg["base"]).exists():
         problems.append(f"base={cfg['base']}: no such file")
     problems.whole_number("max_iterations", cfg["max_iterations"])

@@ -3,19 +3,17 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from nemo_tied_lora.config import TARGETS
 from nemo_tied_lora.conversion.hf_families import BaseSizes, Part
-from nemo_tied_lora.errors import Problems
+from nemo_tied_lora.conversion.lora_names import LoraLayout, checked_pairs
 
-__all__ = ["LoraDeltas", "LowRank", "read_deltas"]
+__all__ = ["LoraDeltas", "LoraLayout", "LowRank", "read_deltas"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +22,11 @@ class LowRank:
 
     P: torch.Tensor
     Q: torch.Tensor
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether a factor is all 0, as B is in a LoRA that was not trained."""
+        return not bool(self.P.any() and self.Q.any())
 
 
 @dataclass
@@ -43,14 +46,10 @@ class LoraDeltas:
 
 
 def read_deltas(
-    path: Path,
     state: Mapping[str, torch.Tensor],
     parts: Mapping[str, tuple[Part, ...]],
     sizes: BaseSizes,
-    *,
-    pattern: str,
-    marks: tuple[str, str],
-    scale: Callable[[str, int], float],
+    layout: LoraLayout,
 ) -> dict[str, dict[int, LowRank]]:
     """Target to layer to delta, float64.
 
@@ -58,37 +57,17 @@ def read_deltas(
     its own rows and columns.
 
     Args:
-        path: the file or folder, for messages.
         state: all tensors of the file, by name.
         parts: target to the linears that hold its rows.
-        pattern: matches the name of an A; its groups are the layer's number and the linear's name below the layer.
-        marks: the words in the names of A and of B that differ.
-        scale: called with the name and the rank of an A; the factor of its update.
 
     Raises:
-        ConfigError: lists every tensor that is not part of a LoRA of the base's linears, or has another shape.
+        ConfigError: lists what is not a LoRA of the base's linears, has another shape, or does not fit its own
+            configuration.
     """
-    places = {part.name: (target, i) for target, linears in parts.items() for i, part in enumerate(linears)}
     found: dict[tuple[str, int], dict[int, LowRank]] = {}
-    problems, rest = Problems(), dict(state)
-    for name in [name for name in state if marks[0] in name]:
-        A, B, match = rest.pop(name), rest.pop(name.replace(*marks), None), re.match(pattern, name)
-        if match is None or match[2] not in places or int(match[1]) >= sizes.num_layers:
-            problems.append(f"path={path}: {name} is not a LoRA of a linear in layers 0 to {sizes.num_layers - 1}")
-            continue
-        target, index = places[match[2]]
-        width, rows = sizes.linears[target].in_features, len(sizes.rows(target, parts[target][index].share))
-        if B is None or A.shape[1:] != (width,) or B.shape != (rows, len(A)):
-            got = f"{tuple(A.shape)}, {None if B is None else tuple(B.shape)}"
-            needed = f"(r, {width}), ({rows}, r)"
-            problems.append(f"path={path}: {name} and its {marks[1].strip('.')} are {got}; the base needs {needed}")
-            continue
-        linears = found.setdefault((target, int(match[1])), {})
-        linears[index] = LowRank(B.double() * scale(name, len(A)), A.double())
-    problems += [f"path={path}: {name} is not a LoRA of a linear" for name in rest]
-    if not found and not problems:
-        problems.append(f"path={path}: holds no LoRA tensors")
-    problems.raise_if_any()
+    for pair in checked_pairs(state, parts, sizes, layout):
+        linears = found.setdefault((pair.target, pair.layer), {})
+        linears[pair.part] = LowRank(pair.B.double() * layout.scale(pair.module), pair.A.double())
     deltas: dict[str, dict[int, LowRank]] = {}
     for target, layer in sorted(found, key=lambda key: (TARGETS.index(key[0]), key[1])):
         rows_of = [sizes.rows(target, part.share) for part in parts[target]]

@@ -37,6 +37,8 @@ class FittedAdapter:
     """Target to its fit."""
     bounds: dict[str, float]
     """Target to the lower bound of its relative error (`row_space_bound`)."""
+    notes: tuple[str, ...] = ()
+    """What the user should know about the LoRA."""
 
 
 def read_lora(path: Path, base: Mapping[str, Any] | None) -> LoraDeltas:
@@ -50,10 +52,15 @@ def read_lora(path: Path, base: Mapping[str, Any] | None) -> LoraDeltas:
         ConfigError: there is no such adapter, it is damaged, it is not plain LoRA, or it does not fit the base.
     """
     if not path.is_dir():
-        return read_nemo_lora(path, base)
-    if base is None:
+        lora = read_nemo_lora(path, base)
+    elif base is None:
         raise ConfigError(["base=null: name the base's .nemo: peft's folder does not record how heads are grouped"])
-    return read_peft_lora(path, base)
+    else:
+        lora = read_peft_lora(path, base)
+    if all(delta.is_zero for by_layer in lora.deltas.values() for delta in by_layer.values()):
+        fix = "every B is 0, as before training; name a trained LoRA"
+        raise ConfigError([f"path={path}: this LoRA changes nothing: {fix}"])
+    return lora
 
 
 def fit_adapter(
@@ -67,7 +74,8 @@ def fit_adapter(
 ) -> FittedAdapter:
     """Fits the closest tied adapter, target by target.
 
-    If a target has no delta in some layer, the fit takes zeros for it.
+    If a target has no delta in some layer, the fit takes zeros for it. A target whose deltas are all zero is left out: a
+    note says so.
 
     Args:
         config: rank, seed and the preset's fields. The result has the targets and layers of the LoRA.
@@ -75,8 +83,13 @@ def fit_adapter(
         progress: called with the target and its relative error after each iteration.
 
     Raises:
-        ConfigError: the LoRA holds NaN or infinity, or the rank does not fit.
+        ConfigError: the LoRA holds NaN or infinity, the rank does not fit, or the factors are too large for float32.
     """
+    zero = [target for target, by_layer in lora.deltas.items() if all(delta.is_zero for delta in by_layer.values())]
+    lora = replace(lora, deltas={target: found for target, found in lora.deltas.items() if target not in zero})
+    notes = tuple(
+        f"{target}: the LoRA's updates are 0 in every layer; the tied adapter leaves it out" for target in zero
+    )
     layers = lora.layers
     some = None if len(layers) == lora.sizes.num_layers else layers
     config = replace(config, targets=tuple(lora.deltas), layers=some)
@@ -103,7 +116,12 @@ def fit_adapter(
         )
         shapes[target], fits[target], bounds[target] = shape, fit, row_space_bound(deltas, config.rank)
         state.update(_named(fit, target, layers))
-    return FittedAdapter(config, shapes, state, fits, bounds)
+    large = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
+    if large:
+        raise ConfigError(
+            [f"{large[0]}: the fitted factor exceeds float32; the LoRA's numbers or its alpha are too large"]
+        )
+    return FittedAdapter(config, shapes, state, fits, bounds, notes)
 
 
 def errors_of_file(lora: LoraDeltas, file: AdapterFile) -> dict[str, float]:

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes an adapter as stock NeMo's LoRA `.nemo`, in the single-rank form that NeMo's loader and deployment tools read.
 
+The file's alpha is its adapter_dim, so its scale is 1, and `linear_out` holds the adapter's alpha / r: TensorRT-LLM's
+reader of this format never looks at alpha. It reads the LoRA of linear_qkv alone.
+
 model_config.yaml     the base's keys, and model.peft with peft_scheme: lora
 model_weights.ckpt    model.decoder.layers.<i>.<block>.adapter_layer.<adapter>.linear_in.weight (r, in)
                                                                               .linear_out.weight (out, r)
@@ -9,7 +12,6 @@ model_weights.ckpt    model.decoder.layers.<i>.<block>.adapter_layer.<adapter>.l
 from __future__ import annotations
 
 import io
-import tarfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,31 +22,16 @@ import yaml
 from nemo_tied_lora.checkpoint.read_nemo_adapter import AdapterFile
 from nemo_tied_lora.checkpoint.tar import write_tar
 from nemo_tied_lora.conversion.hf_families import BaseSizes
-from nemo_tied_lora.conversion.untie_to_lora import expand, layers_of, plain_alpha
+from nemo_tied_lora.conversion.nemo_lora_config import ADAPTER_MODULES, CONFIG, STATE, TARGET_MODULES, read_members_of
+from nemo_tied_lora.conversion.untie_to_lora import expand, layers_of
 from nemo_tied_lora.conversion.verify_export import Difference, largest_difference
-from nemo_tied_lora.errors import ConfigError, Problems
+from nemo_tied_lora.errors import Problems
 from nemo_tied_lora.files import replace_file
-from nemo_tied_lora.planning.nemo_archive import read_members
 
-__all__ = ["ADAPTER_MODULES", "check_nemo_lora", "read_nemo_lora_members", "write_nemo_lora"]
+__all__ = ["UNREAD_BY_TENSORRT_LLM", "check_nemo_lora", "write_nemo_lora"]
 
-_CONFIG, _STATE = "model_config.yaml", "model_weights.ckpt"
-_MAX_CONFIG_BYTES = 4 << 20
-
-ADAPTER_MODULES = {
-    "linear_qkv": "self_attention.adapter_layer.lora_kqv_adapter",
-    "linear_proj": "self_attention.adapter_layer.lora_dense_attention_adapter",
-    "linear_fc1": "mlp.adapter_layer.lora_hto4h_adapter",
-    "linear_fc2": "mlp.adapter_layer.lora_4htoh_adapter",
-}
-"""Target -> the name of NeMo's LoRA module below the layer."""
-
-_TARGET_MODULES = {
-    "linear_qkv": "attention_qkv",
-    "linear_proj": "attention_dense",
-    "linear_fc1": "mlp_fc1",
-    "linear_fc2": "mlp_fc2",
-}
+UNREAD_BY_TENSORRT_LLM = ("linear_proj", "linear_fc1", "linear_fc2")
+"""The targets whose LoRA TensorRT-LLM's reader of NeMo's format leaves out."""
 
 
 def write_nemo_lora(file: AdapterFile, base: Mapping[str, Any], path: Path) -> Path:
@@ -59,22 +46,22 @@ def write_nemo_lora(file: AdapterFile, base: Mapping[str, Any], path: Path) -> P
     """
     _check_base(file, base)
     state = {}
-    for lora in expand(file.config, file.shapes, file.state):
+    for lora in expand(file.config, file.shapes, file.state, alpha=file.config.rank):
         name = _module_name(lora.layer, lora.target)
         state[f"{name}.linear_in.weight"] = lora.lora_A.clone()
         state[f"{name}.linear_out.weight"] = lora.lora_B.clone()
     content = io.BytesIO()
     torch.save(state, content)
     description = {**base, "peft": _peft_section(file)}
-    members = {_CONFIG: yaml.safe_dump(description, sort_keys=False).encode(), _STATE: content.getvalue()}
+    members = {CONFIG: yaml.safe_dump(description, sort_keys=False).encode(), STATE: content.getvalue()}
     return replace_file(path, lambda handle: write_tar(handle, members))
 
 
 def check_nemo_lora(path: Path, file: AdapterFile) -> Difference:
     """Reads the `.nemo` back and compares its updates, as NeMo's layers compute them, with the tied formula."""
-    description, weights = read_nemo_lora_members(path)
-    state = torch.load(io.BytesIO(weights), map_location="cpu", weights_only=True)
-    section = yaml.safe_load(description)["peft"]["lora_tuning"]
+    members = read_members_of(path)
+    state = torch.load(io.BytesIO(members[STATE]), map_location="cpu", weights_only=True)
+    section = yaml.safe_load(members[CONFIG])["peft"]["lora_tuning"]
     scale = section["alpha"] / section["adapter_dim"]
 
     def update(layer: int, target: str, x: torch.Tensor) -> torch.Tensor:
@@ -83,22 +70,6 @@ def check_nemo_lora(path: Path, file: AdapterFile) -> Difference:
         return scale * (B @ (A @ x))
 
     return largest_difference(file, update)
-
-
-def read_nemo_lora_members(path: Path) -> tuple[bytes, bytes]:
-    """(model_config.yaml, model_weights.ckpt) of stock NeMo's LoRA `.nemo`.
-
-    Raises:
-        ConfigError: the file is not a tar, or a member is missing, truncated, or claims to be larger than the file.
-    """
-    try:
-        members = read_members(path, (_CONFIG, _STATE), max(_MAX_CONFIG_BYTES, path.stat().st_size))
-    except (tarfile.TarError, OSError) as error:
-        raise ConfigError([f"{path}: not a whole .nemo file: {error}"]) from error
-    missing = [name for name in (_CONFIG, _STATE) if name not in members]
-    if missing:
-        raise ConfigError([f"{path}: {', '.join(missing)} is missing"])
-    return members[_CONFIG], members[_STATE]
 
 
 def _module_name(layer: int, target: str) -> str:
@@ -112,9 +83,9 @@ def _peft_section(file: AdapterFile) -> dict[str, Any]:
         "restore_from_path": None,
         "lora_tuning": {
             "variant": "nemo",
-            "target_modules": [_TARGET_MODULES[target] for target in file.shapes],
+            "target_modules": [TARGET_MODULES[target] for target in file.shapes],
             "adapter_dim": file.config.rank,
-            "alpha": plain_alpha(file.config),
+            "alpha": file.config.rank,
             "adapter_dropout": 0.0,
             "column_init_method": "xavier",
             "row_init_method": "zero",

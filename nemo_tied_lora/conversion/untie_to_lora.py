@@ -51,8 +51,14 @@ def layers_of(shapes: Mapping[str, LinearShape]) -> tuple[int, ...]:
     return layers.pop()
 
 
-def plain_lora(config: TiedLoraConfig, state: Mapping[str, torch.Tensor], layer: int, linear: str) -> PlainLora:
-    """One linear's LoRA, in float32 or the factors' wider dtype."""
+def plain_lora(
+    config: TiedLoraConfig, state: Mapping[str, torch.Tensor], layer: int, linear: str, *, alpha: int | None = None
+) -> PlainLora:
+    """One linear's LoRA, in float32 or the factors' wider dtype.
+
+    Args:
+        alpha: of the plain LoRA; None: `plain_alpha`.
+    """
     factors = factors_of_layer(config, state, layer, linear)
     dtype = torch.promote_types(factors["A"].dtype, torch.float32)
     A, B = factors["A"].to(dtype), factors["B"].to(dtype)
@@ -60,13 +66,17 @@ def plain_lora(config: TiedLoraConfig, state: Mapping[str, torch.Tensor], layer:
         A = A * factors["u"].to(dtype).unsqueeze(1)
     if "v" in factors:
         B = B * factors["v"].to(dtype).unsqueeze(1)
-    folded = config.scale * config.rank / plain_alpha(config)
+    folded = config.scale * config.rank / (plain_alpha(config) if alpha is None else alpha)
     return PlainLora(layer, linear, A.contiguous(), (B if folded == 1.0 else B * folded).contiguous())
 
 
 def expand(
-    config: TiedLoraConfig, shapes: Mapping[str, LinearShape], state: Mapping[str, torch.Tensor]
+    config: TiedLoraConfig,
+    shapes: Mapping[str, LinearShape],
+    state: Mapping[str, torch.Tensor],
+    *,
+    alpha: int | None = None,
 ) -> Iterator[PlainLora]:
-    """Yields the LoRA of every linear, layer by layer, one at a time."""
+    """Yields the LoRA of every linear, layer by layer, one at a time; see `plain_lora`."""
     for layer, linear, _ in each_linear(shapes):
-        yield plain_lora(config, state, layer, linear)
+        yield plain_lora(config, state, layer, linear, alpha=alpha)

@@ -154,6 +154,8 @@ def test_the_nemo_lora_file_adds_what_the_tied_formula_adds(tmp_path: Path, case
         members = {info.name: tar.extractfile(info).read() for info in tar}  # type: ignore[union-attr]
     state = torch.load(io.BytesIO(members["model_weights.ckpt"]), weights_only=True)
     tuning = yaml.safe_load(members["model_config.yaml"])["peft"]["lora_tuning"]
+    # TensorRT-LLM's reader does not look at alpha.
+    assert tuning["alpha"] == tuning["adapter_dim"] == file.config.rank
     assert tuning["layer_selection"] == [layer + 1 for layer in file.shapes[file.config.targets[0]].layers]
     blocks = {
         "linear_qkv": "self_attention.adapter_layer.lora_kqv_adapter",
@@ -165,7 +167,7 @@ def test_the_nemo_lora_file_adds_what_the_tied_formula_adds(tmp_path: Path, case
         for layer in shape.layers:
             name = f"model.decoder.layers.{layer}.{blocks[target]}"
             A, B = state.pop(f"{name}.linear_in.weight"), state.pop(f"{name}.linear_out.weight")
-            got = tuning["alpha"] / tuning["adapter_dim"] * B.double() @ A.double()
+            got = B.double() @ A.double()
             assert torch.allclose(got, delta(file, layer, target), rtol=1e-5, atol=1e-6)
     assert state == {}
     assert check_nemo_lora(path, file).relative < 1e-6
@@ -281,6 +283,8 @@ def test_the_command_writes_and_checks(tmp_path: Path, to: str, capsys: pytest.C
     out = capsys.readouterr().out
     assert f"written: {tmp_path / 'out'}" in out
     assert "check: read back" in out
+    unread = "note: TensorRT-LLM reads linear_qkv alone from this format, and would leave out linear_proj, linear_fc1"
+    assert (unread in out) == (to == "nemo-lora")
 
 
 def test_the_command_reports_every_problem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

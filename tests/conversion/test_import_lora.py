@@ -22,7 +22,8 @@ from nemo_tied_lora.checkpoint.tar import write_tar
 from nemo_tied_lora.checkpoint.write_nemo_adapter import write_adapter
 from nemo_tied_lora.commands.main import main
 from nemo_tied_lora.conversion.lora_to_tied import read_lora
-from nemo_tied_lora.conversion.to_nemo_lora import read_nemo_lora_members, write_nemo_lora
+from nemo_tied_lora.conversion.nemo_lora_config import read_members_of
+from nemo_tied_lora.conversion.to_nemo_lora import write_nemo_lora
 from nemo_tied_lora.conversion.to_peft_lora import write_hf_peft
 from nemo_tied_lora.errors import ConfigError
 from tests.conversion.test_export_lora import hugging_face_model
@@ -127,11 +128,11 @@ def test_an_adapter_of_another_kind_or_base_is_refused(tmp_path: Path, base: Pat
     folder = write_hf_peft(random_adapter(LLAMA, preset="tl6"), LLAMA, tmp_path / "peft", None)
     with pytest.raises(ConfigError, match=r"\(48, r\)|needs"):
         read_lora(folder, {**LLAMA, "num_attention_heads": 4, "num_query_groups": 4})
-    with pytest.raises(ConfigError, match="layers 0 to 1"):
+    with pytest.raises(ConfigError, match="the base has layers 0 to 1, the LoRA goes up to layer 3"):
         read_lora(folder, {**LLAMA, "num_layers": 2})
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True, "bias": "all"}))
-    with pytest.raises(ConfigError, match=r"use_dora=True(.|\n)*bias='all'"):
+    with pytest.raises(ConfigError, match=r"bias='all'(.|\n)*use_dora=True"):
         read_lora(folder, LLAMA)
     (folder / "adapter_config.json").write_text("{")
     with pytest.raises(ConfigError, match="is not a peft adapter"):
@@ -140,13 +141,13 @@ def test_an_adapter_of_another_kind_or_base_is_refused(tmp_path: Path, base: Pat
 
 def test_a_stock_nemo_lora_of_more_layers_or_another_variant_is_refused(tmp_path: Path) -> None:
     path = write_nemo_lora(random_adapter(LLAMA, preset="tl6"), LLAMA, tmp_path / "lora.nemo")
-    with pytest.raises(ConfigError, match=r"layers\.3\.\S+ is not a LoRA of a linear in layers 0 to 1"):
+    with pytest.raises(ConfigError, match=r"layers\.2\.\S+ and 15 more: the base has layers 0 to 1"):
         read_lora(path, {**LLAMA, "num_layers": 2})
-    config, weights = read_nemo_lora_members(path)
+    members = read_members_of(path)
     with path.open("wb") as file:
-        members = {"model_config.yaml": config.replace(b"variant: nemo", b"variant: canonical")}
-        write_tar(file, {**members, "model_weights.ckpt": weights})
-    with pytest.raises(ConfigError, match="variant=canonical: only variant nemo can be read"):
+        config = members["model_config.yaml"].replace(b"variant: nemo", b"variant: canonical")
+        write_tar(file, {**members, "model_config.yaml": config})
+    with pytest.raises(ConfigError, match="variant='canonical': only variant nemo can be read"):
         read_lora(path, LLAMA)
 
 
@@ -159,7 +160,9 @@ def test_nan_a_truncated_file_and_an_unknown_tensor_are_refused(tmp_path: Path, 
     words = ["import", "from=lora", f"path={folder}", f"base={base}", f"output={tmp_path / 'back.nemo'}", "rank=3"]
     assert main(words) == 2
     save_file({**tensors, "base_model.model.lm_head.weight": torch.ones(1)}, weights)
-    with pytest.raises(ConfigError, match=r"lm_head\.weight is not a LoRA"):
+    with pytest.raises(
+        ConfigError, match=r"1 of 57 tensors: base_model\.model\.lm_head\.weight: not the lora_A or lora_B of a linear"
+    ):
         read_lora(folder, LLAMA)
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ConfigError, match="cannot be read"):
@@ -171,9 +174,9 @@ def test_only_tensors_in_a_nemo_file_are_unpickled(tmp_path: Path) -> None:
     path, content = tmp_path / "evil.nemo", io.BytesIO()
     torch.save({"model.decoder.layers.0.x.linear_in.weight": Evil(tmp_path / "proof")}, content)
     with path.open("wb") as file:
-        members = {"model_config.yaml": yaml.safe_dump({**LLAMA, "peft": {}}).encode()}
+        members = {"model_config.yaml": yaml.safe_dump(lora_description()).encode()}
         write_tar(file, {**members, "model_weights.ckpt": content.getvalue()})
-    with pytest.raises(ConfigError, match="single-rank form"):
+    with pytest.raises(ConfigError, match="cannot be read as tensors alone"):
         read_lora(path, None)
     assert not (tmp_path / "proof").exists()
 
@@ -199,6 +202,12 @@ def test_a_nemo_file_that_claims_to_be_larger_than_it_is_is_refused(tmp_path: Pa
         write_tar(file, {"model_config.yaml": b"a: 1"})
     with pytest.raises(ConfigError, match=r"bomb\.nemo: model_weights\.ckpt is missing"):
         read_lora(path, None)
+
+
+def lora_description() -> dict[str, Any]:
+    """The keys of a plain LoRA of stock NeMo."""
+    section = {"adapter_dim": 3, "target_modules": ["all"]}
+    return {**LLAMA, "peft": {"peft_scheme": "lora", "lora_tuning": section}}
 
 
 class Evil:
