@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,13 @@ def _run(cfg: DictConfig) -> None:
     import torch
 
     from nemo_tied_lora.nemo.generation import complete, load_base
+    from nemo_tied_lora.nemo.token_rows import rowless_note
 
     rows = _rows(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
     model = load_base(cfg)
+    if torch.distributed.get_rank() == 0:
+        for note in rowless_note(model):
+            print(f"note: {note}", file=sys.stderr, flush=True)
     if cfg.adapter is not None:
         model.load_adapters(cfg.adapter)
     sampling = {key: cfg[key] for key in _SAMPLING}

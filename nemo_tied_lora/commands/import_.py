@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from nemo_tied_lora.commands.distributed_command import run_command
 from nemo_tied_lora.commands.local_command import check_output, run_composed
 from nemo_tied_lora.config import TiedLoraConfig
+from nemo_tied_lora.conversion.hf_config_file import read_hf_config
 from nemo_tied_lora.conversion.nemo_lora_config import read_nemo_lora_config
 from nemo_tied_lora.conversion.peft_lora_config import read_peft_config
 from nemo_tied_lora.errors import ConfigError, Problems
@@ -182,7 +183,7 @@ def _run(cfg: DictConfig) -> None:
 
 
 def _check(cfg: Mapping[str, Any]) -> None:
-    """Checks the arguments of from=hf-base before any file is read.
+    """Checks the arguments of from=hf-base and config.json, before torch is imported.
 
     Raises:
         ConfigError: all problems together.
@@ -192,7 +193,11 @@ def _check(cfg: Mapping[str, Any]) -> None:
     if cfg["path"] is None or not Path(cfg["path"]).is_dir():
         problems.append(f"path={cfg['path']}: no such folder; name a Hugging Face model's")
     elif not (Path(cfg["path"]) / "config.json").is_file():
-        problems.append(f"path={cfg['path']}: holds no config.json; this is not a Hugging Face model")
+        is_lora = (Path(cfg["path"]) / "adapter_config.json").is_file()
+        what = "is a LoRA, not a model; import it with from=lora" if is_lora else "holds no config.json; name a model"
+        problems.append(f"path={cfg['path']}: {what}")
+    else:
+        problems.attempt(read_hf_config, Path(cfg["path"]))
     check_output(problems, cfg["output"], [cfg["path"]])
     problems.one_of("dtype", cfg["dtype"], _DTYPES)
     problems.whole_number("vocab_multiple", cfg["vocab_multiple"])

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import tempfile
 from collections.abc import Mapping
@@ -17,15 +16,16 @@ from lightning.pytorch import Trainer
 from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronLMPPTrainerBuilder
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from nemo_tied_lora.conversion.hf_config import NemoKeys, nemo_keys
-from nemo_tied_lora.conversion.hf_families import BaseSizes, family_of_model_type
+from nemo_tied_lora.conversion.hf_config import NemoKeys
+from nemo_tied_lora.conversion.hf_folder import HfFolder, read_hf_folder
 from nemo_tied_lora.conversion.hf_tokenizer import differing_texts, tokenizer_section
-from nemo_tied_lora.conversion.hf_weights import HfWeights, megatron_tensors
-from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.conversion.hf_weights import megatron_tensors
+from nemo_tied_lora.errors import ConfigError, Problems
 from nemo_tied_lora.launching.progress import Progress
 from nemo_tied_lora.nemo.generation import load_base, next_token_logits
 from nemo_tied_lora.nemo.model import MegatronGPTTiedLoraModel
 from nemo_tied_lora.nemo.process_groups import ensure_process_groups
+from nemo_tied_lora.nemo.token_rows import rowless_note
 
 __all__ = ["Comparison", "import_hf_base"]
 
@@ -60,17 +60,19 @@ def import_hf_base(cfg: DictConfig) -> tuple[NemoKeys, Comparison | None]:
             than `cfg.tolerance` of the largest one.
     """
     folder, output = Path(cfg.path), Path(cfg.output)
-    config = _read_config(folder)
-    keys = nemo_keys(config, vocab_multiple=cfg.vocab_multiple)
-    dtype = _storage_dtype(cfg.dtype, config)
+    source = read_hf_folder(folder, cfg.vocab_multiple)
+    keys = source.keys
+    dtype = source.dtype if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
+    if dtype != source.dtype:
+        keys.notes.append(f"the stored weights are {source.dtype}; dtype={cfg.dtype} rounds or widens them")
     expected = None
     if cfg.verify:
-        tokens = _sample_tokens(config["vocab_size"], keys.model["encoder_seq_length"])
-        expected = _transformers_logits(folder, tokens)
+        tokens = _sample_tokens(source.config["vocab_size"], keys.model["encoder_seq_length"])
+        expected = _transformers_logits(source, tokens)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as beside:
         written = Path(beside) / output.name
-        _write(cfg, keys, config, folder, dtype, written)
+        _write(cfg, source, dtype, written)
         comparison = None if expected is None else _compare(cfg, written, folder, tokens, expected)
         if comparison is not None and not comparison.relative <= cfg.tolerance:
             difference = f"{comparison.largest_difference:.2e}, {comparison.relative:.1e} of the largest"
@@ -81,45 +83,40 @@ def import_hf_base(cfg: DictConfig) -> tuple[NemoKeys, Comparison | None]:
     return keys, comparison
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    """config.json with the defaults of its model type. Never runs code from the folder.
-
-    Raises:
-        ConfigError: the file is missing or unreadable, or its model type is not supported.
-    """
-    import transformers
-
-    try:
-        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-        family_of_model_type(model_type, f"{folder / 'config.json'}")
-        config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except ConfigError:
-        raise
-    except Exception as error:  # whatever a damaged config raises
-        raise ConfigError([f"{folder / 'config.json'}: cannot be read: {type(error).__name__}: {error}"]) from error
-    return config.to_dict()
-
-
 def _sample_tokens(vocab_size: int, length: int) -> torch.Tensor:
     """Random tokens (2, at most 48), the same in every call."""
     generator = torch.Generator().manual_seed(1234)
     return torch.randint(0, vocab_size, (_SAMPLE_ROWS, min(_SAMPLE_LENGTH, length)), generator=generator)
 
 
-def _storage_dtype(name: str, config: Mapping[str, Any]) -> torch.dtype:
-    """The dtype of stored weights; for `auto`, that of config.json."""
-    chosen = str(config.get("torch_dtype") or "float32") if name == "auto" else name
-    return getattr(torch, chosen.removeprefix("torch."))
+def _transformers_logits(source: HfFolder, tokens: torch.Tensor) -> torch.Tensor:
+    """transformers' logits in float32.
 
-
-def _transformers_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
+    Raises:
+        ConfigError: transformers cannot load the model, or drops or invents a tensor.
+    """
     import transformers
 
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(
-        str(folder), torch_dtype=torch.float32, local_files_only=True, trust_remote_code=False
-    )
-    with torch.no_grad():
-        return loaded.eval()(tokens).logits
+    folder = source.weights.folder
+    try:
+        loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            config=copy.deepcopy(source.described),
+            torch_dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+        with torch.no_grad():
+            logits = loaded.eval()(tokens).logits
+    except Exception as error:  # whatever transformers raises
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ConfigError(
+            [f"path={folder}: transformers cannot load it for the check: {reason}; or verify=false"]
+        ) from error
+    problems = [f"path={folder}: {name}: transformers fills it with random numbers" for name in info["missing_keys"]]
+    Problems(problems).raise_if_any()
+    return logits
 
 
 class _EmptyModel(MegatronGPTTiedLoraModel):
@@ -133,9 +130,8 @@ class _EmptyModel(MegatronGPTTiedLoraModel):
         return config
 
 
-def _write(
-    cfg: DictConfig, keys: NemoKeys, config: Mapping[str, Any], folder: Path, dtype: torch.dtype, path: Path
-) -> None:
+def _write(cfg: DictConfig, source: HfFolder, dtype: torch.dtype, path: Path) -> None:
+    folder, keys, config = source.weights.folder, source.keys, source.config
     model_cfg = copy.deepcopy(cfg.model)
     OmegaConf.resolve(model_cfg)
     with open_dict(model_cfg):
@@ -144,35 +140,34 @@ def _write(
             model_cfg[key] = value
         model_cfg.tokenizer = tokenizer_section(folder)
         model_cfg.precision = cfg.trainer.precision
-        model_cfg.huggingface = {"model_type": config["model_type"], "name": folder.name}
+        model_cfg.huggingface = {
+            "model_type": config["model_type"],
+            "name": folder.name,
+            "vocab_size": config["vocab_size"],
+        }
         model_cfg.target = f"{MegatronGPTTiedLoraModel.__module__}.{MegatronGPTTiedLoraModel.__qualname__}"
     trainer: Trainer = MegatronLMPPTrainerBuilder(cfg).create_trainer()
     _EmptyModel.storage_dtype = dtype
     model = _EmptyModel(model_cfg, trainer)
     ensure_process_groups(trainer)
-    if model.tokenizer.vocab_size > keys.model["override_vocab_size"]:
-        rows = keys.model["override_vocab_size"]
-        raise ConfigError(
-            [f"path={folder}: the tokenizer has {model.tokenizer.vocab_size} pieces, the embedding {rows} rows"]
-        )
+    keys.notes += rowless_note(model)
     model.model.to(dtype)  # Megatron creates norms in float32
-    _fill(model.model, HfWeights(folder), keys, config)
+    _fill(model.model, source)
     model.save_to(str(path))
 
 
-def _fill(body: Any, weights: HfWeights, keys: NemoKeys, config: Mapping[str, Any]) -> None:
+def _fill(body: Any, source: HfFolder) -> None:
     """Copies every weight into the model.
 
     Raises:
-        ConfigError: a weight is missing, left over, or of another shape.
+        ConfigError: a weight of the model has no counterpart, or another shape.
     """
-    family = family_of_model_type(config["model_type"], "config.json")
-    sizes = BaseSizes.from_model_config(keys.model, "config.json")
+    weights, keys = source.weights, source.keys
     parameters = dict(body.named_parameters())
     tensors = megatron_tensors(
         weights,
-        family,
-        sizes,
+        source.family,
+        source.sizes,
         qkv_bias=bool(keys.model["qkv_bias"]),
         bias=bool(keys.model["bias"]),
         shared=bool(keys.model["share_embeddings_and_output_weights"]),
@@ -187,11 +182,9 @@ def _fill(body: Any, weights: HfWeights, keys: NemoKeys, config: Mapping[str, An
                 [f"{name}: is {tuple(tensor.shape)} in the folder, {tuple(parameter.shape)} by config.json"]
             )
         parameter.data.copy_(tensor)
-    left_over = [name for name in weights.left_over() if not (config.get("tie_word_embeddings") and "lm_head" in name)]
-    problems = [f"{name}: the folder has no counterpart" for name in parameters]
-    problems += [f"{name}: the imported model has no place for it" for name in left_over]
-    if problems:
-        raise ConfigError(problems)
+    problems = Problems(f"{name}: the folder has no counterpart" for name in parameters)
+    problems += [f"{name}: the imported model has no place for it" for name in weights.left_over()]
+    problems.raise_if_any()
 
 
 # Transformer Engine's linears hold the norm before them.

@@ -33,4 +33,13 @@ def read_peft_lora(folder: Path, base: Mapping[str, Any]) -> LoraDeltas:
         is_target=None if config.get("target_modules") is None else partial(is_target, config),
     )
     state = {name: stored.read(name) for name in stored.files}
-    return LoraDeltas(read_deltas(state, family.targets, sizes, layout), sizes, dict(base))
+    deltas = read_deltas(state, family.targets, sizes, layout)
+    return LoraDeltas(deltas, sizes, dict(base), _other_base(config, base))
+
+
+def _other_base(config: Mapping[str, Any], base: Mapping[str, Any]) -> tuple[str, ...]:
+    """A note if the LoRA names another base. Names are all that can be compared: a LoRA does not know its base's weights."""
+    theirs, ours = config.get("base_model_name_or_path"), (base.get("huggingface") or {}).get("name")
+    if not theirs or not ours or Path(str(theirs)).name == ours:
+        return ()
+    return (f"the LoRA names its base {theirs}, but base= was made of {ours}; both must have the same weights",)

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from nemo_tied_lora.conversion.hf_config_file import key_problems, rope_kind
 from nemo_tied_lora.conversion.hf_families import family_of_model_type
-from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.errors import Problems
 
 __all__ = ["NemoKeys", "nemo_keys"]
 
@@ -29,12 +30,11 @@ def nemo_keys(config: Mapping[str, Any], *, vocab_multiple: int = 128) -> NemoKe
             that divides it can split the rows.
 
     Raises:
-        ConfigError: the `model_type` is unknown, or Megatron's layers lack a feature. Lists every such feature.
+        ConfigError: the `model_type` is unknown, Megatron's layers lack a feature, or a key's meaning is not known. Lists
+            every such key.
     """
     family = family_of_model_type(config.get("model_type"), "config.json")
-    problems = list(_unsupported(config))
-    if problems:
-        raise ConfigError(problems)
+    Problems(key_problems(config)).raise_if_any()
     notes: list[str] = []
     sizes = _gpt2(config) if config["model_type"] == "gpt2" else _llama(config, notes)
     rows = config["vocab_size"]
@@ -79,8 +79,8 @@ def _llama(config: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
 
 
 def _rope_scaling(scaling: Mapping[str, Any] | None) -> dict[str, Any]:
-    """NeMo's keys of a scaled rotary embedding. `_unsupported` has refused the kinds that NeMo lacks."""
-    kind = _rope_kind(scaling)
+    """NeMo's keys of a scaled rotary embedding. `key_problems` has refused the kinds that NeMo lacks."""
+    kind = rope_kind(scaling)
     if scaling is None or kind == "default":
         return {}
     if kind == "linear":
@@ -92,10 +92,6 @@ def _rope_scaling(scaling: Mapping[str, Any] | None) -> dict[str, Any]:
         "high_freq_factor": scaling["high_freq_factor"],
         "old_context_len": scaling["original_max_position_embeddings"],
     }
-
-
-def _rope_kind(scaling: Mapping[str, Any] | None) -> str:
-    return str((scaling or {}).get("rope_type") or (scaling or {}).get("type") or "default")
 
 
 def _gpt2(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,31 +108,3 @@ def _gpt2(config: Mapping[str, Any]) -> dict[str, Any]:
         "encoder_seq_length": config["n_positions"],
         "max_position_embeddings": config["n_positions"],
     }
-
-
-_Allowed = Mapping[str, Callable[[Any], bool]]
-_FALSE: Callable[[Any], bool] = lambda value: not value  # noqa: E731 - one entry of the tables below
-_LLAMA_ALLOWS: _Allowed = {
-    "hidden_act": lambda value: value == "silu",
-    "attention_bias": _FALSE,
-    "mlp_bias": _FALSE,
-    "rope_scaling": lambda value: _rope_kind(value) in ("default", "linear", "llama3"),
-    "partial_rotary_factor": lambda value: value in (None, 1, 1.0),
-}
-_ALLOWED: Mapping[str, _Allowed] = {
-    "llama": _LLAMA_ALLOWS,
-    "mistral": _LLAMA_ALLOWS,
-    "qwen2": _LLAMA_ALLOWS,
-    "gpt2": {
-        "activation_function": lambda value: value in ("gelu", "gelu_new", "gelu_pytorch_tanh"),
-        "scale_attn_weights": bool,
-        "scale_attn_by_inverse_layer_idx": _FALSE,
-        "add_cross_attention": _FALSE,
-    },
-}
-
-
-def _unsupported(config: Mapping[str, Any]) -> Iterator[str]:
-    for key, allowed in _ALLOWED[config["model_type"]].items():
-        if key in config and not allowed(config[key]):
-            yield f"config.json: {key}={config[key]!r}: NeMo's Megatron GPT does not support it; this model cannot be imported"

@@ -3,97 +3,58 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from nemo_tied_lora.conversion.hf_families import BaseSizes, Family, join_rows
+from nemo_tied_lora.conversion.stored_tensors import StoredTensors
 from nemo_tied_lora.errors import ConfigError
 
 __all__ = ["HfWeights", "megatron_tensors"]
 
-_IGNORED = re.compile(r"\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$")
-"""Constants that old versions of transformers stored with the weights."""
 
-
-class HfWeights:
-    """The tensors in a folder of safetensors or legacy .bin files. Never runs code from a pickle.
+class HfWeights(StoredTensors):
+    """The tensors in a model's folder, by their names in the whole model. A bare body's names lack the first word.
 
     Raises:
-        ConfigError: the folder has neither, or a shard is missing or damaged.
+        ConfigError: the folder has no weights, or a shard is missing or damaged.
     """
 
     def __init__(self, folder: Path):
-        self._files = _files_of_tensors(folder)
+        super().__init__(folder)
         self._taken: set[str] = set()
-        self._legacy: tuple[Path | None, dict[str, torch.Tensor]] = (None, {})
+        self.spare: set[str] = set()
+        """Stored names that need not be taken: copies and constants whose values are right."""
+
+    def stored_name(self, name: str) -> str | None:
+        """The name under which a tensor is stored, if it is."""
+        return next((n for n in (name, name.partition(".")[2]) if n in self.files), None)
 
     def take(self, name: str) -> torch.Tensor:
-        """Reads a tensor by its name in the whole model. Also finds it without the first word, as in a bare body.
+        """Reads a tensor by its name in the whole model.
 
         Raises:
-            ConfigError: the tensor is missing, unreadable, or holds NaN or infinity.
+            ConfigError: the tensor is missing, unreadable, not of a floating-point type, or holds NaN or infinity.
         """
-        known = next((n for n in (name, name.partition(".")[2]) if n in self._files), None)
+        known = self.stored_name(name)
         if known is None:
             raise ConfigError([f"{name}: missing in the folder's weights"])
         self._taken.add(known)
-        path = self._files[known]
-        try:
-            tensor = self._read(path, known)
-        except Exception as error:  # whatever a damaged file raises
-            raise ConfigError([f"{path}: {known} cannot be read: {type(error).__name__}: {error}"]) from error
-        if not torch.isfinite(tensor).all():
-            raise ConfigError([f"{path}: {known} holds NaN or infinity"])
+        tensor = self.read(known)
+        if not tensor.is_floating_point():
+            raise ConfigError([f"{self.files[known]}: {known} has dtype {tensor.dtype}; save it unquantized"])
+        wrong = int((~torch.isfinite(tensor)).sum())
+        if wrong:
+            raise ConfigError(
+                [f"{self.files[known]}: {known}: {wrong} of {tensor.numel()} numbers are NaN or infinity"]
+            )
         return tensor
 
     def left_over(self) -> list[str]:
-        """Names of the weights that `take` has not read."""
-        return sorted(name for name in self._files.keys() - self._taken if not _IGNORED.search(name))
-
-    def _read(self, path: Path, name: str) -> torch.Tensor:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as tensors:
-                return tensors.get_tensor(name)
-        if self._legacy[0] != path:
-            self._legacy = (path, torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-        return self._legacy[1][name]
-
-
-def _files_of_tensors(folder: Path) -> dict[str, Path]:
-    """Tensor name -> the file that holds it."""
-    for index, whole in (
-        ("model.safetensors.index.json", "model.safetensors"),
-        ("pytorch_model.bin.index.json", "pytorch_model.bin"),
-    ):
-        if (folder / index).is_file():
-            try:
-                files = {
-                    n: folder / Path(f).name for n, f in json.loads((folder / index).read_text())["weight_map"].items()
-                }
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ConfigError([f"{folder / index}: cannot be read: {error}"]) from error
-            missing = sorted({path for path in files.values() if not path.is_file()})
-            if missing:
-                raise ConfigError([f"{path}: missing, though {index} names it" for path in missing])
-            return files
-        if (folder / whole).is_file():
-            try:
-                return dict.fromkeys(_names(folder / whole), folder / whole)
-            except Exception as error:  # whatever a damaged file raises
-                raise ConfigError([f"{folder / whole}: cannot be read: {type(error).__name__}: {error}"]) from error
-    raise ConfigError([f"path={folder}: holds neither model.safetensors nor pytorch_model.bin, whole or in shards"])
-
-
-def _names(path: Path) -> list[str]:
-    if path.suffix == ".safetensors":
-        with safe_open(path, framework="pt") as tensors:
-            return list(tensors.keys())
-    return list(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+        """Names of the weights that `take` has not read and that are not `spare`."""
+        return sorted(self.files.keys() - self._taken - self.spare)
 
 
 def megatron_tensors(

@@ -38,6 +38,8 @@ class LoraDeltas:
     sizes: BaseSizes
     base: dict[str, Any]
     """NeMo's model keys of the base."""
+    notes: tuple[str, ...] = ()
+    """What the user should know about the LoRA."""
 
     @property
     def layers(self) -> tuple[int, ...]:

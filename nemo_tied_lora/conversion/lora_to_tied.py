@@ -87,7 +87,7 @@ def fit_adapter(
     """
     zero = [target for target, by_layer in lora.deltas.items() if all(delta.is_zero for delta in by_layer.values())]
     lora = replace(lora, deltas={target: found for target, found in lora.deltas.items() if target not in zero})
-    notes = tuple(
+    notes = lora.notes + tuple(
         f"{target}: the LoRA's updates are 0 in every layer; the tied adapter leaves it out" for target in zero
     )
     layers = lora.layers

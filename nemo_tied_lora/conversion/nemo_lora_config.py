@@ -119,7 +119,9 @@ def read_members_of(path: Path) -> dict[str, bytes]:
         held = _names(path) if missing else []
     except (tarfile.TarError, OSError) as error:
         what = "" if path.suffix == ".nemo" else "; for peft's LoRA, name its folder"
-        raise ConfigError([f"{path}: not a whole .nemo file: {str(error).splitlines()[0]}{what}"]) from error
+        raise ConfigError(
+            [f"{path}: not a whole .nemo file: {str(error).splitlines()[0].rstrip(': ')}{what}"]
+        ) from error
     if missing:
         raise ConfigError([f"{path}: {', '.join(missing)} is missing; {_what_else(held)}"])
     return members
@@ -137,7 +139,10 @@ def _what_else(held: list[str]) -> str:
     if any(name.startswith(("mp_rank_", "tp_rank_")) for name in held):
         return "it holds one file per model-parallel rank; save the LoRA at tensor and pipeline parallel 1"
     if any(name.startswith("model_weights/") for name in held):
-        return "it holds a distributed checkpoint; only a LoRA in one model_weights.ckpt can be read"
+        return (
+            "it holds a distributed checkpoint: a whole model, or a LoRA of another form; a LoRA must be in one "
+            "model_weights.ckpt"
+        )
     return "this is not stock NeMo's LoRA"
 
 

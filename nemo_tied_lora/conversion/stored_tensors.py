@@ -15,6 +15,7 @@ from nemo_tied_lora.errors import ConfigError, Problems
 
 __all__ = ["StoredTensors"]
 
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
 
@@ -58,6 +59,15 @@ class StoredTensors:
             with safe_open(path, framework="pt") as tensors:
                 return tuple(tensors.get_slice(name).get_shape())
         return tuple(self._legacy(path)[name].shape)
+
+    def dtype(self, name: str) -> Any:
+        """torch's dtype of a tensor, without its numbers; safetensors' word for it if torch is not known to have it."""
+        path = self.files[name]
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as tensors:
+                word = tensors.get_slice(name).get_dtype()
+            return _DTYPES.get(word, word)
+        return self._legacy(path)[name].dtype
 
     def not_read(self) -> list[str]:
         """The names of other files in the folder that hold weights."""

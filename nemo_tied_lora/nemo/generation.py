@@ -20,6 +20,7 @@ from nemo_tied_lora.launching.progress import Progress
 from nemo_tied_lora.nemo.launched_trainer import LaunchedTrainerBuilder
 from nemo_tied_lora.nemo.model import MegatronGPTTiedLoraModel
 from nemo_tied_lora.nemo.process_groups import ensure_process_groups
+from nemo_tied_lora.nemo.token_rows import rowless_problems
 
 __all__ = ["complete", "load_base", "next_token_logits"]
 
@@ -71,7 +72,8 @@ def complete(
         min_tokens_to_generate: the end-of-text token cannot come earlier.
 
     Raises:
-        ConfigError: on every rank; a prompt is longer than the base's learned positions.
+        ConfigError: on every rank; a prompt is longer than the base's learned positions, or holds a token that has no row
+            in the base's embedding.
     """
     model.eval()
     tokens = _tokenized(model, prompts)
@@ -153,7 +155,7 @@ def _tokenized(model: Any, prompts: Sequence[str]) -> list[list[int]]:
         for number, ids in enumerate(tokens, 1)
         if len(ids) > most
     ]
-    Problems(too_long).raise_if_any()
+    Problems([*too_long, *rowless_problems(model, tokens)]).raise_if_any()
     return tokens
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core import parallel_state
 from nemo.collections.nlp.data.language_modeling.megatron.megatron_batch_samplers import (
     MegatronPretrainingBatchSampler,
@@ -29,6 +30,7 @@ from nemo_tied_lora.nemo.legacy_weights import tensors_only
 from nemo_tied_lora.nemo.peft_config import TiedLoraPEFTConfig, register
 from nemo_tied_lora.nemo.sft_datasets import leave_room_only_to_generate, own_datasets
 from nemo_tied_lora.nemo.stored_tokenizer import StoredTokenizerMixin
+from nemo_tied_lora.nemo.token_rows import rowless_note
 from nemo_tied_lora.planning.training_loop_checks import FLOAT32_UNDER_O2, check_loop
 from nemo_tied_lora.versions import installed_version
 
@@ -135,7 +137,8 @@ class TiedLoraModelMixin:
         return loss
 
     def build_train_valid_test_datasets(self, stage: str | None) -> None:
-        """NeMo's, with `sft_datasets`. Before a fit, says how many answers do not fit into max_seq_length.
+        """NeMo's, with `sft_datasets`. Before a fit, names tokens without a row in the embedding, and says how many answers
+        do not fit into max_seq_length.
 
         Raises:
             ConfigError: on every rank; none fits, or the tokenizer lacks a special token.
@@ -146,6 +149,9 @@ class TiedLoraModelMixin:
         with own_datasets():
             super().build_train_valid_test_datasets(stage)  # type: ignore[misc]
         if stage == "fit":
+            if torch.distributed.get_rank() == 0:
+                for note in rowless_note(self):
+                    print(f"note: {note}", flush=True)
             sections = {"train_ds": self._train_ds.datasets}  # type: ignore[attr-defined]
             if self.trainer.limit_val_batches:  # type: ignore[attr-defined]
                 sections["validation_ds"] = self._validation_ds  # type: ignore[attr-defined]

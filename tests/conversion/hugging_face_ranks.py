@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
+import shutil
 import tarfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -53,7 +55,8 @@ def _import_all(folder: Path) -> dict[str, Any]:
         model = save_model(family, folder / family)
         with torch.no_grad():
             logits = model(tokens(family)).logits
-        paths = [f"path={folder / family}", f"output={folder / family}.nemo"]
+        source = _as_transformers_5(folder) if family == "mistral" else folder / family
+        paths = [f"path={source}", f"output={folder / family}.nemo"]
         keys, comparison = import_hf_base(compose_config("import", ["from=hf-base", *paths]))
         results[family] = {"logits": logits, "keys": keys, "comparison": comparison}
     half = [f"path={folder / 'llama'}", f"output={folder / 'half.nemo'}", "dtype=bfloat16", "tolerance=0.1"]
@@ -63,8 +66,43 @@ def _import_all(folder: Path) -> dict[str, Any]:
     results["refusal"] = _refusal(folder)
     results["stock"] = _stock_lora(folder)
     results["legacy"] = _legacy(folder)
+    results["rowless"] = _rowless(folder)
     results["merge"] = _check_of_a_merge(folder)
     return results
+
+
+def _as_transformers_5(folder: Path) -> Path:
+    """A copy of the Mistral whose config.json has rope_parameters in place of rope_theta."""
+    copied = Path(shutil.copytree(folder / "mistral", folder / "mistral_5"))
+    config = json.loads((copied / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": config.pop("rope_theta")}
+    (copied / "config.json").write_text(json.dumps(config))
+    return copied
+
+
+def _rowless(folder: Path) -> dict[str, Any]:
+    """What is said of a Qwen2 whose tokenizer got two tokens more than its embedding has rows."""
+    import transformers
+
+    from nemo_tied_lora.conversion.from_hf_base import import_hf_base
+    from nemo_tied_lora.nemo.generation import complete
+    from nemo_tied_lora.nemo.token_rows import rowless_note
+    from nemo_tied_lora.planning.compose import compose_config
+
+    source = Path(shutil.copytree(folder / "qwen2", folder / "rowless"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    tokenizer.add_tokens([f"<new{i}>" for i in range(5)])
+    tokenizer.save_pretrained(source)
+    words = [f"path={source}", f"output={folder / 'rowless.nemo'}", "verify=false"]
+    keys, _ = import_hf_base(compose_config("import", ["from=hf-base", *words]))
+    model = _restore(folder / "rowless.nemo", tp=1, pp=1)
+    refusal = _error_of(lambda: complete(model, ["one <new2>", "two <new3>", "<new4>"], tokens_to_generate=1))
+    return {
+        "rows": keys.model["override_vocab_size"],
+        "notes": keys.notes,
+        "generate": rowless_note(model),
+        "refusal": refusal,
+    }
 
 
 def _refusal(folder: Path) -> str:

@@ -245,6 +245,24 @@ def test_an_import_whose_logits_differ_is_not_written(folder: Path, imported: di
     assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
 
 
+def test_tokens_without_a_row_are_named_by_import_and_generate_and_prompts_with_them_are_refused(
+    imported: dict[str, Any],
+) -> None:
+    """The padded embedding has rows enough."""
+    rowless = imported["rowless"]
+    (note,) = rowless["generate"]
+    assert note in rowless["notes"]
+    numbers = re.search(r"which has (\d+): (\d+) '<new3>', (\d+) '<new4>';", note)
+    assert numbers is not None, note
+    rows, first, second = numbers.groups()
+    assert int(first) == int(rows) == int(second) - 1
+    assert int(second) < rowless["rows"]
+    assert note.startswith("2 tokens have no row in the embedding")
+    lines = rowless["refusal"].splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["prompt 2", "prompt 3"]
+    assert f"holds the token {first} '<new3>', which has no row in the base's embedding of {rows} rows" in lines[0]
+
+
 def test_mistrals_window_limits_the_sequence_with_a_note(imported: dict[str, Any]) -> None:
     keys = imported["mistral"]["keys"]
     assert keys.model["encoder_seq_length"] == 16
