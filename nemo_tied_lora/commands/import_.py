@@ -146,6 +146,9 @@ def _check_lora(cfg: Mapping[str, Any]) -> TiedLoraConfig:
         problems.attempt(read_peft_config if path.is_dir() else read_nemo_lora_config, path)
     if cfg["base"] is not None and not Path(cfg["base"]).exists():
         problems.append(f"base={cfg['base']}: no such file")
+    elif cfg["base"] is not None and (Path(cfg["base"]) / "config.json").is_file():
+        fix = "make its .nemo first: tied-lora import from=hf-base"
+        problems.append(f"base={cfg['base']}: is a Hugging Face folder; {fix}")
     problems.whole_number("max_iterations", cfg["max_iterations"])
     if not isinstance(cfg["fit_tolerance"], (int, float)) or cfg["fit_tolerance"] < 0:
         problems.append(f"fit_tolerance={cfg['fit_tolerance']}: must be at least 0")

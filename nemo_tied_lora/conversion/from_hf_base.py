@@ -61,7 +61,7 @@ def import_hf_base(cfg: DictConfig) -> tuple[NemoKeys, Comparison | None]:
     """
     folder, output = Path(cfg.path), Path(cfg.output)
     source = read_hf_folder(folder, cfg.vocab_multiple)
-    keys = source.keys
+    keys, tokenizer = source.keys, tokenizer_section(folder)
     dtype = source.dtype if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
     if dtype != source.dtype:
         keys.notes.append(f"the stored weights are {source.dtype}; dtype={cfg.dtype} rounds or widens them")
@@ -72,7 +72,7 @@ def import_hf_base(cfg: DictConfig) -> tuple[NemoKeys, Comparison | None]:
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as beside:
         written = Path(beside) / output.name
-        _write(cfg, source, dtype, written)
+        _write(cfg, source, tokenizer, dtype, written)
         comparison = None if expected is None else _compare(cfg, written, folder, tokens, expected)
         if comparison is not None and not comparison.relative <= cfg.tolerance:
             difference = f"{comparison.largest_difference:.2e}, {comparison.relative:.1e} of the largest"
@@ -130,7 +130,7 @@ class _EmptyModel(MegatronGPTTiedLoraModel):
         return config
 
 
-def _write(cfg: DictConfig, source: HfFolder, dtype: torch.dtype, path: Path) -> None:
+def _write(cfg: DictConfig, source: HfFolder, tokenizer: Mapping[str, Any], dtype: torch.dtype, path: Path) -> None:
     folder, keys, config = source.weights.folder, source.keys, source.config
     model_cfg = copy.deepcopy(cfg.model)
     OmegaConf.resolve(model_cfg)
@@ -138,7 +138,7 @@ def _write(cfg: DictConfig, source: HfFolder, dtype: torch.dtype, path: Path) ->
         model_cfg.pop("peft", None)  # only from=lora uses it
         for key, value in keys.model.items():
             model_cfg[key] = value
-        model_cfg.tokenizer = tokenizer_section(folder)
+        model_cfg.tokenizer = tokenizer
         model_cfg.precision = cfg.trainer.precision
         model_cfg.huggingface = {
             "model_type": config["model_type"],

@@ -21,7 +21,8 @@ _PREFIX = "base_model.model."
 def read_peft_lora(folder: Path, base: Mapping[str, Any]) -> LoraDeltas:
     """Reads a plain LoRA of peft; see `lora_to_tied.read_lora`."""
     config = read_peft_config(folder)
-    family, sizes = family_of_base(base, "base"), BaseSizes.from_model_config(base, "base")
+    family = family_of_base(base, "base", "so peft's LoRA cannot belong to it; name the base that it was trained on")
+    sizes = BaseSizes.from_model_config(base, "base")
     stored = StoredTensors(folder, "adapter_model", "adapter_model")
     layout = LoraLayout(
         where=f"path={folder}",

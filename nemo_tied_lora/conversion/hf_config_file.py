@@ -68,6 +68,7 @@ _HARMLESS = _words(
     typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
     num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id
     remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens unsloth_version
+    _num_labels n_special predict_special_tokens output_past xla_device use_flash_attention use_flash_attn
     unsloth_fixed transformers.js_config is_llama_config max_sequence_length model_max_length initializer_range
     """
 )

@@ -237,8 +237,12 @@ def family_of_model_type(model_type: str | None, source: str) -> Family:
     raise ConfigError([f"{source}: model_type={model_type!r} is not supported; it must be one of {known}"])
 
 
-def family_of_base(model: Mapping[str, Any], source: str) -> Family:
+def family_of_base(model: Mapping[str, Any], source: str, remedy: str) -> Family:
     """The family whose Hugging Face models have the architecture of a Megatron base.
+
+    Args:
+        source: the start of each error message.
+        remedy: what to do if no family has it.
 
     Raises:
         ConfigError: no family has it. Lists the keys that differ for each family.
@@ -255,9 +259,7 @@ def family_of_base(model: Mapping[str, Any], source: str) -> Family:
         if not differing:
             return family
         reasons.append(f"{source}: the base is not built as {'/'.join(family.model_types)}: {', '.join(differing)}")
-    raise ConfigError(
-        [*reasons, "to=hf-peft: no Hugging Face family has such a base; use to=nemo-lora or to=safetensors"]
-    )
+    raise ConfigError([*reasons, f"{source}: no Hugging Face family has such a base; {remedy}"])
 
 
 def split_rows(tensor: torch.Tensor, target: str, parts: tuple[Part, ...], sizes: BaseSizes) -> list[torch.Tensor]:

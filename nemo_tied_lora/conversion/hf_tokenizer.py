@@ -26,8 +26,21 @@ def tokenizer_section(folder: Path) -> dict[str, Any]:
     """NeMo's `model.tokenizer` for a Hugging Face folder. Its paths are in that folder; NeMo copies the files to the `.nemo`.
 
     Raises:
-        ConfigError: the folder has no tokenizer.
+        ConfigError: the folder has no tokenizer, or a damaged one.
     """
+    try:
+        section = _section(folder)
+        if section["library"] == "huggingface":
+            _theirs(folder)
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever tokenizers raise for a damaged file
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ConfigError([f"path={folder}: its tokenizer cannot be read: {reason}; copy it again"]) from error
+    return section
+
+
+def _section(folder: Path) -> dict[str, Any]:
     empty: dict[str, Any] = {"type": None, "model": None, "vocab_file": None, "merge_file": None}
     found = {key: str(folder / name) for key, name in STORED_FILES.items() if (folder / name).is_file()}
     if "sentencepiece" in found and _has_every_token(folder):
@@ -55,12 +68,17 @@ def differing_texts(folder: Path, tokenizer: Any) -> tuple[str, ...]:
     Raises:
         RuntimeError: Hugging Face's tokenizer cannot be built here; slow Llama tokenizers need more packages.
     """
-    import transformers
-
-    options = {"use_fast": (folder / "tokenizer.json").is_file(), "local_files_only": True, "trust_remote_code": False}
     try:
-        theirs = transformers.AutoTokenizer.from_pretrained(str(folder), **options)
+        theirs = _theirs(folder)
     except Exception as error:  # whatever its packages raise
         raise RuntimeError(f"{type(error).__name__}: {error}".splitlines()[0]) from error
     pairs = [(t, theirs(t, add_special_tokens=False)["input_ids"]) for t in _TEXTS]
     return tuple(text for text, ids in pairs if list(tokenizer.text_to_ids(text)) != ids)
+
+
+def _theirs(folder: Path) -> Any:
+    """Hugging Face's tokenizer. Runs no code from the folder."""
+    import transformers
+
+    options = {"use_fast": (folder / "tokenizer.json").is_file(), "local_files_only": True, "trust_remote_code": False}
+    return transformers.AutoTokenizer.from_pretrained(str(folder), **options)

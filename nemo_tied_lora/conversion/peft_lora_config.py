@@ -26,7 +26,7 @@ _CHANGES_BASE = (
     "model.save_pretrained(folder, path_initial_model_for_weight_conversion=...)"
 )
 _PLAIN_STARTS = ("gaussian", "eva", "orthogonal")
-_BASE_CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_BASE_CHANGING_STARTS = ("pissa", "olora", "corda", "lora_ga")
 
 
 def _off(value: Any) -> bool:
@@ -216,6 +216,8 @@ def _bad_patterns(where: str, key: str, value: Any) -> Iterator[str]:
 
 
 def _start_fix(value: Any) -> str:
+    if str(value).lower().startswith("loftq"):
+        return f"its A and B correct a base that LoftQ has quantized, so they are wrong on the plain base; {_MERGE}"
     if str(value).lower().startswith(_BASE_CHANGING_STARTS):
         return _CHANGES_BASE
     return (

@@ -110,7 +110,10 @@ def _fitting(file: AdapterFile, base: Mapping[str, Any]) -> tuple[Family, BaseSi
     Raises:
         ConfigError: no family matches the base, or its shapes are not those of the adapter.
     """
-    family, sizes = family_of_base(base, "base"), BaseSizes.from_model_config(base, "base")
+    family, sizes = (
+        family_of_base(base, "base", "use to=nemo-lora or to=safetensors"),
+        BaseSizes.from_model_config(base, "base"),
+    )
     Problems(sizes.differences(file.shapes)).raise_if_any()
     return family, sizes
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from nemo_tied_lora.conversion.hf_config_file import known_keys, read_hf_config
 from nemo_tied_lora.conversion.hf_folder import HfFolder, read_hf_folder
+from nemo_tied_lora.conversion.hf_tokenizer import tokenizer_section
 from tests.harness.lora_folders import problems_of
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -146,6 +147,12 @@ def test_what_megatron_lacks_or_nobody_knows_is_refused_by_name(
 )
 def test_metadata_and_features_that_are_off_pass(copy: Callable[[str], Path], values: dict[str, Any]) -> None:
     read_hf_folder(edit(copy("llama"), **values))
+
+
+def test_metadata_of_old_gpt2s_passes(copy: Callable[[str], Path]) -> None:
+    read_hf_folder(
+        edit(copy("gpt2"), _num_labels=1, n_special=0, predict_special_tokens=True, output_past=True, n_ctx=64)
+    )
 
 
 def test_rope_parameters_of_transformers_5_are_read_though_release_4_ignores_them(copy: Callable[[str], Path]) -> None:
@@ -332,3 +339,27 @@ def test_many_faults_are_cut_to_a_number_of_lines(copy: Callable[[str], Path]) -
     problems = problems_of(lambda: read_hf_folder(folder))
     assert len(problems) == 21
     assert problems[-1].endswith("and 34 more of this kind")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", b'{"version": "1.0", "mod'),
+        ("tokenizer.json", b"version https://git-lfs.github.com/spec/v1\n"),
+        ("tokenizer.model", b"version https://git-lfs.github.com/spec/v1\n"),
+        ("tokenizer.model", b""),
+    ],
+)
+def test_a_damaged_tokenizer_is_named_before_the_conversion(
+    copy: Callable[[str], Path], name: str, content: bytes
+) -> None:
+    folder = copy("llama")
+    (folder / "tokenizer.json").write_text(json.dumps({"added_tokens": []}))
+    (folder / name).write_bytes(content)
+    (problem,) = problems_of(lambda: tokenizer_section(folder))
+    assert problem.startswith(f"path={folder}: its tokenizer cannot be read: ")
+
+
+def test_a_folder_without_a_tokenizer_is_refused(copy: Callable[[str], Path]) -> None:
+    folder = copy("llama")
+    assert "has no tokenizer" in problems_of(lambda: tokenizer_section(folder))[0]

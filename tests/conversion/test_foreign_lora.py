@@ -19,7 +19,7 @@ from nemo_tied_lora.conversion.peft_lora_config import KNOWN_KEYS, read_peft_con
 from nemo_tied_lora.conversion.to_peft_lora import write_hf_peft
 from tests.conversion.test_export_lora import hugging_face_model, logits
 from tests.harness.lora_folders import CONFIG, edit, problems_of, with_update
-from tests.harness.random_adapters import LLAMA, random_adapter
+from tests.harness.random_adapters import GPT2, LLAMA, delta, random_adapter
 
 ON = {
     "use_dora": True,
@@ -79,10 +79,11 @@ def test_a_key_of_a_newer_peft_passes_when_it_is_off(folder: Path, value: Any) -
 @pytest.mark.parametrize(
     "start", ["pissa", "PiSSA", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga", "mica", "future", 1, "true"]
 )
-def test_a_start_that_may_change_the_base_is_refused_with_pefts_conversion(folder: Path, start: Any) -> None:
+def test_a_start_that_may_change_the_base_is_refused_with_pefts_way_out(folder: Path, start: Any) -> None:
     (problem,) = problems_of(lambda: read_peft_config(edit(folder, init_lora_weights=start)))
     assert f"init_lora_weights={start!r}" in problem
-    assert "path_initial_model_for_weight_conversion" in problem
+    # peft's own way to the plain base; it has none for LoftQ.
+    assert ("merge_and_unload" if start == "loftq" else "path_initial_model_for_weight_conversion") in problem
 
 
 @pytest.mark.parametrize("start", [True, False, None, "gaussian", "Gaussian", "eva", "EVA", "orthogonal"])
@@ -175,6 +176,18 @@ def test_what_is_accepted_has_pefts_logits(tmp_path: Path, fields: dict[str, Any
     plain = logits(hugging_face_model(LLAMA))
     assert (expected - plain).abs().max() > 1e-2
     assert torch.allclose(read_logits(folder), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("fields", [{"layers": [2], "targets": ["linear_proj", "mlp_fc1"]}, {"alpha": 7.0}])
+def test_a_lora_of_a_gpt2_is_read_as_it_was_exported(tmp_path: Path, fields: dict[str, Any]) -> None:
+    """Two of its linears are named c_proj; its weights are transposed, its A and B are not."""
+    file = random_adapter(GPT2, preset="lora", **fields)
+    lora = read_lora(write_hf_peft(file, GPT2, tmp_path / "lora", None), GPT2)
+    assert lora.deltas.keys() == file.shapes.keys()
+    for target, shape in file.shapes.items():
+        assert tuple(lora.deltas[target]) == shape.layers
+        for layer, found in lora.deltas[target].items():
+            assert torch.allclose(found.P @ found.Q, delta(file, layer, target), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
