@@ -65,7 +65,6 @@ _TINY = [
     "trainer.limit_val_batches=0",
     "trainer.enable_progress_bar=false",
     "trainer.log_every_n_steps=1",
-    "exp_manager=null",
 ]
 
 
@@ -274,8 +273,9 @@ def _run(fit: Fit, name: str, record: FitRecord) -> None:
     own += [f"model.peft.tied_lora.preset={fit.preset}", "model.tokenizer.model=tokenizer.model"]
     cfg = compose_config("pretrain", [*_TINY, *files, *own, *fit.overrides])
     model_cfg = OmegaConf.create(OmegaConf.to_container(cfg.model, resolve=True))
-    with open_dict(model_cfg):
+    with open_dict(model_cfg), open_dict(cfg):
         model_cfg.precision = cfg.trainer.precision
+        cfg.exp_manager = None  # a fit writes no folder
     recorder, watcher = RunRecorder(), _watcher(fit, record)
     trainer = MegatronLMPPTrainerBuilder(cfg).create_trainer(callbacks=[recorder, watcher])
     parallel_state.initialize_model_parallel(
