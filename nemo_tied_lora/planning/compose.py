@@ -236,6 +236,8 @@ def _key_problem(key: str, name: str, cfg: DictConfig, text: str, *, adds: bool)
             return f"{text}: not a key of generate; write {right}"
         if is_generation_key(key) or is_nemo_key(key):
             return None
+    if name == "pretrain" and key.startswith(_ADAPTER):
+        return f"{text}: pretrain trains every parameter, without an adapter; leave it out"
     known = list(flat(_container(cfg)))
     if name in _TRAINING:
         right, refused = mistaken_key(key), unknown_to_nemo(key)

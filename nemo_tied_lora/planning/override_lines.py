@@ -69,6 +69,9 @@ def not_an_override(argument: str, reason: str) -> str:
     shorter = argument.rstrip(", \\")
     if shorter != argument and _parses(shorter):
         return f"{argument!r}: ends in a comma or a backslash; write {_for_a_shell(shorter)}"
+    words = argument.split()
+    if len(words) > 1 and all("=" in word and _parses(word) for word in words):
+        return f"{argument!r}: several overrides in one word; take the quotes around them away"
     value = argument.partition("=")[2]
     if any(value.count(left) != value.count(right) for left, right in ("[]", "{}")):
         return f"{argument!r}: not an override; a bracket of the value is not closed ({reason})"

@@ -201,6 +201,7 @@ REFUSED = [
     ("~model.no_such_key", ["has no key"]),
     ("model.restore_from_path", ["key=value"]),
     ("conf/mine.yaml", ["--config-path=conf --config-name=mine"]),
+    ("trainer.devices=2 trainer.num_nodes=2", ["several overrides in one word"]),
     ("trainer.max_steps=5,10", ["a sweep", "tied-lora launch"]),
     ("model.restore_from_path=/a,b.nemo", ["a sweep", "model.restore_from_path='/a,b.nemo'"]),
     ("model=llama2_7b", ["not a group of tied-lora finetune"]),
@@ -327,5 +328,7 @@ def test_all_problems_are_reported_together_and_no_note_is_lost() -> None:
 def test_the_same_lines_work_for_pretrain_and_the_adapters_for_plan() -> None:
     cfg, notes = compose_with_notes("pretrain", ["+trainer.limit_val_batches=2", "model.fsdp_sharding_strategy=full"])
     assert (cfg.trainer.limit_val_batches, len(notes)) == (2, 1)
+    with pytest.raises(ConfigError, match="without an adapter"):
+        compose_config("pretrain", ["model.peft.tied_lora.rank=4"])
     cfg, notes = compose_with_notes("plan", ["model.peft.lora_tuning.adapter_dim=4"])
     assert (cfg.model.peft.tied_lora.rank, len(notes)) == (4, 1)
