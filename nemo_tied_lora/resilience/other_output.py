@@ -102,9 +102,14 @@ class _Shown(io.TextIOBase):
         """Whether a terminal shows it."""
         return self._shown.isatty()
 
+    @property
+    def buffer(self) -> Any:
+        """Takes bytes. This package writes none."""
+        return self._other.buffer
+
     def fileno(self) -> int:
-        """The number of the stream that is shown."""
-        return self._shown.fileno()
+        """The number of the stream that the caller would write to: tqdm asks for the terminal's width with it."""
+        return (self._shown if _is_ours(sys._getframe(1)) else self._other).fileno()
 
     def write(self, text: str) -> int:
         """Writes to one of the two streams."""

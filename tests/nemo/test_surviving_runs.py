@@ -42,15 +42,26 @@ def arguments(name: str) -> list[str]:
 
 
 def start(folder: Path, name: str, *command: str) -> list[Forked]:
-    """Starts one process per rank, as srun does, with its log in `folder`. The default command is `finetune` in `name`."""
-    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    """Starts one process per rank, as a plain srun does, with its log in `folder`. The default command is `finetune` in `name`.
+
+    Only SLURM's variables say which rank a process is.
+    """
+    step = {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0", "SLURM_JOB_END_TIME": str(int(time.time()) + 36000)}
+    sizes = {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1"}
+    variables = {
+        **step,
+        **sizes,
+        "SLURM_STEP_TASKS_PER_NODE": "2",
+        "SLURM_NODEID": "0",
+        "MASTER_PORT": str(free_port()),
+    }
     return [
         Forked(
             fork_module,
             main.__name__,
             command or ("finetune", *arguments(name)),
             cwd=folder,
-            env=user_environment({**variables, "RANK": str(rank), "LOCAL_RANK": str(rank)}),
+            env=user_environment({**variables, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}),
             stdout=folder / f"{name}-{rank}.log",
         )
         for rank in range(2)

@@ -7,7 +7,9 @@ Real processes over gloo, without NeMo. All scenarios of rank_scenarios.py run a
 from __future__ import annotations
 
 import json
+import os
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,10 +18,13 @@ from typing import Any
 
 import pytest
 
+from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.planning.rank_variables import STORE_SOCKET
 from nemo_tied_lora.resilience.dead_rank_watchdog import EXIT_CODE
 from nemo_tied_lora.resilience.rank import STOPPED
+from nemo_tied_lora.resilience.rendezvous import connect
 from tests.harness.paths import ROOT
-from tests.resilience.rank_scenarios import SCENARIOS, TIMEOUT_S
+from tests.resilience.rank_scenarios import SCENARIOS, TIMEOUT_S, free_ports
 
 # The watchdog's limit, two heartbeats, and some time for a loaded machine.
 IN_TIME_S = TIMEOUT_S + 20
@@ -155,3 +160,21 @@ def test_a_finished_run_is_not_repeated(ends: dict[str, Any]) -> None:
     assert end["codes"] == [0, 0], end["logs"]
     assert "finished already" in end["logs"][0]
     assert end["status"]["state"] == "finished"
+
+
+def test_a_rank_does_not_join_the_store_of_another_step_with_the_same_port() -> None:
+    port = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports())}
+    held = connect(5, {**port, "RANK": "0", "SLURM_JOB_ID": "76", "SLURM_STEP_ID": "0"})
+    assert connect(5, {**port, "RANK": "1", "SLURM_JOB_ID": "76", "SLURM_STEP_ID": "0"})
+    with pytest.raises(ConfigError, match=r"SLURM step 76\.0 uses it, not 77\.0; set MASTER_PORT to a free port"):
+        connect(5, {**port, "RANK": "1", "SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0"})
+    assert held
+
+
+def test_rank_0_takes_the_socket_that_its_launcher_has_opened() -> None:
+    """The launcher closes its own copy, so that ranks cannot connect to a store whose rank has died."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listening.getsockname()[1])}
+        held = connect(5, {**place, "RANK": "0", STORE_SOCKET: str(os.dup(listening.fileno()))})
+    held.set("key", "value")
+    assert connect(5, {**place, "RANK": "1"}).get("key") == b"value"
