@@ -12,6 +12,10 @@ if [[ $# -eq 0 ]]; then
     sed -n '3,9s/^# \{0,1\}//p' "$0"
     exit 2
 fi
+if [[ ${NNODES:-1} -gt 1 && -z ${MASTER_ADDR:-} ]]; then
+    echo "torchrun.sh: NNODES=$NNODES without MASTER_ADDR: set it to the address of the machine with NODE_RANK=0" >&2
+    exit 2
+fi
 command=$1
 shift
 if [[ -z "${NPROC_PER_NODE:-}" ]]; then

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shell script of a SLURM job under each set of variables that sbatch may set. A fake srun notes what it was asked.
+"""The shell scripts: a SLURM job under each set of variables that sbatch may set. A fake srun notes what it was asked.
 
 tests/slurm runs the script on a real SLURM.
 """
@@ -102,3 +102,11 @@ def test_an_allocation_that_cannot_hold_a_run_is_refused_in_one_line_and_starts_
     assert line in done.stdout
     assert (done.stdout.count("\n"), done.stderr) == (1, "")
     assert not (tmp_path / "notes").exists()
+
+
+def test_torchrun_on_several_machines_needs_an_address() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "MASTER_ADDR"} | {"NNODES": "2"}
+    command = ["bash", str(ROOT / "launch" / "torchrun.sh"), "finetune"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.startswith("torchrun.sh: NNODES=2 without MASTER_ADDR: ")
