@@ -29,7 +29,7 @@ from dataclasses import dataclass
 import torch
 
 from nemo_tied_lora.conversion.lora_deltas import LowRank
-from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.errors import ConfigError, Problems
 
 __all__ = ["Fit", "fit_target", "relative_errors", "row_space_bound"]
 
@@ -357,7 +357,7 @@ def _fit(
 
 
 def _check(deltas: Sequence[LowRank], rank: int) -> None:
-    problems = []
+    problems = Problems()
     if not deltas:
         raise ConfigError(["path: the LoRA adapts no layer"])
     shape = (len(deltas[0].P), deltas[0].Q.shape[1])
@@ -369,5 +369,4 @@ def _check(deltas: Sequence[LowRank], rank: int) -> None:
             problems.append(f"path: the LoRA's delta number {number} holds NaN or infinity")
     if not 1 <= rank <= min(shape):
         problems.append(f"rank={rank}: must be in 1 .. {min(shape)}, the smaller side of the linear")
-    if problems:
-        raise ConfigError(problems)
+    problems.raise_if_any()

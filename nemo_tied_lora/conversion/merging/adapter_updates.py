@@ -10,7 +10,7 @@ import torch
 
 from nemo_tied_lora.checkpoint.read_nemo_adapter import AdapterFile
 from nemo_tied_lora.conversion.untie_to_lora import PlainLora, plain_alpha, plain_lora
-from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.errors import ConfigError, Problems
 
 __all__ = ["Updates"]
 
@@ -30,7 +30,7 @@ class Updates:
     """
 
     def __init__(self, adapters: Sequence[tuple[str, AdapterFile, float]]):
-        problems = []
+        problems = Problems()
         self._shapes: dict[tuple[int, str], tuple[int, int]] = {}
         for name, file, _ in adapters:
             for target, linear in file.shapes.items():
@@ -43,8 +43,7 @@ class Updates:
                     known = self._shapes.setdefault((layer, target), shape)
                     if known != shape:
                         problems.append(f"{name}: {target} has shape {shape}, another adapter's {known}")
-        if problems:
-            raise ConfigError(dict.fromkeys(problems))
+        Problems(dict.fromkeys(problems)).raise_if_any()
         self._adapters = list(adapters)
         self._seen = dict.fromkeys(self._shapes, 0)
         self.largest = 0.0
