@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_tied_lora.commands.local_command import run_composed
+from nemo_tied_lora.commands.local_command import check_paths, run_composed
 from nemo_tied_lora.errors import ConfigError, Problems
 from nemo_tied_lora.planning.base_config import base_model_config, recorded_model_keys
 from nemo_tied_lora.planning.nemo_model_config import adapter_problems
@@ -73,6 +73,7 @@ def _check(cfg: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: all problems together.
     """
+    check_paths(cfg, "adapter", "output", "base")
     problems = Problems()
     problems.one_of("to", cfg["to"], FORMATS)
     problems += adapter_problems(cfg["adapter"], "adapter")

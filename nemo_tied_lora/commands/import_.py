@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from nemo_tied_lora.commands.distributed_command import run_command
-from nemo_tied_lora.commands.local_command import check_output, run_composed
+from nemo_tied_lora.commands.local_command import check_output, check_paths, run_composed
 from nemo_tied_lora.config import TiedLoraConfig
 from nemo_tied_lora.conversion.hf_config_file import read_hf_config
 from nemo_tied_lora.conversion.nemo_lora_config import read_nemo_lora_config
@@ -137,6 +137,7 @@ def _check_lora(cfg: Mapping[str, Any]) -> TiedLoraConfig:
     Raises:
         ConfigError: all problems together.
     """
+    check_paths(cfg, "path", "base", "output")
     problems = Problems()
     check_output(problems, cfg["output"], [cfg["path"], cfg["base"]])
     if cfg["path"] is None or not Path(cfg["path"]).exists():
@@ -191,6 +192,7 @@ def _check(cfg: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: all problems together.
     """
+    check_paths(cfg, "path", "output")
     problems = Problems()
     problems.one_of("from", cfg["from"], SOURCES)
     if cfg["path"] is None or not Path(cfg["path"]).is_dir():

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from nemo_tied_lora.launching.task_ranks import find_tasks
 from nemo_tied_lora.planning.compose import compose_with_notes, plain
 from nemo_tied_lora.planning.rank_variables import is_rank
 
-__all__ = ["check_output", "run_composed"]
+__all__ = ["check_output", "check_paths", "run_composed"]
 
 _READERS = ("plan", "show", "report", "status")
 """Commands that may run several times at once."""
@@ -59,6 +59,19 @@ def _check_alone() -> None:
                 f"{launcher or 'a launcher'} started {count} processes, and each would do all of this; start one (srun --ntasks=1)"
             ]
         )
+
+
+def check_paths(cfg: Mapping[str, Any], *keys: str) -> None:
+    """Checks that these keys hold paths: Hydra reads a folder named 7 or nan as a number.
+
+    Raises:
+        ConfigError: all that do not.
+    """
+    wrong = [key for key in keys if cfg[key] is not None and not isinstance(cfg[key], str)]
+    Problems(
+        f"{key}={cfg[key]}: is read as {type(cfg[key]).__name__}, not as a path; write {key}=./{cfg[key]}"
+        for key in wrong
+    ).raise_if_any()
 
 
 def check_output(problems: Problems, output: object, inputs: Iterable[object]) -> None:

@@ -231,3 +231,14 @@ def test_the_command_reports_every_problem(tmp_path: Path, capsys: pytest.Captur
     assert "base=null: name the base's .nemo" in capsys.readouterr().err
     with tarfile.open(base_file(tmp_path / "base.nemo", LLAMA)) as tar:
         assert tar.getnames() == ["model_config.yaml"]
+
+
+@pytest.mark.parametrize("words", [["import", "from=lora"], ["import", "from=hf-base"], ["export", "to=safetensors"]])
+def test_a_path_that_hydra_reads_as_a_number_is_answered_with_how_to_write_it(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = "path" if words[0] == "import" else "adapter"
+    assert main([*words, f"{source}=nan", "output=7"]) == 2
+    printed = capsys.readouterr().err
+    assert f"{source}=nan: is read as float, not as a path; write {source}=./nan" in printed
+    assert "output=7: is read as int, not as a path; write output=./7" in printed
