@@ -112,8 +112,11 @@ def _mpi_tasks(environment: Mapping[str, str]) -> Tasks | None:
 def _slurm_tasks(environment: Mapping[str, str]) -> Tasks | None:
     """The tasks of srun. None: SLURM runs this process as a batch script, in a shell, or as the only task."""
     step = environment.get("SLURM_STEP_ID", environment.get("SLURM_STEPID"))
-    asked = environment.get("SLURM_NTASKS", environment.get("SLURM_NPROCS"))
-    started = environment.get("SLURM_STEP_NUM_TASKS") or (asked if step is not None else None)
+    asked = environment.get("SLURM_NTASKS", environment.get("SLURM_NPROCS")) or _sum_of(
+        environment, "SLURM_TASKS_PER_NODE"
+    )
+    stated = environment.get("SLURM_STEP_NUM_TASKS") or _sum_of(environment, "SLURM_STEP_TASKS_PER_NODE")
+    started = stated or (asked if step is not None else None)
     if step in _NOT_OF_SRUN:
         return None
     if "SLURM_PROCID" not in environment:
@@ -121,17 +124,18 @@ def _slurm_tasks(environment: Mapping[str, str]) -> Tasks | None:
             return None  # a login node, or a shell of salloc
         raise ConfigError([f"SLURM_STEP_NUM_TASKS={started} without SLURM_PROCID: {_PASS_ON}"])
     if started is None:
-        if environment.get("ENVIRONMENT") == "BATCH" or (asked in (None, "1") and environment["SLURM_PROCID"] == "0"):
+        first = environment["SLURM_PROCID"] == "0" and step is None
+        if environment.get("ENVIRONMENT") == "BATCH" or (asked in (None, "1") and first):
             return None
         raise ConfigError(
             [
-                f"SLURM_PROCID={environment['SLURM_PROCID']}, SLURM_NTASKS={asked}, but neither srun's SLURM_STEP_NUM_TASKS "
-                f"nor sbatch's ENVIRONMENT=BATCH: one of several tasks, or alone? {_PASS_ON}"
+                f"SLURM_PROCID={environment['SLURM_PROCID']}, SLURM_NTASKS={asked or 'not set'}, but neither srun's "
+                f"SLURM_STEP_NUM_TASKS nor sbatch's ENVIRONMENT=BATCH: one of several tasks, or alone? {_PASS_ON}"
             ]
         )
-    if started == "1":
+    if started == "1" and environment["SLURM_PROCID"] == "0":
         return None
-    size_name = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment else "SLURM_NTASKS"
+    size_name = "SLURM_STEP_NUM_TASKS" if stated else "SLURM_NTASKS"
     tasks = _tasks({**environment, size_name: started}, "srun", "SLURM_PROCID", size_name, "SLURM_LOCALID", "")
     _check_step(environment, tasks)
     each = tasks_on_nodes(_first_of(environment, "SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE"))
@@ -341,6 +345,11 @@ def _port(environment: Mapping[str, str]) -> int:
 
 def _first_of(environment: Mapping[str, str], *names: str) -> str:
     return next((environment[name] for name in names if environment.get(name)), "")
+
+
+def _sum_of(environment: Mapping[str, str], name: str) -> str | None:
+    """The number of tasks in a list of SLURM's, as 16 in "8(x2)"."""
+    return str(sum(tasks_on_nodes(environment.get(name, "")))) if environment.get(name) else None
 
 
 def _whole(environment: Mapping[str, str], name: str) -> int:

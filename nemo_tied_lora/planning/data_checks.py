@@ -40,7 +40,11 @@ def data_problems(cfg: Mapping[str, Any]) -> Iterator[str]:
             continue
         weights = section.get("concat_sampling_probabilities")
         if name == "train_ds" and (not isinstance(weights, list) or len(weights) != len(files)):
-            yield f"model.data.train_ds.concat_sampling_probabilities={weights!r}: must hold one number for each file"
+            fix = f"as [{','.join([f'{1 / len(files):.3g}'] * min(len(files), 8))}{',...' if len(files) > 8 else ''}]"
+            yield (
+                f"model.data.train_ds.concat_sampling_probabilities={weights!r}: must hold one number for each of the "
+                f"{len(files)} files in file_names, {fix} for equal shares"
+            )
         yield from _batch_problems(name, section)
         if section.get("packed_sequence"):
             yield from _packed_problems(f"model.data.{name}", section)

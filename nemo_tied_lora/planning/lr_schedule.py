@@ -49,7 +49,7 @@ def optimizer_problems(optim: Mapping[str, Any]) -> Iterator[str]:
     """Yields one line per number of the section `model.optim` that no optimizer can use."""
     rate = optim.get("lr")
     if not is_number(rate):
-        yield f"model.optim.lr={rate!r}: must be a number"
+        yield f"model.optim.lr={rate!r}: must be a number above 0, as 1e-4"
     elif rate == 0:
         yield "model.optim.lr=0: the run would train nothing; set it above 0"
     elif rate < 0:

@@ -40,7 +40,9 @@ def monitor_problems(cfg: Mapping[str, Any]) -> Iterator[str]:
         for name in used:
             if not is_whole_number(params[name]):
                 yield f"{_CHECKPOINTS}.{name}={params[name]!r}: must be a whole number of at least 0"
-        used += [_TRIGGERS[2]] if params.get(_TRIGGERS[2]) is not None else []
+        if params.get(_TRIGGERS[2]) is not None:
+            why = "NeMo cannot take it from a configuration"
+            yield f"{_CHECKPOINTS}.{_TRIGGERS[2]}={params[_TRIGGERS[2]]}: {why}; set every_n_train_steps instead"
         if len(used) > 1:
             yield f"{_CHECKPOINTS}: {', '.join(used)}: Lightning takes only one of them; set the others to null"
     stopping = manager.get("early_stopping_callback_params") or {}

@@ -157,6 +157,10 @@ def _adjust_optimizer(optim: Any, found: Adjusted) -> None:
         found.set("model.optim.betas", REMOVED, "model.optim.betas: not used, because sgd has none")
     if isinstance(optim.get("sched"), Mapping):
         sched = optim["sched"]
+        for name in ("warmup_steps", "constant_steps", "hold_steps", "max_steps"):
+            whole = as_whole_number(sched.get(name))
+            if whole is not None and not isinstance(sched[name], int):  # 1e3, or a text
+                found.set(f"model.optim.sched.{name}", whole)
         unread = [name for name in unread_keys(sched) if sched[name] in (None, 0)]
         for name in [*unread, *(["min_lr"] if "min_lr" in sched and sched["min_lr"] is None else [])]:
             found.set(f"model.optim.sched.{name}", REMOVED)

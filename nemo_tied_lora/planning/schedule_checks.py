@@ -27,6 +27,7 @@ def run_problems(cfg: Mapping[str, Any]) -> Problems:
     cfg = with_values(cfg, adjusted_run(cfg).values)
     trainer, optim = cfg["trainer"], cfg["model"].get("optim")
     problems = Problems([*_length_problems(trainer), *_validation_problems(trainer), *_trainer_problems(trainer)])
+    problems += _time_problems("exp_manager.max_time_per_run", (cfg.get("exp_manager") or {}).get("max_time_per_run"))
     if isinstance(optim, Mapping):
         steps = trainer.get("max_steps")
         problems += [*optimizer_problems(optim), *schedule_problems(optim, steps if is_whole_number(steps) else None)]
@@ -63,9 +64,16 @@ def _length_problems(trainer: Mapping[str, Any]) -> Iterator[str]:
         yield f"trainer.min_steps={least!r}: must be a whole number of at least 0"
     elif least is not None and is_whole_number(steps) and least > steps:
         yield f"trainer.min_steps={least}: more than trainer.max_steps={steps}; lower it"
-    time = trainer.get("max_time")
-    if isinstance(time, str) and not (_TIME.fullmatch(time.strip()) and re.search(r"[1-9]", time)):
-        yield f"trainer.max_time={time!r}: must be days:hours:minutes:seconds, more than 0, as 00:04:00:00"
+    if not isinstance(trainer.get("max_time"), Mapping):  # Lightning also takes {hours: 4}
+        yield from _time_problems("trainer.max_time", trainer.get("max_time"))
+
+
+def _time_problems(key: str, time: object) -> Iterator[str]:
+    """Checks a limit of time. Without quotes, YAML reads 4:00:00 as a number of seconds."""
+    if time is not None and not (
+        isinstance(time, str) and _TIME.fullmatch(time.strip()) and re.search(r"[1-9]", time)
+    ):
+        yield f"{key}={time!r}: must be days:hours:minutes:seconds, more than 0, as '00:04:00:00' (in a YAML with the quotes)"
 
 
 def _validation_problems(trainer: Mapping[str, Any]) -> Iterator[str]:

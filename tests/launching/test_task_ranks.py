@@ -81,6 +81,17 @@ RANKS: dict[str, tuple[Variables, dict[str, Any]]] = {
         without(step(5), "SLURM_STEP_NUM_TASKS", "SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_NUM_NODES"),
         {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "5"},
     ),
+    "only the tasks per node of the step": (
+        without(step(11, 16, 2), "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"),
+        {"RANK": "11", "WORLD_SIZE": "16", "LOCAL_RANK": "3"},
+    ),
+    "only the tasks per node of the job": (
+        {
+            **without(step(0, 16, 2), "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_STEP_TASKS_PER_NODE"),
+            "SLURM_TASKS_PER_NODE": "8(x2)",
+        },
+        {"RANK": "0", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"},
+    ),
     "no number of the step": (without(step(5), "SLURM_STEP_ID"), {"RANK": "5", "WORLD_SIZE": "8"}),
     "an address and a port of the user": (step(3, **MASTER), {"RANK": "3", **MASTER}),
     "WORLD_SIZE from the user's script": (step(3, WORLD_SIZE="8"), {"RANK": "3", "WORLD_SIZE": "8"}),
@@ -177,6 +188,19 @@ REFUSED: dict[str, tuple[Variables, list[str]]] = {
     "a heterogeneous step": (
         step(9, 8, SLURM_HET_SIZE="2", SLURM_NTASKS="12"),
         ["SLURM_HET_SIZE=2: the groups of a heterogeneous job cannot share one run"],
+    ),
+    "a later group of a heterogeneous step, with one task": (
+        step(1, 1, SLURM_HET_SIZE="2"),
+        ["SLURM_HET_SIZE=2: the groups of a heterogeneous job cannot share one run"],
+    ),
+    "a later task of a step of one": (step(1, 1), ["SLURM_PROCID=1: must be less than SLURM_STEP_NUM_TASKS=1"]),
+    "the first task of a step whose size nobody states": (
+        {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0"},
+        ["SLURM_PROCID=0, SLURM_NTASKS=not set, but neither"],
+    ),
+    "the first task where only the job's tasks per node are known": (
+        {"SLURM_PROCID": "0", "SLURM_TASKS_PER_NODE": "8(x2)"},
+        ["SLURM_PROCID=0, SLURM_NTASKS=16, but neither"],
     ),
     "a terminal of eight tasks": (step(0, SLURM_PTY_PORT="4000"), ["this terminal (srun --pty) is one of 8 tasks"]),
     "no SLURM_PROCID": (without(step(), "SLURM_PROCID"), ["SLURM_STEP_NUM_TASKS=8 without SLURM_PROCID"]),

@@ -107,6 +107,9 @@ def test_whole_numbers_are_recognized_as_people_write_them(composed: dict[str, A
     assert [as_whole_number(value) for value in (10, 1e3, "20", "-1")] == [10, 1000, 20, -1]
     assert [as_whole_number(v) for v in (True, None, 1.5, "x", "1.5", [1], float("nan"), float("inf"))] == [None] * 8
     assert adjusted_run(changed(composed, trainer__max_steps=1e3)).values == {"trainer.max_steps": 1000}
+    warm = changed(composed, **{f"{SCHED}.warmup_steps": 1e2, f"{SCHED}.constant_steps": "20"})
+    assert adjusted_run(warm).values == {f"{SCHED}.warmup_steps": 100, f"{SCHED}.constant_steps": 20}
+    assert problems(warm) == []
 
 
 def test_validations_counted_over_all_epochs_do_not_meet_a_number_of_epochs(composed: dict[str, Any]) -> None:
@@ -142,6 +145,12 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"trainer__min_steps": 30000}, "trainer.min_steps=30000: more than trainer.max_steps=20000"),
     ({"trainer__max_time": "4h"}, "trainer.max_time='4h': must be days:hours:minutes:seconds"),
     ({"trainer__max_time": "00:00:00:00"}, "more than 0"),
+    ({"trainer__max_time": 14400}, "trainer.max_time=14400: must be days:hours:minutes:seconds"),  # 4:00:00 in a YAML
+    ({"exp_manager__max_time_per_run": "00:10"}, "exp_manager.max_time_per_run='00:10': must be days:hours"),
+    (
+        {f"{PARAMS}.train_time_interval": {"minutes": 30}},
+        "cannot take it from a configuration; set every_n_train_steps",
+    ),
     ({"trainer__val_check_interval": 0}, "to validate never, set trainer.limit_val_batches=0"),
     ({"trainer__val_check_interval": -1}, "trainer.val_check_interval=-1: must be a whole number"),
     ({"trainer__val_check_interval": 2.5}, "trainer.val_check_interval=2.5: must be a whole number"),
