@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from typing import Any
@@ -11,10 +12,20 @@ from tqdm.std import tqdm
 
 from nemo_tied_lora.tables import duration
 
-__all__ = ["EVERY_S", "Progress", "SoOften"]
+__all__ = ["EVERY_S", "Progress", "SoOften", "shows_bars"]
 
 EVERY_S = 30.0
 """Seconds between two lines."""
+
+
+def shows_bars(file: Any) -> bool:
+    """Whether the stream is a terminal with a width. A terminal of a container may have none, and a bar there is empty."""
+    if not file.isatty():
+        return False
+    try:
+        return os.get_terminal_size(file.fileno()).columns > 0
+    except (OSError, ValueError):
+        return True
 
 
 class SoOften:
@@ -36,7 +47,7 @@ class Progress(tqdm):
 
     def __init__(self, *args: Any, file: Any = None, **kwargs: Any) -> None:
         file = file or sys.stderr
-        self._lines = not file.isatty()
+        self._lines = not shows_bars(file)
         self._shown = 0.0
         if self._lines:
             kwargs |= {"mininterval": EVERY_S, "maxinterval": 2 * EVERY_S}

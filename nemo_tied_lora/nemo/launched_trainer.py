@@ -13,7 +13,7 @@ from lightning.pytorch.plugins.environments import LightningEnvironment, TorchEl
 from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronLMPPTrainerBuilder
 from nemo.collections.nlp.parts.nlp_overrides import CustomProgressBar
 
-from nemo_tied_lora.launching.progress import SoOften
+from nemo_tied_lora.launching.progress import SoOften, shows_bars
 from nemo_tied_lora.tables import duration
 
 __all__ = ["LaunchedTrainerBuilder", "ProgressLines", "RankEnvironment"]
@@ -43,7 +43,7 @@ class LaunchedTrainerBuilder(MegatronLMPPTrainerBuilder):
 
     def _callbacks(self, callbacks: list[Callback] | None) -> list[Callback]:
         found = super()._callbacks(callbacks)
-        if sys.stdout.isatty():
+        if shows_bars(sys.stdout):
             return found
         return [ProgressLines() if isinstance(one, CustomProgressBar) else one for one in found]
 

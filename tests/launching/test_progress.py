@@ -3,13 +3,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
+import os
+import pty
+import struct
+import termios
 from typing import Any
 
 import pytest
 
 from nemo_tied_lora.launching import progress
-from nemo_tied_lora.launching.progress import EVERY_S, Progress, SoOften
+from nemo_tied_lora.launching.progress import EVERY_S, Progress, SoOften, shows_bars
 
 
 class Terminal(io.StringIO):
@@ -69,6 +74,17 @@ def test_a_terminal_gets_a_bar() -> None:
     with bar(file) as shown:
         shown.update(300)
     assert "\rmerging: 100%|" in file.getvalue()
+
+
+@pytest.mark.parametrize(("columns", "bars"), [(80, True), (0, False)])
+def test_a_terminal_without_a_width_gets_lines(columns: int, bars: bool) -> None:
+    master, slave = pty.openpty()
+    try:
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        with os.fdopen(slave, "w") as terminal:
+            assert shows_bars(terminal) == bars
+    finally:
+        os.close(master)
 
 
 def test_the_first_line_is_due_at_once_and_the_next_after_half_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
