@@ -95,7 +95,7 @@ def complete(
         named = ", ".join(map(str, empty[:_NAMED])) + (
             f" and {len(empty) - _NAMED} more" if len(empty) > _NAMED else ""
         )
-        print(f"prompt {named}: no tokens; answered from the start token", file=sys.stderr, flush=True)
+        print(f"prompts without tokens, answered from the start token: {named}", file=sys.stderr, flush=True)
     starts = range(0, len(prompts), batch_size)
     for start in Progress(starts, desc="generating", unit="batch", disable=not first or len(starts) == 1):
         batch = tokens[start : start + batch_size]

@@ -46,6 +46,7 @@ def report_datasets(folder: Path) -> int:
         "truncation": _truncation(folder),
         "conversations": _same_conversations(folder),
         "packed": _packed(folder),
+        "room": _room(),
     }
     (folder / "datasets.json").write_text(json.dumps(found))
     return 0
@@ -157,4 +158,23 @@ def _packed(folder: Path) -> dict[str, list[str]]:
             found[name] = [str(batch["tokens"].tolist()), str(len(dataset))]
         except ConfigError as error:
             found[name] = list(error.problems)
+    return found
+
+
+def _room() -> list[int]:
+    """`tokens_to_generate` of sections that generate, compute the loss, and compute it beside predictions."""
+    from omegaconf import OmegaConf
+
+    from nemo_tied_lora.nemo.sft_datasets import leave_room_only_to_generate
+
+    found = []
+    for section in (
+        {"metric": {"name": "exact_string_match"}},
+        {"metric": {"name": "loss"}},
+        {"metric": {"name": "loss"}, "write_predictions_to_file": True},
+        {},
+    ):
+        data = OmegaConf.create({"validation_ds": {"tokens_to_generate": 32, **section}, "test_ds": None})
+        leave_room_only_to_generate(data)
+        found.append(data.validation_ds.tokens_to_generate)
     return found

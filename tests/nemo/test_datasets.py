@@ -90,6 +90,10 @@ def test_conversations_give_nemos_batch(report: dict[str, Any]) -> None:
     assert all(report["conversations"])
 
 
+def test_only_a_section_that_generates_leaves_room_for_it(report: dict[str, Any]) -> None:
+    assert report["room"] == [32, 0, 32, 32]
+
+
 def test_packed_sequences_are_read_or_refused_in_one_line(report: dict[str, Any]) -> None:
     right, too_long, uneven, without_keys = report["packed"].values()
     assert right == ["[[4, 5, 6, 8, 9, 10, 11, 12]]", "3"]
@@ -153,7 +157,8 @@ def test_an_empty_prompt_is_answered_and_no_other_answer_is_lost(folder: Path) -
     common = ["base=base.nemo", "adapter=null", "trainer.precision=32", "tokens_to_generate=4"]
     (folder / "questions.jsonl").write_text('{"q": "1:", "id": 7}\n\n{"q": ""}\n{"q": 2}\n')
     own = ["prompts_file=questions.jsonl", 'prompt_template="{q}"', "output=answers.jsonl"]
-    tied_lora("generate", *common, *own, folder=folder)
+    done = tied_lora("generate", *common, *own, folder=folder)
+    assert "prompts without tokens, answered from the start token: 2\n" in done.stderr
     answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
     assert [(one["prompt"], one.get("id")) for one in answers] == [("1:", 7), ("", None), ("2", None)]
     tied_lora("generate", *common, *own, "batch_size=1", "output=alone.jsonl", folder=folder)
