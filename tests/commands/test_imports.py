@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -77,7 +78,15 @@ def test_export_and_import_from_lora_import_neither_megatron_nor_nemo(folder: Pa
 
 def test_a_command_whose_child_process_imports_megatron_is_refused(folder: Path) -> None:
     (folder / "hf").mkdir()
-    (folder / "hf" / "config.json").write_text("{}")
+    sizes = {
+        "hidden_size": 8,
+        "intermediate_size": 16,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 1,
+        "vocab_size": 8,
+    }
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **sizes}
+    (folder / "hf" / "config.json").write_text(json.dumps(config))
     done = run(folder, ["import", "from=hf-base", "path=hf", "output=x.nemo"])
     assert done.returncode != 0
     assert "refused: megatron" in done.stderr
