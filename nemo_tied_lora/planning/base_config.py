@@ -58,7 +58,8 @@ def usable_base(path: str | os.PathLike | None, key: str = "model.restore_from_p
             weights are missing or cut off.
     """
     config = base_model_config(path, key)
-    problems = [*_model_problems(config), *weight_problems(NemoFiles(Path(str(path))))]
+    files = NemoFiles(Path(str(path)))
+    problems = [*_model_problems(config), *_tokenizer_problems(config, files), *weight_problems(files)]
     Problems(f"{key}={path}: {problem}" for problem in problems).raise_if_any()
     return config
 
@@ -85,6 +86,25 @@ def _model_problems(config: Mapping[str, Any]) -> Iterator[str]:
     made, reads = _RELEASE.match(stated), _RELEASE.match(here)
     if made and reads and tuple(map(int, made.groups())) > tuple(map(int, reads.groups())):
         yield f"was written by NeMo {stated}, newer than the NeMo {here} that reads it; install that, or save it with {here}"
+
+
+def _tokenizer_problems(config: Mapping[str, Any], files: NemoFiles) -> Iterator[str]:
+    """The tokenizer's files that the configuration names and the `.nemo` does not hold."""
+    section = config.get("tokenizer")
+    for name, value in _texts(section if isinstance(section, Mapping) else {}, "tokenizer"):
+        if value.startswith(_INSIDE) and value.removeprefix(_INSIDE) not in files.sizes:
+            yield f"is not whole: its {name} is {value.removeprefix(_INSIDE)}, which it does not hold"
+
+
+_INSIDE = "nemo:"
+
+
+def _texts(section: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            yield from _texts(value, f"{prefix}.{key}")
+        elif isinstance(value, str):
+            yield f"{prefix}.{key}", value
 
 
 # Megatron's activation function, gated -> NeMo's word. NeMo's LoRA recognizes a gated linear by "fast".

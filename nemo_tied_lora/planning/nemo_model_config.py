@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,7 +33,9 @@ def nemo_config(path: Path, key: str) -> tuple[dict[str, Any], NemoFiles]:
     """
     try:
         if not path.exists():
-            raise ConfigError([f"{key}={path}: no such file"])
+            hub = "; a model of the Hugging Face hub has to be downloaded, then tied-lora import from=hf-base"
+            is_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.parent.exists()
+            raise ConfigError([f"{key}={path}: no such file{hub if is_hub else ''}"])
         other = not_a_nemo(path)
         if other is not None:
             raise ConfigError([f"{key}={path}: {other}"])

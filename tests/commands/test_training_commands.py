@@ -62,6 +62,19 @@ def test_training_moves_the_adapter_and_records_what_it_did(
     assert list((workshop / "single").glob("events.out.tfevents.*"))
 
 
+def test_a_short_run_validates_at_its_end_and_says_what_its_learning_rate_does(workshop: Path) -> None:
+    words = ["trainer.max_steps=3", "trainer.val_check_interval=200", "model.optim.sched.constant_steps=1"]
+    _, metrics, printed = finetune(workshop, "short", *words, "trainer.logger=true")
+    assert [validation["step"] for validation in metrics["validations"]] == [3]
+    assert [step["lr"] for step in metrics["steps"]][:2] == [0, pytest.approx(1e-2, rel=1e-6)]  # float32
+    for line in (
+        "trainer.val_check_interval=200: more than trainer.max_steps=3; validates once, after the last step",
+        "model.optim.sched.constant_steps=1: NeMo's warmup then starts at 0, so step 1 changes nothing",
+        "trainer.logger=true: taken as false, because exp_manager makes its own",
+    ):
+        assert printed.count(f"tied-lora finetune: {line}\n") == 1
+
+
 def test_a_run_resumes_where_it_stopped(workshop: Path, single: tuple[AdapterFile, dict, str]) -> None:
     _, metrics, _ = finetune(workshop, "single", "trainer.max_steps=6")
     assert [step["step"] for step in metrics["steps"]] == [1, 2, 3, 4, 5, 6]

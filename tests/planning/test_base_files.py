@@ -164,6 +164,11 @@ NLP = "nemo.collections.nlp.models.language_modeling"
         ({"target": None, "nemo_version": None}, ""),
         ({"nemo_version": "2.4.9"}, ""),
         ({"peft": {"peft_scheme": "none"}}, ""),
+        ({"tokenizer": {"model": "nemo:tokenizer.model"}}, ""),
+        (
+            {"tokenizer": {"stored": {"vocab": "nemo:vocab.json"}}},
+            "is not whole: its tokenizer.stored.vocab is vocab.json, which it does not hold",
+        ),
     ],
 )
 def test_a_base_of_another_model_or_a_newer_nemo_is_named(tmp_path: Path, changes: dict, expected: str) -> None:
@@ -239,6 +244,7 @@ def test_adapters_and_bases_are_told_apart(tmp_path: Path) -> None:
         in adapter_problems(lora, "a")[0]
     )
     assert "cut off" in adapter_problems(cut, "adapter")[0]
+    assert "a model of the Hugging Face hub has to be downloaded" in refusal(Path("meta-llama/Llama-2-7b-hf"))
     assert adapter_problems(tmp_path / "none.nemo", "adapter") == [f"adapter={tmp_path}/none.nemo: no such file"]
     # A model whose every weight was tuned after a LoRA run keeps the scheme's name in its configuration.
     whole = pack({"model_config.yaml": config, "model_weights.ckpt": names + b"word_embeddings PK\x05\x06"})
