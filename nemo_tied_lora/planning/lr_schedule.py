@@ -134,7 +134,7 @@ def is_number(value: object) -> TypeGuard[float]:
 
 
 def _name_problems(sched: Mapping[str, Any]) -> Iterator[str]:
-    name = sched.get("name")
+    name = str(sched.get("name"))
     if name in _PER_EPOCH:
         yield (
             f"{_KEY}.name={name}: changes the learning rate after each epoch, but the run is one epoch; "
@@ -145,7 +145,7 @@ def _name_problems(sched: Mapping[str, Any]) -> Iterator[str]:
     for key in unread_keys(sched):
         if sched[key] not in (None, 0):
             yield f"{_KEY}.{key}={sched[key]}: {name} has no such key; write ~{_KEY}.{key}"
-    needed = _NEEDED.get(str(name))
+    needed = _NEEDED.get(name)
     if needed is not None and sched.get(needed) is None:
         yield f"{_KEY}.{needed}: missing; {name} needs it (write +{_KEY}.{needed}=...)"
     if name == "NoamHoldAnnealing" and not _steps(sched, "warmup", 1 << 30):

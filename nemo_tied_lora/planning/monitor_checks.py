@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks which number the checkpoints and early stopping watch: it must be logged, and better in the stated direction.
+"""Checks which number the checkpoints and early stopping watch: it must be logged, and is better in one direction.
 
 Lightning looks for the number after the first validation, and fails then. With the wrong direction it keeps the worst
-checkpoint. Needs no torch.
+checkpoint, so the direction is put right. Needs no torch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from nemo_tied_lora.errors import is_whole_number
 from nemo_tied_lora.planning.lr_schedule import is_number
 
-__all__ = ["logged_names", "monitor_problems"]
+__all__ = ["logged_names", "monitor_problems", "right_modes"]
 
 _OF_TRAINING = (
     *("reduced_train_loss", "lr", "grad_norm", "global_step", "consumed_samples", "loss_scale", "global_batch_size"),
@@ -54,13 +54,29 @@ def monitor_problems(cfg: Mapping[str, Any]) -> Iterator[str]:
             yield f"{_STOPPING}.min_delta={stopping['min_delta']!r}: must be a number of at least 0"
 
 
+def right_modes(cfg: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Yields (key, min or max, a line that says so) for each stated mode that takes the worst for the best."""
+    manager = cfg.get("exp_manager") or {}
+    for section, switch in (
+        (_CHECKPOINTS, "create_checkpoint_callback"),
+        (_STOPPING, "create_early_stopping_callback"),
+    ):
+        params = manager.get(section.partition(".")[2]) or {}
+        monitor, mode = params.get("monitor", "val_loss"), params.get("mode", "min")
+        best = _better(str(monitor))
+        if manager.get(switch) and best is not None and mode in ("min", "max") and mode != best:
+            why = f"{monitor} is better when it is {'lower' if best == 'min' else 'higher'}"
+            yield f"{section}.mode", best, f"{section}.mode={mode}: taken as {best}, because {why}"
+
+
 def logged_names(validation: Mapping[str, Any]) -> list[str]:
     """The numbers that a run logs: those of its validation first.
 
     Args:
         validation: the section `model.data.validation_ds`.
     """
-    metric, own = (validation.get("metric") or {}).get("name", "exact_string_match"), validation.get("names")
+    section, own = validation.get("metric"), validation.get("names")
+    metric = section.get("name") if isinstance(section, Mapping) else "exact_string_match"
     files = validation.get("file_names")
     sets = [own] if isinstance(own, str) else own if isinstance(own, list) else None
     if sets is None:
@@ -80,11 +96,6 @@ def _watched(section: str, monitor: Any, mode: Any, names: list[str]) -> Iterato
         yield f"{section}.monitor={monitor}: this run logs no such number; choose one of {', '.join(names[:4])}, ..."
     if mode not in ("min", "max"):
         yield f"{section}.mode={mode}: unknown; choose one of min, max"
-    elif monitor in names:
-        best = _better(str(monitor))
-        if best is not None and mode != best:
-            fix = f"would keep the worst; set it to {best}" if section == _CHECKPOINTS else f"set it to {best}"
-            yield f"{section}.mode={mode}: {monitor} is better when it is {'lower' if best == 'min' else 'higher'}; {fix}"
 
 
 def _better(monitor: str) -> str | None:

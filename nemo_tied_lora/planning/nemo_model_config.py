@@ -68,12 +68,8 @@ def adapter_kind(config: Mapping[str, Any], files: NemoFiles) -> str | None:
     return f"a stock NeMo adapter ({scheme})" if b"adapter_layer" in head and b"word_embeddings" not in head else None
 
 
-def adapter_problems(path: object, key: str, *, tied: bool = True) -> list[str]:
-    """What is wrong with an adapter's `.nemo`, as far as names and sizes tell.
-
-    Args:
-        tied: whether it must be a Tied-LoRA adapter; NeMo's own adapters pass otherwise.
-    """
+def adapter_problems(path: object, key: str) -> list[str]:
+    """What is wrong with a Tied-LoRA adapter's `.nemo`, as far as names and sizes tell."""
     if path is None:
         return [f"{key}=null: missing; name an adapter's .nemo"]
     place = Path(str(path))
@@ -87,7 +83,7 @@ def adapter_problems(path: object, key: str, *, tied: bool = True) -> list[str]:
     kind = adapter_kind(config, files)
     if kind is None:
         return [f"{key}={path}: is a base model, not an adapter"]
-    if tied and _TIED_STATE not in files.sizes:
+    if _TIED_STATE not in files.sizes:
         remedy = f"tied-lora import from=lora path={path} makes a tied one of it"
         return [f"{key}={path}: is {kind}, not a Tied-LoRA adapter; {remedy}"]
     return []

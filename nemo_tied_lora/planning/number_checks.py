@@ -61,6 +61,11 @@ def number_lines(cfg: Mapping[str, Any]) -> Iterator[str]:
             f"{Path(str(file)).name} {weight / total:.1%}" for file, weight in zip(files, weights, strict=True)
         )
         yield f"model.data.train_ds.{_PROBABILITIES}={weights}: the sum is {total:g}, not 1; taken as shares: {shares}"
+    for name in ("validation_ds", "test_ds"):
+        section = cfg["model"]["data"].get(name) or {}
+        if section.get("write_predictions_to_file") and section.get("output_file_path_prefix") is None:
+            key = f"model.data.{name}.output_file_path_prefix"
+            yield f"{key}=null: the files with predictions get names that begin with None_"
     for name in ("train_ds", "validation_ds", "test_ds"):
         least = (cfg["model"]["data"].get(name) or {}).get("min_seq_length")
         if least not in (None, 0, 1):
@@ -127,7 +132,7 @@ def _dataset_problems(key: str, section: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _metric_problems(name: str, section: Mapping[str, Any]) -> Iterator[str]:
-    key, metric = f"model.data.{name}", section.get("metric") or {"name": "exact_string_match"}
+    key, metric = f"model.data.{name}", section.get("metric", {"name": "exact_string_match"}) or {}
     kind, files, names = metric.get("name"), section.get("file_names"), section.get("names")
     if kind not in _METRICS:
         why = "NeMo cannot build it with the installed torchmetrics" if kind in _BROKEN_METRICS else "unknown"

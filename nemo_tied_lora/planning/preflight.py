@@ -18,7 +18,7 @@ from nemo_tied_lora.planning.architecture import Architecture
 from nemo_tied_lora.planning.base_config import adapter_section, usable_base
 from nemo_tied_lora.planning.data_checks import batch_problems, data_problems
 from nemo_tied_lora.planning.data_files import unreadable
-from nemo_tied_lora.planning.flag_checks import flag_problems
+from nemo_tied_lora.planning.flag_checks import flag_problems, section_problems
 from nemo_tied_lora.planning.monitor_checks import monitor_problems
 from nemo_tied_lora.planning.nemo_model_config import adapter_problems
 from nemo_tied_lora.planning.number_checks import (
@@ -48,7 +48,7 @@ def check_finetuning(cfg: Mapping[str, Any]) -> list[str]:
     Raises:
         ConfigError: with all problems.
     """
-    _require_sections(cfg, "peft", "data", "optim")
+    section_problems("finetune", cfg).raise_if_any()
     problems = survival_problems(cfg)
     model = cfg["model"]
     scheme = model["peft"].get("peft_scheme")
@@ -87,7 +87,7 @@ def check_pretraining(cfg: Mapping[str, Any]) -> list[str]:
     Raises:
         ConfigError: with all problems.
     """
-    _require_sections(cfg, "peft", "data", "optim", "tokenizer")
+    section_problems("pretrain", cfg).raise_if_any()
     problems = survival_problems(cfg)
     problems += [*flag_problems("pretrain", cfg), *text_problems("pretrain", cfg)]
     if cfg["model"]["peft"].get("tied_lora"):
@@ -109,11 +109,12 @@ def check_generation(cfg: Mapping[str, Any]) -> list[str]:
     Raises:
         ConfigError: with all problems.
     """
+    section_problems("generate", cfg).raise_if_any()
     problems = Problems()
     base = problems.attempt(usable_base, cfg.get("base"), key="base")
     adapter = cfg.get("adapter")
     if adapter is not None:
-        found = adapter_problems(adapter, "adapter", tied=False)
+        found = adapter_problems(adapter, "adapter")
         problems += [
             f"{line}; adapter=null generates with the base alone" if "no such" in line else line for line in found
         ]
@@ -142,12 +143,6 @@ def check_generation(cfg: Mapping[str, Any]) -> list[str]:
     problems += _layout_problems(cfg, {**(base or {}), **_layout_keys(cfg["model"])} if base else None, None)
     problems.raise_if_any()
     return generation_lines(cfg)
-
-
-def _require_sections(cfg: Mapping[str, Any], *names: str) -> None:
-    model = cfg["model"]
-    wrong = [name for name in names if not isinstance(model.get(name), Mapping)]
-    Problems(f"model.{name}={model.get(name)!r}: must be a section of keys" for name in wrong).raise_if_any()
 
 
 def _run_problems(cfg: Mapping[str, Any], base: Mapping[str, Any] | None, config: TiedLoraConfig | None) -> Problems:

@@ -13,6 +13,7 @@ from typing import Any
 
 from nemo_tied_lora.errors import is_whole_number
 from nemo_tied_lora.planning.lr_schedule import unread_keys
+from nemo_tied_lora.planning.monitor_checks import right_modes
 
 __all__ = ["REMOVED", "Adjusted", "adjusted_run", "as_whole_number", "steps_of_epoch", "with_values"]
 
@@ -138,6 +139,8 @@ def _adjust_checkpoints(cfg: Mapping[str, Any], found: Adjusted) -> None:
     trainer, manager = cfg.get("trainer") or {}, cfg.get("exp_manager") or {}
     key, params = "exp_manager.checkpoint_callback_params", manager.get("checkpoint_callback_params") or {}
     rules = [params.get(name) for name in ("every_n_train_steps", "train_time_interval")]
+    for mode_key, mode, line in right_modes(cfg):
+        found.set(mode_key, mode, line)
     if not manager.get("create_checkpoint_callback", True):
         return
     if any(rules) and "every_n_epochs" not in params:

@@ -237,7 +237,6 @@ def test_adapters_and_bases_are_told_apart(tmp_path: Path) -> None:
     assert refusal(tied) == "is a Tied-LoRA adapter, not a base model"
     assert refusal(lora) == "is a stock NeMo adapter (lora), not a base model"
     assert adapter_problems(tied, "adapter") == []
-    assert adapter_problems(lora, "adapter", tied=False) == []
     assert adapter_problems(base, "adapter") == [f"adapter={base}: is a base model, not an adapter"]
     assert (
         "is a stock NeMo adapter (lora), not a Tied-LoRA adapter; tied-lora import from=lora"

@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from nemo_tied_lora.errors import ConfigError
 from nemo_tied_lora.planning.compose import compose_config, plain
 from nemo_tied_lora.planning.config_folder import config_folder
-from nemo_tied_lora.planning.flag_checks import flag_problems
+from nemo_tied_lora.planning.flag_checks import flag_problems, section_problems
 from nemo_tied_lora.planning.monitor_checks import monitor_problems
 from nemo_tied_lora.planning.number_checks import (
     generation_lines,
@@ -20,9 +23,11 @@ from nemo_tied_lora.planning.number_checks import (
     number_lines,
     number_problems,
 )
+from nemo_tied_lora.planning.preflight import check_finetuning
 from nemo_tied_lora.planning.resumed_step import resumed_step_problems
 from nemo_tied_lora.planning.run_length import REMOVED, adjusted_run, as_whole_number
 from nemo_tied_lora.planning.schedule_checks import run_lines, run_problems
+from tests.harness.base_files import write_base
 
 SCHED, PARAMS = "model.optim.sched", "exp_manager.checkpoint_callback_params"
 STOPPING, TRAIN, VALIDATION = (
@@ -190,11 +195,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     ({f"{SCHED}.max_steps": -1}, f"{SCHED}.max_steps=-1: must be a whole number"),
     ({f"{PARAMS}.monitor": "val_acc"}, f"{PARAMS}.monitor=val_acc: this run logs no such number"),
-    (
-        {f"{PARAMS}.monitor": "validation_exact_string_match"},
-        f"{PARAMS}.mode=min: validation_exact_string_match is better",
-    ),
-    ({f"{PARAMS}.mode": "max"}, "validation_loss is better when it is lower; would keep the worst; set it to min"),
     ({f"{PARAMS}.mode": "best"}, f"{PARAMS}.mode=best: unknown; choose one of min, max"),
     ({f"{PARAMS}.save_top_k": -2}, f"{PARAMS}.save_top_k=-2: must be a whole number of at least -1"),
     ({f"{PARAMS}.every_n_train_steps": 5, f"{PARAMS}.every_n_epochs": 1}, "Lightning takes only one of them"),
@@ -212,6 +212,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     ({f"{VALIDATION}.tokens_to_generate": 2048}, "leaves nothing of max_seq_length=2048 for the prompt"),
     ({f"{VALIDATION}.metric.name": "bleurt"}, f"{VALIDATION}.metric.name=bleurt: unknown"),
+    ({f"{VALIDATION}.metric": {}}, f"{VALIDATION}.metric.name=None: unknown"),
     (
         {f"{VALIDATION}.names": ["a", "b"]},
         f"{VALIDATION}.names=['a', 'b']: must hold one name for each of the 1 files",
@@ -281,10 +282,18 @@ ALLOWED: list[tuple[dict[str, Any], list[str]]] = [
     ),
     ({f"{PARAMS}.monitor": "validation_exact_string_match", f"{PARAMS}.mode": "max"}, []),
     ({f"{PARAMS}.monitor": "validation_loss_dataloader0"}, []),
+    ({f"{PARAMS}.mode": "max"}, ["mode=max: taken as min, because validation_loss is better when it is lower"]),
+    (
+        {f"{PARAMS}.monitor": "validation_exact_string_match"},
+        ["mode=min: taken as max, because validation_exact_string_match is better when it is higher"],
+    ),
+    ({f"{STOPPING}.mode": "max"}, [f"{STOPPING}.mode=max: taken as min, because val_loss"]),
+    ({f"{PARAMS}.monitor": "lr", f"{PARAMS}.mode": "max"}, []),
     ({f"{PARAMS}.monitor": "reduced_train_loss"}, []),
     ({f"{PARAMS}.save_top_k": -1}, []),
     ({f"{PARAMS}.every_n_train_steps": 50}, []),
     ({f"{TRAIN}.min_seq_length": 16}, [f"{TRAIN}.min_seq_length=16: has no effect"]),
+    ({f"{VALIDATION}.write_predictions_to_file": True}, ["get names that begin with None_"]),
     ({"exp_manager__create_checkpoint_callback": False, f"{PARAMS}.monitor": "nothing"}, []),
     ({f"{TRAIN}.concat_sampling_probabilities": [3]}, ["the sum is 3, not 1; taken as shares: a.jsonl 100.0%"]),
     ({f"{VALIDATION}.tokens_to_generate": 4096, f"{VALIDATION}.metric.name": "loss"}, []),
@@ -392,3 +401,45 @@ def test_exp_managers_own_logger_and_checkpoints_replace_the_trainers(composed: 
     ]
     off = {f"exp_manager.create_{name}": False for name in ("tensorboard_logger", "checkpoint_callback")}
     assert adjusted_run(changed(cfg, **off)).values == {}
+
+
+def test_the_checkpoint_that_is_kept_is_the_best_one(composed: dict[str, Any]) -> None:
+    cfg = changed(composed, **{f"{PARAMS}.monitor": "validation_exact_string_match"})
+    assert adjusted_run(cfg).values == {f"{PARAMS}.mode": "max"}
+
+
+def test_a_value_in_place_of_a_section_is_refused(composed: dict[str, Any]) -> None:
+    assert section_problems("finetune", composed) == []
+    values = {"trainer": None, "watchdog": "on", f"{VALIDATION}.metric": "loss", "exp_manager": [1]}
+    assert set(section_problems("finetune", changed(composed, **values))) == {
+        "watchdog='on': must be a section of keys",
+        "trainer=None: must be a section of keys",
+        "exp_manager=[1]: must be a section of keys",
+        f"{VALIDATION}.metric='loss': must be a section of keys",
+    }
+    assert section_problems("finetune", changed(composed, guards=None, **{"model.peft.tied_lora": None})) == []
+
+
+def keys_of(section: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in section.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from keys_of(value, f"{prefix}{key}.")
+
+
+@pytest.mark.parametrize("value", [None, "abc", [1]], ids=["null", "text", "list"])
+def test_no_value_of_any_key_ends_the_check_in_another_error_than_a_refusal(tmp_path: Path, value: Any) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"input": "a", "output": "b"}) + "\n")
+    words = [f"model.restore_from_path={write_base(tmp_path / 'base.nemo')}", "model.global_batch_size=8"]
+    words += [f"{section}.file_names=[{data}]" for section in (TRAIN, VALIDATION)]
+    lengths = [f"{TRAIN}.max_seq_length=16", f"{VALIDATION}.tokens_to_generate=4"]
+    cfg = plain(compose_config("finetune", [*words, *lengths, f"exp_manager.exp_dir={tmp_path}"]))
+    check_finetuning(cfg)
+    refused = 0
+    for key in keys_of(cfg):
+        with suppress(ConfigError):
+            check_finetuning(changed(cfg, **{key: copy.deepcopy(value)}))
+            continue
+        refused += 1
+    assert refused > 30
