@@ -9,11 +9,12 @@ from typing import Any
 
 from nemo_tied_lora.errors import Problems
 from nemo_tied_lora.planning.compose import compose_config, plain
+from nemo_tied_lora.planning.data_files import SECTIONS
 from nemo_tied_lora.planning.dotted_keys import flat
 
 __all__ = ["text_problems"]
 
-# Keys that hold a text or null. Their shipped default is null.
+# Keys that hold a text or null.
 _OR_NULL = (
     "base",
     "adapter",
@@ -27,6 +28,8 @@ _OR_NULL = (
     "model.data.train_ds.index_mapping_dir",
     "model.data.validation_ds.output_file_path_prefix",
     "model.data.test_ds.output_file_path_prefix",
+    # `prompt_template` checks these more closely: null truncates the whole, and conversations need no template.
+    *(f"model.data.{name}.{key}" for name in SECTIONS for key in ("truncation_field", "prompt_template")),
 )
 _ACCELERATORS = ("auto", "gpu", "cuda", "cpu")
 _OTHERS = ("trainer.precision", "trainer.accelerator", "model.peft.peft_scheme")

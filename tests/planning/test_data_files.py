@@ -17,6 +17,7 @@ from nemo_tied_lora.planning.compose import compose_config, plain
 from nemo_tied_lora.planning.data_checks import data_problems
 from nemo_tied_lora.planning.data_files import check_prompts_file, check_training_files
 from nemo_tied_lora.planning.packed_files import packed_problem
+from nemo_tied_lora.planning.text_checks import text_problems
 
 GOOD = '{"input": "a", "output": "b"}\n'
 
@@ -126,6 +127,11 @@ def test_keys_that_do_not_fit_the_template_are_reported_once(override: str, says
     found = problems(override)
     assert len(found) == 1
     assert says in found[0]
+
+
+def test_null_truncates_the_whole_example() -> None:
+    cfg = run("model.data.train_ds.truncation_field=null")
+    assert [*text_problems("finetune", cfg), *data_problems(cfg)] == []
 
 
 def test_an_answer_may_be_missing_only_where_predictions_are_written(
