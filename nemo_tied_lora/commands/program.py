@@ -47,13 +47,13 @@ def _code(main: Callable[[list[str]], int], argv: list[str], name: str) -> int:
         if error.filename is None:
             return BROKEN_PIPE
         return _unforeseen(error, name)
-    except Exception as error:
+    except BaseException as error:  # torch's CheckpointException is no Exception
         if isinstance(error, OSError) and error.filename is None and not _can_write():
             return _unwritable(error, name)
         return _unforeseen(error, name)
 
 
-def _unforeseen(error: Exception, name: str) -> int:
+def _unforeseen(error: BaseException, name: str) -> int:
     where = keep_traceback(error, name or "command")
     say(f"{_prefix(name)}: {describe(error, name)}; {where}")
     return _FAILED

@@ -90,6 +90,13 @@ def generation_number_problems(cfg: Mapping[str, Any], base: Mapping[str, Any] |
         yield f"top_k={top_k!r}: must be a whole number of at least 0; 0: all tokens"
     if top_p is not None and not (is_number(top_p) and 0 <= top_p <= 1):
         yield f"top_p={top_p!r}: must be a number from 0 to 1; 0 or 1: all tokens"
+    penalty, least = cfg.get("repetition_penalty"), cfg.get("min_tokens_to_generate")
+    if penalty is not None and not (is_number(penalty) and penalty > 0):
+        yield f"repetition_penalty={penalty!r}: must be a number above 0; 1: none"
+    if least is not None and not is_whole_number(least, 0):
+        yield f"min_tokens_to_generate={least!r}: must be a whole number of at least 0"
+    elif least is not None and is_whole_number(number) and least > number:
+        yield f"min_tokens_to_generate={least}: more than tokens_to_generate={number}; lower it"
     positions = (base or {}).get("max_position_embeddings") or (base or {}).get("encoder_seq_length")
     if is_whole_number(number) and is_whole_number(positions) and number >= positions:
         yield (
@@ -99,9 +106,14 @@ def generation_number_problems(cfg: Mapping[str, Any], base: Mapping[str, Any] |
 
 def generation_lines(cfg: Mapping[str, Any]) -> list[str]:
     """What a user should know of generation without problems."""
-    if cfg.get("top_k") and cfg.get("temperature") is None:
-        return [f"top_k={cfg['top_k']}: has no effect, because temperature=null always takes the likeliest token"]
-    return []
+    if cfg.get("temperature") is not None:
+        return []
+    without_effect = {"top_k": (None, 0), "repetition_penalty": (None, 1)}
+    return [
+        f"{key}={cfg[key]}: has no effect, because temperature=null always takes the likeliest token"
+        for key, neutral in without_effect.items()
+        if cfg.get(key) not in neutral
+    ]
 
 
 _PROBABILITIES = "concat_sampling_probabilities"

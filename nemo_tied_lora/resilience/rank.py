@@ -113,7 +113,7 @@ class Rank:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
         with self._signals:
-            if error is not None and not isinstance(error, Exception):
+            if isinstance(error, (SystemExit, KeyboardInterrupt, GeneratorExit)):
                 return False
             self.exit_code = self._end(error)
         return True
@@ -224,7 +224,7 @@ class Rank:
     def _from_rank_0(self, topic: str, compute: Callable[[], Any]) -> Any:
         return compute() if self._rendezvous is None else self._rendezvous.from_rank_0(topic, compute)
 
-    def _end(self, error: Exception | None) -> int:
+    def _end(self, error: BaseException | None) -> int:
         """Prints and records the end, leaves together with the other ranks, and returns the exit code."""
         # Prints before it leaves: a launcher may kill this rank as soon as another has gone.
         if isinstance(error, (ConfigError, TrainingStopped)):
@@ -260,7 +260,7 @@ class Rank:
         # A rank that could not reach the others has its own problem, and prints it too.
         return report(self._command, error) if self._first or self._rendezvous is None else 2
 
-    def _fail(self, error: Exception) -> int:
+    def _fail(self, error: BaseException) -> int:
         """Prints one line and ends the run on all ranks. Returns the exit code; with a watchdog, it does not return."""
         from nemo_tied_lora.resilience.rendezvous import node_name
 

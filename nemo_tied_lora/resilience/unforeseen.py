@@ -36,8 +36,12 @@ _TRAIN_WITH_LESS = (
 def describe(error: BaseException, command: str) -> str:
     """Returns the error as one line: its type and the first line of its message; the second too if the first ends with ":".
 
-    If the memory was too small, the line says what to change for this command.
+    If the memory was too small, the line says what to change for this command. torch's CheckpointException is described by the
+    first error that it holds: its own message is a dictionary of ranks.
     """
+    failures = getattr(error, "failures", None)  # {rank: (exception, stack)}
+    if isinstance(failures, dict) and failures:
+        error = next((pair[0] for pair in failures.values() if isinstance(pair, tuple)), error)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = ""
     for line in lines:

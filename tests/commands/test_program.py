@@ -102,6 +102,11 @@ def test_a_full_disk_is_one_line(code: str) -> None:
         ("raise RuntimeError('first\\nsecond')", "RuntimeError: first"),
         ("raise RuntimeError('sizes differ:\\n  a is 3\\n  b is 4')", "RuntimeError: sizes differ: a is 3"),
         ("raise AssertionError", "AssertionError"),
+        ("raise BaseException('not an Exception')", "BaseException: not an Exception"),
+        (
+            "error = BaseException(); error.failures = {0: (ValueError('shapes differ'), None)}; raise error",
+            "ValueError: shapes differ; the traceback",
+        ),
         ("open('/nowhere')", "FileNotFoundError: [Errno 2] No such file or directory: '/nowhere'"),
         ("open('/dev/full', 'w').write('x' * 10**6)", "OSError: [Errno 28] No space left on device"),
         ("raise MemoryError", "MemoryError; out of memory: use a machine with more memory; verify=false needs less"),

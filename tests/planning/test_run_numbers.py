@@ -373,7 +373,14 @@ def test_numbers_of_generation_are_checked() -> None:
         "top_p=1.5: must be a number from 0 to 1; 0 or 1: all tokens",
         "tokens_to_generate=256: the base has 256 positions, for prompt and answer together; use fewer",
     ]
-    assert generation_lines({**cfg, "top_k": 40, "temperature": 0.7}) == []
+    wrong = {"repetition_penalty": 0, "min_tokens_to_generate": 9, "tokens_to_generate": 4}
+    assert list(generation_number_problems({**cfg, **wrong}, base)) == [
+        "repetition_penalty=0: must be a number above 0; 1: none",
+        "min_tokens_to_generate=9: more than tokens_to_generate=4; lower it",
+    ]
+    sampled = {**cfg, "top_k": 40, "repetition_penalty": 1.2}
+    assert generation_lines({**sampled, "temperature": 0.7}) == []
+    assert [line.split("=")[0] for line in generation_lines(sampled)] == ["top_k", "repetition_penalty"]
     assert generation_lines({**cfg, "top_k": 40}) == [
         "top_k=40: has no effect, because temperature=null always takes the likeliest token"
     ]

@@ -75,7 +75,7 @@ def test_a_ranks_error_ends_the_others_at_once(ends: dict[str, Any]) -> None:
     assert all(code != 0 for code in end["codes"])
     assert "the data has a hole" in end["status"]["reason"]
     for rank, log in enumerate(end["logs"]):
-        line = rf"tied-lora: rank {rank}: the run ends: rank 1 on node n1 failed: ValueError: the data has a hole; "
+        line = rf"tied-lora: rank {rank}: the run ends: rank 1 on node n1 failed: BaseException: the data has a hole; "
         assert re.fullmatch(line + r"the traceback is in \S+/finetune-rank-1.traceback\n", log)
 
 
