@@ -86,5 +86,9 @@ def _write(rows: list[dict[str, Any]], output: str | None) -> None:
             print(f"{row['prompt']}{row['completion']}", flush=True)
         return
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    path = write_atomically(Path(output), lines.encode())
+    try:
+        path = write_atomically(Path(output), lines.encode())
+    except OSError:  # a full disk: hours of generation are worth more than the place where they were to go
+        print(lines, end="", flush=True)
+        raise
     print(f"written: {path} ({len(rows)} completions)", flush=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import difflib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -23,11 +23,12 @@ from nemo_tied_lora.errors import ConfigError, Problems
 from nemo_tied_lora.planning.config_folder import config_folder
 from nemo_tied_lora.planning.dotted_keys import first_line, flat, has_key, remove_key, value_of
 from nemo_tied_lora.planning.generation_keys import is_generation_key, mistaken_generation_key, translate_generation
+from nemo_tied_lora.planning.interpolations import interpolation_problems
 from nemo_tied_lora.planning.nemo_keys import is_nemo_key, mistaken_key, nearest, unknown_to_nemo
 from nemo_tied_lora.planning.nemo_yaml import OwnYaml, read_own_yaml
 from nemo_tied_lora.planning.override_lines import Line, read_lines
 from nemo_tied_lora.planning.training_keys import translate_lora, translate_training
-from nemo_tied_lora.planning.yaml_sources import YamlSources
+from nemo_tied_lora.planning.yaml_sources import READ_OWN_YAMLS, YamlSources
 
 __all__ = ["compose_config", "compose_with_notes", "plain"]
 
@@ -41,6 +42,7 @@ _MAY_BE_NULL = ("model.optim.sched", "model.peft.tied_lora", "exp_manager.wandb_
 # Hydra raises ValueError for a number in place of a group, and NeMo, once imported, makes `trainer` a group.
 _NOT_COMPOSED = (HydraException, OmegaConfBaseException, ValueError)
 _TYPED_GROUPS = "_typed_groups"
+_PASSED_ON = "passed on as they are, unknown to this command"
 
 # NeMo registers the same two when it is imported, with replace=True.
 OmegaConf.register_new_resolver("multiply", lambda x, y: x * y, replace=True)
@@ -74,6 +76,7 @@ def compose_with_notes(
     with open_dict(cfg):
         for line in typed:
             problems += _apply(cfg, line, name)
+        notes += _unread(typed, name, {} if own is None else own.keys)
         if own is not None:
             problems += [f"{own.file}: {problem}" for problem in _file_problems(own, name, cfg)]
         notes += [] if own is None else own.notes
@@ -93,7 +96,7 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
         values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         key = "" if not error.full_key or error.full_key in str(error).partition("\n")[0] else f"{error.full_key}: "
-        raise ConfigError([f"{key}{first_line(error)}"]) from None
+        raise ConfigError(list(interpolation_problems(cfg)) or [f"{key}{first_line(error)}"]) from None
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}
 
@@ -208,7 +211,8 @@ def _apply(cfg: DictConfig, line: Line, name: str) -> Iterator[str]:
     try:
         OmegaConf.update(cfg, line.key, line.value, merge=True, force_add=True)
     except (OmegaConfBaseException, AttributeError, TypeError) as error:
-        yield f"{line.text}: {first_line(error)}"
+        in_list = isinstance(line.value, dict) and OmegaConf.is_list(value_of(cfg, line.key))
+        yield f"{line.text}: {f'must be a list: {line.key}=[...]' if in_list else first_line(error)}"
 
 
 def _replaces_section(cfg: DictConfig, line: Line) -> bool:
@@ -248,10 +252,21 @@ def _key_problem(key: str, name: str, cfg: DictConfig, text: str, *, adds: bool)
         if is_nemo_key(key):
             return None
     if adds:
-        return None
+        close = nearest(key, known, cutoff=0.85) if name in READ_OWN_YAMLS else None
+        return None if close is None else f"{text}: nothing reads this key; did you mean {close}?"
     close = nearest(key, known)
     hint = f"did you mean {close}?" if close else f"+{text} adds a key of your own"
     return f"{text}: the configuration has no key {key}; {hint}"
+
+
+def _unread(typed: Sequence[Line], name: str, in_file: Mapping[str, Any]) -> list[str]:
+    """Returns a note with the keys that + adds and that neither this command nor NeMo is known to read."""
+    if name not in READ_OWN_YAMLS:
+        return []
+    known = _container(_shipped(name, [], YamlSources()))
+    added = [line.key for line in typed if line.adds and not line.key.startswith(_ADAPTER) and line.key not in in_file]
+    strange = [key for key in added if not _is_read(key, name) and not has_key(OmegaConf.create(known), key)]
+    return [f"{_PASSED_ON}: {', '.join(strange)}"] if strange else []
 
 
 def _container(cfg: DictConfig) -> dict[Any, Any]:
@@ -282,7 +297,7 @@ def _file_problems(own: OwnYaml, name: str, cfg: DictConfig) -> Iterator[str]:
     if strange and len(strange) == len(own.keys) and not set(own.values) & set(shipped):
         yield f"none of its keys is one of this command's ({', '.join(strange[:5])}); name another file"
     elif strange:
-        own.notes.append(f"passed on as they are, unknown to this command: {', '.join(strange)}")
+        own.notes.append(f"{_PASSED_ON}: {', '.join(strange)}")
 
 
 def _is_read(key: str, name: str) -> bool:

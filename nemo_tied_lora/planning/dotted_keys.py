@@ -40,7 +40,7 @@ def remove_key(cfg: DictConfig, key: str) -> None:
             OmegaConf.update(cfg, user, value_of(cfg, user))
     section, _, last = key.rpartition(".")
     node = value_of(cfg, section) if section else cfg
-    node.pop(last)
+    del node[last]  # pop would resolve it
 
 
 def value_of(cfg: DictConfig, key: str) -> Any:

@@ -110,7 +110,9 @@ class PromptExamples:
     def _hint(absent: list[str], example: Mapping[str, Any]) -> str:
         if any(":" in name or "!" in name for name in absent):
             return "; formats such as {x:.2f} are not supported, write {x}"
-        return f"; its fields are {', '.join(list(example)[:6])}" if example else ""
+        return (
+            f"; its fields are {', '.join(list(example)[:6])}; change prompt_template or the line" if example else ""
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +121,8 @@ class Conversations:
 
     def check(self, example: Mapping[str, Any], counts: dict[str, int]) -> str | None:
         """Returns what is wrong with an example."""
+        if "conversations" not in example:
+            return f'has no "conversations"{_fields(example)}; for prompts and answers, set model.data.chat=false'
         if type(example.get("system")) is not str:
             return _field("system", example, "must be a text; it may be empty")
         turns = example.get("conversations")
@@ -161,6 +165,10 @@ def _turn_problem(turn: Any) -> str | None:
     if type(turn.get("label")) not in (str, type(None)):
         return f'"label" is {_named(turn["label"])}: must be a text or null'
     return None
+
+
+def _fields(example: Mapping[str, Any]) -> str:
+    return f"; its fields are {', '.join(list(example)[:6])}" if example else ""
 
 
 def _field(name: str, example: Mapping[str, Any], need: str) -> str:

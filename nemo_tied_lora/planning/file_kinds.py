@@ -61,7 +61,7 @@ def _binary(head: bytes) -> str | None:
         return "is a tar archive, not JSONL; unpack it"
     for magic, name, remedy in _MAGIC:
         if head.startswith(magic):
-            return f"is a {name} file, not JSONL; {remedy}"
+            return f"is {'an' if name[0] in 'AE' else 'a'} {name} file, not JSONL; {remedy}"
     return None
 
 

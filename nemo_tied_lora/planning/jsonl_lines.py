@@ -258,7 +258,7 @@ def _not_json(line: bytes, error: Exception) -> str:
         return f"not JSON: {error}"
     text = line.decode().strip()
     rest = text[error.pos :]
-    if not rest.strip() or (not line.endswith(b"\n") and not text.endswith(("}", ","))):
+    if not rest.strip() or (not line.endswith(b"\n") and text.startswith("{") and not text.endswith(("}", ","))):
         return _CUT
     if b"\r" in line.rstrip():
         return "holds CR within the line; end lines with LF: tr '\\r' '\\n' < OLD > NEW"

@@ -68,11 +68,19 @@ def translate_lora_tuning(section: Mapping[str, Any], own: Mapping[str, Any]) ->
     }
     problems.raise_if_any()
     taken = {key: value for key, value in found.items() if value is not None and own.get(key) is None}
-    notes = [f"{SECTION}: taken as {', '.join(f'model.peft.tied_lora.{k}={_yaml(v)}' for k, v in taken.items())}"]
+    shown = ", ".join(f"model.peft.tied_lora.{key}={_yaml(value)}" for key, value in taken.items())
+    notes = [f"{SECTION}: taken as {shown}{_other_defaults(found, own)}"]
     kept = [key for key, value in found.items() if value is not None and key not in taken and value != own[key]]
     if kept:
         notes.append(f"{SECTION}: not read where model.peft.tied_lora has its own value ({', '.join(kept)})")
     return taken, [*(notes if taken else notes[1:]), *_without_effect(section)]
+
+
+def _other_defaults(found: Mapping[str, Any], own: Mapping[str, Any]) -> str:
+    """What the note adds where neither section sets the rank or the targets: NeMo's defaults differ."""
+    absent = {"rank": "8 (NeMo: adapter_dim=32)", "targets": "all four linears (NeMo: target_modules=[attention_qkv])"}
+    here = [f"{key}: {text}" for key, text in absent.items() if found[key] is None and own.get(key) is None]
+    return f"; not set, so the default here, {', '.join(here)}" if here else ""
 
 
 def _without_effect(section: Mapping[str, Any]) -> list[str]:

@@ -14,7 +14,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
 from nemo_tied_lora.errors import ConfigError
 from nemo_tied_lora.planning.config_folder import config_folder
@@ -103,6 +103,11 @@ def _reason(error: Exception) -> str:
     """Hydra's reason in one line: its first line, and the next if that one ends in a colon."""
     if "got ListConfig" in str(error):
         return "holds a list, not keys with values"
+    if isinstance(error, UnicodeDecodeError):
+        return f"is not UTF-8: byte 0x{error.object[error.start]:02x}; save it as UTF-8"
+    if isinstance(error.__cause__, GrammarParseError):
+        key, why = error.__cause__.full_key, first_line(error.__cause__)
+        return f"{key + ': ' if key else ''}an interpolation that cannot be read, such as ${{ without }}: {why}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 

@@ -33,6 +33,7 @@ from nemo_tied_lora.planning.resumed_step import resumed_step_problems
 from nemo_tied_lora.planning.run_settings import GuardSettings, survival_problems
 from nemo_tied_lora.planning.schedule_checks import run_lines, run_problems
 from nemo_tied_lora.planning.text_checks import text_problems
+from nemo_tied_lora.planning.tokenizer_checks import tokenizer_problems
 from nemo_tied_lora.planning.training_loop_checks import loop_problems
 
 __all__ = ["check_finetuning", "check_generation", "check_pretraining"]
@@ -62,6 +63,7 @@ def check_finetuning(cfg: Mapping[str, Any]) -> list[str]:
         problems.append(
             "model.fsdp=true: not possible; FSDP would shard what all layers share; use tensor or pipeline parallel"
         )
+    problems += tokenizer_problems(model.get("tokenizer"))
     problems += _checkpoint_problems(cfg.get("exp_manager") or {})
     problems += _optimizer_problems(model["optim"].get("name"))
     config = problems.attempt(adapter_section, model["peft"])
@@ -234,8 +236,12 @@ def _output_problems(cfg: Mapping[str, Any], inputs: list[Any], suffix: str | No
     for file in inputs:
         if file is not None and output.exists() and Path(str(file)).exists() and output.samefile(str(file)):
             yield f"output={output}: is an input; name another"
+    if output.is_dir():
+        yield f"output={output}: is a folder; name a file in it"
     folder = output.resolve().parent
     while not folder.exists():
         folder = folder.parent
-    if not os.access(folder, os.W_OK):
+    if not folder.is_dir():
+        yield f"output={output}: {folder} is a file, not a folder"
+    elif not os.access(folder, os.W_OK):
         yield f"output={output}: {folder} is not writable"

@@ -61,7 +61,7 @@ def template_problems(key: str, template: object) -> Iterator[str]:
 
 
 def training_template_problems(key: str, section: Mapping[str, Any]) -> Iterator[str]:
-    """Yields what is wrong with `prompt_template`, `label_key`, `truncation_field` and `truncation_method` of a section.
+    """Yields what is wrong with `prompt_template`, `label_key` and `truncation_field` of a section.
 
     Args:
         key: the section's key, such as "model.data.train_ds".
@@ -69,8 +69,6 @@ def training_template_problems(key: str, section: Mapping[str, Any]) -> Iterator
     template, label = section.get("prompt_template"), str(section.get("label_key"))
     wrong = list(template_problems(f"{key}.prompt_template", template))
     yield from wrong
-    if section.get("truncation_method", "right") not in ("left", "right"):
-        yield f"{key}.truncation_method={section['truncation_method']!r}: unknown; choose one of left, right"
     if wrong or not isinstance(template, str):
         return
     fields = template_fields(template)

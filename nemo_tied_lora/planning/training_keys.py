@@ -31,14 +31,18 @@ def translate_training(
         in_file: the keys of the user's own YAML.
         notes: gets a line for each key whose value the user chose and that has no effect.
     """
+    idle: dict[str, list[str]] = {}
     for key, value in {**in_file, **typed}.items():
         found = no_effect(key)
         if found is None:
             continue
         default, why = found
         if key in typed or value not in (default, None, {}):
-            notes.append(f"{key}={value}: has no effect here: {why}")
+            idle.setdefault(why, []).append(f"{key}={value}")
         remove_key(cfg, key)
+    notes += [
+        f"{', '.join(keys)}: {'has' if len(keys) == 1 else 'have'} no effect here: {why}" for why, keys in idle.items()
+    ]
     yield from _other_schemes(cfg, typed, in_file, notes)
     for key, (needed, why) in FIXED.items():
         value = value_of(cfg, key)

@@ -120,7 +120,6 @@ def test_a_file_without_permission_is_named(monkeypatch: pytest.MonkeyPatch) -> 
         ),
         ("model.data.train_ds.truncation_field=question", "model.data.train_ds.truncation_field='question': question"),
         ('model.data.train_ds.prompt_template="{input {output}"', "a brace without a field"),
-        ("model.data.test_ds.truncation_method=middle", "model.data.test_ds.truncation_method='middle': unknown"),
     ],
 )
 def test_keys_that_do_not_fit_the_template_are_reported_once(override: str, says: str) -> None:

@@ -70,6 +70,8 @@ WRONG_FILES = {
     "NumPy": (b"\x93NUMPY\x01\x00", "packed_sequence=true"),
     "CR alone": (GOOD.replace(b"\n", b"\r") * 3, "CR alone"),
     "OpenAI messages": (b'{"messages": [{"role": "user", "content": "x"}]}\n', "holds OpenAI messages"),
+    "Arrow": (b"ARROW1\0\0" + b"\0" * 20, "is an Arrow file"),
+    "an answer of a server": (b"Entry not found", "line 1: not JSON: expecting value"),
     "ShareGPT": (b'{"conversations": [{"from": "human", "value": "x"}]}\n', "model.data.chat=true"),
 }
 
@@ -250,6 +252,11 @@ def test_a_wrong_conversation_is_named(tmp_path: Path, name: str) -> None:
 )
 def test_a_conversation_of_nemo_is_right(tmp_path: Path, changed: dict) -> None:
     assert found(tmp_path, json.dumps({**CONVERSATION, **changed}).encode(), Conversations()) == ([], [])
+
+
+def test_prompts_and_answers_among_conversations_are_named(tmp_path: Path) -> None:
+    problems, _ = found(tmp_path, GOOD, Conversations())
+    assert "its fields are input, output; for prompts and answers, set model.data.chat=false" in problems[0]
 
 
 def test_sharegpt_and_openai_are_named_among_conversations_too(tmp_path: Path) -> None:

@@ -227,7 +227,13 @@ model:
         ("name: ${nosuch.key}\n", "nosuch.key"),
         ("name: ${oc.env:NO_SUCH_VARIABLE_HERE}\n", "NO_SUCH_VARIABLE_HERE"),
         ("name: ${nosuch:1}\n", "nosuch"),
-        ("name: ${open\n", "mine.yaml"),
+        ("name: ${open\n", "mine.yaml: name: an interpolation that cannot be read"),
+        (
+            "name: ${peft.model.seed}\n",
+            "name=${peft.model.seed}: the configuration has no key peft.model.seed; write ${model.seed}",
+        ),
+        ("name: ${env:HOME}\n", "write ${oc.env:NAME}"),
+        ("model: {data: {train_ds: {file_names: ['${folder}/a.jsonl']}}}\n", "has no key folder"),
     ],
 )
 def test_a_wrong_file_is_answered_with_its_name_and_the_place(tmp_path: Path, text: str, told: str) -> None:
@@ -238,7 +244,33 @@ def test_a_wrong_file_is_answered_with_its_name_and_the_place(tmp_path: Path, te
 
 def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_bytes(b"name: \xff\xfe\n")
-    assert "mine.yaml" in refused(tmp_path / "mine.yaml")[0]
+    assert refused(tmp_path / "mine.yaml")[0].endswith("mine.yaml: is not UTF-8: byte 0xff; save it as UTF-8")
+
+
+def test_every_cause_of_a_failed_interpolation_is_told_once(tmp_path: Path) -> None:
+    text = (
+        "name: ${nosuch}\nmodel: {data: {validation_ds: {file_names: ['${nowhere}/a'], context_key: '${nosuch}'}}}\n"
+    )
+    problems = refused(write(tmp_path, text))
+    assert [problem.partition("=")[0] for problem in problems] == ["name", "model.data.validation_ds.file_names"]
+
+
+def test_what_has_no_effect_need_not_be_resolved(tmp_path: Path) -> None:
+    text = "model: {data: {validation_ds: {context_key: '${model.data.train_ds.nosuch}'}}}\n"
+    values, notes = composed(write(tmp_path, text))
+    assert "context_key" not in values["model"]["data"]["validation_ds"]
+    assert any("context_key" in note for note in notes)
+
+
+def test_a_section_without_rank_or_targets_says_that_nemos_defaults_differ(tmp_path: Path) -> None:
+    for section, here, absent in (
+        ({"adapter_dim": 4}, "targets: all four linears (NeMo: target_modules=[attention_qkv])", "NeMo: adapter_dim"),
+        ({"target_modules": ["mlp"]}, "rank: 8 (NeMo: adapter_dim=32)", "all four"),
+    ):
+        _, notes = composed(write(tmp_path, {"model": {"peft": {"lora_tuning": section}}}))
+        (note,) = [note for note in notes if "taken as" in note]
+        assert here in note
+        assert absent not in note
 
 
 def test_keys_that_nobody_knows_are_passed_on_and_named(tmp_path: Path) -> None:

@@ -230,6 +230,11 @@ QUOTED = [
 ]
 
 TYPES = [
+    ("output=.", "is a folder"),
+    (f"output={__file__}/adapter.nemo", "is a file, not a folder"),
+    ("model.tokenizer.library=huggingface", "needs model.tokenizer.type too"),
+    ("model.tokenizer.model=nosuch.model", "needs model.tokenizer.library too"),
+    ("model.tokenizer={library: sentencepiece, model: nosuch.model}", "no such file"),
     ("trainer.max_steps=never", "must be a whole number"),
     ("trainer.max_steps=null", "must be a whole number"),
     ("trainer.val_check_interval=often", "must be a whole number"),
@@ -310,6 +315,25 @@ def test_a_value_that_cannot_be_is_named_before_the_start(line: str, told: str) 
 
     found = problems(line) - problems()
     assert any(line.partition("=")[0] in problem and told in problem for problem in found), found
+
+
+def test_an_added_key_that_nothing_reads_is_named_or_answered_with_its_neighbour() -> None:
+    for command, line, right in (
+        ("finetune", "++model.data.train_ds.max_seq_lenght=512", "model.data.train_ds.max_seq_length"),
+        ("pretrain", "+model.optim.sched.warmup_step=5", "model.optim.sched.warmup_steps"),
+        ("generate", "+tokens_to_generat=5", "tokens_to_generate"),
+    ):
+        with pytest.raises(ConfigError, match=f"did you mean {right}"):
+            compose_config(command, [line])
+    cfg, notes = compose_with_notes("finetune", ["+model.xyzzy=1", "++mine=2", "+trainer.max_time=1", "++name=a"])
+    assert (cfg.model.xyzzy, cfg.mine) == (1, 2)
+    assert notes == ["passed on as they are, unknown to this command: model.xyzzy, mine"]
+
+
+def test_keys_that_have_no_effect_for_one_reason_share_a_line() -> None:
+    _, notes = compose_with_notes("finetune", ["inference.greedy=true", "inference.top_k=3"])
+    assert len(notes) == 1
+    assert notes[0].startswith("inference.greedy=True, inference.top_k=3: have no effect here: ")
 
 
 def test_all_problems_are_reported_together_and_no_note_is_lost() -> None:

@@ -35,7 +35,6 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a truncation field twice": ({"truncation_field": "input,input"}, "a field comes twice"),
     "a field twice that is truncated": ({"prompt_template": "{input} {input} {output}"}, "a field comes twice"),
     "a list in truncation_field": ({"truncation_field": ["input"]}, "joined by commas"),
-    "an unknown truncation method": ({"truncation_method": "middle"}, "choose one of left, right"),
 }
 
 
