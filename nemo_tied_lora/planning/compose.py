@@ -254,7 +254,11 @@ def _key_problem(key: str, name: str, cfg: DictConfig, text: str, *, adds: bool)
     if adds:
         close = nearest(key, known, cutoff=0.85) if name in READ_OWN_YAMLS else None
         return None if close is None else f"{text}: nothing reads this key; did you mean {close}?"
-    close = nearest(key, known)
+    if name not in _TRAINING and is_nemo_key(key):
+        return f"{text}: a key of finetune, which {name} does not read; leave it out"
+    known += [folder.name for folder in config_folder().iterdir() if folder.is_dir()]
+    same_name = [other for other in known if other.endswith(f".{key}")]
+    close = same_name[0] if len(same_name) == 1 else nearest(key, known)
     hint = f"did you mean {close}?" if close else f"+{text} adds a key of your own"
     return f"{text}: the configuration has no key {key}; {hint}"
 

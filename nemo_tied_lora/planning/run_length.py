@@ -145,11 +145,27 @@ def _adjust_checkpoints(cfg: Mapping[str, Any], found: Adjusted) -> None:
         return
     if any(rules) and "every_n_epochs" not in params:
         found.set(f"{key}.every_n_epochs", None)  # NeMo's default is 1
+    steps = as_whole_number(trainer.get("max_steps"))
+    if steps is not None and steps >= 1 and params.get("save_last", True):
+        _adjust_when_to_save(key, params, -(-steps // max(1, steps_of_epoch(trainer, steps))), steps, found)
     every = found.values.get("trainer.val_check_interval", trainer.get("val_check_interval"))
     if trainer.get("limit_val_batches") == 0 and not any(rules) and is_whole_number(every):
         found.set(f"{key}.every_n_epochs", None)
         line = f"trainer.limit_val_batches=0: no validation; the last checkpoint is written every {every} steps"
         found.set(f"{key}.every_n_train_steps", every, f"{line}, and no best one")
+
+
+def _adjust_when_to_save(key: str, params: Mapping[str, Any], epochs: int, steps: int, found: Adjusted) -> None:
+    """Saves at least once before the end. Lightning saves in each so-manieth epoch, and NeMo's run is one epoch."""
+    wanted = params.get("every_n_epochs")
+    if is_whole_number(wanted) and wanted > epochs:
+        line = f"{key}.every_n_epochs={wanted}: more than the run's epochs, {epochs}; saves after every validation"
+        found.set(f"{key}.every_n_epochs", 1, line)
+    wanted = params.get("every_n_train_steps")
+    if is_whole_number(wanted) and wanted > steps:
+        found.lines.append(
+            f"{key}.every_n_train_steps={wanted}: more than trainer.max_steps={steps}; saves once, at the end"
+        )
 
 
 def _adjust_optimizer(optim: Any, found: Adjusted) -> None:

@@ -356,3 +356,18 @@ def test_the_same_lines_work_for_pretrain_and_the_adapters_for_plan() -> None:
         compose_config("pretrain", ["model.peft.tied_lora.rank=4"])
     cfg, notes = compose_with_notes("plan", ["model.peft.lora_tuning.adapter_dim=4"])
     assert (cfg.model.peft.tied_lora.rank, len(notes)) == (4, 1)
+
+
+@pytest.mark.parametrize(
+    ("word", "answer"),
+    [
+        ("rank=4", "did you mean model.peft.tied_lora.rank?"),
+        ("layuot=tp2", "did you mean layout?"),
+        ("trainer.max_steps=10", "a key of finetune, which plan does not read; leave it out"),
+        ("model.data.train_ds.file_names=[a.jsonl]", "a key of finetune, which plan does not read"),
+    ],
+)
+def test_what_plan_does_not_read_is_answered(word: str, answer: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose_config("plan", [word])
+    assert [problem for problem in caught.value.problems if problem.startswith(word) and answer in problem]

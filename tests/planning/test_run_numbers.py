@@ -123,6 +123,18 @@ def test_validations_counted_over_all_epochs_do_not_meet_a_number_of_epochs(comp
     assert adjusted_run(cfg).values == {"trainer.max_epochs": -1}
 
 
+def test_checkpoints_that_would_come_after_the_end_are_saved_at_the_end(composed: dict[str, Any]) -> None:
+    cfg = changed(composed, **{f"{PARAMS}.every_n_epochs": 3})
+    assert adjusted_run(cfg).values == {f"{PARAMS}.every_n_epochs": 1}
+    assert lines(cfg) == [f"{PARAMS}.every_n_epochs=3: more than the run's epochs, 1; saves after every validation"]
+    three_epochs = changed(cfg, trainer__max_steps=300, trainer__limit_train_batches=100)
+    assert f"{PARAMS}.every_n_epochs" not in adjusted_run(three_epochs).values
+    late = changed(composed, **{f"{PARAMS}.every_n_train_steps": 30000})
+    assert lines(late) == [
+        f"{PARAMS}.every_n_train_steps=30000: more than trainer.max_steps=20000; saves once, at the end"
+    ]
+
+
 def test_a_run_without_validation_says_so_and_nothing_more(composed: dict[str, Any]) -> None:
     cfg = changed(composed, trainer__max_steps=100, trainer__limit_val_batches=0.0)
     assert adjusted_run(cfg).values == {
