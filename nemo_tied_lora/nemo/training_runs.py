@@ -106,6 +106,8 @@ def _prepare(cfg: DictConfig, rank: Rank | None) -> tuple[Trainer, RunRecorder, 
     for section in (cfg.model.data[name] for name in SECTIONS):
         if section.get("index_mapping_dir") is None:  # the folder of the data may not be writable
             section.index_mapping_dir = str(Path(folder) / "data_index")
+        if section.get("write_predictions_to_file") and section.get("output_file_path_prefix"):
+            Path(section.output_file_path_prefix).parent.mkdir(parents=True, exist_ok=True)  # NeMo fails without it
     return trainer, recorder, Path(folder)
 
 

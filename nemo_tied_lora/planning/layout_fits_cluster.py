@@ -83,11 +83,32 @@ def checkpoint_bytes(arch: Architecture, layout: Layout, config: TiedLoraConfig 
 
 
 def folder_problems(cfg: Mapping[str, Any]) -> Iterator[str]:
-    """Checks that the run's folder, or the nearest existing one above it, is writable."""
+    """Checks that the folders that a run writes to, or the nearest existing ones above them, are writable."""
     folder = run_folder(cfg)
-    place = None if folder is None else _nearest_existing(folder)
-    if place is not None and not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+    if folder is not None and (place := _not_writable(folder)) is not None:
         yield f"exp_manager: {folder}: {place} is not a writable folder; write elsewhere (exp_manager.exp_dir=)"
+    for key, written in _data_folders(cfg):
+        if (place := _not_writable(written)) is not None:
+            yield f"{key}: {place} is not a writable folder; write elsewhere"
+
+
+def _data_folders(cfg: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:
+    """Yields (key, folder) of the indices and the predictions of the data."""
+    data = (cfg.get("model") or {}).get("data") or {}
+    for name, section in data.items() if isinstance(data, Mapping) else ():
+        if not isinstance(section, Mapping) or not section.get("file_names"):
+            continue
+        if isinstance(index := section.get("index_mapping_dir"), str):
+            yield f"model.data.{name}.index_mapping_dir={index}", Path(index)
+        prefix = section.get("output_file_path_prefix")
+        if isinstance(prefix, str) and section.get("write_predictions_to_file"):
+            yield f"model.data.{name}.output_file_path_prefix={prefix}", Path(prefix).parent
+
+
+def _not_writable(folder: Path) -> Path | None:
+    """Returns the place that keeps a folder from being made or written, if there is one."""
+    place = _nearest_existing(folder)
+    return None if place.is_dir() and os.access(place, os.W_OK | os.X_OK) else place
 
 
 def disk_problems(

@@ -66,6 +66,9 @@ def not_an_override(argument: str, reason: str) -> str:
         return f"{argument!r}: name a YAML of your own with --config-path={path.parent} --config-name={path.stem}"
     if "=" not in argument:
         return f"{argument!r}: not an override; write key=value ({reason})"
+    tight = re.sub(r"^\s*([^\s=]+)\s+=\s*|^\s*([^\s=]+)\s*=\s+", r"\1\2=", argument)
+    if tight != argument and _parses(tight):
+        return f"{argument!r}: has blanks around =; write {_for_a_shell(tight)}"
     shorter = argument.rstrip(", \\")
     if shorter != argument and _parses(shorter):
         return f"{argument!r}: ends in a comma or a backslash; write {_for_a_shell(shorter)}"

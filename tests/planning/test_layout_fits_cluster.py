@@ -205,6 +205,21 @@ def test_a_truncated_base_is_refused(sound: dict[str, Any], tmp_path: Path) -> N
     assert "cut.nemo: not a whole .nemo file" in problem
 
 
+def test_folders_of_indices_and_predictions_must_be_writable(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for place, problems in (("file", 1), ("made later", 0)):
+        for key in ("index_mapping_dir", "output_file_path_prefix"):
+            written = str(tmp_path / place / "inner" / "x")
+            section = {"file_names": ["a"], "write_predictions_to_file": True, key: written}
+            cfg = {
+                "exp_manager": {"explicit_log_dir": str(tmp_path)},
+                "model": {"data": {"validation_ds": section, "test_ds": {**section, "file_names": None}}},
+            }
+            found = list(layout_fits_cluster.folder_problems(cfg))
+            assert len(found) == problems
+            assert all(f"model.data.validation_ds.{key}={written}" in one and "writable" in one for one in found)
+
+
 def test_a_folder_that_is_not_writable_is_refused(sound: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (problem,) = refusals(sound, {"exp_manager.exp_dir": str(tmp_path / "file" / "runs")})

@@ -156,6 +156,7 @@ EXPLAINED = [
 ]
 
 REFUSED = [
+    ("model.optim.lr = 1e-4", ['has blanks around =; write "model.optim.lr=1e-4"']),
     ("optim.learning_rate=1e-4", ["write model.optim.lr"]),
     ("model.optim.learning_rate=1e-4", ["write model.optim.lr"]),
     ("+model.optim.learning_rate=1e-4", ["write model.optim.lr"]),
