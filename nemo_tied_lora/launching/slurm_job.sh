@@ -44,8 +44,10 @@ arguments+=("trainer.num_nodes=$num_nodes" "trainer.devices=$((tasks / num_nodes
 arguments+=("exp_manager.explicit_log_dir=$folder")
 
 # Rank 0 and this script run on the first node. SLURM's own address of it works even if host names do not resolve.
+SLURM_JOB_NODELIST=${SLURM_JOB_NODELIST:-${SLURM_NODELIST:-}}
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-[[ $(scontrol --oneliner show node "${nodes[0]}") =~ NodeAddr=([^ ]+) ]]
+[[ $(scontrol --oneliner show node "${nodes[0]:-}") =~ NodeAddr=([^ ]+) ]] ||
+    refuse "scontrol does not know the address of ${nodes[0]:-the first node} (SLURM_JOB_NODELIST=$SLURM_JOB_NODELIST)"
 export MASTER_ADDR=${BASH_REMATCH[1]}
 # Below the ports of outgoing connections, different for each job and restart, and free.
 MASTER_PORT=$((20000 + (SLURM_JOB_ID * 8 + restart) % 12000))

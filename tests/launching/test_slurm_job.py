@@ -16,7 +16,7 @@ from tests.harness.paths import ROOT
 
 PROGRAMS = {
     "srun": 'echo "srun $*" >> "$NOTES"',
-    "scontrol": 'case $* in *hostnames*) printf "n1\\nn2\\n" ;; *) echo "NodeName=n1 NodeAddr=10.0.0.1 State=IDLE" ;; esac',
+    "scontrol": 'case $* in *hostnames*) printf "n1\\nn2\\n" ;; *) echo "NodeName=n1 ${ADDRESS-NodeAddr=10.0.0.1}" ;; esac',
     "squeue": "echo RUNNING",
 }
 
@@ -53,6 +53,7 @@ STARTED: dict[str, tuple[dict[str, str], int, int]] = {
     "only SLURM_TASKS_PER_NODE": ({"SLURM_TASKS_PER_NODE": "8(x2)", "SLURM_JOB_NUM_NODES": "2"}, 2, 8),
     "only --ntasks": ({"SLURM_NTASKS": "4", "SLURM_TASKS_PER_NODE": "2(x2)", "SLURM_JOB_NUM_NODES": "2"}, 2, 2),
     "the old names": ({"SLURM_NPROCS": "4", "SLURM_NNODES": "2"}, 2, 2),
+    "the old name of the nodes": ({"SLURM_NPROCS": "4", "SLURM_JOB_NODELIST": "", "SLURM_NODELIST": "n1"}, 1, 4),
     "one node": ({"SLURM_NTASKS": "8", "SLURM_TASKS_PER_NODE": "8", "SLURM_JOB_NUM_NODES": "1"}, 1, 8),
     "one node and the tasks on it": ({"SLURM_TASKS_PER_NODE": "8"}, 1, 8),
     "a job that is its only group": ({"SLURM_NTASKS": "2", "SLURM_JOB_NUM_NODES": "1", "SLURM_HET_SIZE": "1"}, 1, 2),
@@ -62,7 +63,7 @@ STARTED: dict[str, tuple[dict[str, str], int, int]] = {
 @pytest.mark.parametrize("name", STARTED)
 def test_the_script_starts_one_rank_per_task_whatever_variables_say_so(name: str, tmp_path: Path) -> None:
     variables, nodes, each = STARTED[name]
-    done = run(tmp_path, **JOB, **variables)
+    done = run(tmp_path, **{**JOB, **variables})
     assert done.returncode == 0, done.stdout + done.stderr
     first, ranks = (tmp_path / "notes").read_text().splitlines()[:2]
     assert f"trainer.num_nodes={nodes} trainer.devices={each} " in first
@@ -87,6 +88,10 @@ REFUSED: dict[str, tuple[dict[str, str], str]] = {
     "a heterogeneous job": (
         {**JOB, "SLURM_NTASKS": "8", "SLURM_JOB_NUM_NODES": "1", "SLURM_HET_SIZE": "2"},
         "refused: a heterogeneous job (SLURM_HET_SIZE=2): all nodes must hold the same number of ranks",
+    ),
+    "a node whose address scontrol does not know": (
+        {**JOB, "SLURM_NTASKS": "2", "SLURM_JOB_NUM_NODES": "2", "ADDRESS": ""},
+        "refused: scontrol does not know the address of n1 (SLURM_JOB_NODELIST=n[1-2])",
     ),
     "no SLURM": ({}, "refused: SLURM_JOB_ID is not set: this is a job's script; submit it with sbatch"),
 }
