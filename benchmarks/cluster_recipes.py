@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_tied_lora.commands.plan import plan_of
-from nemo_tied_lora.planning.compose import compose_config, plain
+from nemo_tied_lora.planning.composing.compose import compose_config, plain
 from nemo_tied_lora.tables import markdown_table
 
 __all__ = ["PAGE", "RECIPES", "finetune_overrides", "in_page", "table"]

@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 from unittest import mock
 
-from nemo_tied_lora.planning import jsonl_lines
-from nemo_tied_lora.planning.example_forms import PromptExamples
+from nemo_tied_lora.planning.data import jsonl_lines
+from nemo_tied_lora.planning.data.example_forms import PromptExamples
 
 __all__ = ["main"]
 

@@ -132,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _default_interval() -> int:
-    from nemo_tied_lora.planning.run_settings import GuardSettings
+    from nemo_tied_lora.planning.settings.run_settings import GuardSettings
 
     return GuardSettings().tie_guard_every_n_steps
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from nemo_tied_lora.adapter.injected_adapter import Adapter
     from nemo_tied_lora.checkpoint.save_load_on_any_layout import load_adapter, save_adapter
     from nemo_tied_lora.multi_adapter import Adapters
-    from nemo_tied_lora.planning.training_loop_checks import check_ddp
+    from nemo_tied_lora.planning.settings.training_loop_checks import check_ddp
 
 __all__ = [
     "Adapter",
@@ -27,7 +27,7 @@ __all__ = [
 _LAZY = {
     "Adapter": "nemo_tied_lora.adapter.injected_adapter",
     "Adapters": "nemo_tied_lora.multi_adapter",
-    "check_ddp": "nemo_tied_lora.planning.training_loop_checks",
+    "check_ddp": "nemo_tied_lora.planning.settings.training_loop_checks",
     "inject": "nemo_tied_lora.adapter.inject",
     "load_adapter": "nemo_tied_lora.checkpoint.save_load_on_any_layout",
     "save_adapter": "nemo_tied_lora.checkpoint.save_load_on_any_layout",

@@ -60,7 +60,7 @@ def _is_list(value: object) -> bool:
 def _run(cfg: Mapping[str, Any]) -> None:
 
     from nemo_tied_lora.commands.demo import stages
-    from nemo_tied_lora.launching.progress import Progress
+    from nemo_tied_lora.progress import Progress
 
     folder = Path(cfg["folder"])
     threads = max(1, (os.cpu_count() or 1) // cfg["at_once"])

@@ -33,7 +33,7 @@ def _run(cfg: Mapping[str, Any]) -> int:
     problems.raise_if_any()
 
     from nemo_tied_lora.checkpoint.checkpoint_to_adapter import write_adapter_of
-    from nemo_tied_lora.launching.progress import Progress
+    from nemo_tied_lora.progress import Progress
 
     checkpoint, output = _find_checkpoint(Path(str(cfg["checkpoint"]))), Path(str(cfg["output"]))
     try:

@@ -14,8 +14,8 @@ from nemo_tied_lora.commands.hydra_flags import parser, print_config, print_note
 from nemo_tied_lora.errors import ConfigError, Problems, report
 from nemo_tied_lora.launching.local_ranks import start_ranks
 from nemo_tied_lora.launching.task_ranks import adopt, others_say_it
-from nemo_tied_lora.planning.compose import compose_with_notes, plain
-from nemo_tied_lora.planning.data_files import checked_already, mark_checked
+from nemo_tied_lora.planning.composing.compose import compose_with_notes, plain
+from nemo_tied_lora.planning.data.data_files import checked_already, mark_checked
 from nemo_tied_lora.planning.layout_fits_cluster import launcher_problems
 from nemo_tied_lora.planning.parallel_layout import Layout
 from nemo_tied_lora.planning.rank_variables import is_rank

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from nemo_tied_lora.commands.distributed_command import run_command
 from nemo_tied_lora.commands.program import run_program
-from nemo_tied_lora.planning.data_files import check_training_files
+from nemo_tied_lora.planning.data.data_files import check_training_files
 from nemo_tied_lora.planning.preflight import check_finetuning
 from nemo_tied_lora.resilience.rank import Rank
 

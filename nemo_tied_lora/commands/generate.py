@@ -13,10 +13,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_tied_lora.commands.distributed_command import run_command
 from nemo_tied_lora.files import write_atomically
-from nemo_tied_lora.planning.data_files import check_prompts_file
-from nemo_tied_lora.planning.jsonl_lines import examples
+from nemo_tied_lora.planning.data.data_files import check_prompts_file
+from nemo_tied_lora.planning.data.jsonl_lines import examples
+from nemo_tied_lora.planning.data.prompt_template import fill, template_fields
 from nemo_tied_lora.planning.preflight import check_generation
-from nemo_tied_lora.planning.prompt_template import fill, template_fields
 
 __all__ = ["SUMMARY", "main"]
 

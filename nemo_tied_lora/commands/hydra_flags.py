@@ -14,10 +14,10 @@ from typing import Any, NoReturn
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.planning.composing.dotted_keys import value_of
+from nemo_tied_lora.planning.composing.yaml_sources import READ_OWN_YAMLS, YamlSources
 from nemo_tied_lora.planning.config_folder import config_folder
-from nemo_tied_lora.planning.dotted_keys import value_of
 from nemo_tied_lora.planning.rank_variables import LAUNCHER, is_first
-from nemo_tied_lora.planning.yaml_sources import READ_OWN_YAMLS, YamlSources
 
 __all__ = ["parser", "print_config", "print_notes", "yaml_sources"]
 

@@ -59,7 +59,7 @@ def _fit(cfg: Mapping[str, Any]) -> int:
     config = _check_lora(cfg)
     from nemo_tied_lora.checkpoint.write_nemo_adapter import write_adapter
     from nemo_tied_lora.conversion.lora_to_tied import fit_adapter, read_lora
-    from nemo_tied_lora.launching.progress import Progress
+    from nemo_tied_lora.progress import Progress
 
     base = None if cfg["base"] is None else base_model_config(cfg["base"], key="base")
     lora = read_lora(Path(cfg["path"]), base)

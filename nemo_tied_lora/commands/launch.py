@@ -13,9 +13,9 @@ from nemo_tied_lora.commands.hydra_flags import parser, print_config, print_note
 from nemo_tied_lora.errors import ConfigError, report
 from nemo_tied_lora.launching.submit import Launch, prepare, print_launch, run_here, submit
 from nemo_tied_lora.launching.sweep import expand_short_keys
-from nemo_tied_lora.planning.compose import compose_config, compose_with_notes, plain
-from nemo_tied_lora.planning.dotted_keys import has_key
-from nemo_tied_lora.planning.yaml_sources import YamlSources
+from nemo_tied_lora.planning.composing.compose import compose_config, compose_with_notes, plain
+from nemo_tied_lora.planning.composing.dotted_keys import has_key
+from nemo_tied_lora.planning.composing.yaml_sources import YamlSources
 
 __all__ = ["SUMMARY", "main"]
 

@@ -11,7 +11,7 @@ from typing import Any
 from nemo_tied_lora.commands.hydra_flags import parser, print_config, print_notes, yaml_sources
 from nemo_tied_lora.errors import ConfigError, Problems, report
 from nemo_tied_lora.launching.task_ranks import find_tasks
-from nemo_tied_lora.planning.compose import compose_with_notes, plain
+from nemo_tied_lora.planning.composing.compose import compose_with_notes, plain
 from nemo_tied_lora.planning.rank_variables import is_rank
 
 __all__ = ["check_output", "check_paths", "run_composed"]

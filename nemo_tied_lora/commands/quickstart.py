@@ -14,7 +14,7 @@ from nemo_tied_lora.commands.local_command import run_composed
 from nemo_tied_lora.errors import Problems
 from nemo_tied_lora.files import write_atomically, write_json
 from nemo_tied_lora.planning.architecture import Architecture
-from nemo_tied_lora.planning.compose import compose_config, plain
+from nemo_tied_lora.planning.composing.compose import compose_config, plain
 from nemo_tied_lora.planning.parallel_layout import Layout, check
 from nemo_tied_lora.tables import markdown_table
 

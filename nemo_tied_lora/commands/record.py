@@ -15,7 +15,7 @@ from nemo_tied_lora.commands.hydra_flags import parser, yaml_sources
 from nemo_tied_lora.commands.program import run_program
 from nemo_tied_lora.errors import ConfigError, report
 from nemo_tied_lora.launching.run_record import write_record
-from nemo_tied_lora.planning.compose import compose_config, plain
+from nemo_tied_lora.planning.composing.compose import compose_config, plain
 from nemo_tied_lora.planning.preflight import check_finetuning
 
 __all__ = ["main"]

@@ -21,11 +21,11 @@ from nemo_tied_lora.conversion.hf_folder import HfFolder, read_hf_folder
 from nemo_tied_lora.conversion.hf_tokenizer import differing_texts, tokenizer_section
 from nemo_tied_lora.conversion.hf_weights import megatron_tensors
 from nemo_tied_lora.errors import ConfigError, Problems
-from nemo_tied_lora.launching.progress import Progress
 from nemo_tied_lora.nemo.generation import load_base, next_token_logits
 from nemo_tied_lora.nemo.model import MegatronGPTTiedLoraModel
 from nemo_tied_lora.nemo.process_groups import ensure_process_groups
 from nemo_tied_lora.nemo.token_rows import rowless_note
+from nemo_tied_lora.progress import Progress
 
 __all__ = ["Comparison", "import_hf_base"]
 

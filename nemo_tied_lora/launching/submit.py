@@ -25,11 +25,11 @@ from nemo_tied_lora.launching.slurm_script import Job, render
 from nemo_tied_lora.launching.sweep import Point, index_file, points, split_sweep
 from nemo_tied_lora.planning.architecture import Architecture
 from nemo_tied_lora.planning.base_config import adapter_section, base_model_config
-from nemo_tied_lora.planning.compose import compose_config, compose_with_notes, plain
+from nemo_tied_lora.planning.composing.compose import compose_config, compose_with_notes, plain
+from nemo_tied_lora.planning.composing.yaml_sources import YamlSources
 from nemo_tied_lora.planning.layout_fits_cluster import seconds_to_save
 from nemo_tied_lora.planning.parallel_layout import Layout, check
 from nemo_tied_lora.planning.preflight import check_finetuning
-from nemo_tied_lora.planning.yaml_sources import YamlSources
 
 __all__ = ["SCRIPT", "Launch", "prepare", "print_launch", "run_here", "submit"]
 

@@ -13,7 +13,7 @@ from hydra.errors import HydraException
 
 from nemo_tied_lora.errors import Problems
 from nemo_tied_lora.launching.cluster_config import looks_secret
-from nemo_tied_lora.planning.override_lines import not_an_override
+from nemo_tied_lora.planning.composing.override_lines import not_an_override
 
 __all__ = ["Point", "expand_short_keys", "index_file", "points", "read_index", "split_sweep"]
 

@@ -13,7 +13,7 @@ from nemo.collections.nlp.data.language_modeling.megatron.gpt_sft_dataset import
 from nemo.utils import logging as nemo_logging
 
 from nemo_tied_lora.errors import Problems
-from nemo_tied_lora.planning.progress import progress
+from nemo_tied_lora.progress import Progress
 
 __all__ = ["check_answers", "count_answers", "special_token_problems"]
 
@@ -59,7 +59,8 @@ def count_answers(dataset: Any, share: range, *, show: bool = False) -> tuple[di
     """
     measure = _conversation if isinstance(dataset, GPTSFTChatDataset) else _example
     counts, wrong = dict.fromkeys(_KINDS, 0), []
-    bar = progress("counting tokens", len(share), unit="", show=show and len(share) >= _SHOW_FROM)
+    shown = show and len(share) >= _SHOW_FROM
+    bar = Progress(desc="counting tokens", total=len(share), unit="example", disable=not shown)
     with bar, nemo_logging.temp_verbosity(logging.ERROR):  # NeMo warns about each example
         for index in share:
             bar.update(1)

@@ -16,11 +16,11 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_tied_lora.errors import Problems
-from nemo_tied_lora.launching.progress import Progress
 from nemo_tied_lora.nemo.launched_trainer import LaunchedTrainerBuilder
 from nemo_tied_lora.nemo.model import MegatronGPTTiedLoraModel
 from nemo_tied_lora.nemo.process_groups import ensure_process_groups
 from nemo_tied_lora.nemo.token_rows import rowless_problems
+from nemo_tied_lora.progress import Progress
 
 __all__ = ["complete", "load_base", "next_token_logits"]
 

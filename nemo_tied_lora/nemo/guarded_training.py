@@ -15,7 +15,7 @@ from nemo_tied_lora.adapter.injected_adapter import Adapter
 from nemo_tied_lora.adapter.nonfinite_grads import NonfiniteGradient, find_nonfinite
 from nemo_tied_lora.adapter.replica_check import check_ties
 from nemo_tied_lora.errors import TrainingStopped
-from nemo_tied_lora.planning.run_settings import MOST_SKIPPED_IN_A_ROW, GuardSettings
+from nemo_tied_lora.planning.settings.run_settings import MOST_SKIPPED_IN_A_ROW, GuardSettings
 
 __all__ = ["GuardedTrainingMixin"]
 

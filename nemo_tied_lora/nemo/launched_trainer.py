@@ -13,7 +13,7 @@ from lightning.pytorch.plugins.environments import LightningEnvironment, TorchEl
 from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronLMPPTrainerBuilder
 from nemo.collections.nlp.parts.nlp_overrides import CustomProgressBar
 
-from nemo_tied_lora.launching.progress import SoOften, shows_bars
+from nemo_tied_lora.progress import SoOften, shows_bars
 from nemo_tied_lora.tables import duration
 
 __all__ = ["LaunchedTrainerBuilder", "ProgressLines", "RankEnvironment"]

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 from nemo_tied_lora.checkpoint import rng_state, training_checkpoint
 from nemo_tied_lora.files import write_atomically
-from nemo_tied_lora.planning.run_settings import run_folder
+from nemo_tied_lora.planning.settings.run_settings import run_folder
 
 __all__ = ["KeepRandomStates", "launch_kept", "remove_leftover_checkpoints", "skip_one_validation", "whole_steps"]
 

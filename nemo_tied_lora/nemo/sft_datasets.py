@@ -25,9 +25,9 @@ from nemo.collections.nlp.models.language_modeling import megatron_gpt_sft_model
 from omegaconf import open_dict
 
 from nemo_tied_lora.errors import ConfigError
-from nemo_tied_lora.planning.example_forms import with_texts
-from nemo_tied_lora.planning.jsonl_lines import is_blank
-from nemo_tied_lora.planning.prompt_template import template_fields, unescaped
+from nemo_tied_lora.planning.data.example_forms import with_texts
+from nemo_tied_lora.planning.data.jsonl_lines import is_blank
+from nemo_tied_lora.planning.data.prompt_template import template_fields, unescaped
 
 __all__ = [
     "ChatDataset",
@@ -114,7 +114,7 @@ class PromptDataset(_Lines, GPTSFTDataset):
         return template_fields(self.prompt_template)
 
     def _maybe_validate_prompt_template(self) -> None:
-        """NeMo's, which `planning.prompt_template` has checked, without its damage to characters beyond ASCII."""
+        """NeMo's, which `planning.data.prompt_template` has checked, without its damage to characters beyond ASCII."""
         self.prompt_template_keys = template_fields(self.prompt_template)
         self.prompt_template = unescaped(self.prompt_template)
         if self.truncation_fields[:1] == ["context"] and self.prompt_template_keys[0] == "input":

@@ -26,9 +26,9 @@ from nemo_tied_lora.nemo.resuming import launch_kept, remove_leftover_checkpoint
 from nemo_tied_lora.nemo.run_recorder import RunRecorder, draw_losses, peak_memory_bytes
 from nemo_tied_lora.nemo.status_callback import StatusCallback
 from nemo_tied_lora.nemo.stop_callback import StopCallback, restore_status_file
-from nemo_tied_lora.planning.data_files import SECTIONS
-from nemo_tied_lora.planning.run_length import REMOVED, adjusted_run
-from nemo_tied_lora.planning.run_settings import GuardSettings
+from nemo_tied_lora.planning.data.data_files import SECTIONS
+from nemo_tied_lora.planning.settings.run_length import REMOVED, adjusted_run
+from nemo_tied_lora.planning.settings.run_settings import GuardSettings
 from nemo_tied_lora.platform import prepare
 from nemo_tied_lora.resilience.rank import Rank
 

@@ -22,7 +22,7 @@ from nemo_tied_lora.planning.adapter_cost import Precision, rank_share
 from nemo_tied_lora.planning.architecture import Architecture, selected_linears
 from nemo_tied_lora.planning.parallel_layout import Layout
 from nemo_tied_lora.planning.rank_variables import is_rank, tasks_on_nodes
-from nemo_tied_lora.planning.run_settings import run_folder
+from nemo_tied_lora.planning.settings.run_settings import run_folder
 
 __all__ = [
     "checkpoint_bytes",

@@ -16,25 +16,25 @@ from nemo_tied_lora.errors import ConfigError, Problems
 from nemo_tied_lora.planning import layout_fits_cluster
 from nemo_tied_lora.planning.architecture import Architecture
 from nemo_tied_lora.planning.base_config import adapter_section, usable_base
-from nemo_tied_lora.planning.data_checks import batch_problems, data_problems
-from nemo_tied_lora.planning.data_files import unreadable
-from nemo_tied_lora.planning.flag_checks import flag_problems, section_problems
-from nemo_tied_lora.planning.monitor_checks import monitor_problems
+from nemo_tied_lora.planning.data.data_checks import batch_problems, data_problems
+from nemo_tied_lora.planning.data.data_files import unreadable
+from nemo_tied_lora.planning.data.prompt_template import template_problems
 from nemo_tied_lora.planning.nemo_model_config import adapter_problems
-from nemo_tied_lora.planning.number_checks import (
+from nemo_tied_lora.planning.parallel_layout import Layout, check, check_ranks
+from nemo_tied_lora.planning.settings.flag_checks import flag_problems, section_problems
+from nemo_tied_lora.planning.settings.monitor_checks import monitor_problems
+from nemo_tied_lora.planning.settings.number_checks import (
     generation_lines,
     generation_number_problems,
     number_lines,
     number_problems,
 )
-from nemo_tied_lora.planning.parallel_layout import Layout, check, check_ranks
-from nemo_tied_lora.planning.prompt_template import template_problems
-from nemo_tied_lora.planning.resumed_step import resumed_step_problems
-from nemo_tied_lora.planning.run_settings import GuardSettings, survival_problems
-from nemo_tied_lora.planning.schedule_checks import run_lines, run_problems
-from nemo_tied_lora.planning.text_checks import text_problems
+from nemo_tied_lora.planning.settings.resumed_step import resumed_step_problems
+from nemo_tied_lora.planning.settings.run_settings import GuardSettings, survival_problems
+from nemo_tied_lora.planning.settings.schedule_checks import run_lines, run_problems
+from nemo_tied_lora.planning.settings.text_checks import text_problems
+from nemo_tied_lora.planning.settings.training_loop_checks import loop_problems
 from nemo_tied_lora.planning.tokenizer_checks import tokenizer_problems
-from nemo_tied_lora.planning.training_loop_checks import loop_problems
 
 __all__ = ["check_finetuning", "check_generation", "check_pretraining"]
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_tied_lora.errors import ConfigError, TrainingStopped, report
 from nemo_tied_lora.planning.rank_variables import BROKEN_PIPE, INTERRUPTED, another_rank_failed
-from nemo_tied_lora.planning.run_settings import run_folder
+from nemo_tied_lora.planning.settings.run_settings import run_folder
 from nemo_tied_lora.resilience.leaving import end_all, leave_together
 from nemo_tied_lora.resilience.other_output import OtherOutput
 from nemo_tied_lora.resilience.restarts import Preempted, fingerprint, finished_already, restarted

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_tied_lora.errors import ConfigError
-from nemo_tied_lora.planning.run_settings import run_folder
+from nemo_tied_lora.planning.settings.run_settings import run_folder
 from nemo_tied_lora.resilience.status_file import STATUS_FILE, read_status
 
 __all__ = ["Preempted", "fingerprint", "finished_already", "finished_before", "restarted"]

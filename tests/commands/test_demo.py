@@ -12,7 +12,7 @@ import pytest
 
 from nemo_tied_lora.commands import compare, quickstart
 from nemo_tied_lora.commands.demo.tasks import write_quickstart_data
-from nemo_tied_lora.planning.compose import compose_config
+from nemo_tied_lora.planning.composing.compose import compose_config
 from tests.harness.command_runs import tied_lora
 
 PLACE = Path("runs", "quickstart")

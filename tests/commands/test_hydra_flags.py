@@ -11,9 +11,9 @@ from omegaconf import OmegaConf
 
 from nemo_tied_lora.commands import distributed_command
 from nemo_tied_lora.commands.main import COMMANDS, main
-from nemo_tied_lora.planning.compose import compose_config
+from nemo_tied_lora.planning.composing.compose import compose_config
+from nemo_tied_lora.planning.composing.yaml_sources import YamlSources
 from nemo_tied_lora.planning.rank_variables import LAUNCHER
-from nemo_tied_lora.planning.yaml_sources import YamlSources
 from tests.harness.nemo_yamls import FINETUNING, GENERATION
 
 MINE = ["--config-path=conf", "--config-name=mine"]

@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
 def _import_all(folder: Path) -> dict[str, Any]:
     from nemo_tied_lora.commands.import_ import _run as run_import
     from nemo_tied_lora.conversion.from_hf_base import import_hf_base
-    from nemo_tied_lora.planning.compose import compose_config
+    from nemo_tied_lora.planning.composing.compose import compose_config
 
     results: dict[str, Any] = {}
     for family in FAMILIES:
@@ -87,7 +87,7 @@ def _rowless(folder: Path) -> dict[str, Any]:
     from nemo_tied_lora.conversion.from_hf_base import import_hf_base
     from nemo_tied_lora.nemo.generation import complete
     from nemo_tied_lora.nemo.token_rows import rowless_note
-    from nemo_tied_lora.planning.compose import compose_config
+    from nemo_tied_lora.planning.composing.compose import compose_config
 
     source = Path(shutil.copytree(folder / "qwen2", folder / "rowless"))
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
@@ -110,7 +110,7 @@ def _refusal(folder: Path) -> str:
     from nemo_tied_lora.conversion.from_hf_base import import_hf_base
     from nemo_tied_lora.conversion.hf_families import BaseSizes
     from nemo_tied_lora.errors import ConfigError
-    from nemo_tied_lora.planning.compose import compose_config
+    from nemo_tied_lora.planning.composing.compose import compose_config
 
     right = BaseSizes.rows
     BaseSizes.rows = lambda self, target, share: right(self, target, share).flip(0)  # type: ignore[method-assign]
@@ -184,7 +184,7 @@ def _check_of_a_merge(folder: Path) -> list[str]:
     from nemo_tied_lora.commands.main import main as command
     from nemo_tied_lora.conversion.merging.verify_merge import compare_with_merged
     from nemo_tied_lora.planning.base_config import base_model_config
-    from nemo_tied_lora.planning.compose import compose_config
+    from nemo_tied_lora.planning.composing.compose import compose_config
     from tests.harness.random_adapters import random_adapter
 
     base = folder / "llama.nemo"
@@ -280,7 +280,7 @@ def _train(folder: Path, family: str) -> dict[str, Any]:
 
 def _restore(path: Path, *, tp: int, pp: int) -> Any:
     from nemo_tied_lora.nemo.generation import load_base
-    from nemo_tied_lora.planning.compose import compose_config
+    from nemo_tied_lora.planning.composing.compose import compose_config
 
     layout = [f"model.tensor_model_parallel_size={tp}", f"model.pipeline_model_parallel_size={pp}"]
     options = [f"base={path}", "trainer.precision=32", f"trainer.devices={tp * pp}", "trainer.accelerator=cpu"]

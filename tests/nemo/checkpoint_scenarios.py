@@ -50,7 +50,7 @@ def run(name: str, *arguments: str, callbacks: tuple[Callback, ...] = ()) -> dic
     """Runs `tied-lora finetune` in this process, with the test's callbacks."""
     from nemo_tied_lora.nemo import training_runs
     from nemo_tied_lora.nemo.checkpoint_strategy import TiedLoraTrainerBuilder
-    from nemo_tied_lora.planning.compose import compose_config
+    from nemo_tied_lora.planning.composing.compose import compose_config
     from tests.harness.command_runs import finetune_arguments
 
     class Builder(TiedLoraTrainerBuilder):

@@ -36,7 +36,7 @@ _FULL = (
     "model.activations_checkpoint_num_layers=1",
 )
 _HALF = ("model.megatron_amp_O2=true", "trainer.precision=bf16")
-_CHECK_LOOP = "nemo_tied_lora.planning.training_loop_checks:check_loop"
+_CHECK_LOOP = "nemo_tied_lora.planning.settings.training_loop_checks:check_loop"
 _OVERLAP = ("+model.optim.overlap_grad_sync=true", "+model.optim.overlap_param_sync=true")
 
 _TINY = [
@@ -264,8 +264,8 @@ def _run(fit: Fit, name: str, record: FitRecord) -> None:
     from nemo_tied_lora.nemo.model import MegatronGPTTiedLoraModel
     from nemo_tied_lora.nemo.peft_config import TiedLoraPEFTConfig
     from nemo_tied_lora.nemo.run_recorder import RunRecorder
-    from nemo_tied_lora.planning.compose import compose_config
-    from nemo_tied_lora.planning.run_settings import GuardSettings
+    from nemo_tied_lora.planning.composing.compose import compose_config
+    from nemo_tied_lora.planning.settings.run_settings import GuardSettings
     from tests.harness.tiny_gpt import fill, full_tensor
 
     files = [f"model.data.{ds}.file_names=[{ds.removesuffix('_ds')}.jsonl]" for ds in ("train_ds", "validation_ds")]

@@ -54,12 +54,12 @@ CONTROLS = {
         "DID NOT RAISE",
     ),
     "loops that are wrong in NeMo": (
-        "nemo_tied_lora.planning.training_loop_checks:loop_problems()",
+        "nemo_tied_lora.planning.settings.training_loop_checks:loop_problems()",
         "nemo/test_nemo_loops.py::test_what_nemo_cannot_do_is_refused_by_name",
         "DID NOT RAISE",
     ),
     "loops that are wrong in NeMo, in the pre-flight": (
-        "nemo_tied_lora.planning.training_loop_checks:loop_problems()",
+        "nemo_tied_lora.planning.settings.training_loop_checks:loop_problems()",
         "planning/test_layout_fits_cluster.py::test_what_cannot_be_trained_through_nemo_is_refused[distributed_fused_adam]",
         "DID NOT RAISE",
     ),
@@ -69,7 +69,7 @@ CONTROLS = {
         "DID NOT RAISE",
     ),
     "a user's loop with Megatron's DDP": (
-        "nemo_tied_lora.planning.training_loop_checks:check_ddp",
+        "nemo_tied_lora.planning.settings.training_loop_checks:check_ddp",
         "nemo/test_nemo_loops.py::test_your_own_loop_is_refused_before_it_wraps_the_model",
         "DID NOT RAISE",
     ),
@@ -89,7 +89,7 @@ CONTROLS = {
         "layers",
     ),
     "lengths and batch sizes of the data": (
-        "nemo_tied_lora.planning.data_checks:batch_problems()",
+        "nemo_tied_lora.planning.data.data_checks:batch_problems()",
         "planning/test_layout_fits_cluster.py::test_data_that_does_not_fit_the_layout_or_the_base_is_refused",
         "DID NOT RAISE",
     ),
@@ -99,7 +99,7 @@ CONTROLS = {
         "assert 0 == 1",
     ),
     "settings of the guards": (
-        "nemo_tied_lora.planning.run_settings:GuardSettings.__post_init__",
+        "nemo_tied_lora.planning.settings.run_settings:GuardSettings.__post_init__",
         "nemo/test_guarded_training.py::test_wrong_settings_are_refused_together",
         "DID NOT RAISE",
     ),

@@ -11,8 +11,8 @@ from torch import nn
 
 from nemo_tied_lora.adapter.nonfinite_grads import find_nonfinite
 from nemo_tied_lora.errors import ConfigError
-from nemo_tied_lora.planning.compose import compose_config
-from nemo_tied_lora.planning.run_settings import MOST_SKIPPED_IN_A_ROW, GuardSettings
+from nemo_tied_lora.planning.composing.compose import compose_config
+from nemo_tied_lora.planning.settings.run_settings import MOST_SKIPPED_IN_A_ROW, GuardSettings
 from tests.harness.ranks import single_process
 from tests.nemo.nemo_fits import LOOPS, UNGUARDED, FitRecord, fit_records
 

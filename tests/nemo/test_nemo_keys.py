@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_tied_lora.planning.nemo_keys import is_nemo_key, unknown_to_nemo
+from nemo_tied_lora.planning.composing.nemo_keys import is_nemo_key, unknown_to_nemo
 
 CHOSEN_BY_NEMO = {"strategy", "plugins", "callbacks"}
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from nemo_tied_lora import ConfigError, check_ddp
-from nemo_tied_lora.planning.training_loop_checks import check_loop
+from nemo_tied_lora.planning.settings.training_loop_checks import check_loop
 from tests.nemo.nemo_fits import LOOPS, UNSUMMED, FitRecord, fit_records
 from tests.parity.cells import NEMO_TOLERANCES
 

@@ -16,7 +16,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from torch import nn
 
 from nemo_tied_lora.adapter.injected_adapter import Adapter
-from nemo_tied_lora.planning.training_loop_checks import check_ddp
+from nemo_tied_lora.planning.settings.training_loop_checks import check_ddp
 from tests.parity.runs import Run
 
 __all__ = ["Loop", "MegatronLoop", "PlainLoop", "make_loop"]

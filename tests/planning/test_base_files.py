@@ -14,7 +14,7 @@ import yaml
 
 from nemo_tied_lora.errors import ConfigError, Problems
 from nemo_tied_lora.planning.base_config import base_model_config, usable_base
-from nemo_tied_lora.planning.compose import compose_config, plain
+from nemo_tied_lora.planning.composing.compose import compose_config, plain
 from nemo_tied_lora.planning.nemo_archive import NemoFiles
 from nemo_tied_lora.planning.nemo_model_config import adapter_problems
 from nemo_tied_lora.planning.preflight import check_finetuning, check_generation

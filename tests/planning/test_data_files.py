@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from nemo_tied_lora.errors import ConfigError
-from nemo_tied_lora.planning import data_checks, data_files, data_verdicts, packed_files
-from nemo_tied_lora.planning.compose import compose_config, plain
-from nemo_tied_lora.planning.data_checks import data_problems
-from nemo_tied_lora.planning.data_files import check_prompts_file, check_training_files
-from nemo_tied_lora.planning.packed_files import packed_problem
-from nemo_tied_lora.planning.text_checks import text_problems
+from nemo_tied_lora.planning.composing.compose import compose_config, plain
+from nemo_tied_lora.planning.data import data_checks, data_files, data_verdicts, packed_files
+from nemo_tied_lora.planning.data.data_checks import data_problems
+from nemo_tied_lora.planning.data.data_files import check_prompts_file, check_training_files
+from nemo_tied_lora.planning.data.packed_files import packed_problem
+from nemo_tied_lora.planning.settings.text_checks import text_problems
 
 GOOD = '{"input": "a", "output": "b"}\n'
 

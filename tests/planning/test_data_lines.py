@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from nemo_tied_lora.planning import jsonl_lines
-from nemo_tied_lora.planning.example_forms import Conversations, Form, PromptExamples, with_texts
-from nemo_tied_lora.planning.jsonl_lines import check_file, examples
+from nemo_tied_lora.planning.data import jsonl_lines
+from nemo_tied_lora.planning.data.example_forms import Conversations, Form, PromptExamples, with_texts
+from nemo_tied_lora.planning.data.jsonl_lines import check_file, examples
 
 FORM = PromptExamples(template="{input} {output}", fields=("input", "output"), label="output")
 GOOD = b'{"input": "a", "output": "b"}\n'

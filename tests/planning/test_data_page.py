@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from nemo_tied_lora.planning import file_kinds, jsonl_lines
-from nemo_tied_lora.planning.example_forms import Conversations, Form, PromptExamples
-from nemo_tied_lora.planning.jsonl_lines import check_file
+from nemo_tied_lora.planning.data import file_kinds, jsonl_lines
+from nemo_tied_lora.planning.data.example_forms import Conversations, Form, PromptExamples
+from nemo_tied_lora.planning.data.jsonl_lines import check_file
 from tests.harness.paths import ROOT
 
 PAGE = (ROOT / "docs" / "data.md").read_text()

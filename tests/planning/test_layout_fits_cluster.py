@@ -21,8 +21,8 @@ from nemo_tied_lora.errors import ConfigError, report
 from nemo_tied_lora.planning import layout_fits_cluster
 from nemo_tied_lora.planning.adapter_cost import Precision
 from nemo_tied_lora.planning.architecture import Architecture
-from nemo_tied_lora.planning.compose import compose_config, plain
-from nemo_tied_lora.planning.data_files import check_training_files
+from nemo_tied_lora.planning.composing.compose import compose_config, plain
+from nemo_tied_lora.planning.data.data_files import check_training_files
 from nemo_tied_lora.planning.parallel_layout import Layout
 from nemo_tied_lora.planning.preflight import check_finetuning
 

@@ -13,11 +13,11 @@ from omegaconf import OmegaConf
 
 from nemo_tied_lora.errors import ConfigError
 from nemo_tied_lora.planning.base_config import adapter_section
-from nemo_tied_lora.planning.compose import compose_config, compose_with_notes, plain
-from nemo_tied_lora.planning.dotted_keys import flat
-from nemo_tied_lora.planning.nemo_keys import no_effect, other_scheme
+from nemo_tied_lora.planning.composing.compose import compose_config, compose_with_notes, plain
+from nemo_tied_lora.planning.composing.dotted_keys import flat
+from nemo_tied_lora.planning.composing.nemo_keys import no_effect, other_scheme
+from nemo_tied_lora.planning.composing.yaml_sources import YamlSources
 from nemo_tied_lora.planning.preflight import check_finetuning
-from nemo_tied_lora.planning.yaml_sources import YamlSources
 from tests.harness.nemo_yamls import FINETUNING, GENERATION
 from tests.harness.paths import ROOT
 

@@ -11,7 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from nemo_tied_lora.errors import ConfigError
-from nemo_tied_lora.planning.compose import compose_config, compose_with_notes, plain
+from nemo_tied_lora.planning.composing.compose import compose_config, compose_with_notes, plain
 from nemo_tied_lora.planning.preflight import check_finetuning
 
 # From NeMo's continuous integration, its tutorials for LoRA, the scripts' own docstrings, and public shell scripts.

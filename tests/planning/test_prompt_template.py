@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from nemo_tied_lora.planning.prompt_template import (
+from nemo_tied_lora.planning.data.prompt_template import (
     fill,
     template_fields,
     template_problems,

@@ -13,20 +13,20 @@ from typing import Any
 import pytest
 
 from nemo_tied_lora.errors import ConfigError
-from nemo_tied_lora.planning.compose import compose_config, plain
+from nemo_tied_lora.planning.composing.compose import compose_config, plain
 from nemo_tied_lora.planning.config_folder import config_folder
-from nemo_tied_lora.planning.flag_checks import flag_problems, section_problems
-from nemo_tied_lora.planning.monitor_checks import monitor_problems
-from nemo_tied_lora.planning.number_checks import (
+from nemo_tied_lora.planning.preflight import check_finetuning
+from nemo_tied_lora.planning.settings.flag_checks import flag_problems, section_problems
+from nemo_tied_lora.planning.settings.monitor_checks import monitor_problems
+from nemo_tied_lora.planning.settings.number_checks import (
     generation_lines,
     generation_number_problems,
     number_lines,
     number_problems,
 )
-from nemo_tied_lora.planning.preflight import check_finetuning
-from nemo_tied_lora.planning.resumed_step import resumed_step_problems
-from nemo_tied_lora.planning.run_length import REMOVED, adjusted_run, as_whole_number
-from nemo_tied_lora.planning.schedule_checks import run_lines, run_problems
+from nemo_tied_lora.planning.settings.resumed_step import resumed_step_problems
+from nemo_tied_lora.planning.settings.run_length import REMOVED, adjusted_run, as_whole_number
+from nemo_tied_lora.planning.settings.schedule_checks import run_lines, run_problems
 from tests.harness.base_files import write_base
 
 SCHED, PARAMS = "model.optim.sched", "exp_manager.checkpoint_callback_params"

@@ -19,7 +19,7 @@ from nemo_tied_lora.errors import ConfigError
 from nemo_tied_lora.planning import config_folder as config_folder_module
 from nemo_tied_lora.planning.architecture import Architecture
 from nemo_tied_lora.planning.base_config import adapter_section
-from nemo_tied_lora.planning.compose import compose_config, plain
+from nemo_tied_lora.planning.composing.compose import compose_config, plain
 from nemo_tied_lora.planning.config_folder import config_folder
 
 FOLDER = config_folder()

@@ -13,9 +13,9 @@ import yaml
 
 from nemo_tied_lora.commands import plan
 from nemo_tied_lora.config import PRESETS, TiedLoraConfig
-from nemo_tied_lora.planning.compose import compose_config, plain
+from nemo_tied_lora.planning.composing.compose import compose_config, plain
 from nemo_tied_lora.planning.config_folder import config_folder
-from nemo_tied_lora.planning.run_settings import GuardSettings
+from nemo_tied_lora.planning.settings.run_settings import GuardSettings
 from tests.harness.paths import ROOT
 
 # Sections of a run that belong to NeMo or Lightning.

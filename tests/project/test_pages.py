@@ -15,7 +15,7 @@ import yaml
 from nemo_tied_lora.commands.main import COMMANDS, main
 from nemo_tied_lora.config import TiedLoraConfig
 from nemo_tied_lora.errors import ConfigError
-from nemo_tied_lora.planning.compose import compose_config, plain
+from nemo_tied_lora.planning.composing.compose import compose_config, plain
 from tests.harness.paths import ROOT
 from tests.project import room_diagram
 

@@ -26,7 +26,7 @@ other = OtherOutput("finetune-rank-0", wanted=sys.argv[1] == "quiet")
 if sys.argv[2]:
     other.keep_in(Path(sys.argv[2]))
 run_as("nemo_tied_lora.nemo.training_runs", "print('our line'); print('our error', file=sys.stderr)")
-run_as("nemo_tied_lora.launching.progress", "from tqdm import tqdm; list(tqdm([1], desc='our bar'))")
+run_as("nemo_tied_lora.progress", "from tqdm import tqdm; list(tqdm([1], desc='our bar'))")
 run_as("lightning.pytorch.callbacks.progress.tqdm_progress", "from tqdm import tqdm; list(tqdm([1], desc='training bar'))")
 run_as("nemo.collections.nlp.data", "print('data of NeMo')")
 run_as("nemo.collections.nlp.data", "from tqdm import tqdm; list(tqdm([1], desc='bar of NeMo'))")

@@ -12,8 +12,8 @@ import pytest
 
 from nemo_tied_lora.commands import status as command
 from nemo_tied_lora.errors import ConfigError
-from nemo_tied_lora.planning.compose import compose_config, plain
-from nemo_tied_lora.planning.run_settings import survival_problems
+from nemo_tied_lora.planning.composing.compose import compose_config, plain
+from nemo_tied_lora.planning.settings.run_settings import survival_problems
 from nemo_tied_lora.resilience.restarts import fingerprint, finished_before, restarted
 from nemo_tied_lora.resilience.status_file import RunStatus, read_status
 

@@ -30,7 +30,7 @@ def evaluate(base: str, examples: Sequence[dict[str, str]], adapters: Sequence[s
     from omegaconf import OmegaConf
 
     from nemo_tied_lora.nemo.generation import complete, load_base
-    from nemo_tied_lora.planning.compose import compose_config
+    from nemo_tied_lora.planning.composing.compose import compose_config
 
     cfg = compose_config("generate", [f"base={json.dumps(base)}", "trainer.precision=32"])
     OmegaConf.resolve(cfg)

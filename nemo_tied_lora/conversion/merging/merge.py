@@ -26,7 +26,7 @@ from nemo_tied_lora.conversion.merging.base_formats import find_pieces
 from nemo_tied_lora.conversion.merging.shards import CrcField, Piece, members_of
 from nemo_tied_lora.errors import ConfigError
 from nemo_tied_lora.files import file_beside, put_in_place
-from nemo_tied_lora.launching.progress import Progress
+from nemo_tied_lora.progress import Progress
 
 __all__ = ["MergeReport", "merge_into"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_tied_lora.errors import Problems, is_whole_number
-from nemo_tied_lora.planning.lr_schedule import is_number
+from nemo_tied_lora.planning.settings.lr_schedule import is_number
 
 __all__ = ["generation_lines", "generation_number_problems", "number_lines", "number_problems"]
 

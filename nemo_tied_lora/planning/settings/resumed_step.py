@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_tied_lora.planning.run_length import as_whole_number
-from nemo_tied_lora.planning.run_settings import run_folder
+from nemo_tied_lora.planning.settings.run_length import as_whole_number
+from nemo_tied_lora.planning.settings.run_settings import run_folder
 
 __all__ = ["resumed_step", "resumed_step_problems"]
 

@@ -20,8 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nemo_tied_lora.planning.example_forms import Form, PromptExamples, read_example, with_texts
-from nemo_tied_lora.planning.file_kinds import BOM, HEAD_BYTES, foreign_examples, foreign_file
+from nemo_tied_lora.planning.data.example_forms import Form, PromptExamples, read_example, with_texts
+from nemo_tied_lora.planning.data.file_kinds import BOM, HEAD_BYTES, foreign_examples, foreign_file
 
 __all__ = ["FileReport", "check_file", "examples", "is_blank"]
 
@@ -135,9 +135,8 @@ def examples(path: Path, fields: Collection[str]) -> Iterator[dict[str, Any]]:
 def _parts(path: Path, size: int, form: Form) -> Iterator[FileReport]:
     """The reports of consecutive parts of the file, in order."""
     starts = range(0, max(size, 1), _RANGE_BYTES)
-    check = partial(_check_range, str(path), form=form)
+    check = partial(_check_range, str(path), length=_RANGE_BYTES, form=form)
     with ExitStack() as stack:
-        bar = stack.enter_context(_progress(path, size))
         workers = min(len(starts), _num_cores()) if size >= _PARALLEL_BYTES else 1
         if workers > 1:
             # fork is quickest, but unsafe beside threads.
@@ -146,16 +145,17 @@ def _parts(path: Path, size: int, form: Form) -> Iterator[FileReport]:
             reports: Iterator[FileReport] = pool.map(check, starts)
         else:
             reports = map(check, starts)
-        for report in reports:
-            bar.update(_RANGE_BYTES)
+        bar = stack.enter_context(_progress(path, size))  # after the forks: it may start a thread
+        for start, report in zip(starts, reports, strict=False):
+            bar.update(min(_RANGE_BYTES, size - start))
             yield report
 
 
-def _check_range(path: str, start: int, form: Form) -> FileReport:
-    """Checks the lines that begin in [start, start + _RANGE_BYTES)."""
+def _check_range(path: str, start: int, *, length: int, form: Form) -> FileReport:
+    """Checks the lines that begin in [start, start + length)."""
     report, counts = FileReport(), {}  # type: ignore[var-annotated]
     report.counts = counts
-    end = start + _RANGE_BYTES
+    end = start + length
     with open(path, "rb") as file:
         if start > 0:
             file.seek(start - 1)
@@ -297,6 +297,7 @@ def _num_cores() -> int:
 
 
 def _progress(path: Path, size: int) -> Any:
-    from nemo_tied_lora.planning.progress import progress
+    from nemo_tied_lora.progress import Progress
 
-    return progress(f"checking {path.name}", size, unit="B", show=size >= _PARALLEL_BYTES)
+    shown = size >= _PARALLEL_BYTES
+    return Progress(desc=f"checking {path.name}", total=size, unit="B", unit_scale=True, disable=not shown)

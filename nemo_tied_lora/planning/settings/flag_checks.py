@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 from nemo_tied_lora.errors import Problems
-from nemo_tied_lora.planning.compose import compose_config, plain
+from nemo_tied_lora.planning.composing.compose import compose_config, plain
 
 __all__ = ["flag_problems", "section_problems"]
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from nemo_tied_lora.launching import progress
-from nemo_tied_lora.launching.progress import EVERY_S, Progress, SoOften, shows_bars
+from nemo_tied_lora import progress
+from nemo_tied_lora.progress import EVERY_S, Progress, SoOften, shows_bars
 
 
 class Terminal(io.StringIO):

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nemo_tied_lora.errors import is_whole_number
-from nemo_tied_lora.planning.lr_schedule import unread_keys
-from nemo_tied_lora.planning.monitor_checks import right_modes
+from nemo_tied_lora.planning.settings.lr_schedule import unread_keys
+from nemo_tied_lora.planning.settings.monitor_checks import right_modes
 
 __all__ = ["REMOVED", "Adjusted", "adjusted_run", "as_whole_number", "steps_of_epoch", "with_values"]
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_tied_lora.planning.prompt_template import fill
+from nemo_tied_lora.planning.data.prompt_template import fill
 
 __all__ = ["Conversations", "Form", "Number", "PromptExamples", "read_example", "with_texts"]
 

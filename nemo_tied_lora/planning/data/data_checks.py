@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_tied_lora.errors import is_whole_number
-from nemo_tied_lora.planning.data_files import SECTIONS, unreadable
+from nemo_tied_lora.planning.data.data_files import SECTIONS, unreadable
+from nemo_tied_lora.planning.data.prompt_template import training_template_problems
 from nemo_tied_lora.planning.parallel_layout import Layout
-from nemo_tied_lora.planning.prompt_template import training_template_problems
 
 __all__ = ["batch_problems", "data_problems"]
 

@@ -17,9 +17,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
 from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.planning.composing.dotted_keys import first_line, flat
+from nemo_tied_lora.planning.composing.yaml_sources import YamlSources
 from nemo_tied_lora.planning.config_folder import config_folder
-from nemo_tied_lora.planning.dotted_keys import first_line, flat
-from nemo_tied_lora.planning.yaml_sources import YamlSources
 
 __all__ = ["OwnYaml", "read_own_yaml"]
 

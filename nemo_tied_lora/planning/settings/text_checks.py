@@ -8,9 +8,9 @@ from functools import lru_cache
 from typing import Any
 
 from nemo_tied_lora.errors import Problems
-from nemo_tied_lora.planning.compose import compose_config, plain
-from nemo_tied_lora.planning.data_files import SECTIONS
-from nemo_tied_lora.planning.dotted_keys import flat
+from nemo_tied_lora.planning.composing.compose import compose_config, plain
+from nemo_tied_lora.planning.composing.dotted_keys import flat
+from nemo_tied_lora.planning.data.data_files import SECTIONS
 
 __all__ = ["text_problems"]
 

@@ -10,9 +10,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_tied_lora.errors import ConfigError
-from nemo_tied_lora.planning.dotted_keys import first_line, has_key, remove_key, value_of
-from nemo_tied_lora.planning.lora_tuning import SECTION, translate_lora_tuning
-from nemo_tied_lora.planning.nemo_keys import ADAPTER, FIXED, no_effect, other_scheme
+from nemo_tied_lora.planning.composing.dotted_keys import first_line, has_key, remove_key, value_of
+from nemo_tied_lora.planning.composing.lora_tuning import SECTION, translate_lora_tuning
+from nemo_tied_lora.planning.composing.nemo_keys import ADAPTER, FIXED, no_effect, other_scheme
 
 __all__ = ["translate_lora", "translate_training"]
 

@@ -12,8 +12,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from nemo_tied_lora.errors import Problems, is_whole_number
-from nemo_tied_lora.planning.lr_schedule import is_number, optimizer_problems, schedule_lines, schedule_problems
-from nemo_tied_lora.planning.run_length import adjusted_run, as_whole_number, steps_of_epoch, with_values
+from nemo_tied_lora.planning.settings.lr_schedule import (
+    is_number,
+    optimizer_problems,
+    schedule_lines,
+    schedule_problems,
+)
+from nemo_tied_lora.planning.settings.run_length import adjusted_run, as_whole_number, steps_of_epoch, with_values
 
 __all__ = ["run_lines", "run_problems"]
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_tied_lora.planning.dotted_keys import remove_key, value_of
-from nemo_tied_lora.planning.nemo_keys import under_model
+from nemo_tied_lora.planning.composing.dotted_keys import remove_key, value_of
+from nemo_tied_lora.planning.composing.nemo_keys import under_model
 
 __all__ = ["is_generation_key", "mistaken_generation_key", "translate_generation"]
 

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from nemo_tied_lora.errors import Problems
-from nemo_tied_lora.planning.data_verdicts import known_notes, remember
-from nemo_tied_lora.planning.example_forms import Conversations, Form, PromptExamples
-from nemo_tied_lora.planning.jsonl_lines import check_file
-from nemo_tied_lora.planning.packed_files import packed_problem
-from nemo_tied_lora.planning.prompt_template import template_fields, template_problems, training_template_problems
+from nemo_tied_lora.planning.data.data_verdicts import known_notes, remember
+from nemo_tied_lora.planning.data.example_forms import Conversations, Form, PromptExamples
+from nemo_tied_lora.planning.data.jsonl_lines import check_file
+from nemo_tied_lora.planning.data.packed_files import packed_problem
+from nemo_tied_lora.planning.data.prompt_template import template_fields, template_problems, training_template_problems
 
 __all__ = ["SECTIONS", "check_prompts_file", "check_training_files", "checked_already", "mark_checked", "unreadable"]
 

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from nemo_tied_lora.files import write_json
-from nemo_tied_lora.planning.example_forms import Form
+from nemo_tied_lora.planning.data.example_forms import Form
 
 __all__ = ["known_notes", "remember"]
 

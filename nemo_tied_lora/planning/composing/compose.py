@@ -20,15 +20,19 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_tied_lora.errors import ConfigError, Problems
+from nemo_tied_lora.planning.composing.dotted_keys import first_line, flat, has_key, remove_key, value_of
+from nemo_tied_lora.planning.composing.generation_keys import (
+    is_generation_key,
+    mistaken_generation_key,
+    translate_generation,
+)
+from nemo_tied_lora.planning.composing.interpolations import interpolation_problems
+from nemo_tied_lora.planning.composing.nemo_keys import is_nemo_key, mistaken_key, nearest, unknown_to_nemo
+from nemo_tied_lora.planning.composing.nemo_yaml import OwnYaml, read_own_yaml
+from nemo_tied_lora.planning.composing.override_lines import Line, read_lines
+from nemo_tied_lora.planning.composing.training_keys import translate_lora, translate_training
+from nemo_tied_lora.planning.composing.yaml_sources import READ_OWN_YAMLS, YamlSources
 from nemo_tied_lora.planning.config_folder import config_folder
-from nemo_tied_lora.planning.dotted_keys import first_line, flat, has_key, remove_key, value_of
-from nemo_tied_lora.planning.generation_keys import is_generation_key, mistaken_generation_key, translate_generation
-from nemo_tied_lora.planning.interpolations import interpolation_problems
-from nemo_tied_lora.planning.nemo_keys import is_nemo_key, mistaken_key, nearest, unknown_to_nemo
-from nemo_tied_lora.planning.nemo_yaml import OwnYaml, read_own_yaml
-from nemo_tied_lora.planning.override_lines import Line, read_lines
-from nemo_tied_lora.planning.training_keys import translate_lora, translate_training
-from nemo_tied_lora.planning.yaml_sources import READ_OWN_YAMLS, YamlSources
 
 __all__ = ["compose_config", "compose_with_notes", "plain"]
 

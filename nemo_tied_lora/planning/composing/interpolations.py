@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException, UnsupportedInterpolationType
 
-from nemo_tied_lora.planning.dotted_keys import first_line, flat, has_key
+from nemo_tied_lora.planning.composing.dotted_keys import first_line, flat, has_key
 
 __all__ = ["interpolation_problems"]
 
