@@ -143,10 +143,13 @@ def test_a_run_without_validation_says_so_and_nothing_more(composed: dict[str, A
         f"{PARAMS}.every_n_train_steps": 100,
     }
     said = (
-        "trainer.limit_val_batches=0: no validation; the last checkpoint is written every 100 steps, and no best one"
+        "trainer.limit_val_batches=0: no validation; the last checkpoint is written every 100 steps, no best one, and no "
+        "early stopping"
     )
     assert lines(cfg) == [said]
     assert problems(cfg) == []
+    without = lines(changed(cfg, exp_manager__create_early_stopping_callback=False))
+    assert without == [said.replace("no best one, and no early stopping", "and no best one")]
     own = changed(cfg, **{f"{PARAMS}.every_n_train_steps": 50})
     assert adjusted_run(own).values == {"trainer.val_check_interval": 100, f"{PARAMS}.every_n_epochs": None}
     none = changed(cfg, exp_manager__create_checkpoint_callback=False)

@@ -152,11 +152,16 @@ def _adjust_checkpoints(cfg: Mapping[str, Any], found: Adjusted) -> None:
     if trainer.get("limit_val_batches") == 0 and not any(rules) and is_whole_number(every):
         found.set(f"{key}.every_n_epochs", None)
         line = f"trainer.limit_val_batches=0: no validation; the last checkpoint is written every {every} steps"
-        found.set(f"{key}.every_n_train_steps", every, f"{line}, and no best one")
+        lost = (
+            "no best one, and no early stopping"
+            if manager.get("create_early_stopping_callback")
+            else "and no best one"
+        )
+        found.set(f"{key}.every_n_train_steps", every, f"{line}, {lost}")
 
 
 def _adjust_when_to_save(key: str, params: Mapping[str, Any], epochs: int, steps: int, found: Adjusted) -> None:
-    """Saves at least once before the end. Lightning saves in each so-manieth epoch, and NeMo's run is one epoch."""
+    """Saves at least once before the end. Lightning counts the epochs, and NeMo's run is one epoch."""
     wanted = params.get("every_n_epochs")
     if is_whole_number(wanted) and wanted > epochs:
         line = f"{key}.every_n_epochs={wanted}: more than the run's epochs, {epochs}; saves after every validation"
