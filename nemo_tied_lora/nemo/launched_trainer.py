@@ -13,6 +13,8 @@ from lightning.pytorch.plugins.environments import LightningEnvironment, TorchEl
 from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronLMPPTrainerBuilder
 from nemo.collections.nlp.parts.nlp_overrides import CustomProgressBar
 
+from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.platform.detect import has_gpu
 from nemo_tied_lora.progress import SoOften, shows_bars
 from nemo_tied_lora.tables import duration
 
@@ -33,6 +35,18 @@ class RankEnvironment(TorchElasticEnvironment):
 
 class LaunchedTrainerBuilder(MegatronLMPPTrainerBuilder):
     """NeMo's builder with `RankEnvironment`, and with `ProgressLines` in place of the bar where there is no terminal."""
+
+    def create_trainer(self, callbacks: list[Callback] | None = None) -> Trainer:
+        """As NeMo's.
+
+        Raises:
+            ConfigError: a GPU is asked for where there is none.
+        """
+        accelerator = self.cfg.trainer.get("accelerator")
+        if accelerator in ("gpu", "cuda") and not has_gpu():
+            fix = "torch finds no GPU on this machine; write auto, which takes a GPU if there is one"
+            raise ConfigError([f"trainer.accelerator={accelerator}: {fix}"])
+        return super().create_trainer(callbacks)
 
     def _plugins(self) -> list[Any]:
         plugins = [p for p in super()._plugins() if not isinstance(p, TorchElasticEnvironment)]

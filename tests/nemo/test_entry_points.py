@@ -45,6 +45,14 @@ model = MegatronGPTTiedLoraModel.__new__(MegatronGPTTiedLoraModel)
 text = message_of(ValueError, lambda: MegatronGPTTiedLoraModel.add_adapter(model, [scheme(cfg), scheme(cfg)]))
 assert "cannot be combined" in text, text
 
+# Lightning's own error names neither the key nor a remedy.
+import torch
+from nemo_tied_lora.nemo.launched_trainer import LaunchedTrainerBuilder
+torch.cuda.is_available = lambda: False
+builder = LaunchedTrainerBuilder(OmegaConf.create({"trainer": {"accelerator": "gpu"}}))
+text = message_of(ConfigError, builder.create_trainer)
+assert text.startswith("trainer.accelerator=gpu: ") and "write auto" in text, text
+
 # With several ranks, only one may have a damaged file. So it is not a ConfigError, which all ranks would share.
 from nemo_tied_lora.nemo.legacy_weights import _load
 pathlib.Path("model_weights.ckpt").write_bytes(b"no pickle")
