@@ -14,7 +14,7 @@ from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronLMPPTrai
 from nemo.collections.nlp.parts.nlp_overrides import CustomProgressBar
 
 from nemo_tied_lora.errors import ConfigError
-from nemo_tied_lora.platform.detect import has_gpu
+from nemo_tied_lora.platform import prepare
 from nemo_tied_lora.progress import SoOften, shows_bars
 from nemo_tied_lora.tables import duration
 
@@ -43,7 +43,7 @@ class LaunchedTrainerBuilder(MegatronLMPPTrainerBuilder):
             ConfigError: a GPU is asked for where there is none.
         """
         accelerator = self.cfg.trainer.get("accelerator")
-        if accelerator in ("gpu", "cuda") and not has_gpu():
+        if accelerator in ("gpu", "cuda") and not prepare(nemo=True).gpu:
             fix = "torch finds no GPU on this machine; write auto, which takes a GPU if there is one"
             raise ConfigError([f"trainer.accelerator={accelerator}: {fix}"])
         return super().create_trainer(callbacks)
