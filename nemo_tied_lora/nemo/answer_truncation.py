@@ -176,8 +176,9 @@ def _surely_fits(dataset: Any, texts: Sequence[str]) -> bool:
 def _conversation(dataset: Any, example: dict[str, Any]) -> tuple[int, int, bool]:
     """The same for NeMo's conversations: what counts is the tokens that are trained on."""
     found = dataset._process_example(example)
-    if dataset.tokens_to_generate and len(found["context_ids"]) >= dataset.max_seq_length:
-        room = f"its prompt fills max_seq_length={dataset.max_seq_length}, so nothing can be generated"
-        raise ValueError(f"{room}; raise it, leave the conversation out, or set metric.name=loss")
+    prompt, new, length = len(found["context_ids"]), dataset.tokens_to_generate, dataset.max_seq_length
+    if new and prompt + new > length:
+        sizes = f"its prompt of {prompt} tokens and tokens_to_generate={new} exceed max_seq_length={length}"
+        raise ValueError(f"{sizes}; raise it, lower tokens_to_generate, or set metric.name=loss")
     mask = found["mask"][1:]
     return int(mask.sum()), int(mask[: dataset.max_seq_length].sum()), False

@@ -53,13 +53,13 @@ builder = LaunchedTrainerBuilder(OmegaConf.create({"trainer": {"accelerator": "g
 text = message_of(ConfigError, builder.create_trainer)
 assert text.startswith("trainer.accelerator=gpu: ") and "write auto" in text, text
 
-# NeMo cuts a conversation's prompt to max_seq_length, and fails when it generates behind it.
+# NeMo generates beyond max_seq_length where a conversation leaves too little room, and fails.
 import types
 from nemo_tied_lora.nemo.answer_truncation import _conversation
-long = {"mask": torch.ones(12), "context_ids": [0] * 8}
+long = {"mask": torch.ones(12), "context_ids": [0] * 5}
 chats = types.SimpleNamespace(max_seq_length=8, tokens_to_generate=4, _process_example=lambda example: long)
-assert "nothing can be generated; raise it" in message_of(ValueError, lambda: _conversation(chats, {}))
-chats.tokens_to_generate = 0
+assert "exceed max_seq_length=8; raise it" in message_of(ValueError, lambda: _conversation(chats, {}))
+chats.tokens_to_generate = 3
 assert _conversation(chats, {}) == (11, 8, False)
 
 # With several ranks, only one may have a damaged file. So it is not a ConfigError, which all ranks would share.
