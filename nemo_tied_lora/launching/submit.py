@@ -95,7 +95,7 @@ def prepare(settings: Mapping[str, Any], arguments: Sequence[str], sources: Yaml
             f"exp_manager.explicit_log_dir={folder}/{run.name}" if swept else f"exp_manager.explicit_log_dir={folder}"
         )
         configs.append(compose_config("finetune", [*fixed, *run.overrides, *sizes, place], sources))
-        found = list(_run_problems(plain(configs[-1]), cluster.container, settings.get("model")))
+        found = list(_run_problems(plain(configs[-1]), cluster, settings.get("model")))
         found += _save_problems(plain(configs[-1]), cluster)
         problems += [f"{run.name}: {problem}" if swept else problem for problem in found]
     problems.raise_if_any()
@@ -199,11 +199,11 @@ def _yaml_problems(
         yield f"{sources.own}: output={first.get('output')}: all runs of a sweep would write it; remove it from the file"
 
 
-def _run_problems(values: dict[str, Any], container: Container, expected: Mapping[str, Any] | None) -> Iterator[str]:
+def _run_problems(values: dict[str, Any], cluster: Cluster, expected: Mapping[str, Any] | None) -> Iterator[str]:
     """Yields what `tied-lora finetune` would refuse, if this machine can see it, and differences between base and `model=`."""
-    unseen = _to_host(values["model"], container)
+    unseen = _to_host(values["model"], cluster.container)
     problems = Problems()
-    problems.attempt(check_finetuning, values)
+    problems.attempt(check_finetuning, values, runs_here=cluster.kind == "local")
     yield from (problem for problem in problems if not any(path in problem for path in unseen))
     base = values["model"].get("restore_from_path")
     if not expected or base in unseen:

@@ -43,8 +43,11 @@ _OPTIMIZERS = ("fused_adam", "adamw", "adam", "sgd", "mcore_distributed_optim")
 _PRECISIONS = ("bf16", "bf16-mixed", "16", "16-mixed", "32")
 
 
-def check_finetuning(cfg: Mapping[str, Any]) -> list[str]:
+def check_finetuning(cfg: Mapping[str, Any], *, runs_here: bool = True) -> list[str]:
     """Checks the configuration of `tied-lora finetune`. Returns the lines to print at the start of the run.
+
+    Args:
+        runs_here: False if another machine will run it, so that it does not matter what is installed here.
 
     Raises:
         ConfigError: with all problems.
@@ -77,7 +80,7 @@ def check_finetuning(cfg: Mapping[str, Any]) -> list[str]:
         fix = "the adapter of restore_from_path has its own; remove these keys"
         problems.append(f"model.peft.tied_lora ({', '.join(given)}): {fix}")
     problems += _layout_problems(cfg, {**(base or {}), **_layout_keys(model)} if base else None, config)
-    problems += _run_problems(cfg, base, config)
+    problems += _run_problems(cfg, base, config, runs_here=runs_here)
     problems += _output_problems(cfg, [model.get("restore_from_path"), start])
     problems.raise_if_any()
     return [*run_lines(cfg), *number_lines(cfg)]
@@ -147,13 +150,16 @@ def check_generation(cfg: Mapping[str, Any]) -> list[str]:
     return generation_lines(cfg)
 
 
-def _run_problems(cfg: Mapping[str, Any], base: Mapping[str, Any] | None, config: TiedLoraConfig | None) -> Problems:
+def _run_problems(
+    cfg: Mapping[str, Any], base: Mapping[str, Any] | None, config: TiedLoraConfig | None, *, runs_here: bool = True
+) -> Problems:
     """Checks what every training run has: guards, precision, data, folder, and room and time on the cluster."""
     problems = Problems()
     problems.attempt(GuardSettings.from_mapping, cfg.get("guards"))
     problems.one_of("trainer.precision", str(cfg["trainer"].get("precision")), _PRECISIONS)
     problems += [*run_problems(cfg), *number_problems(cfg), *monitor_problems(cfg), *resumed_step_problems(cfg)]
-    problems += data_problems(cfg)
+    problems += data_problems(cfg, runs_here=runs_here)
+    problems += _logger_problems(cfg.get("exp_manager") or {})
     problems += layout_fits_cluster.folder_problems(cfg)
     problems += _allocation_problems(cfg, base, config)
     return problems
@@ -215,6 +221,14 @@ def _checkpoint_problems(exp_manager: Mapping[str, Any]) -> Iterator[str]:
         yield (
             "exp_manager.checkpoint_callback_params.save_last_n_optim_states: not possible; checkpoints keep the "
             "optimizer's state, which is the adapter's size; leave it out, or set save_top_k"
+        )
+
+
+def _logger_problems(exp_manager: Mapping[str, Any]) -> Iterator[str]:
+    if exp_manager.get("create_mlflow_logger"):
+        yield (
+            "exp_manager.create_mlflow_logger=true: not possible; NeMo 2.4 names the run twice, which Lightning refuses; "
+            "use create_wandb_logger, or TensorBoard, which is on"
         )
 
 

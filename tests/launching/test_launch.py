@@ -23,6 +23,7 @@ from nemo_tied_lora.errors import ConfigError
 from nemo_tied_lora.launching.cluster_config import Cluster, Container, looks_secret, seconds
 from nemo_tied_lora.launching.run_record import resolved_yaml, write_record
 from nemo_tied_lora.launching.sweep import index_file, points, read_index, split_sweep
+from nemo_tied_lora.planning.data import data_checks
 from tests.harness.nemo_yamls import FINETUNING
 from tests.harness.paths import ROOT
 
@@ -75,6 +76,18 @@ def compare(path: Path, text: str) -> None:
     if os.environ.get("WRITE_GOLDEN"):
         path.write_text(text)
     assert text == path.read_text(), f"{path} differs; see the head of this file"
+
+
+def test_what_the_jobs_machine_must_have_need_not_be_installed_here(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_checks.importlib.util, "find_spec", lambda name: None)
+    (folder / "packed.npy").write_bytes(b"read by the job")
+    train = ["model.data.train_ds.packed_sequence=true", "model.data.train_ds.file_names=[packed.npy]"]
+    packed = [*train, "model.micro_batch_size=1", "+model.transformer_engine=true"]
+    assert launch.main([BASE, *DATA, *packed, "dry_run=true", *SLURM]) == 0
+    capsys.readouterr()
+    assert "needs the attention of Transformer Engine" in refused(capsys, *packed, "cluster=local")
 
 
 @pytest.mark.parametrize("name", LAUNCHES)

@@ -16,10 +16,13 @@ from nemo_tied_lora.planning.parallel_layout import Layout
 __all__ = ["batch_problems", "data_problems"]
 
 
-def data_problems(cfg: Mapping[str, Any]) -> Iterator[str]:
+def data_problems(cfg: Mapping[str, Any], *, runs_here: bool = True) -> Iterator[str]:
     """Checks the sections train_ds, validation_ds and test_ds, and that their files can be opened.
 
     `data_files` reads the lines.
+
+    Args:
+        runs_here: False if another machine will run it, so that it does not matter what is installed here.
     """
     data = cfg["model"]["data"]
     chat = bool(data.get("chat"))
@@ -47,7 +50,7 @@ def data_problems(cfg: Mapping[str, Any]) -> Iterator[str]:
             )
         yield from _batch_problems(name, section)
         if section.get("packed_sequence"):
-            yield from _packed_problems(f"model.data.{name}", section)
+            yield from _packed_problems(f"model.data.{name}", section, runs_here=runs_here)
         if name != "train_ds":
             yield from _generation_problems(name, section, cfg["model"])
         if not chat:
@@ -85,9 +88,9 @@ def _chat_problems(data: Mapping[str, Any]) -> Iterator[str]:
             yield f"{key}.{name}={tokens[name]!r}: must be a text that is not empty"
 
 
-def _packed_problems(key: str, section: Mapping[str, Any]) -> Iterator[str]:
+def _packed_problems(key: str, section: Mapping[str, Any], *, runs_here: bool) -> Iterator[str]:
     """Packed sequences need an attention that keeps them apart; of Megatron's, only Transformer Engine's does."""
-    if importlib.util.find_spec("transformer_engine") is None:
+    if runs_here and importlib.util.find_spec("transformer_engine") is None:
         yield (
             f"{key}.packed_sequence=true: needs the attention of Transformer Engine, on GPUs, and it is not installed "
             "here; train on the JSONL files that were packed, with packed_sequence=false"
