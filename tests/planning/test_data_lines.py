@@ -90,10 +90,22 @@ WRONG_LINES = {
         "surrogate pair",
     ),
     "a surrogate as bytes": (b'{"input": "\xed\xa0\xbd", "output": "b"}', "CESU-8"),
-    "a list in place of an object": (b'["a", "b"]', "is a list, not a JSON object"),
-    "a text in place of an object": (b'"a"', "is a text, not a JSON object"),
-    "a number in place of an object": (b"42", "is a number, not a JSON object"),
-    "null in place of an object": (b"null", "is null, not a JSON object"),
+    "a list in place of an object": (
+        b'["a", "b"]',
+        "is a list, not a JSON object; write one object, with the fields, on each line",
+    ),
+    "a text in place of an object": (
+        b'"a"',
+        "is a text, not a JSON object; write one object, with the fields, on each line",
+    ),
+    "a number in place of an object": (
+        b"42",
+        "is a number, not a JSON object; write one object, with the fields, on each line",
+    ),
+    "null in place of an object": (
+        b"null",
+        "is null, not a JSON object; write one object, with the fields, on each line",
+    ),
     "no prompt and no answer": (b'{"input": "", "output": " "}', "neither a prompt nor an answer"),
     "a field twice": (b'{"input": "a", "output": "b", "output": "c"}', 'has "output" twice'),
     "a comma at the end": (b'{"input": "a", "output": "b"},', "ends in a comma"),

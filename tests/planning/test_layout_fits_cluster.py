@@ -125,9 +125,13 @@ def test_data_that_does_not_fit_the_layout_or_the_base_is_refused(
             "validation_ds.metric.name=exact_string_match: needs to generate",
         ),
         ({"trainer.devices": 3}, "global_batch_size=8: not divisible by micro_batch_size=2 x data-parallel size 3"),
+        (
+            {"exp_manager.create_mlflow_logger": True},
+            "create_mlflow_logger=true: not possible; NeMo 2.4 names the run",
+        ),
     ],
 )
-def test_sizes_that_do_not_fit_the_layout_are_refused(
+def test_sizes_that_do_not_fit_and_what_nemo_cannot_do_are_refused(
     sound: dict[str, Any], changes: dict[str, Any], text: str
 ) -> None:
     problems = refusals(sound, changes)

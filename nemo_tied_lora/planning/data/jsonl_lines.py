@@ -204,7 +204,7 @@ def _example_problem(line: bytes, example: Any, counts: dict[str, int], form: Fo
         kind = {list: "a list", str: "a text", bool: "true or false", type(None): "null"}.get(
             type(example), "a number"
         )
-        return f"is {kind}, not a JSON object"
+        return f"is {kind}, not a JSON object; write one object, with the fields, on each line"
     if b"\\u" in line and _SURROGATE.search(line) and (where := _surrogate(example)) is not None:
         return f"holds half of a surrogate pair in {where}, which is not valid Unicode; write the whole character"
     for name in form.fields if isinstance(form, PromptExamples) else ("system", "conversations", "mask", "type"):
@@ -251,7 +251,7 @@ def _not_utf8(line: bytes, error: UnicodeDecodeError) -> str:
 
 def _not_json(line: bytes, error: Exception) -> str:
     if isinstance(error, RecursionError):
-        return "is nested too deeply"
+        return "is nested too deeply for an example; leave the line out"
     if b"\0" in line:
         return f"holds {line.count(0):,} NUL bytes: the file was not written to its end; copy it again"
     if not isinstance(error, json.JSONDecodeError):
