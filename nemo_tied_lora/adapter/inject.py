@@ -20,7 +20,13 @@ from nemo_tied_lora.adapter.grad_allreduce import mark_parameters
 from nemo_tied_lora.adapter.injected_adapter import Adapter
 from nemo_tied_lora.adapter.injected_chunk import Chunk
 from nemo_tied_lora.adapter.shapes import LinearShape
-from nemo_tied_lora.adapter.target_modules import AdaptableLinear, find_adaptable_linears, gpt_model, used_twice
+from nemo_tied_lora.adapter.target_modules import (
+    AdaptableLinear,
+    find_adaptable_linears,
+    gpt_model,
+    used_twice,
+    wrappers,
+)
 from nemo_tied_lora.adapter.tied_factors import ChunkFactors
 from nemo_tied_lora.adapter.tied_linear import LinearAdapter
 from nemo_tied_lora.config import TiedLoraConfig
@@ -45,8 +51,8 @@ def inject(model: nn.Module | Sequence[nn.Module], config: TiedLoraConfig) -> Ad
         The adapter. It gives access to the parameters, the gradient sums, the whole state, merging and removal.
 
     Raises:
-        ConfigError: the model has no Megatron linears, a target or layer matches nothing, the rank exceeds a linear's
-            width, or a linear cannot be adapted. Lists all problems together, the same on every rank.
+        ConfigError: the model has no Megatron linears or is wrapped in DDP, a target or layer matches nothing, the rank
+            exceeds a linear's width, or a linear cannot be adapted. Lists all problems together, the same on every rank.
         RuntimeError: the model already has an adapter, or another rank failed.
     """
     failure: Exception | None = None
@@ -119,11 +125,20 @@ def _scan(model: nn.Module | Sequence[nn.Module], config: Any) -> _Part:
     outers = [model] if isinstance(model, nn.Module) else list(model)
     if not outers:
         raise ConfigError(["model: an empty list; pass this stage's chunks"])
+    data_parallel = [type(wrapper).__name__ for chunk in outers for wrapper in wrappers(chunk) if _sums(wrapper)]
+    if data_parallel:
+        fix = "inject first, then wrap it: its buffers would not hold the adapter's gradients, and leave them unsummed"
+        raise ConfigError([f"model: is wrapped in {data_parallel[0]} already; {fix}"])
     bodies = [gpt_model(chunk) for chunk in outers]
     if any(hasattr(body.decoder, "tied_lora") for body in bodies):
         raise RuntimeError("model: it has a Tied-LoRA adapter already; call adapter.remove() first")
     scans = [find_adaptable_linears(body, config.targets) for body in bodies]
     return _Part(outers, bodies, [scan[0] for scan in scans], [problem for scan in scans for problem in scan[1]])
+
+
+def _sums(wrapper: nn.Module) -> bool:
+    """Whether a wrapper sums gradients over data-parallel ranks: Megatron's kinds have `ddp_config`, torch's have `reducer`."""
+    return hasattr(wrapper, "ddp_config") or hasattr(wrapper, "reducer")
 
 
 def _refused_layouts(config: Any, groups: Iterable[str]) -> list[str]:

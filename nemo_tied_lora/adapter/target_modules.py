@@ -14,7 +14,7 @@ from nemo_tied_lora.adapter.tied_linear import linear_kind
 from nemo_tied_lora.config import TARGETS
 from nemo_tied_lora.errors import ConfigError
 
-__all__ = ["AdaptableLinear", "find_adaptable_linears", "gpt_model", "used_twice"]
+__all__ = ["AdaptableLinear", "find_adaptable_linears", "gpt_model", "used_twice", "wrappers"]
 
 _ONE_ADAPTER = "one module cannot have two adapters: give each layer a linear of its own"
 
@@ -113,15 +113,23 @@ def _grouped_experts(place: str, module: nn.Module, targets: Iterable[str]) -> I
         )
 
 
+def wrappers(chunk: nn.Module) -> list[Any]:
+    """The modules around a GPTModel, such as DDP and Float16Module, the outermost first."""
+    found: list[Any] = []
+    body: Any = chunk
+    while not hasattr(body, "decoder") and isinstance(getattr(body, "module", None), nn.Module):
+        found.append(body)
+        body = body.module
+    return found
+
+
 def gpt_model(chunk: nn.Module) -> Any:
     """The GPTModel inside wrappers such as DDP and Float16Module.
 
     Raises:
         ConfigError: the module has no GPTModel.
     """
-    body: Any = chunk
-    while not hasattr(body, "decoder") and isinstance(getattr(body, "module", None), nn.Module):
-        body = body.module
+    body: Any = [chunk, *(wrapper.module for wrapper in wrappers(chunk))][-1]
     layers = getattr(getattr(body, "decoder", None), "layers", None)
     if layers is None or not hasattr(body, "config"):
         raise ConfigError(

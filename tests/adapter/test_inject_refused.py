@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from torch import nn
 
 from nemo_tied_lora import ConfigError, TiedLoraConfig, inject
@@ -49,6 +50,18 @@ def test_remove_restores_everything(had_flag: bool | None) -> None:
     adapter.remove()
     assert description(model) == before
     assert torch.equal(logits(model), output)
+
+
+def test_a_model_in_ddp_is_refused_because_its_buffers_lack_the_adapters_gradients() -> None:
+    model = build_gpt(num_layers=2)
+    wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
+    outer = nn.Module()
+    outer.module = wrapped
+    before = description(model)
+    for chunks in (wrapped, [outer]):
+        with pytest.raises(ConfigError, match="is wrapped in DistributedDataParallel already; inject first"):
+            inject(chunks, TiedLoraConfig(rank=3))
+    assert description(model) == before
 
 
 def description(model: nn.Module) -> dict[str, Any]:
