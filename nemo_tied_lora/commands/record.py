@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m nemo_tied_lora.commands.record FOLDER key=value ...`: records a SLURM job's run before its ranks start.
 
-Writes the resolved config.yaml and versions.json, and refuses what `tied-lora finetune` refuses (exit code 2). The job
-script runs it once, on one task of the allocation. Imports no torch.
+Writes the resolved config.yaml and versions.json, and refuses what `tied-lora finetune` refuses, wrong lines of data too
+(exit code 2). The job script runs it once, on one task of the allocation. Imports no torch.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from pathlib import Path
 
 from nemo_tied_lora.commands.hydra_flags import parser, yaml_sources
 from nemo_tied_lora.commands.program import run_program
-from nemo_tied_lora.errors import ConfigError, report
+from nemo_tied_lora.errors import ConfigError, Problems, report
 from nemo_tied_lora.launching.run_record import write_record
 from nemo_tied_lora.planning.composing.compose import compose_config, plain
+from nemo_tied_lora.planning.data.data_files import check_training_files
 from nemo_tied_lora.planning.preflight import check_finetuning
 
 __all__ = ["main"]
@@ -31,7 +32,10 @@ def main(arguments: Sequence[str]) -> int:
     try:
         cfg = compose_config("finetune", options.overrides, yaml_sources("finetune", options))
         write_record(Path(folder), cfg, rest)
-        check_finetuning(plain(cfg))
+        values, problems = plain(cfg), Problems()
+        problems.attempt(check_finetuning, values)
+        problems.attempt(check_training_files, values)
+        problems.raise_if_any()
     except ConfigError as error:
         return report("finetune", error)
     return 0

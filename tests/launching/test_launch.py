@@ -293,7 +293,7 @@ def test_the_record_resolves_everything_except_secrets(tmp_path: Path, monkeypat
     assert json.loads((tmp_path / "versions.json").read_text())["packages"]["torch"]
 
 
-def test_the_first_step_of_a_job_writes_the_record_and_checks_the_configuration(
+def test_the_first_step_of_a_job_writes_the_record_and_checks_the_configuration_and_the_data(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert record.main(["logs", BASE, *DATA, "layout=tp8"]) == 0
@@ -301,6 +301,9 @@ def test_the_first_step_of_a_job_writes_the_record_and_checks_the_configuration(
     assert json.loads(Path("logs/versions.json").read_text())["arguments"] == [BASE, *DATA, "layout=tp8"]
     assert record.main(["refused", BASE, *DATA, "layout=tp8", "trainer.num_nodes=0"]) == 2
     assert "num_nodes" in capsys.readouterr().err
+    Path("train.jsonl").write_text('{"input": "1", \n')
+    assert record.main(["refused", BASE, *DATA, "layout=tp8"]) == 2
+    assert "train.jsonl: line 1: is cut off" in capsys.readouterr().err
 
 
 def test_a_path_belongs_to_the_deepest_mount() -> None:

@@ -37,7 +37,7 @@ MISTAKES = {
         [
             "world size 8 is not a multiple of tensor 3",
             "missing.jsonl: no such file",
-            "damaged.jsonl: the first line is not JSON",
+            "damaged.jsonl: line 1: is cut off",
         ],
     ),
     "base": (["model.restore_from_path=missing.nemo"], ["missing.nemo: no such file"]),
@@ -160,5 +160,5 @@ def test_a_users_own_srun_that_does_not_match_the_configuration_is_refused(
     words = [*rank_arguments("own_step"), "layout=pp2", "trainer.num_nodes=2", "trainer.devices=1"]
     command = " ".join(f"'{word}'" for word in [*finetune, *words])
     printed = slurm.run("bash", "-c", f"srun -N1 -n1 {command} 2>&1; echo code $?", cwd=workshop, PYTHONPATH=str(ROOT))
-    assert "trainer.num_nodes=2: SLURM runs this on 1 nodes" in printed, printed
+    assert "= 2, but the launcher started 1 ranks; set trainer.num_nodes=1" in printed, printed
     assert "code 2" in printed
