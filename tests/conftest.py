@@ -25,8 +25,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ALLOWED_SKIPS = ("needs a CUDA device", *(() if os.environ.get("CI") else ("needs a SLURM",)))
 """How the allowed reasons of a skip begin. Any other skip is a failure. CI must have a SLURM."""
 
-NEED_NEMO = ("benchmarks", "commands", "conversion", "launching", "nemo", "project", "slurm")
-"""The folders that `make test-mcore016` leaves out. All others run on both releases of megatron-core."""
+NEED_NEMO = (
+    *("benchmarks", "commands", "conversion", "launching", "nemo", "project", "slurm"),
+    # What only NeMo's configuration and files have. It imports no torch, and does not depend on megatron-core.
+    *("planning/test_base_files.py", "planning/test_nemo_archive.py", "planning/test_nemo_yaml.py"),
+    *("planning/test_data_files.py", "planning/test_data_lines.py", "planning/test_data_page.py"),
+    *("planning/test_override_lines.py", "planning/test_prompt_template.py", "planning/test_run_numbers.py"),
+)
+"""The folders and files that `make test-mcore016` leaves out. All others run on both releases of megatron-core."""
 
 collect_ignore = [] if importlib.util.find_spec("nemo") else list(NEED_NEMO)
 
