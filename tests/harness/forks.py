@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import warnings
@@ -25,6 +26,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+from tqdm import tqdm
 
 __all__ = [
     "FORK_SERVER",
@@ -208,6 +211,7 @@ def _run_sitecustomize() -> None:
 
 def _exit(function: Callable[..., int], *args: Any) -> None:
     """Ends this process with the function's exit code, as the interpreter does: exit handlers, then the flushes."""
+    tqdm.set_lock(threading.RLock())  # another thread of the parent may have held the old one
     try:
         code = function(*args)
     except SystemExit as end:

@@ -136,11 +136,12 @@ def always() -> dict[str, bool]:
     }
 
 
+FIRST_IS_BEST = (f"{PARAMS}.monitor=global_step", f"{PARAMS}.mode=min")
+
+
 def best() -> dict[str, bool]:
-    """save_best_model with save_nemo_on_train_end: writes the best checkpoint's adapter; the mode makes it the first."""
-    result = run(
-        "best", f"{PARAMS}.save_nemo_on_train_end=true", f"{PARAMS}.save_best_model=true", f"{PARAMS}.mode=max"
-    )
+    """save_best_model with save_nemo_on_train_end: writes the best checkpoint's adapter; the monitor makes it the first."""
+    result = run("best", f"{PARAMS}.save_nemo_on_train_end=true", f"{PARAMS}.save_best_model=true", *FIRST_IS_BEST)
     first = adapter_in(checkpoint("best", 2))
     return {
         "the best": same(state(nemo("best")), first),
@@ -153,7 +154,7 @@ def best() -> dict[str, bool]:
 def always_best() -> dict[str, bool]:
     """always_save_nemo with save_best_model: writes the best adapter so far, and the run itself is unchanged."""
     early = At(6, lambda _: state(nemo("always_best")))
-    best_so_far = [f"{PARAMS}.always_save_nemo=true", f"{PARAMS}.save_best_model=true", f"{PARAMS}.mode=max"]
+    best_so_far = [f"{PARAMS}.always_save_nemo=true", f"{PARAMS}.save_best_model=true", *FIRST_IS_BEST]
     run("always_best", "trainer.max_steps=6", *best_so_far, callbacks=(early,))
     run("always_best_straight", "trainer.max_steps=6")
     first = adapter_in(checkpoint("always_best", 2))
