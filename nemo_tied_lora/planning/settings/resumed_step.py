@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compares the length of a run with the checkpoint from which it would resume, before the base is loaded.
 
-Lightning takes no step if the checkpoint is further: the run would write the checkpoint's adapter again, without a word.
+Lightning takes no step if the checkpoint is further: the run would silently write the checkpoint's adapter again.
 Reads only `checkpoint.json`, or the step in the name of NeMo's own checkpoint. Needs no torch.
 """
 

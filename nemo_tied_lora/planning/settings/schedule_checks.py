@@ -2,7 +2,7 @@
 """Checks the numbers of a training run's steps, epochs, validations and rates against each other. Needs no torch.
 
 What has a sensible meaning is adjusted by `run_length`, and `run_lines` says so. The rest is refused here, before the
-base is loaded: Lightning and NeMo would fail after that, or would do something else without a word.
+base is loaded: Lightning and NeMo would fail after that, or would silently do something else.
 """
 
 from __future__ import annotations
