@@ -29,6 +29,7 @@ NEED_NEMO = (
     *("benchmarks", "commands", "conversion", "launching", "nemo", "project", "slurm"),
     # What only NeMo's configuration and files have. It imports no torch, and does not depend on megatron-core.
     *("planning/test_base_files.py", "planning/test_nemo_archive.py", "planning/test_nemo_yaml.py"),
+    *("planning/test_nemo_generation_keys.py", "planning/test_values_of_another_kind.py"),
     *("planning/test_data_files.py", "planning/test_data_lines.py", "planning/test_data_page.py"),
     *("planning/test_override_lines.py", "planning/test_prompt_template.py", "planning/test_run_numbers.py"),
 )

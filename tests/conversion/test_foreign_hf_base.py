@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from nemo_tied_lora.conversion.hf_config_file import known_keys, read_hf_config
 from nemo_tied_lora.conversion.hf_folder import HfFolder, read_hf_folder
 from nemo_tied_lora.conversion.hf_tokenizer import tokenizer_section
+from tests.harness import lora_folders
 from tests.harness.lora_folders import problems_of
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -57,18 +58,11 @@ def copy(saved: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
 
 
 def edit(folder: Path, **values: Any) -> Path:
-    """Changes keys of config.json."""
-    config = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps({**config, **values}))
-    return folder
+    return lora_folders.edit(folder, CONFIG, **values)
 
 
 def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> Path:
-    """Changes the tensors in place."""
-    tensors = load_file(folder / WEIGHTS)
-    change(tensors)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
-    return folder
+    return lora_folders.edit_tensors(folder, change, WEIGHTS)
 
 
 # config.json.

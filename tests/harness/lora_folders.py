@@ -21,17 +21,19 @@ __all__ = ["CONFIG", "WEIGHTS", "edit", "edit_tensors", "problems_of", "with_upd
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-def edit(folder: Path, **values: Any) -> Path:
-    """Changes keys of adapter_config.json."""
-    config = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps({**config, **values}))
+def edit(folder: Path, file: str = CONFIG, /, **values: Any) -> Path:
+    """Changes keys of a JSON file."""
+    config = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**config, **values}))
     return folder
 
 
-def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> Path:
-    """Changes the tensors."""
-    tensors = load_file(folder / WEIGHTS)
-    save_file(change(tensors) or tensors, folder / WEIGHTS)
+def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any], file: str = WEIGHTS) -> Path:
+    """Writes the dictionary that `change` returns, or the one that it has changed in place."""
+    tensors = load_file(folder / file)
+    result = change(tensors)
+    written = result if isinstance(result, dict) else tensors
+    save_file({name: tensor.contiguous() for name, tensor in written.items()}, folder / file)
     return folder
 
 

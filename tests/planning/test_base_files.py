@@ -66,7 +66,7 @@ def test_the_message_of_a_cut_names_the_file_in_it_and_the_remedy(tmp_path: Path
         first.offset_data
         + 1000: "cut off: model_weights/__0_0.distcp has 3,000 bytes, but the file ends after 1,000 of them",
         last.offset_data + 512: f"cut off: it ends at byte {end:,}, before the end marker of a tar",
-        len(whole) - 100: f"cut off: it has {len(whole) - 100:,} bytes, which are no whole blocks of 512",
+        len(whole) - 100: f"cut off: it has {len(whole) - 100:,} bytes, not a multiple of 512",
     }
     for place, expected in messages.items():
         path.write_bytes(whole[:place])
