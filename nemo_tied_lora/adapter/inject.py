@@ -40,7 +40,7 @@ def inject(model: nn.Module | Sequence[nn.Module], config: TiedLoraConfig) -> Ad
     """Adds Tied-LoRA to a Megatron model in place and freezes everything else.
 
     All ranks of the job must call this together, before the model is wrapped in Megatron's DDP. If it fails on one
-    rank, it raises on all of them, and every model is as it was.
+    rank, it raises on all ranks and changes no model.
 
     Args:
         model: one Megatron module (a GPTModel, wrapped or not), or the list of a stage's chunks. A stage or chunk may

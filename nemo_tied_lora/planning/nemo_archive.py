@@ -91,7 +91,11 @@ class NemoFiles:
 
 @lru_cache(maxsize=16)
 def _members(path: str, size: int, modified_ns: int) -> Mapping[str, tuple[int, int]]:
-    """Each regular file's first byte and size, of the tar as it was then. A command asks several times."""
+    """The first byte and the size of each regular file in a tar. Cached, because a command asks several times.
+
+    Args:
+        size, modified_ns: the tar's, so that a changed tar is read again.
+    """
     found: dict[str, tuple[int, int]] = {}
     last: tarfile.TarInfo | None = None
     try:
@@ -138,4 +142,4 @@ def _check_end(tar: Any, size: int) -> None:
         while file.read(1 << 20):  # the stream's own end has a checksum
             pass
     elif size % _BLOCK:
-        raise tarfile.ReadError(f"cut off: it has {size:,} bytes, which are no whole blocks of {_BLOCK}; {_AGAIN}")
+        raise tarfile.ReadError(f"cut off: it has {size:,} bytes, not a multiple of {_BLOCK}; {_AGAIN}")

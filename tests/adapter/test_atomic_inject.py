@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One process and two ranks: an injection that fails anywhere leaves every model as it was, and raises on every rank."""
+"""One process and two ranks: an injection that fails on any rank raises on all ranks and changes no model."""
 
 from __future__ import annotations
 
