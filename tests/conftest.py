@@ -26,7 +26,7 @@ ALLOWED_SKIPS = ("needs a CUDA device", *(() if os.environ.get("CI") else ("need
 """How the allowed reasons of a skip begin. Any other skip is a failure. CI must have a SLURM."""
 
 NEED_NEMO = (
-    *("benchmarks", "commands", "conversion", "launching", "nemo", "project", "slurm"),
+    *("benchmarks", "commands", "conversion", "launching", "nemo", "project", "slurm", "tasks"),
     # What only NeMo's configuration and files have. It imports no torch, and does not depend on megatron-core.
     *("planning/test_base_files.py", "planning/test_nemo_archive.py", "planning/test_nemo_yaml.py"),
     *("planning/test_nemo_generation_keys.py", "planning/test_values_of_another_kind.py"),
