@@ -38,6 +38,7 @@ def run_command(
     check: Callable[[Mapping[str, Any]], Sequence[str] | None],
     run: Callable[[DictConfig, Rank], Any],
     check_files: Callable[[Mapping[str, Any]], None] | None = None,
+    make_files: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> int:
     """Composes and checks the configuration before torch is imported, then runs the command on every rank.
 
@@ -48,6 +49,8 @@ def run_command(
         run: one rank's work on the composed configuration.
         check_files: raises ConfigError if a line of data is wrong. One process calls it: the one that starts the ranks,
             or else rank 0.
+        make_files: makes the files that `check_files` then reads, if they are not there. The same process calls it, once
+            nothing else is wrong.
 
     Returns:
         0 for success, 2 if the configuration is refused, 3 if a guard stopped the run, `preemption.exit_code` if a
@@ -69,8 +72,11 @@ def run_command(
         problems += _launcher_problems(values)
     if is_rank():
         work = partial(_run_rank, cfg, run)
-        read = None if check_files is None or checked_already(values) else partial(check_files, values)
+        steps = [step for step in (make_files, check_files) if step is not None]
+        read = None if not steps or checked_already(values) else partial(_all, steps, values)
         return run_as_rank(command, values, problems, work, read, lines)
+    if values and make_files is not None and not problems:
+        problems.attempt(make_files, values)
     if values and check_files is not None:
         problems.attempt(check_files, values)
     if problems:
@@ -87,6 +93,11 @@ def run_command(
     code = start_ranks("nemo_tied_lora.commands.main", [command, *argv], layout.devices)
     # A rank that a stop signal ended before it could answer: nothing was to be saved, and the same command starts it again.
     return values["preemption"]["exit_code"] if code in _STOPPED_EARLY and "preemption" in values else code
+
+
+def _all(steps: Sequence[Callable[[Mapping[str, Any]], None]], values: Mapping[str, Any]) -> None:
+    for step in steps:
+        step(values)
 
 
 def _launcher_problems(values: Mapping[str, Any]) -> Iterator[str]:

@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from omegaconf import DictConfig
 
 from nemo_tied_lora.commands.distributed_command import run_command
 from nemo_tied_lora.commands.program import run_program
+from nemo_tied_lora.commands.task_data import check_task, make_task_files
+from nemo_tied_lora.errors import Problems
 from nemo_tied_lora.planning.data.data_files import check_training_files
 from nemo_tied_lora.planning.preflight import check_finetuning
 from nemo_tied_lora.resilience.rank import Rank
@@ -21,6 +24,7 @@ SUMMARY = "fine-tune a NeMo GPT with Tied-LoRA and write the adapter as one .nem
 _EXAMPLES = """  tied-lora finetune recipe=quickstart layout=tp2
   tied-lora finetune model.restore_from_path=llama2_7b.nemo layout=tp8 preset=tl6 model.peft.tied_lora.rank=8 \\
       "model.data.train_ds.file_names=[train.jsonl]" "model.data.validation_ds.file_names=[validation.jsonl]"
+  tied-lora finetune task=nli_wordnet_senses model.restore_from_path=base.nemo layout=pp2 trainer.max_steps=150
   torchrun --nproc-per-node 8 -m nemo_tied_lora.commands.finetune layout=tp8 ...
 """
 
@@ -32,11 +36,25 @@ def main(argv: list[str]) -> int:
         argv,
         summary=SUMMARY,
         examples=_EXAMPLES,
-        groups=("data", "optim", "preset", "layout", "recipe"),
-        check=check_finetuning,
+        groups=("data", "task", "optim", "preset", "layout", "recipe"),
+        check=_check,
         check_files=check_training_files,
+        make_files=make_task_files,
         run=_run,
     )
+
+
+def _check(values: Mapping[str, Any]) -> list[str]:
+    """Checks the task and the rest.
+
+    Raises:
+        ConfigError: with all problems.
+    """
+    problems = Problems()
+    problems.attempt(check_task, values)
+    lines = problems.attempt(check_finetuning, values)
+    problems.raise_if_any()
+    return lines or []
 
 
 def _run(cfg: DictConfig, rank: Rank) -> Any:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from omegaconf import DictConfig
 
 from nemo_tied_lora.commands.hydra_flags import parser, print_config, print_notes, yaml_sources
+from nemo_tied_lora.commands.task_data import check_task
 from nemo_tied_lora.errors import ConfigError, report
 from nemo_tied_lora.launching.submit import Launch, prepare, print_launch, run_here, submit
 from nemo_tied_lora.launching.sweep import expand_short_keys
@@ -33,7 +34,7 @@ _OWN = ("dry_run", "cluster", "model")
 
 def main(argv: list[str]) -> int:
     """Returns 0 for success, 2 if the configuration is refused, else the exit code of a run on this machine."""
-    groups = ("cluster", "model", "layout", "preset", "data", "optim", "recipe")
+    groups = ("cluster", "model", "layout", "preset", "data", "task", "optim", "recipe")
     options = parser("launch", SUMMARY, _EXAMPLES, groups).parse_intermixed_args(argv)
     own, arguments = _split([expand_short_keys(argument) for argument in options.overrides])
     try:
@@ -42,6 +43,8 @@ def main(argv: list[str]) -> int:
         if options.cfg:
             return _print_configs(settings, arguments, sources, options)
         launch = prepare(plain(settings), arguments, sources)
+        for cfg in launch.configs:
+            check_task(plain(cfg))
         print_notes("launch", launch.notes)
         if settings.dry_run:
             print_launch(launch)

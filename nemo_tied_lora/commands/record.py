@@ -13,6 +13,7 @@ from pathlib import Path
 
 from nemo_tied_lora.commands.hydra_flags import parser, yaml_sources
 from nemo_tied_lora.commands.program import run_program
+from nemo_tied_lora.commands.task_data import check_task, make_task_files
 from nemo_tied_lora.errors import ConfigError, Problems, report
 from nemo_tied_lora.launching.run_record import write_record
 from nemo_tied_lora.planning.composing.compose import compose_config, plain
@@ -33,7 +34,10 @@ def main(arguments: Sequence[str]) -> int:
         cfg = compose_config("finetune", options.overrides, yaml_sources("finetune", options))
         write_record(Path(folder), cfg, rest)
         values, problems = plain(cfg), Problems()
+        problems.attempt(check_task, values)
         problems.attempt(check_finetuning, values)
+        if not problems:
+            problems.attempt(make_task_files, values)
         problems.attempt(check_training_files, values)
         problems.raise_if_any()
     except ConfigError as error:

@@ -201,7 +201,7 @@ def _yaml_problems(
 
 def _run_problems(values: dict[str, Any], cluster: Cluster, expected: Mapping[str, Any] | None) -> Iterator[str]:
     """Yields what `tied-lora finetune` would refuse, if this machine can see it, and differences between base and `model=`."""
-    unseen = _to_host(values["model"], cluster.container)
+    unseen = _to_host(values, cluster.container)
     problems = Problems()
     problems.attempt(check_finetuning, values, runs_here=cluster.kind == "local")
     yield from (problem for problem in problems if not any(path in problem for path in unseen))
@@ -221,7 +221,7 @@ def _run_problems(values: dict[str, Any], cluster: Cluster, expected: Mapping[st
 
 def _save_problems(values: dict[str, Any], cluster: Cluster) -> Iterator[str]:
     """Compares the warning time before the time limit with the time of a save, if the run has no other problems."""
-    _to_host(values["model"], cluster.container)
+    _to_host(values, cluster.container)
     try:
         arch = Architecture.from_model_config(base_model_config(values["model"].get("restore_from_path")))
         layout, config = Layout.from_config(values), adapter_section(values["model"]["peft"])
@@ -235,7 +235,7 @@ def _save_problems(values: dict[str, Any], cluster: Cluster) -> Iterator[str]:
         )
 
 
-def _to_host(model: dict[str, Any], container: Container) -> set[str]:
+def _to_host(values: dict[str, Any], container: Container) -> set[str]:
     """Replaces the container's paths by this machine's. Returns those outside every mount, which cannot be checked here."""
     unseen = set()
 
@@ -247,6 +247,9 @@ def _to_host(model: dict[str, Any], container: Container) -> set[str]:
             unseen.add(str(path))
         return outside or path
 
+    model, task = values["model"], values.get("task")
+    if isinstance(task, dict):
+        task["folder"] = host(task.get("folder"))
     model["restore_from_path"] = host(model.get("restore_from_path"))
     model["peft"]["restore_from_path"] = host(model["peft"].get("restore_from_path"))
     for name in ("train_ds", "validation_ds", "test_ds"):

@@ -104,6 +104,8 @@ def test_every_command_on_a_page_composes(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "conf").mkdir()
     (tmp_path / "conf" / "mine.yaml").write_text("name: mine\n")  # a user's own YAML
+    (tmp_path / "my_configs" / "task").mkdir(parents=True)
+    (tmp_path / "my_configs" / "task" / "mine.yaml").write_text("# @package _global_\n")  # a user's own group
     for line in command_lines(page.read_text()):
         assert composes(line), f"{line}\n{capsys.readouterr().err}"
     capsys.readouterr()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_tied_lora.errors import is_whole_number
-from nemo_tied_lora.planning.data.data_files import SECTIONS, unreadable
+from nemo_tied_lora.planning.data.data_files import SECTIONS, made_by_task, unreadable
 from nemo_tied_lora.planning.data.prompt_template import training_template_problems
 from nemo_tied_lora.planning.parallel_layout import Layout
 
@@ -56,7 +56,8 @@ def data_problems(cfg: Mapping[str, Any], *, runs_here: bool = True) -> Iterator
         if not chat:
             yield from _template_problems(name, section, told)
         for file in dict.fromkeys(map(str, files)):
-            yield from unreadable(key, Path(file))
+            if not made_by_task(cfg, Path(file)):
+                yield from unreadable(key, Path(file))
 
 
 def _template_problems(name: str, section: Mapping[str, Any], told: set[str]) -> Iterator[str]:

@@ -18,7 +18,15 @@ from nemo_tied_lora.planning.data.jsonl_lines import check_file
 from nemo_tied_lora.planning.data.packed_files import packed_problem
 from nemo_tied_lora.planning.data.prompt_template import template_fields, template_problems, training_template_problems
 
-__all__ = ["SECTIONS", "check_prompts_file", "check_training_files", "checked_already", "mark_checked", "unreadable"]
+__all__ = [
+    "SECTIONS",
+    "check_prompts_file",
+    "check_training_files",
+    "checked_already",
+    "made_by_task",
+    "mark_checked",
+    "unreadable",
+]
 
 SECTIONS = ("train_ds", "validation_ds", "test_ds")
 
@@ -69,6 +77,12 @@ def unreadable(key: str, path: Path) -> Iterator[str]:
             path.open("rb").close()
     except OSError as error:
         yield f"{key}: {path}: cannot be read: {error.strerror}"
+
+
+def made_by_task(cfg: Mapping[str, Any], path: Path) -> bool:
+    """Whether the file need not be there yet: `task=NAME` makes it before it is read."""
+    task = cfg.get("task")
+    return isinstance(task, Mapping) and path.parent == Path(str(task.get("folder"))) and not path.exists()
 
 
 def mark_checked(cfg: Mapping[str, Any]) -> None:
