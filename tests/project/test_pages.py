@@ -16,6 +16,7 @@ from nemo_tied_lora.commands.main import COMMANDS, main
 from nemo_tied_lora.config import TiedLoraConfig
 from nemo_tied_lora.errors import ConfigError
 from nemo_tied_lora.planning.composing.compose import compose_config, plain
+from nemo_tied_lora.planning.composing.yaml_sources import YamlSources
 from tests.harness.paths import ROOT
 from tests.project import room_diagram
 
@@ -194,7 +195,9 @@ def composes(line: str) -> bool:
         return False
     if command in ("finetune", "plan"):
         keys = [word for word in overrides if not word.startswith("--")]
-        section = plain(compose_config(command, keys))["model"]["peft"].get("tied_lora")
+        folders = [Path(word.partition("=")[2]) for word in overrides if word.startswith("--config-dir=")]
+        sources = YamlSources(config_dir=folders[0].resolve()) if folders else None
+        section = plain(compose_config(command, keys, sources))["model"]["peft"].get("tied_lora")
         try:
             TiedLoraConfig.from_mapping(section or {})
         except ConfigError:
