@@ -17,7 +17,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["file_beside", "put_in_place", "replace_file", "replace_folder", "write_atomically", "write_json"]
+__all__ = [
+    "file_beside",
+    "folder_beside",
+    "put_in_place",
+    "replace_file",
+    "replace_folder",
+    "room_problem",
+    "size_text",
+    "write_atomically",
+    "write_json",
+]
 
 
 def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> Path:
@@ -61,6 +71,42 @@ def file_beside(path: Path, suffix: str = "") -> Iterator[tuple[IO[bytes], Path]
             yield file, temporary
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def folder_beside(path: Path) -> Iterator[Path]:
+    """Yields a new temporary folder beside `path`, and removes it at the end.
+
+    It is locked as in `file_beside`: a folder for `path` that a killed process has left is removed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.????????"):
+        if left.is_dir() and time.time() - left.stat().st_mtime > _TIME_TO_LOCK:
+            with contextlib.suppress(OSError), _locked(left):
+                shutil.rmtree(left, ignore_errors=True)
+    with contextlib.ExitStack() as stack:
+        made = tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent, ignore_cleanup_errors=True)
+        folder = Path(stack.enter_context(made))
+        with contextlib.suppress(OSError):  # a file system without locks
+            stack.enter_context(_locked(folder))
+        yield folder
+
+
+def room_problem(path: Path, needed: int) -> str | None:
+    """What is missing on the disk of `path`, which need not exist yet, if fewer than `needed` bytes are free there."""
+    folder = path.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free >= needed:
+        return None
+    amounts = f"{size_text(needed)} are needed, {size_text(free)} are free"
+    return f"no room on the disk of {folder}: {amounts}, {size_text(needed - free)} are missing; free them, or name another disk"
+
+
+def size_text(number: int) -> str:
+    """Bytes in MB, or GB from 10 GB on."""
+    return f"{number / 1e9:.1f} GB" if number >= 1e10 else f"{-(-number // 1_000_000):,} MB"
 
 
 def replace_folder(path: Path, write: Callable[[Path], object]) -> Path:
@@ -109,6 +155,17 @@ def _remove_left_behind(path: Path, suffix: str) -> None:
             if time.time() - left.stat().st_mtime > _TIME_TO_LOCK:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 left.unlink()
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds a lock on a folder. Raises OSError if another process holds it, or the file system has no locks."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
 
 
 # Seconds. A younger file may belong to a process that has not locked it yet.

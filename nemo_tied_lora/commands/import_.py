@@ -14,7 +14,9 @@ from omegaconf import DictConfig
 from nemo_tied_lora.commands.distributed_command import run_command
 from nemo_tied_lora.commands.local_command import check_output, check_paths, run_composed
 from nemo_tied_lora.config import TiedLoraConfig
+from nemo_tied_lora.conversion.gguf_file import GgufFile, read_gguf
 from nemo_tied_lora.conversion.hf_config_file import read_hf_config
+from nemo_tied_lora.conversion.import_room import import_room_problem
 from nemo_tied_lora.conversion.nemo_lora_config import read_nemo_lora_config
 from nemo_tied_lora.conversion.peft_lora_config import read_peft_config
 from nemo_tied_lora.errors import ConfigError, Problems
@@ -29,6 +31,7 @@ SOURCES = ("hf-base", "lora")
 _GROUPS = ("preset",)
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _EXAMPLES = """  tied-lora import from=hf-base path=my-hf-folder output=base.nemo
+  tied-lora import from=hf-base path=SmolLM2-135M-Instruct.Q4_1.gguf output=base.nemo
   tied-lora import from=hf-base path=my-hf-folder output=base.nemo dtype=bfloat16 verify=false
   tied-lora import from=lora path=my-peft-folder base=base.nemo output=adapter.nemo rank=16
   tied-lora import from=lora path=nemo_lora.nemo output=adapter.nemo rank=16 preset=tl5
@@ -195,16 +198,14 @@ def _check(cfg: Mapping[str, Any]) -> None:
     check_paths(cfg, "path", "output")
     problems = Problems()
     problems.one_of("from", cfg["from"], SOURCES)
-    if cfg["path"] is None or not Path(cfg["path"]).is_dir():
-        problems.append(f"path={cfg['path']}: no such folder; name a Hugging Face model's")
-    elif not (Path(cfg["path"]) / "config.json").is_file():
-        is_lora = (Path(cfg["path"]) / "adapter_config.json").is_file()
-        what = "is a LoRA, not a model; import it with from=lora" if is_lora else "holds no config.json; name a model"
-        problems.append(f"path={cfg['path']}: {what}")
-    else:
-        problems.attempt(read_hf_config, Path(cfg["path"]))
+    gguf = problems.attempt(_check_source, cfg["path"])
     check_output(problems, cfg["output"], [cfg["path"]])
     problems.one_of("dtype", cfg["dtype"], _DTYPES)
+    if not problems:
+        numbers = 0 if gguf is None else sum(gguf.numbers.values())
+        folder = Path(cfg["path"]) if gguf is None else None
+        room = import_room_problem(Path(cfg["output"]), cfg["dtype"], folder=folder, gguf_numbers=numbers)
+        problems += [f"output={cfg['output']}: {room}"] if room else []
     problems.whole_number("vocab_multiple", cfg["vocab_multiple"])
     if not isinstance(cfg["tolerance"], (int, float)) or cfg["tolerance"] <= 0:
         problems.append(f"tolerance={cfg['tolerance']}: must be greater than 0")
@@ -213,3 +214,22 @@ def _check(cfg: Mapping[str, Any]) -> None:
             "trainer.devices, trainer.num_nodes: must be 1: import runs on one rank; the .nemo loads on any layout"
         )
     problems.raise_if_any()
+
+
+def _check_source(path: str | None) -> GgufFile | None:
+    """Checks that `path` is a Hugging Face folder or a GGUF file that can be imported. Returns the file's description.
+
+    Raises:
+        ConfigError: all problems together.
+    """
+    if path is not None and Path(path).is_file():
+        return read_gguf(Path(path))
+    if path is None or not Path(path).is_dir():
+        raise ConfigError([f"path={path}: no such folder or file; name a Hugging Face model's folder, or a GGUF file"])
+    if not (Path(path) / "config.json").is_file():
+        is_lora = (Path(path) / "adapter_config.json").is_file()
+        files = sorted(Path(path).glob("*.gguf"))
+        what = "is a LoRA, not a model; import it with from=lora" if is_lora else "holds no config.json; name a model"
+        raise ConfigError([f"path={path}: {what if not files else f'write path={files[0]}'}"])
+    read_hf_config(Path(path))
+    return None

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Converts a Hugging Face folder to a base `.nemo` that loads on any layout, and compares it with transformers."""
+"""Converts a Hugging Face folder or a GGUF file to a base `.nemo` that loads on any layout, and compares it with transformers."""
 
 from __future__ import annotations
 
 import copy
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ from lightning.pytorch import Trainer
 from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronLMPPTrainerBuilder
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from nemo_tied_lora.conversion.gguf_file import read_gguf
 from nemo_tied_lora.conversion.hf_config import NemoKeys
 from nemo_tied_lora.conversion.hf_folder import HfFolder, read_hf_folder
 from nemo_tied_lora.conversion.hf_tokenizer import differing_texts, tokenizer_section
 from nemo_tied_lora.conversion.hf_weights import megatron_tensors
 from nemo_tied_lora.errors import ConfigError, Problems
+from nemo_tied_lora.files import folder_beside
 from nemo_tied_lora.nemo.generation import load_base, next_token_logits
 from nemo_tied_lora.nemo.model import MegatronGPTTiedLoraModel
 from nemo_tied_lora.nemo.process_groups import ensure_process_groups
@@ -51,15 +54,46 @@ class Comparison:
 
 
 def import_hf_base(cfg: DictConfig) -> tuple[NemoKeys, Comparison | None]:
-    """Converts `cfg.path` to `cfg.output`. One rank calls it.
+    """Converts `cfg.path`, a Hugging Face folder or a GGUF file, to `cfg.output`. One rank calls it.
 
-    The file gets its name only after a model restored from it agrees with transformers.
+    The file gets its name only after a model restored from it agrees with transformers. All temporary files are in one
+    folder beside the output: the Hugging Face folder that is made of a GGUF file, and what NeMo packs and unpacks.
 
     Raises:
         ConfigError: the model cannot be imported, its files are damaged or incomplete, or the logits differ by more
             than `cfg.tolerance` of the largest one.
     """
-    folder, output = Path(cfg.path), Path(cfg.output)
+    output = Path(cfg.output)
+    with folder_beside(output) as beside, _temporary_files_in(beside):
+        if Path(cfg.path).is_dir():
+            return _import_folder(cfg, Path(cfg.path), beside / output.name, {})
+        return _import_gguf(cfg, beside)
+
+
+def _import_gguf(cfg: DictConfig, beside: Path) -> tuple[NemoKeys, Comparison | None]:
+    """Makes a Hugging Face folder of a GGUF file, and imports that."""
+    from nemo_tied_lora.conversion.from_gguf import gguf_notes, write_hf_folder
+
+    source = read_gguf(Path(cfg.path))
+    folder = beside / "gguf" / source.name
+    lossy = write_hf_folder(source, folder)
+    record = {"file": source.path.name, "quantisation": source.quantisation}
+    try:
+        keys, comparison = _import_folder(cfg, folder, beside / Path(cfg.output).name, record)
+    except ConfigError as error:
+        raise ConfigError(line.replace(str(folder), str(cfg.path)) for line in error.problems) from error
+    keys.notes[:0] = [*gguf_notes(source), *lossy]
+    return keys, comparison
+
+
+def _import_folder(
+    cfg: DictConfig, folder: Path, written: Path, record: Mapping[str, str]
+) -> tuple[NemoKeys, Comparison | None]:
+    """Writes the model of a Hugging Face folder to `written`, compares it with transformers, and moves it to `cfg.output`.
+
+    Args:
+        record: goes into the base's `model.huggingface`.
+    """
     source = read_hf_folder(folder, cfg.vocab_multiple)
     keys, tokenizer = source.keys, tokenizer_section(folder)
     dtype = source.dtype if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
@@ -69,18 +103,23 @@ def import_hf_base(cfg: DictConfig) -> tuple[NemoKeys, Comparison | None]:
     if cfg.verify:
         tokens = _sample_tokens(source.config["vocab_size"], keys.model["encoder_seq_length"])
         expected = _transformers_logits(source, tokens)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as beside:
-        written = Path(beside) / output.name
-        _write(cfg, source, tokenizer, dtype, written)
-        comparison = None if expected is None else _compare(cfg, written, folder, tokens, expected)
-        if comparison is not None and not comparison.relative <= cfg.tolerance:
-            difference = f"{comparison.largest_difference:.2e}, {comparison.relative:.1e} of the largest"
-            raise ConfigError(
-                [f"path={folder}: the imported model's logits differ by {difference}; nothing was written"]
-            )
-        os.replace(written, output)
+    _write(cfg, source, tokenizer, dtype, written, record)
+    comparison = None if expected is None else _compare(cfg, written, folder, tokens, expected)
+    if comparison is not None and not comparison.relative <= cfg.tolerance:
+        difference = f"{comparison.largest_difference:.2e}, {comparison.relative:.1e} of the largest"
+        raise ConfigError([f"path={folder}: the imported model's logits differ by {difference}; nothing was written"])
+    os.replace(written, cfg.output)
     return keys, comparison
+
+
+@contextmanager
+def _temporary_files_in(folder: Path) -> Iterator[None]:
+    """NeMo packs and unpacks a `.nemo` in Python's temporary folder, and leaves the weights there if it is killed."""
+    before, tempfile.tempdir = tempfile.tempdir, str(folder)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
 
 
 def _sample_tokens(vocab_size: int, length: int) -> torch.Tensor:
@@ -130,7 +169,14 @@ class _EmptyModel(MegatronGPTTiedLoraModel):
         return config
 
 
-def _write(cfg: DictConfig, source: HfFolder, tokenizer: Mapping[str, Any], dtype: torch.dtype, path: Path) -> None:
+def _write(
+    cfg: DictConfig,
+    source: HfFolder,
+    tokenizer: Mapping[str, Any],
+    dtype: torch.dtype,
+    path: Path,
+    record: Mapping[str, str],
+) -> None:
     folder, keys, config = source.weights.folder, source.keys, source.config
     model_cfg = copy.deepcopy(cfg.model)
     OmegaConf.resolve(model_cfg)
@@ -144,6 +190,7 @@ def _write(cfg: DictConfig, source: HfFolder, tokenizer: Mapping[str, Any], dtyp
             "model_type": config["model_type"],
             "name": folder.name,
             "vocab_size": config["vocab_size"],
+            **record,
         }
         model_cfg.target = f"{MegatronGPTTiedLoraModel.__module__}.{MegatronGPTTiedLoraModel.__qualname__}"
     trainer: Trainer = MegatronLMPPTrainerBuilder(cfg).create_trainer()

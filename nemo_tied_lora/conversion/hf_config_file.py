@@ -70,6 +70,7 @@ _HARMLESS = _words(
     remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens unsloth_version
     _num_labels n_special predict_special_tokens output_past xla_device use_flash_attention use_flash_attn
     unsloth_fixed transformers.js_config is_llama_config max_sequence_length model_max_length initializer_range
+    gguf_file keys_to_ignore_at_inference local_files_only revision token trust_remote_code use_auth_token
     """
 )
 """Metadata, generation and training: no effect on the logits."""
@@ -211,6 +212,8 @@ def key_problems(config: Mapping[str, Any]) -> Iterator[str]:
     """A line for each key of config.json whose value Megatron's layers cannot have, or whose meaning is not known."""
     known = known_keys(config["model_type"])
     for key, value in config.items():
+        if key.startswith("_"):  # transformers' own notes, such as _name_or_path: no layer's class reads one
+            continue
         allowed, fix = known.get(
             key, (_off, f"this release does not know this key; remove it if the model is the same without {key}")
         )

@@ -10,7 +10,7 @@ from typing import Any
 from nemo_tied_lora.errors import ConfigError
 from nemo_tied_lora.nemo.stored_tokenizer import STORED_FILES
 
-__all__ = ["differing_texts", "tokenizer_section"]
+__all__ = ["differing_texts", "texts_not_given_back", "tokenizer_section"]
 
 _TEXTS = (
     "The quick brown fox jumps over the lazy dog.",
@@ -74,6 +74,14 @@ def differing_texts(folder: Path, tokenizer: Any) -> tuple[str, ...]:
         raise RuntimeError(f"{type(error).__name__}: {error}".splitlines()[0]) from error
     pairs = [(t, theirs(t, add_special_tokens=False)["input_ids"]) for t in _TEXTS]
     return tuple(text for text, ids in pairs if list(tokenizer.text_to_ids(text)) != ids)
+
+
+def texts_not_given_back(folder: Path) -> tuple[str, ...]:
+    """The sample texts that Hugging Face's tokenizer does not decode again from their ids, except for blanks at the ends."""
+    theirs = _theirs(folder)
+    ids = [theirs(text, add_special_tokens=False)["input_ids"] for text in _TEXTS]
+    decoded = [theirs.decode(one, clean_up_tokenization_spaces=False).strip() for one in ids]
+    return tuple(text for text, back in zip(_TEXTS, decoded, strict=True) if back != text.strip())
 
 
 def _theirs(folder: Path) -> Any:

@@ -63,7 +63,7 @@ def _content(path: Path, head: bytes) -> str | None:
     if head.startswith(b"PK\x03\x04") or head[:2] in (b"\x80\x02", b"\x80\x04"):
         return f"is a file of torch.save or a zip; if a Hugging Face model: {_IMPORT.format(folder=folder)}"
     if head.startswith(b"GGUF"):
-        return "is a GGUF file; get the Hugging Face model, then tied-lora import from=hf-base"
+        return f"is a GGUF file; {_IMPORT.format(folder=path)}"
     if _is_safetensors(head):
         adapter = (folder / "adapter_config.json").is_file()
         return f"is a safetensors file; {(_LORA if adapter else _IMPORT).format(folder=folder)}"

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gguf import GGMLQuantizationType
 
 from tests.harness.hugging_face_models import FAMILIES, SEQUENCE, save_model, tokens
 
@@ -63,12 +64,43 @@ def _import_all(folder: Path) -> dict[str, Any]:
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         run_import(compose_config("import", ["from=hf-base", *half]))
     results["half"] = printed.getvalue()
+    results["gguf"] = _gguf(folder)
     results["refusal"] = _refusal(folder)
     results["stock"] = _stock_lora(folder)
     results["legacy"] = _legacy(folder)
     results["rowless"] = _rowless(folder)
     results["merge"] = _check_of_a_merge(folder)
     return results
+
+
+def _gguf(folder: Path) -> dict[str, Any]:
+    """The import of a quantised Llama with a byte-level BPE; the same numbers and ids without GGUF."""
+    import transformers
+
+    from nemo_tied_lora.commands.import_ import _run as run_import
+    from nemo_tied_lora.nemo.generation import next_token_logits
+    from nemo_tied_lora.planning.base_config import base_model_config
+    from nemo_tied_lora.planning.composing.compose import compose_config
+    from tests.harness.gguf_files import bpe_vocabulary, write_gguf
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "llama")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "gpt2")
+    vocabulary = bpe_vocabulary(tokenizer, "gpt-2", model.config.vocab_size, add_bos_token=False)
+    file = write_gguf(folder / "tiny-model.Q4_1.gguf", model, vocabulary, kind=GGMLQuantizationType.Q4_1)
+    words = [f"path={file}", f"output={folder / 'gguf.nemo'}"]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        run_import(compose_config("import", ["from=hf-base", *words]))
+    restored = _restore(folder / "gguf.nemo", tp=1, pp=1)
+    with torch.no_grad():
+        expected = model.eval()(tokens("llama")).logits
+    text = "In 1376, def f(x): two  blanks"
+    return {
+        "printed": printed.getvalue(),
+        "logits": torch.stack(next_token_logits(restored, tokens("llama").tolist())),
+        "expected": expected,
+        "ids": (list(restored.tokenizer.text_to_ids(text)), tokenizer(text)["input_ids"]),
+        "record": dict(base_model_config(str(folder / "gguf.nemo"), key="base")["huggingface"]),
+    }
 
 
 def _as_transformers_5(folder: Path) -> Path:

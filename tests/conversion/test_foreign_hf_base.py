@@ -133,6 +133,12 @@ def test_what_megatron_lacks_or_nobody_knows_is_refused_by_name(
     "values",
     [
         {"unsloth_version": "2025.1", "unsloth_fixed": True, "_name_or_path": "me/mine"},
+        {
+            "_model_name_or_path": "me/mine",
+            "_a_note_of_transformers": 1,
+            "trust_remote_code": True,
+            "revision": "main",
+        },
         {"pretraining_tp": 4, "max_sequence_length": 64, "use_cache": False, "task_specific_params": {"a": {}}},
         {"quantization_config": None, "auto_map": {}, "final_logit_softcapping": None, "use_qk_norm": False},
         {"architectures": None, "torch_dtype": "bfloat16", "dtype": "bfloat16", "bos_token_id": [1, 2]},

@@ -239,6 +239,21 @@ def test_weights_stored_in_half_precision_restore_in_float32(folder: Path, impor
     assert (folder / "half.nemo").stat().st_size < (folder / "llama.nemo").stat().st_size
 
 
+def test_a_gguf_file_becomes_a_base_with_the_files_logits_and_ids_and_names_its_quantisation(
+    imported: dict[str, Any],
+) -> None:
+    got = imported["gguf"]
+    assert_close(got["logits"], got["expected"])
+    ours, theirs = got["ids"]
+    assert ours == theirs
+    assert "note: dequantised from Q4_1: tiny-model.Q4_1.gguf holds Q4_1 (" in got["printed"]
+    assert "note: the vocabulary of tiny-model.Q4_1.gguf begins a text with no BOS" in got["printed"]
+    assert "check: the tokenizer gives Hugging Face's ids for every sample text" in got["printed"]
+    record = got["record"]
+    assert (record["name"], record["file"]) == ("tiny-model", "tiny-model.Q4_1.gguf")
+    assert record["quantisation"].startswith("Q4_1 (")
+
+
 def test_an_import_whose_logits_differ_is_not_written(folder: Path, imported: dict[str, Any]) -> None:
     assert "logits differ" in imported["refusal"]
     assert not (folder / "wrong.nemo").exists()

@@ -107,7 +107,7 @@ KINDS: dict[str, tuple[bytes, str]] = {
     "safetensors": (len(HEAD).to_bytes(8, "little") + HEAD + bytes(999), "is a safetensors file; make a base of it"),
     "torch.save": (b"PK\x03\x04" + bytes(999), "is a file of torch.save or a zip"),
     "old torch.save": (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 " + bytes(999), "is a file of torch.save"),
-    "gguf": (b"GGUF\x03\0\0\0" + bytes(999), "is a GGUF file"),
+    "gguf": (b"GGUF\x03\0\0\0" + bytes(999), "is a GGUF file; make a base of it"),
     "zeros": (bytes(20480), "holds zeros only"),
     "short": (b"\x00\x01\x02", "has 3 bytes, less than a tar's first header"),
     "noise": (random.Random(1).randbytes(4096), "not a whole tar: "),
