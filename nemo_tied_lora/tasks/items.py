@@ -84,12 +84,7 @@ def _choice(task: Task, record: Mapping[str, Any]) -> tuple[list[str] | None, in
     if task.endings is None or task.label is None:
         return None, None
     with _named("endings"):
-        endings = look_up(record, task.endings)
-        if not isinstance(endings, (list, tuple)) or len(endings) < 2:
-            raise FieldError(f'"{task.endings}" must be a list of at least 2 texts')
-        texts = [text_of(ending, f"{task.endings}.{number}").strip() for number, ending in enumerate(endings)]
-        if not all(texts):
-            raise FieldError(f'"{task.endings}" holds an empty text')
+        texts = _listed(record, task.endings) if isinstance(task.endings, str) else [e.strip() for e in task.endings]
     with _named("label"):
         value = look_up(record, task.label)
         label = whole_number(value)
@@ -98,6 +93,17 @@ def _choice(task: Task, record: Mapping[str, Any]) -> tuple[list[str] | None, in
                 f'"{task.label}" is {str(value)[:20]!r}: must be a whole number from 0 to {len(texts) - 1}'
             )
     return texts, label
+
+
+def _listed(record: Mapping[str, Any], field: str) -> list[str]:
+    """The texts of a record's field with a list."""
+    endings = look_up(record, field)
+    if not isinstance(endings, (list, tuple)) or len(endings) < 2:
+        raise FieldError(f'"{field}" must be a list of at least 2 texts')
+    texts = [text_of(ending, f"{field}.{number}").strip() for number, ending in enumerate(endings)]
+    if not all(texts):
+        raise FieldError(f'"{field}" holds an empty text')
+    return texts
 
 
 def _references(task: Task, record: Mapping[str, Any], answer: str) -> tuple[str, ...]:

@@ -45,8 +45,9 @@ class Task:
     """What a generated text is compared with: a template, or a field with a list of texts. None: the answer."""
     marker: str | None = None
     """The final answer follows this text; references are cut to what follows its first occurrence. None: "####", uncut."""
-    endings: str | None = None
-    """A choice task: a field with a list of at least 2 texts. One of them is the answer."""
+    endings: str | tuple[str, ...] | None = None
+    """A choice task: a field with a list of at least 2 texts, or the texts themselves, the same for every item. One of
+    them is the answer."""
     label: str | None = None
     """A choice task: a field with the number of the right ending, from 0."""
     group: str | None = None
@@ -92,6 +93,8 @@ class Task:
         if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):
             problems.append(f"{key}.generation.stop={stop!r}: must be a list of texts that are not empty")
         problems.raise_if_any()
+        if isinstance(values.get("endings"), list):
+            values["endings"] = tuple(values["endings"])
         values |= {"stop": tuple(stop), "metrics": tuple(values.get("metrics", ("answer_loss",)))}
         return cls(**values)
 
@@ -134,7 +137,6 @@ def _texts(key: str, values: Mapping[str, Any]) -> Iterator[str]:
         "weakness",
         "folder",
         "id",
-        "endings",
         "label",
         "group",
         "references",
@@ -157,9 +159,19 @@ def _form_problems(key: str, values: Mapping[str, Any]) -> Iterator[str]:
         yield f"{key}.{other}: missing; {key}.{choice[0]} is set, and a choice task has both"
     if choice and values.get("answer") is not None:
         yield f"{key}.answer={values['answer']!r}: leave it out; in a choice task the right ending is the answer"
+    yield from _ending_problems(f"{key}.endings", values.get("endings"))
     for name in ("id", "endings", "label", "group"):
         if isinstance(values.get(name), str) and fields_of(values[name]):
             yield f"{key}.{name}={values[name]!r}: must be a field's name, without braces"
+
+
+def _ending_problems(key: str, endings: object) -> Iterator[str]:
+    if isinstance(endings, list):
+        texts = [one.strip() for one in endings if isinstance(one, str)]
+        if len(texts) != len(endings) or not all(texts) or len(set(texts)) < max(2, len(endings)):
+            yield f"{key}={endings!r}: must be at least 2 different texts, or the name of a field with a list; quote numbers"
+    elif endings is not None and (not isinstance(endings, str) or not endings):
+        yield f"{key}={endings!r}: must be the name of a field with a list, or a list of texts"
 
 
 def _metric_problems(key: str, values: Mapping[str, Any]) -> Iterator[str]:

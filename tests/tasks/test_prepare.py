@@ -96,6 +96,13 @@ def test_a_choice_item_holds_its_endings_and_learns_the_right_one() -> None:
     assert (item["endings"], item["label"], item["output"]) == ([" no", " yes", " well"], 1, " yes")
 
 
+def test_endings_can_be_the_same_texts_for_every_item() -> None:
+    for name in FILES:
+        write(name, [{"q": name, "label": 1}])
+    item = next(prepare(task(**CHOICE | {"endings": ["1", "2"]})).items("test"))
+    assert (item["endings"], item["label"], item["output"]) == ([" 1", " 2"], 1, " 2")
+
+
 def test_references_of_maths_are_what_follows_the_marker() -> None:
     for name in FILES:
         write(name, [{"q": name, "a": "2 + 2 = 4\n#### 4"}])
