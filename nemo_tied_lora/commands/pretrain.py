@@ -17,7 +17,7 @@ __all__ = ["SUMMARY", "main"]
 SUMMARY = "train a small NeMo GPT from scratch and write it as a base .nemo file"
 
 _EXAMPLES = """  tied-lora pretrain recipe=quickstart_base
-  tied-lora pretrain model=quickstart model.tokenizer.model=tokenizer.model output=base.nemo \\
+  tied-lora pretrain model=tiny model.tokenizer.model=tokenizer.model output=base.nemo \\
       "model.data.train_ds.file_names=[train.jsonl]" "model.data.validation_ds.file_names=[validation.jsonl]"
 """
 

@@ -69,7 +69,7 @@ def test_a_refusal_is_one_message_with_exit_code_2_and_no_traceback(tmp_path: Pa
 
 def test_the_command_imports_neither_torch_nor_nemo() -> None:
     code = (
-        "import sys; from nemo_tied_lora.commands.plan import main; main(['model=quickstart']); "
+        "import sys; from nemo_tied_lora.commands.plan import main; main(['model=tiny']); "
         "print(sorted({name.split('.')[0] for name in sys.modules} & {'torch', 'nemo', 'megatron', 'numpy'}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)

@@ -148,7 +148,7 @@ def test_a_refusal_keeps_its_exit_code_if_nobody_can_read_it(shell: str) -> None
     assert program(refuse, shell).returncode == 2
 
 
-@pytest.mark.parametrize("words", ["plan model=quickstart", "finetune --cfg job"])
+@pytest.mark.parametrize("words", ["plan model=tiny", "finetune --cfg job"])
 def test_the_real_commands_end_quietly_before_head(words: str, tmp_path: Path) -> None:
     line = f"{sys.executable} -m nemo_tied_lora.commands.main {words} | head -1; exit ${{PIPESTATUS[0]}}"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

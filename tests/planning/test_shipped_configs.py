@@ -108,10 +108,10 @@ def test_a_preset_group_is_the_preset(preset: str) -> None:
 
 def test_an_override_that_fits_nothing_is_explained() -> None:
     with pytest.raises(ConfigError) as caught:
-        compose_config("finetune", ["model.optim.learning_rate=1", "layout=tp3", "preset"])
+        compose_config("finetune", ["model.optim.learning_rate=1", "layout=tp5", "preset"])
     text = str(caught.value)
     assert "write model.optim.lr" in text
-    assert "layout=tp3: unknown; choose one of" in text
+    assert "layout=tp5: unknown; choose one of" in text
     assert "'preset': not an override" in text
 
 
@@ -128,7 +128,7 @@ def test_a_layouts_name_has_its_sizes_and_all_ranks_are_used(layout: str) -> Non
 
 
 def test_the_shipped_layouts_are_all_there() -> None:
-    expected = {"single", "tp2", "pp2", "tp2pp2", "tp4", "tp8", "tp8pp4", "tp8pp8"}
+    expected = {"single", "tp2", "tp3", "pp2", "tp2pp2", "tp4", "tp8", "tp8pp4", "tp8pp8"}
     assert expected <= {path.stem for path in (FOLDER / "layout").glob("*.yaml")}
 
 
@@ -140,6 +140,7 @@ def test_the_shipped_layouts_are_all_there() -> None:
         ("llama2_13b", 13_015_864_320),
         ("llama2_70b", 68_976_648_192),
         ("gpt_2b", 2_253_590_528),
+        ("smollm2", 134_515_008),
     ],
 )
 def test_a_shipped_model_has_its_published_number_of_parameters(model: str, parameters: int) -> None:
