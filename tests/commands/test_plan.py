@@ -130,7 +130,7 @@ def test_the_table_shows_the_numbers_of_the_json(capsys: pytest.CaptureFixture[s
     [
         (["format=xml"], ["format='xml'", "table, json"]),
         (["model=llama3"], ["model=llama3", "gpt_2b, llama2_13b"]),
-        (["layout=tp3"], ["layout=tp3", "tp2pp2"]),
+        (["layout=tp5"], ["layout=tp3", "tp2pp2"]),
         (["trainer.device=2"], ["trainer.device=2", "did you mean trainer.devices?"]),
         (["model.hiddensize=2"], ["model.hiddensize=2", "did you mean model.hidden_size?"]),
         (["format"], ["'format'", "key=value"]),
@@ -169,7 +169,7 @@ def test_a_section_is_no_value_even_if_nemo_has_made_it_a_group(capsys: pytest.C
 
 
 def test_all_bad_overrides_are_reported_together(capsys: pytest.CaptureFixture[str]) -> None:
-    problems = refusals(capsys, "model=llama3", "trainer.device=2", "format", "layout=tp3", "trainer.num_nodes=1")
+    problems = refusals(capsys, "model=llama3", "trainer.device=2", "format", "layout=tp5", "trainer.num_nodes=1")
     assert len(problems) == 4
 
 

@@ -118,7 +118,7 @@ def test_every_command_on_a_page_composes(
         "tied-lora finetune model.optim.learning_rate=1",
         "tied-lora finetune model.peft.tied_lora.adapter_dim=8",
         "tied-lora explain x=1",
-        "tied-lora plan layout=tp3",
+        "tied-lora plan layout=tp5",
     ],
 )
 def test_a_command_that_does_not_compose_is_found(line: str, capsys: pytest.CaptureFixture[str]) -> None:
