@@ -130,7 +130,7 @@ def test_the_table_shows_the_numbers_of_the_json(capsys: pytest.CaptureFixture[s
     [
         (["format=xml"], ["format='xml'", "table, json"]),
         (["model=llama3"], ["model=llama3", "gpt_2b, llama2_13b"]),
-        (["layout=tp5"], ["layout=tp3", "tp2pp2"]),
+        (["layout=tp5"], ["layout=tp5", "tp2pp2"]),
         (["trainer.device=2"], ["trainer.device=2", "did you mean trainer.devices?"]),
         (["model.hiddensize=2"], ["model.hiddensize=2", "did you mean model.hidden_size?"]),
         (["format"], ["'format'", "key=value"]),

@@ -150,7 +150,7 @@ model:
     values, _ = composed(file, "+layout=mine", "preset=tl5")
     assert (values["model"]["seed"], values["model"]["peft"]["tied_lora"]["preset"]) == (7, "tl5")
     assert composed(file, "layout=tp2", "preset=tl5")[0]["trainer"]["devices"] == 2
-    assert "layout=tp3" in refused(file, "layout=tp3")[0]
+    assert "layout=tp5" in refused(file, "layout=tp5")[0]
     assert "nosuch" in refused(file, "tune=nosuch")[0]
     assert composed(file, "~model.peft.lora_tuning")[0]["model"]["peft"]["tied_lora"]["rank"] is None
     over_ours = write(tmp_path, "defaults: [finetune, _self_, {override layout: tp2}]\nname: mine\n", "ours.yaml")

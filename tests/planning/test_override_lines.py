@@ -206,7 +206,7 @@ REFUSED = [
     ("trainer.max_steps=5,10", ["a sweep", "tied-lora launch"]),
     ("model.restore_from_path=/a,b.nemo", ["a sweep", "model.restore_from_path='/a,b.nemo'"]),
     ("model=llama2_7b", ["not a group of tied-lora finetune"]),
-    ("layout=tp3", ["choose one of", "tp2pp2"]),
+    ("layout=tp5", ["choose one of", "tp2pp2"]),
     ("hydra/launcher=submitit_slurm", ["tied-lora launch"]),
     ("hydra.sweeper.n_jobs=4", ["tied-lora launch"]),
     ("hydra.searchpath=[file:///configs]", ["--config-dir"]),
