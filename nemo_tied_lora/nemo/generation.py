@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -15,11 +14,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from nemo_tied_lora.errors import Problems
+from nemo_tied_lora.nemo.greedy_decoding import greedy_tokens
 from nemo_tied_lora.nemo.launched_trainer import LaunchedTrainerBuilder
 from nemo_tied_lora.nemo.model import MegatronGPTTiedLoraModel
 from nemo_tied_lora.nemo.process_groups import ensure_process_groups
-from nemo_tied_lora.nemo.token_rows import rowless_problems
+from nemo_tied_lora.nemo.usable_prompts import check_prompts
 from nemo_tied_lora.progress import Progress
 
 __all__ = ["complete", "load_base", "next_token_logits"]
@@ -43,6 +42,9 @@ def load_base(cfg: DictConfig) -> MegatronGPTTiedLoraModel:
         model_cfg.precision = cfg.trainer.precision
         model_cfg.activations_checkpoint_granularity = None
         model_cfg.activations_checkpoint_method = None
+        if model_cfg.get("sequence_parallel") and trainer.global_rank == 0:
+            print("note: sequence_parallel=true is for training; it is switched off here", file=sys.stderr, flush=True)
+        model_cfg.sequence_parallel = False
     model = MegatronGPTTiedLoraModel.restore_from(cfg.base, model_cfg, trainer=trainer)
     ensure_process_groups(trainer)
     model.freeze()
@@ -77,9 +79,12 @@ def complete(
     """
     model.eval()
     tokens = _tokenized(model, prompts)
+    limits = {"most": tokens_to_generate, "least": min_tokens_to_generate}
+    if temperature is None:
+        return _greedy(model, tokens, batch_size, **limits)
     sampling = {
-        "use_greedy": temperature is None,
-        "temperature": 1.0 if temperature is None else temperature,
+        "use_greedy": False,
+        "temperature": temperature,
         "top_k": top_k,
         "top_p": top_p,
         "repetition_penalty": repetition_penalty,
@@ -88,27 +93,7 @@ def complete(
         "compute_logprob": False,
         "end_strings": ["<|endoftext|>"],
     }
-    completions: list[str] = []
-    first = torch.distributed.get_rank() == 0
-    empty = [number for number, prompt in enumerate(prompts, 1) if not model.tokenizer.text_to_ids(prompt)]
-    if first and empty:
-        named = ", ".join(map(str, empty[:_NAMED])) + (
-            f" and {len(empty) - _NAMED} more" if len(empty) > _NAMED else ""
-        )
-        print(f"prompts without tokens, answered from the start token: {named}", file=sys.stderr, flush=True)
-    starts = range(0, len(prompts), batch_size)
-    for start in Progress(starts, desc="generating", unit="batch", disable=not first or len(starts) == 1):
-        batch = tokens[start : start + batch_size]
-        with torch.no_grad():
-            answer = model.generate(
-                inputs=_padded(batch, tokens_to_generate, model.tokenizer.eos_id),
-                length_params={"max_length": tokens_to_generate, "min_length": min_tokens_to_generate},
-                sampling_params=sampling,
-            )
-        completions += _completions(model, batch, answer, tokens_to_generate) if first else []
-    shared = [completions]
-    torch.distributed.broadcast_object_list(shared, src=0)
-    return shared[0]
+    return _sampled(model, tokens, batch_size, sampling, **limits)
 
 
 @torch.no_grad()
@@ -142,20 +127,58 @@ def next_token_logits(model: Any, prompts: Sequence[Sequence[int]]) -> list[torc
     return found  # type: ignore[return-value]
 
 
+def _greedy(
+    model: MegatronGPTTiedLoraModel, tokens: list[list[int]], batch_size: int, *, most: int, least: int
+) -> list[str]:
+    """The likeliest texts, by this package's engine."""
+    found = greedy_tokens(model, tokens, max_new_tokens=most, min_new_tokens=least, batch_size=batch_size)
+    quiet = torch.distributed.get_rank() != 0 or len(tokens) <= batch_size
+    texts = [""] * len(tokens)
+    for index, new in Progress(found, total=len(tokens), desc="generating", unit="prompts", disable=quiet):
+        texts[index] = model.tokenizer.ids_to_text(new)
+    return texts
+
+
+def _sampled(
+    model: MegatronGPTTiedLoraModel,
+    tokens: list[list[int]],
+    batch_size: int,
+    sampling: dict[str, Any],
+    *,
+    most: int,
+    least: int,
+) -> list[str]:
+    """Sampled texts, by NeMo."""
+    completions: list[str] = []
+    first = torch.distributed.get_rank() == 0
+    starts = range(0, len(tokens), batch_size)
+    for start in Progress(starts, desc="generating", unit="batch", disable=not first or len(starts) == 1):
+        batch = tokens[start : start + batch_size]
+        with torch.no_grad():
+            answer = model.generate(
+                inputs=_padded(batch, most, model.tokenizer.eos_id),
+                length_params={"max_length": most, "min_length": least},
+                sampling_params=sampling,
+            )
+        completions += _completions(model, batch, answer, most) if first else []
+    shared = [completions]
+    torch.distributed.broadcast_object_list(shared, src=0)
+    return shared[0]
+
+
 def _tokenized(model: Any, prompts: Sequence[str]) -> list[list[int]]:
-    """The token ids of each prompt, at least one."""
-    tokenizer, cfg = model.tokenizer, model.cfg
+    """The token ids of each prompt, at least one. Rank 0 names the prompts that have none."""
+    tokenizer = model.tokenizer
     bos = getattr(tokenizer, "bos_id", None)
     start = tokenizer.eos_id if bos is None or bos < 0 else bos
-    tokens = [tokenizer.text_to_ids(prompt) or [start] for prompt in prompts]
-    learned = cfg.get("position_embedding_type", "learned_absolute") == "learned_absolute"
-    most = cfg.encoder_seq_length if learned else math.inf
-    too_long = [
-        f"prompt {number}: has {len(ids)} tokens, and the base learned positions for {most}; shorten it"
-        for number, ids in enumerate(tokens, 1)
-        if len(ids) > most
-    ]
-    Problems([*too_long, *rowless_problems(model, tokens)]).raise_if_any()
+    tokens = [tokenizer.text_to_ids(prompt) for prompt in prompts]
+    empty = [number for number, ids in enumerate(tokens, 1) if not ids]
+    tokens = [ids or [start] for ids in tokens]
+    check_prompts(model, tokens)
+    if empty and torch.distributed.get_rank() == 0:
+        more = f" and {len(empty) - _NAMED} more" if len(empty) > _NAMED else ""
+        named = ", ".join(map(str, empty[:_NAMED])) + more
+        print(f"prompts without tokens, answered from the start token: {named}", file=sys.stderr, flush=True)
     return tokens
 
 
