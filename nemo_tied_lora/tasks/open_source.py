@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.tasks.built import Built, in_folder
+from nemo_tied_lora.tasks.hub import Hub
 from nemo_tied_lora.tasks.sources import JsonlFiles, Packaged, Reader
 from nemo_tied_lora.tasks.task import Task
 
@@ -14,11 +15,13 @@ def open_source(task: Task) -> Reader:
     """The reader of the task's source.
 
     Raises:
-        ConfigError: there is no such packaged file, builder, ...
+        ConfigError: there is no such packaged file, builder or file in the folder.
     """
     source = task.source
     if source.files is not None:
         return JsonlFiles(source)
     if source.packaged is not None:
         return Packaged(source)
-    raise ConfigError([f"task.source: {task.name}: this kind of source is not there yet"])
+    if source.hub is not None:
+        return Hub(source)
+    return Built(task) if source.folder is None else in_folder(task)

@@ -78,7 +78,7 @@ def prepare(task: Task, folder: Path | str | None = None) -> Prepared:
             return found
         _refuse_others_files(folder)
         selection = select(task, reader)
-        record = _written(task, folder, made_of | {"source": reader.identity()}, selection)
+        record = _written(task, folder, made_of, selection, reader.origin())
     counts = ", ".join(f"{record['splits'][split]['items']:,} {split}" for split in SPLITS)
     print(f"task {task.name}: {counts} items in {folder}", file=sys.stderr, flush=True)
     for note in selection.notes:
@@ -131,7 +131,9 @@ def _refuse_others_files(folder: Path) -> None:
         )
 
 
-def _written(task: Task, folder: Path, made_of: Mapping[str, Any], selection: Selection) -> dict[str, Any]:
+def _written(
+    task: Task, folder: Path, made_of: Mapping[str, Any], selection: Selection, origin: Mapping[str, Any]
+) -> dict[str, Any]:
     """Writes the files, and the record last: without it they are made anew."""
     contents = {split: _lines(items) for split, items in selection.items.items()}
     record = {
@@ -150,6 +152,7 @@ def _written(task: Task, folder: Path, made_of: Mapping[str, Any], selection: Se
         },
         "left_out": dict(selection.left_out),
         "made_of": made_of,
+        "origin": origin,
     }
     with _as_problem(folder):
         _check_room(folder, sum(map(len, contents.values())))

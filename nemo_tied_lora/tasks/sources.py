@@ -20,7 +20,7 @@ from nemo_tied_lora.planning.data.data_files import unreadable
 from nemo_tied_lora.planning.data.example_forms import read_example
 from nemo_tied_lora.tasks.source_settings import Source
 
-__all__ = ["Found", "JsonlFiles", "Packaged", "Reader", "packaged_folder", "packaged_names"]
+__all__ = ["Found", "JsonlFiles", "Packaged", "Reader", "SplitFile", "packaged_folder", "packaged_names"]
 
 Found = tuple[str, str, "Mapping[str, Any] | str"]
 """(split, place, record or problem)."""
@@ -54,6 +54,10 @@ class Reader(ABC):
         Raises:
             ConfigError: the source cannot be read, or has no such split.
         """
+
+    def origin(self) -> dict[str, Any]:
+        """What was found when the records were read, such as the versions of packages, as JSON values. For the record."""
+        return {}
 
 
 class JsonlFiles(Reader):
