@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
 from nemo_tied_lora.errors import ConfigError
 from nemo_tied_lora.platform.devices import collective_device
 
-__all__ = ["exchange", "raise_together"]
+__all__ = ["exchange", "from_rank_0", "raise_together"]
+
+_Value = TypeVar("_Value")
 
 
 def exchange(value: Any) -> list[Any]:
@@ -20,6 +23,26 @@ def exchange(value: Any) -> list[Any]:
     values: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values
+
+
+def from_rank_0(call: str, compute: Callable[[], _Value]) -> _Value:
+    """Calls `compute` on rank 0 alone, and returns its value on every rank. All ranks of the job must call it.
+
+    Args:
+        call: as in `raise_together`.
+
+    Raises:
+        Exception: as in `raise_together`, if `compute` fails.
+    """
+    value, failure = None, None
+    if _alone() or torch.distributed.get_rank() == 0:
+        try:
+            value = compute()
+        except Exception as error:
+            failure = error
+    raise_together(call, failure)
+    result: _Value = exchange(value)[0]
+    return result
 
 
 def raise_together(call: str, failure: Exception | None) -> None:

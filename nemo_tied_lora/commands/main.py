@@ -18,6 +18,7 @@ COMMANDS = (
     "plan",
     "finetune",
     "generate",
+    "evaluate",
     "pretrain",
     "quickstart",
     "compare",

@@ -44,16 +44,23 @@ def rowless_note(model: Any) -> list[str]:
     ]
 
 
-def rowless_problems(model: Any, prompts: Sequence[Sequence[int]]) -> list[str]:
-    """One line per prompt that has a token without a row."""
+def rowless_problems(model: Any, prompts: Sequence[Sequence[int]], names: Sequence[str] | None = None) -> list[str]:
+    """One line per prompt that has a token without a row.
+
+    Args:
+        names: what messages call the prompts; None: their numbers.
+    """
     rows = _rows(model)
     problems = []
     for number, ids in enumerate(prompts, 1):
         beyond = next((index for index in ids if rows is not None and index >= rows), None)
         if beyond is not None:
-            token = model.tokenizer.ids_to_tokens([beyond])[0]
+            name, token = (
+                names[number - 1] if names else f"prompt {number}",
+                model.tokenizer.ids_to_tokens([beyond])[0],
+            )
             problems.append(
-                f"prompt {number}: holds the token {beyond} {token!r}, which has no row in the base's embedding of {rows} "
-                "rows; leave it out"
+                f"{name}: holds the token {beyond} {token!r}, which has no row in the base's embedding of {rows} rows; leave "
+                "it out"
             )
     return problems

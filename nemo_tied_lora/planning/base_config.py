@@ -14,12 +14,13 @@ from typing import Any
 
 from nemo_tied_lora.config import TiedLoraConfig
 from nemo_tied_lora.errors import ConfigError, Problems
+from nemo_tied_lora.planning.architecture import Architecture
 from nemo_tied_lora.planning.base_weights import weight_problems
 from nemo_tied_lora.planning.nemo_archive import NemoFiles
 from nemo_tied_lora.planning.nemo_model_config import adapter_kind, nemo_config
 from nemo_tied_lora.versions import installed_version
 
-__all__ = ["adapter_section", "base_model_config", "recorded_model_keys", "usable_base"]
+__all__ = ["adapter_section", "base_model_config", "other_architecture", "recorded_model_keys", "usable_base"]
 
 
 def adapter_section(peft: Mapping[str, Any]) -> TiedLoraConfig:
@@ -64,6 +65,28 @@ def usable_base(path: str | os.PathLike | None, key: str = "model.restore_from_p
     return config
 
 
+def other_architecture(path: str | os.PathLike, base: Mapping[str, Any]) -> list[str]:
+    """One line for each size in which an adapter's recorded base differs from `base`.
+
+    Args:
+        path: a Tied-LoRA adapter's `.nemo`.
+        base: the base's model_config.yaml.
+
+    Raises:
+        ConfigError: one of the two cannot be read.
+    """
+    description, _ = nemo_config(Path(path), "adapter")
+    recorded = (description.get("base") or {}).get("architecture") or {}
+    own = Architecture.from_model_config(base)
+    return [
+        f"adapter={path}: was trained on a base with {size}={recorded[size]!r}, and this one has {getattr(own, size)!r}; "
+        "name the base that it was trained on"
+        for size in _SIZES
+        if recorded.get(size) is not None and recorded[size] != getattr(own, size)
+    ]
+
+
+_SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
 _MCORE = (
     "mcore_gpt is not set: this base is not a Megatron-core GPT; convert it with NeMo's converter, "
     "scripts/checkpoint_converters/convert_gpt_nemo_to_mcore.py"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks the configurations of finetune, pretrain and generate before anything expensive starts.
+"""Checks the configurations of finetune, pretrain, generate and evaluate before anything expensive starts.
 
 Compares base, layout, adapter, data and cluster with each other. Imports neither torch nor NeMo.
 """
@@ -7,7 +7,7 @@ Compares base, layout, adapter, data and cluster with each other. Imports neithe
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from nemo_tied_lora.config import TiedLoraConfig
 from nemo_tied_lora.errors import ConfigError, Problems
 from nemo_tied_lora.planning import layout_fits_cluster
 from nemo_tied_lora.planning.architecture import Architecture
-from nemo_tied_lora.planning.base_config import adapter_section, usable_base
+from nemo_tied_lora.planning.base_config import adapter_section, other_architecture, usable_base
 from nemo_tied_lora.planning.data.data_checks import batch_problems, data_problems
 from nemo_tied_lora.planning.data.data_files import unreadable
 from nemo_tied_lora.planning.data.prompt_template import template_problems
@@ -36,7 +36,7 @@ from nemo_tied_lora.planning.settings.text_checks import text_problems
 from nemo_tied_lora.planning.settings.training_loop_checks import loop_problems
 from nemo_tied_lora.planning.tokenizer_checks import tokenizer_problems
 
-__all__ = ["check_finetuning", "check_generation", "check_pretraining"]
+__all__ = ["check_evaluation", "check_finetuning", "check_generation", "check_pretraining"]
 
 
 _OPTIMIZERS = ("fused_adam", "adamw", "adam", "sgd", "mcore_distributed_optim")
@@ -148,6 +148,30 @@ def check_generation(cfg: Mapping[str, Any]) -> list[str]:
     problems += _layout_problems(cfg, {**(base or {}), **_layout_keys(cfg["model"])} if base else None, None)
     problems.raise_if_any()
     return generation_lines(cfg)
+
+
+def check_evaluation(cfg: Mapping[str, Any], adapters: Sequence[str | None]) -> None:
+    """Checks the configuration of `tied-lora evaluate`, except the section `task` and the list of adapters.
+
+    Args:
+        adapters: their paths; None is the base alone.
+
+    Raises:
+        ConfigError: with all problems.
+    """
+    section_problems("evaluate", cfg).raise_if_any()
+    problems = Problems()
+    base = problems.attempt(usable_base, cfg.get("base"), key="base")
+    for path in adapters:
+        if path is not None:
+            found = adapter_problems(path, "adapter")
+            problems += found or ([] if base is None else other_architecture(path, base))
+    problems += [*flag_problems("evaluate", cfg), *text_problems("evaluate", {**cfg, "adapter": None})]
+    for key in ("batch_size", "batch_tokens", "resamples"):
+        problems.whole_number(key, cfg.get(key))
+    problems.one_of("trainer.precision", str(cfg["trainer"].get("precision")), _PRECISIONS)
+    problems += _layout_problems(cfg, {**(base or {}), **_layout_keys(cfg["model"])} if base else None, None)
+    problems.raise_if_any()
 
 
 def _run_problems(

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`tied-lora evaluate`: measures a base and its adapters on a task's test set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from nemo_tied_lora.commands.distributed_command import run_command
+from nemo_tied_lora.errors import Problems
+from nemo_tied_lora.planning.preflight import check_evaluation
+from nemo_tied_lora.tasks.adapters import adapter_list, adapter_list_problems
+from nemo_tied_lora.tasks.evaluation import RESULTS_FILE, Evaluation
+from nemo_tied_lora.tasks.predictions import alone_in
+from nemo_tied_lora.tasks.prepare import prepare
+from nemo_tied_lora.tasks.results import results_table
+from nemo_tied_lora.tasks.task import Task
+
+__all__ = ["SUMMARY", "main"]
+
+SUMMARY = "measure a base and its adapters on a task's test set"
+
+_EXAMPLES = """  tied-lora evaluate base=base.nemo adapter=adapter.nemo task=nli_wordnet_senses
+  tied-lora evaluate base=base.nemo "adapter=[null,a.nemo,b.nemo]" task=math_gsm_symbolic layout=pp2 output=results
+"""
+
+
+def main(argv: list[str]) -> int:
+    """The command; see `run_command` for what it returns."""
+    return run_command(
+        "evaluate",
+        argv,
+        summary=SUMMARY,
+        examples=_EXAMPLES,
+        groups=("task", "layout"),
+        check=_check,
+        make_files=lambda values: _evaluation(values).check(),
+        run=lambda cfg, rank: _run(cfg),
+    )
+
+
+def _check(values: Mapping[str, Any]) -> None:
+    """Checks everything that needs no file of the task.
+
+    Raises:
+        ConfigError: with all problems.
+    """
+    problems = Problems()
+    if values.get("task") is None:
+        problems.append("task: missing; name one, as task=nli_wordnet_senses; tied-lora evaluate --help lists them")
+    else:
+        problems.attempt(Task.from_config, values["task"])
+    wrong = list(adapter_list_problems(values.get("adapter")))
+    problems += wrong
+    problems.attempt(check_evaluation, values, [] if wrong else adapter_list(values.get("adapter")))
+    output = values.get("output")
+    if output is not None and Path(str(output)).exists() and not Path(str(output)).is_dir():
+        problems.append(f"output={output}: is a file; name a folder")
+    problems.raise_if_any()
+
+
+def _evaluation(values: Mapping[str, Any]) -> Evaluation:
+    """The evaluation of a checked configuration. Makes the task's files if they are not there."""
+    task = Task.from_config(values["task"])
+    return Evaluation(
+        task,
+        prepare(task),
+        base=str(values["base"]),
+        adapters=adapter_list(values["adapter"]),
+        folder=values["output"],
+        precision=str(values["trainer"]["precision"]),
+    )
+
+
+def _run(cfg: DictConfig) -> None:
+    """Rank 0 alone reads and writes files; the others learn from it what is missing."""
+    from nemo_tied_lora.adapter.agreement import from_rank_0
+    from nemo_tied_lora.nemo.task_evaluation import predict
+
+    values: Any = OmegaConf.to_container(cfg, resolve=True)
+    with ExitStack() as stack, open_dict(cfg):
+        cfg.model.pop("data", None)  # of a training; the rest of `model` goes to the base
+        mine: list[Evaluation] = []
+
+        def begin() -> None:
+            evaluation = _evaluation(values)
+            with evaluation.writing():
+                stack.enter_context(alone_in(evaluation.folder))
+            evaluation.begin()
+            mine.append(evaluation)
+
+        from_rank_0("evaluate", begin)
+        predict(cfg, mine[0] if mine else None)
+        sizes = {key: value for key, value in values["model"].items() if key.endswith("parallel_size") and value}
+        from_rank_0("evaluate", lambda: _report(mine[0], values["resamples"], sizes))
+
+
+def _report(evaluation: Evaluation, resamples: int, layout: Mapping[str, int]) -> None:
+    print(results_table(evaluation.finish(resamples=resamples, layout=layout)), flush=True)
+    print(f"\nwritten: {evaluation.folder / RESULTS_FILE}", flush=True)
