@@ -34,7 +34,7 @@ def broken(folder: Path) -> list[str]:
     environment = {**os.environ, "PYTHONPATH": str(folder), "COLUMNS": "200"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert "Contracts: " in done.stdout, done.stdout + done.stderr
-    found = re.findall(r"^(.+) BROKEN$", done.stdout, re.MULTILINE)
+    found = re.findall(r"^(.+) BROKEN\b", done.stdout, re.MULTILINE)
     assert done.returncode == bool(found)
     return found
 
