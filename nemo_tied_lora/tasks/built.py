@@ -7,15 +7,16 @@ import gzip
 import hashlib
 import json
 import os
+import shutil
 import sys
-import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from nemo_tied_lora.errors import ConfigError, Problems
 from nemo_tied_lora.files import write_atomically
-from nemo_tied_lora.tasks.builders import debian_descriptions, wesnoth
+from nemo_tied_lora.tasks.builders import debian_descriptions, gsm_symbolic, wesnoth, wordnet_senses
+from nemo_tied_lora.tasks.locked import alone
 from nemo_tied_lora.tasks.sources import Found, Reader, SplitFile
 from nemo_tied_lora.tasks.task import Task
 
@@ -24,7 +25,12 @@ __all__ = ["BUILDERS", "Built", "in_folder"]
 _VERSION = 1
 """Raise it when a builder makes other records of the same source."""
 
-BUILDERS = {"debian_descriptions": debian_descriptions, "wesnoth": wesnoth}
+BUILDERS = {
+    "debian_descriptions": debian_descriptions,
+    "gsm_symbolic": gsm_symbolic,
+    "wesnoth": wesnoth,
+    "wordnet_senses": wordnet_senses,
+}
 """Name to module. Each has OPTIONS, `option_problems` and `build`."""
 
 
@@ -80,15 +86,12 @@ class Built(Reader):
         return Path(cache) / "tied-lora" / f"{self._name}-{key}.jsonl.gz"
 
     def _make(self, path: Path) -> None:
-        """Builds the file. What it was made of is written first, so that it is never missing."""
-        print(f"task {self._task}: building its data with {self._name}, once", file=sys.stderr, flush=True)
+        """Builds the file, unless another process has just done it."""
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".building-", dir=path.parent) as folder:
-                records, origin = BUILDERS[self._name].build(self._options, Path(folder))
-            lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-            write_atomically(path.with_suffix(".origin"), json.dumps(origin).encode())
-            write_atomically(path, gzip.compress(lines.encode(), mtime=0))
+            with alone(path.with_suffix(".lock")):
+                if not path.is_file():
+                    print(f"task {self._task}: building its data with {self._name}, once", file=sys.stderr, flush=True)
+                    self._build(path)
         except OSError as error:
             problem = (
                 f"{path.parent}: cannot be written: {error.strerror or error}; set XDG_CACHE_HOME to another folder"
@@ -99,3 +102,16 @@ class Built(Reader):
             raise ConfigError(
                 [f"task.source.builder={self._name}: {line}; {remedy}" for line in error.problems]
             ) from None
+
+    def _build(self, path: Path) -> None:
+        """What the file was made of is written first, so that it is never missing."""
+        folder = path.with_suffix(".building")
+        shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
+        folder.mkdir()
+        try:
+            records, origin = BUILDERS[self._name].build(self._options, folder)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        write_atomically(path.with_suffix(".origin"), json.dumps(origin).encode())
+        write_atomically(path, gzip.compress(lines.encode(), mtime=0))

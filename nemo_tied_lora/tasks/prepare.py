@@ -7,7 +7,6 @@ The files are made once. While the settings and the source stay the same, they a
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import shutil
@@ -20,6 +19,7 @@ from typing import Any
 from nemo_tied_lora.errors import ConfigError
 from nemo_tied_lora.files import write_atomically, write_json
 from nemo_tied_lora.tasks.items import Item
+from nemo_tied_lora.tasks.locked import alone
 from nemo_tied_lora.tasks.open_source import open_source
 from nemo_tied_lora.tasks.selection import Selection, select
 from nemo_tied_lora.tasks.source_settings import SPLITS
@@ -72,30 +72,27 @@ def prepare(task: Task, folder: Path | str | None = None) -> Prepared:
     folder = Path(task.folder if folder is None else folder)
     reader = open_source(task)
     made_of = json.loads(json.dumps({"form": _FORM, "task": task.settings(), "source": reader.identity()}))
-    with _alone(folder):
-        found = _found(folder, made_of)
-        if found is not None:
+    if (found := _found(folder, made_of)) is not None:
+        return found  # the folder may be read-only
+    with contextlib.ExitStack() as held:
+        with _as_problem(folder):
+            held.enter_context(alone(folder / ".lock"))
+        if (found := _found(folder, made_of)) is not None:
             return found
         _refuse_others_files(folder)
+        changed = _changed(folder, made_of)
+        if changed:
+            print(
+                f"task {task.name}: {changed} changed; makes the files in {folder} again", file=sys.stderr, flush=True
+            )
         selection = select(task, reader)
-        record = _written(task, folder, made_of, selection, reader.origin())
+        with _as_problem(folder):
+            record = _written(task, folder, made_of, selection, reader.origin())
     counts = ", ".join(f"{record['splits'][split]['items']:,} {split}" for split in SPLITS)
     print(f"task {task.name}: {counts} items in {folder}", file=sys.stderr, flush=True)
     for note in selection.notes:
         print(f"task {task.name}: {note}", file=sys.stderr, flush=True)
     return Prepared(folder, record)
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Waits until no other process prepares the same folder. On a file system without locks it does not wait."""
-    with _as_problem(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("a")
-    with lock:
-        with contextlib.suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 @contextlib.contextmanager
@@ -118,6 +115,16 @@ def _found(folder: Path, made_of: Mapping[str, Any]) -> Prepared | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return Prepared(folder, record) if same else None
+
+
+def _changed(folder: Path, made_of: Mapping[str, Any]) -> str:
+    """What differs from the files that are there, in words. Empty: there are none, or they are damaged."""
+    try:
+        before = json.loads((folder / _RECORD).read_bytes())["made_of"]
+        settings = [f"task.{key}" for key, value in made_of["task"].items() if before["task"].get(key) != value]
+        return ", ".join(settings + ["the source's files"] * (before["source"] != made_of["source"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return ""
 
 
 def _refuse_others_files(folder: Path) -> None:
@@ -154,12 +161,11 @@ def _written(
         "made_of": made_of,
         "origin": origin,
     }
-    with _as_problem(folder):
-        _check_room(folder, sum(map(len, contents.values())))
-        (folder / _RECORD).unlink(missing_ok=True)
-        for split, content in contents.items():
-            write_atomically(folder / f"{split}.jsonl", content)
-        write_json(folder / _RECORD, record)
+    _check_room(folder, sum(map(len, contents.values())))
+    (folder / _RECORD).unlink(missing_ok=True)
+    for split, content in contents.items():
+        write_atomically(folder / f"{split}.jsonl", content)
+    write_json(folder / _RECORD, record)
     return record
 
 

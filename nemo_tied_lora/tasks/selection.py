@@ -86,7 +86,7 @@ def _read(task: Task, reader: Reader) -> dict[str, list[Item]]:
     items: dict[str, list[Item]] = {split: [] for split in SPLITS}
     wrong: dict[str, list[str]] = {}
     places: dict[tuple[str, str], tuple[str, Item]] = {}
-    with Progress(desc=f"task {task.name}", unit="records", disable=None) as bar:
+    with Progress(desc=f"task {task.name}", unit="records") as bar:
         for source, place, record in reader.records(list(wanted)):
             bar.update()
             split, group = wanted[source]

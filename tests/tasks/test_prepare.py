@@ -70,10 +70,12 @@ def test_files_are_used_again_until_settings_source_or_content_change(capsys: py
     capsys.readouterr()
     assert prepare(task(max_seq_length=99, metrics=["bleu"])).checksum == first, "these do not change the items"
     assert (Path("out/train.jsonl").stat().st_mtime_ns, capsys.readouterr().err) == (made, "")
-    assert prepare(task(prompt="{q}")).checksum != first
+    assert prepare(task(prompt="{q}", limits={"test": 1})).checksum != first
+    assert "task mine: task.prompt, task.limits changed; makes the files in out again" in capsys.readouterr().err
     assert prepare(task()).checksum == first
     write("test", [{"q": "new?", "a": "1"}])
     assert prepare(task()).counts["test"] == 1
+    assert "the source's files changed" in capsys.readouterr().err
     Path("out/train.jsonl").write_text("damaged\n")
     assert len(list(prepare(task()).items("train"))) == 20
 

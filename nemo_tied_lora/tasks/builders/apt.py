@@ -143,7 +143,7 @@ class Apt:
 def _shown(desc: str, total: int | None, folder: Path) -> Iterator[None]:
     """Yields again and again; shows the size of the folder's files in between."""
     before = _size(folder)
-    with Progress(desc=desc, total=total, unit="B", unit_scale=True) as bar:
+    with Progress(desc=desc, total=total, unit="bytes", unit_scale=True) as bar:
         while True:
             yield
             time.sleep(_POLL_S)
