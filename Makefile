@@ -10,7 +10,7 @@ VENV_MCORE016 ?= .venv-mcore016
 EXTRAS ?= laptop,dev
 # Options for the installation of torch, such as the --index-url of PyTorch's CPU builds.
 TORCH_OPTIONS ?=
-LAYOUT ?= tp2
+LAYOUT ?= pp2
 # Groups of tests that run at the same time. Each takes up to 3 GiB.
 WORKERS ?= 2
 PYTEST_OPTIONS ?=
@@ -125,7 +125,7 @@ format: $(STAMP) ## format, and fix what the linter can fix
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
 
-quickstart: $(STAMP) ## fine-tune on two ranks and show what came out (LAYOUT=tp2 or pp2)
+quickstart: $(STAMP) ## fine-tune on two ranks and show what came out (LAYOUT=pp2 or tp3)
 	$(BIN)/tied-lora quickstart layout=$(LAYOUT)
 
 compare: $(STAMP) ## LoRA, TL5, TL6 and VeRA from the same base, three seeds each

@@ -1,141 +1,59 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`tied-lora quickstart`: makes data, base and adapter on a laptop, and measures the adapter's exact match."""
+"""`tied-lora quickstart`: fine-tunes a real language model on two ranks of a laptop, and shows what it has learned."""
 
 from __future__ import annotations
 
-import json
-import shutil
-import time
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from nemo_tied_lora.commands.local_command import run_composed
-from nemo_tied_lora.errors import Problems
-from nemo_tied_lora.files import write_atomically, write_json
+from nemo_tied_lora.errors import ConfigError, Problems
 from nemo_tied_lora.planning.architecture import Architecture
-from nemo_tied_lora.planning.composing.compose import compose_config, plain
 from nemo_tied_lora.planning.parallel_layout import Layout, check
-from nemo_tied_lora.tables import markdown_table
 
 __all__ = ["SUMMARY", "main"]
 
-SUMMARY = "make a small base, fine-tune it on two ranks, and show the result"
+SUMMARY = "fine-tune SmolLM2-135M on two ranks of this machine, and show the result"
 
 _EXAMPLES = """  tied-lora quickstart
-  tied-lora quickstart layout=pp2 preset=tl5 folder=runs/tl5
-  tied-lora quickstart "overrides=['model.peft.tied_lora.rank=32','trainer.max_steps=600']"
+  tied-lora quickstart layout=tp3 preset=tl5
+  tied-lora quickstart base=hub "overrides=['model.peft.tied_lora.rank=32','trainer.max_steps=200']"
+  tied-lora quickstart model=tiny layout=tp2 folder=runs/tiny
 """
-_SHOWN = 5
-_FROM_RUN = ("trained_parameters", "parameter_table", "lora_parameters", "base_parameters", "tokens_per_second")
-_BATCH = {"micro_batch_size": 32, "global_batch_size": 32}
+_MODELS = ("smollm2", "tiny")
 
 
 def main(argv: list[str]) -> int:
     """Returns 0 for success, the exit code of the stage that failed, or 2 if the configuration is refused."""
-    return run_composed(
-        "quickstart", argv, _quickstart, summary=SUMMARY, examples=_EXAMPLES, groups=("layout", "preset")
-    )
+    groups = ("model", "task", "layout", "preset")
+    return run_composed("quickstart", argv, _quickstart, summary=SUMMARY, examples=_EXAMPLES, groups=groups)
 
 
 def _quickstart(cfg: dict[str, Any]) -> int:
-    _check(cfg)
+    model = cfg["model"].get("name")
+    if model not in _MODELS:
+        raise ConfigError([f"model: the quickstart has only {' and '.join(_MODELS)}"])
+    cfg["folder"] = cfg["folder"] or {"smollm2": "runs/smollm2", "tiny": "runs/quickstart"}[model]
+    problems = Problems(_layout_problems(cfg))
+    if model == "smollm2":
+        from nemo_tied_lora.commands.demo import smollm2_run
+
+        problems.attempt(smollm2_run.check, cfg)
+        run = smollm2_run.run
+    else:
+        from nemo_tied_lora.commands.demo import tiny_run
+
+        run = tiny_run.run
+    problems.raise_if_any()
     from nemo_tied_lora.commands.demo.stages import run_stages  # imports psutil, which --help does not need
 
-    return run_stages("quickstart", _run, cfg)
+    return run_stages("quickstart", run, cfg)
 
 
-def _check(cfg: Mapping[str, Any]) -> None:
-    """Raises ConfigError if the layout does not fit the quickstart's model."""
-    model = plain(compose_config("pretrain", []))["model"]
-    sizes = {"trainer": cfg["trainer"], "model": {**cfg["model"], **_BATCH}}
-    problems = Problems(check(Architecture.from_model_config(model), Layout.from_config(sizes)))
+def _layout_problems(cfg: Mapping[str, Any]) -> list[str]:
+    """In what the layout does not fit the model or this machine."""
+    sizes = {"trainer": cfg["trainer"], "model": {**cfg["model"], "micro_batch_size": 1, "global_batch_size": 4}}
+    problems = list(check(Architecture.from_model_config(cfg["model"]), Layout.from_config(sizes)))
     if cfg["trainer"]["num_nodes"] > 1:
-        problems.append("layout: the quickstart runs on one machine; choose single, tp2, pp2 or tp2pp2")
-    problems.raise_if_any()
-
-
-def _run(cfg: Mapping[str, Any]) -> None:
-    from nemo_tied_lora.commands.demo import stages
-
-    folder = Path(cfg["folder"])
-    devices, preset = cfg["trainer"]["devices"], cfg["model"]["peft"]["tied_lora"]["preset"]
-    sizes = {key: cfg["model"][key] for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size")}
-    layout = "tp{}pp{}".format(*sizes.values())
-    started = time.perf_counter()
-    with stages.MemoryMeter() as memory:
-        had_base = (folder / "base.nemo").exists()
-        base = stages.make_base(folder)
-        data = stages.make_data(folder)
-        pretraining_seconds = time.perf_counter() - started
-        # One folder per preset and layout: a run must not resume from another one's checkpoints.
-        training = folder / f"training-{preset}-{layout}"
-        trained = training / "adapter.nemo"
-        arguments = stages.finetune_arguments(base, data, trained, cfg["seed"])
-        arguments += [f"preset={preset}", f"exp_manager.explicit_log_dir={training}", f"trainer.devices={devices}"]
-        arguments += [f"model.{key}={size}" for key, size in sizes.items()]
-        finetuning_seconds = stages.run_command([*arguments, *cfg["overrides"]])
-        answers = stages.evaluate(base, data, folder / "answers.json", [trained])
-    run = json.loads((training / "metrics.json").read_text())
-    before, after = answers["results"]["base"], answers["results"][str(trained)]
-    metrics = {
-        "exact_match_before": before["exact_match"],
-        "exact_match_after": after["exact_match"],
-        "test_examples": len(answers["examples"]),
-        **{key: run[key] for key in _FROM_RUN},
-        "wall_seconds": time.perf_counter() - started,
-        "base_was_there": had_base,
-        "pretraining_seconds": 0.0 if had_base else pretraining_seconds,
-        "finetuning_seconds": finetuning_seconds,
-        "peak_memory_bytes": memory.peak_bytes,
-        "layout": layout,
-        "preset": preset,
-        "seed": cfg["seed"],
-        "steps": len(run["steps"]),
-    }
-    _publish(folder, training, metrics, _table(answers["examples"], before["answers"], after["answers"]))
-
-
-def _publish(folder: Path, training: Path, metrics: Mapping[str, Any], table: str) -> None:
-    """Moves the results up, writes metrics.json and report.md, prints the report, and deletes the checkpoints."""
-    for name in ("adapter.nemo", "loss.png"):
-        (training / name).replace(folder / name)
-    write_json(folder / "metrics.json", dict(metrics))
-    text = _report(folder, metrics, table)
-    write_atomically(folder / "report.md", text.encode())
-    print(text)
-    shutil.rmtree(training / "checkpoints", ignore_errors=True)
-
-
-def _report(folder: Path, metrics: Mapping[str, Any], table: str) -> str:
-    share = metrics["trained_parameters"] / metrics["lora_parameters"]
-    return f"""
-## German numbers in words, {metrics["preset"]} on {metrics["layout"]}
-
-Exact match on {metrics["test_examples"]} held-out numbers: \
-{metrics["exact_match_before"]:.1%} before, **{metrics["exact_match_after"]:.1%} after**.
-Trained parameters: {metrics["trained_parameters"]:,}, {share:.1%} of LoRA's {metrics["lora_parameters"]:,} \
-at the same rank, {metrics["trained_parameters"] / metrics["base_parameters"]:.2%} of the base's.
-Time: {metrics["wall_seconds"]:.0f} s. Memory: {metrics["peak_memory_bytes"] / 2**30:.2f} GiB at most, all processes.
-
-{table}
-
-```
-{metrics["parameter_table"]}
-
-adapter   {folder / "adapter.nemo"} ({(folder / "adapter.nemo").stat().st_size:,} bytes)
-picture   {folder / "loss.png"}
-numbers   {folder / "metrics.json"}
-answers   {folder / "answers.json"}
-```
-"""
-
-
-def _table(examples: Sequence[Mapping[str, str]], before: Sequence[str], after: Sequence[str]) -> str:
-    """Five prompts from the whole test set, with the answers of the base and of the adapted model."""
-    rows = [("prompt", "base", "adapted", "right")]
-    for index in range(0, len(examples), max(1, len(examples) // _SHOWN)):
-        expected = examples[index]["output"].strip()
-        mark = "yes" if after[index].strip() == expected else f"no: {expected}"
-        rows.append((examples[index]["input"], before[index].strip(), after[index].strip(), mark))
-    return markdown_table(rows[: _SHOWN + 1], padded=True)
+        problems.append("layout: the quickstart runs on one machine; choose single, tp2, tp3, pp2 or tp2pp2")
+    return problems

@@ -40,7 +40,7 @@ SPLITS = (("train", "train"), ("validation", "validation"))
 
 
 def test_the_quickstart_trains_on_two_ranks_and_reports_what_it_measured(folder: Path) -> None:
-    printed = tied_lora("quickstart", "layout=pp2", f"overrides={SHORT}", folder=folder).stdout
+    printed = tied_lora("quickstart", "model=tiny", f"overrides={SHORT}", folder=folder).stdout
     place = folder / PLACE
     numbers = json.loads((place / "metrics.json").read_text())
     assert (numbers["steps"], numbers["layout"], numbers["preset"]) == (2, "tp1pp2", "tl6")
@@ -87,7 +87,8 @@ def test_the_examples_of_the_help_are_accepted_as_typed(command: ModuleType) -> 
 
 
 def test_a_stage_that_fails_is_named_with_its_command(folder: Path) -> None:
-    done = tied_lora("quickstart", "overrides=['model.peft.tied_lora.adapter_dim=8']", folder=folder, ok=False)
+    words = ["model=tiny", "overrides=['model.peft.tied_lora.adapter_dim=8']"]
+    done = tied_lora("quickstart", *words, folder=folder, ok=False)
     assert done.returncode == 2  # the code of the stage
     assert "tied-lora quickstart: " in done.stderr
     assert "finetune ... failed with exit code 2" in done.stderr

@@ -23,6 +23,7 @@ WITHOUT_SLOW = "not slow"
 _SLOW_FOLDERS = ("benchmarks", "nemo", "slurm")
 _SLOW_GROUPS = (
     "commands/test_demo.py",
+    "commands/test_quickstart.py",
     "conversion/test_hugging_face.py",
     "parity, 4 ranks",
     "parity, 8 ranks",

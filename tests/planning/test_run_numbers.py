@@ -45,7 +45,7 @@ def lines(cfg: dict[str, Any]) -> list[str]:
     return [*run_lines(cfg), *number_lines(cfg)]
 
 
-@pytest.mark.parametrize("recipe", [None, "quickstart", "quickstart_base", "llama2"])
+@pytest.mark.parametrize("recipe", [None, "quickstart_smollm2", "quickstart", "quickstart_base", "llama2"])
 def test_every_shipped_recipe_passes_without_a_word(recipe: str | None) -> None:
     assert (config_folder() / "recipe" / f"{recipe or 'llama2'}.yaml").is_file()
     command = "pretrain" if recipe == "quickstart_base" else "finetune"
