@@ -44,8 +44,9 @@ class InferenceChunk:
         self.first: bool = self._chunk.pre_process
         self.last: bool = self._chunk.post_process
         self.hidden_size: int = self._config.hidden_size
-        self.dtype: torch.dtype = self._config.pipeline_dtype or self._config.params_dtype
-        """Of hidden states between stages."""
+        wide = self._config.enable_autocast or self._config.fp32_residual_connection
+        self.dtype: torch.dtype = torch.float32 if wide else self._config.params_dtype
+        """Of hidden states between stages: that of the sums between layers, so nothing is rounded on the way."""
 
     def __enter__(self) -> InferenceChunk:
         with ExitStack() as undo:

@@ -232,6 +232,15 @@ def test_half_weights_give_the_bits_of_autocast(monkeypatch: pytest.MonkeyPatch)
     assert held.dtype == torch.bfloat16
 
 
+def test_sums_between_layers_are_not_rounded_between_stages() -> None:
+    model = build("learned positions", dtype=torch.float32, enable_autocast=True, autocast_dtype=torch.bfloat16)
+    model.config.pipeline_dtype = torch.bfloat16  # as NeMo sets it, also where the sums are in float32
+    with InferenceChunk(model) as chunk:
+        assert (
+            chunk.hidden(torch.tensor([[1, 2]]), torch.arange(2)[None], used=2).dtype == chunk.dtype == torch.float32
+        )
+
+
 def test_equal_logits_take_the_smallest_token_and_split_ones_give_the_same_losses() -> None:
     logits = torch.randn(5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     logits[0, [2, 5]] = 9.0

@@ -363,8 +363,7 @@ def test_a_run_that_ends_before_its_checkpoint_is_refused(composed: dict[str, An
 
 
 def test_numbers_of_generation_are_checked() -> None:
-    cfg = plain(compose_config("generate", []))
-    base = {"max_position_embeddings": 256}
+    cfg, base = plain(compose_config("generate", [])), {"max_position_embeddings": 256}
     assert list(generation_number_problems(cfg, base)) == []
     assert list(generation_number_problems({**cfg, "top_k": -1, "top_p": 1.5, "tokens_to_generate": 256}, base)) == [
         "top_k=-1: must be a whole number of at least 0; 0: all tokens",
@@ -372,9 +371,10 @@ def test_numbers_of_generation_are_checked() -> None:
         "tokens_to_generate=256: the base has 256 positions, for prompt and answer together; use fewer",
     ]
     wrong = {"repetition_penalty": 0, "min_tokens_to_generate": 9, "tokens_to_generate": 4}
-    assert list(generation_number_problems({**cfg, **wrong}, base)) == [
+    assert list(generation_number_problems({**cfg, **wrong, "model": {"context_parallel_size": 2}}, base)) == [
         "repetition_penalty=0: must be a number above 0; 1: none",
         "min_tokens_to_generate=9: more than tokens_to_generate=4; lower it",
+        "model.context_parallel_size=2: each prompt is read on one rank; set it to 1",
     ]
     sampled = {**cfg, "top_k": 40, "repetition_penalty": 1.2}
     assert generation_lines({**sampled, "temperature": 0.7}) == []

@@ -102,6 +102,8 @@ def generation_number_problems(cfg: Mapping[str, Any], base: Mapping[str, Any] |
         yield (
             f"tokens_to_generate={number}: the base has {positions} positions, for prompt and answer together; use fewer"
         )
+    if (size := cfg["model"].get("context_parallel_size")) not in (None, 1):
+        yield f"model.context_parallel_size={size!r}: each prompt is read on one rank; set it to 1"
 
 
 def generation_lines(cfg: Mapping[str, Any]) -> list[str]:
