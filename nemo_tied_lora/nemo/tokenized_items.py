@@ -12,7 +12,7 @@ from nemo_tied_lora.errors import Problems
 from nemo_tied_lora.nemo.token_rows import rowless_problems
 from nemo_tied_lora.nemo.usable_prompts import learned_positions
 
-__all__ = ["TokenizedItems"]
+__all__ = ["TokenizedItems", "answer_ids"]
 
 _Item = Mapping[str, Any]
 _MOST_NAMED = 10
@@ -43,7 +43,7 @@ class TokenizedItems:
         texts = [item.get("endings") or [item["output"]] for item in items]
         found = cls(
             prompts=[tokenizer.text_to_ids(item["input"]) or [start] for item in items],
-            answers=[[[*tokenizer.text_to_ids(text), tokenizer.eos_id] for text in of_item] for of_item in texts],
+            answers=[[answer_ids(tokenizer, text) for text in of_item] for of_item in texts],
             labels=[item.get("label", 0) for item in items],
         )
         problems = Problems(found._problems(model, [f"task item {item['id']}" for item in items]))
@@ -65,3 +65,13 @@ class TokenizedItems:
                 )
         whole = zip(self.prompts, self.answers, strict=True)
         yield from rowless_problems(model, [[*prompt, *chain(*answers)] for prompt, answers in whole], names)
+
+
+def answer_ids(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of an answer, which begins with its blank, and end-of-text.
+
+    As in NeMo's `GPTSFTDataset`, a tokenizer that puts a blank before each text itself, such as Llama 2's, does not get
+    another one.
+    """
+    own_blank = not getattr(tokenizer, "space_sensitive", False)
+    return [*tokenizer.text_to_ids(text[1:] if own_blank and text.startswith(" ") else text), tokenizer.eos_id]

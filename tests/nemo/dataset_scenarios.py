@@ -47,6 +47,7 @@ def report_datasets(folder: Path) -> int:
         "conversations": _same_conversations(folder),
         "packed": _packed(folder),
         "room": _room(),
+        "task items": _task_items(folder / "task"),
     }
     (folder / "datasets.json").write_text(json.dumps(found))
     return 0
@@ -177,4 +178,44 @@ def _room() -> list[int]:
         data = OmegaConf.create({"validation_ds": {"tokens_to_generate": 32, **section}, "test_ds": None})
         leave_room_only_to_generate(data)
         found.append(data.validation_ds.tokens_to_generate)
+    return found
+
+
+def _task_items(folder: Path) -> dict[str, Any]:
+    """For a tokenizer that keeps every blank and adds one, as Llama 2's: a task's items in training and in evaluation."""
+    import sentencepiece
+    from nemo.collections.common.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+
+    from nemo_tied_lora.nemo.sft_datasets import PromptDataset
+    from nemo_tied_lora.nemo.tokenized_items import answer_ids
+
+    folder.mkdir()
+    items = [
+        {"input": "what is it\nanswer:", "output": " it is a cat"},
+        {"input": "and  that:", "output": " a dog\nthat is"},
+    ]
+    texts = [item["input"].replace("\n", " ") + item["output"] for item in items]
+    settings = {"remove_extra_whitespaces": False, "hard_vocab_limit": False, "byte_fallback": True, "vocab_size": 300}
+    prefix = str(folder / "tokenizer")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_prefix=prefix, minloglevel=2, **settings
+    )
+    tokenizer = SentencePieceTokenizer(f"{prefix}.model")
+    (folder / "train.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    found: dict[str, Any] = {"adds blanks": not tokenizer.space_sensitive}
+    for separator, shown in ((" ", items), ("", [{**item, "output": item["output"].strip()} for item in items])):
+        (folder / "train.jsonl").write_text("".join(json.dumps(item) + "\n" for item in shown))
+        dataset = PromptDataset(
+            str(folder / "train.jsonl"),
+            tokenizer,
+            prompt_template="{input}" + separator + "{output}",
+            label_key="output",
+            truncation_field="input",
+            memmap_workers=1,
+            index_mapping_dir=str(folder / f"index {len(separator)}"),
+        )
+        trained = [dataset[number]["input_ids"] for number in range(len(dataset))]
+        evaluated = [tokenizer.text_to_ids(item["input"]) + answer_ids(tokenizer, item["output"]) for item in shown]
+        naive = [tokenizer.text_to_ids(item["input"]) + tokenizer.text_to_ids(item["output"]) for item in shown]
+        found[separator] = {"same": trained == evaluated, "naive": [one[:-1] for one in trained] == naive}
     return found

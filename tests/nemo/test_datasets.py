@@ -64,6 +64,15 @@ def test_a_clean_file_gives_nemos_examples(report: dict[str, Any]) -> None:
     assert report["clean as in NeMo"]
 
 
+def test_a_tasks_items_have_the_same_tokens_in_training_and_in_evaluation(report: dict[str, Any]) -> None:
+    """The control: with the blank that the item's file holds, this tokenizer would make another token."""
+    assert report["task items"] == {
+        "adds blanks": True,
+        " ": {"same": True, "naive": False},
+        "": {"same": True, "naive": True},
+    }
+
+
 def test_marks_blank_lines_and_numbers_change_no_example(report: dict[str, Any]) -> None:
     assert report["messy as clean"]
     assert len(report["ends"]) == 8
