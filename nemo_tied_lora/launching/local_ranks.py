@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-from nemo_tied_lora.planning.rank_variables import FAILURE_PIPE, INTERRUPTED, LAUNCHER, STORE_SOCKET
+from nemo_tied_lora.planning.rank_variables import FAILURE_PIPE, INTERRUPTED, LAUNCHER, STARTED_BY, STORE_SOCKET
 
 __all__ = ["exit_code", "follow_launcher", "rank_variables", "start_ranks"]
 
@@ -71,8 +71,11 @@ def rank_variables(rank: int, num_ranks: int, port: int) -> dict[str, str]:
 
 
 def follow_launcher(environment: Mapping[str, str] = os.environ) -> None:
-    """Asks Linux to send SIGTERM to this rank when the process dies that has started it. Without such a process, does nothing."""
-    launcher = environment.get(LAUNCHER)
+    """Asks Linux to send SIGTERM to this rank or stage when the process of ours dies that has started it.
+
+    Without such a process, does nothing.
+    """
+    launcher = environment.get(LAUNCHER) or environment.get(STARTED_BY)
     if launcher is None or not sys.platform.startswith("linux"):
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -14,6 +14,7 @@ __all__ = [
     "INTERRUPTED",
     "LAUNCHER",
     "MPI_VARIABLES",
+    "STARTED_BY",
     "STORE_SOCKET",
     "another_rank_failed",
     "is_first",
@@ -29,6 +30,8 @@ LAUNCHER = "TIED_LORA_LAUNCHER"
 """The number of the process of ours that has started this rank. All ranks that it started share one terminal or log."""
 FAILURE_PIPE = "TIED_LORA_FAILURE_PIPE"
 """The number of a pipe from which a rank reads a byte if our launcher ends it because another rank has failed."""
+STARTED_BY = "TIED_LORA_STARTED_BY"
+"""The number of the process of ours that has started this command as one of its stages."""
 STORE_SOCKET = "TIED_LORA_STORE_SOCKET"
 """The number of rank 0's open socket that listens at MASTER_PORT. So no other process can take the port."""
 MPI_VARIABLES = (

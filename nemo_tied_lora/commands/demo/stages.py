@@ -20,6 +20,7 @@ import psutil
 
 from nemo_tied_lora.commands.demo.tasks import write_quickstart_data
 from nemo_tied_lora.launching.local_ranks import exit_code
+from nemo_tied_lora.planning.rank_variables import STARTED_BY
 
 __all__ = [
     "MemoryMeter",
@@ -157,7 +158,8 @@ def _resident(process: psutil.Process) -> int:
 
 def _run(command: Sequence[str], log: Path | None, threads: int | None = None) -> float:
     started = time.perf_counter()
-    environment = {**os.environ, **({} if threads is None else {"OMP_NUM_THREADS": str(threads)})}
+    environment = {**os.environ, STARTED_BY: str(os.getpid())}
+    environment |= {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
     if log is None:
         code = subprocess.run(command, check=False, env=environment).returncode
     else:
