@@ -15,7 +15,7 @@ from typing import Any
 
 from nemo_tied_lora.errors import ConfigError, Problems
 from nemo_tied_lora.files import write_atomically
-from nemo_tied_lora.tasks.builders import debian_descriptions, gsm_symbolic, wesnoth, wordnet_senses
+from nemo_tied_lora.tasks.builders import debian_descriptions, gsm_symbolic, home_assistant, wesnoth, wordnet_senses
 from nemo_tied_lora.tasks.locked import alone
 from nemo_tied_lora.tasks.sources import Found, Reader, SplitFile
 from nemo_tied_lora.tasks.task import Task
@@ -28,6 +28,7 @@ _VERSION = 1
 BUILDERS = {
     "debian_descriptions": debian_descriptions,
     "gsm_symbolic": gsm_symbolic,
+    "home_assistant": home_assistant,
     "wesnoth": wesnoth,
     "wordnet_senses": wordnet_senses,
 }
