@@ -149,19 +149,23 @@ class Predictions:
     def _read(self) -> None:
         """Reads the finished file, or what there is of an unfinished one."""
         if self.finished:
-            lines = [json.loads(line) for line in self.path.read_bytes().splitlines()]
-            if [line.get("id") for line in lines] == [item["id"] for item in self._items]:
-                self._found = [{key: line[key] for key in self._needs if key in line} for line in lines]
-                if not any(self.missing(key) for key in self._needs):
-                    return
-            raise ConfigError(
-                [f"{self.path}: does not hold the predictions of this test set; delete it, or name another output="]
-            )
+            self._found = self._read_finished()
+            return
         if self._part.exists():
             for line in _whole_lines(self._part):
                 number = line.pop("item")
                 if 0 <= number < len(self._items):
                     self._found[number].update(line)
+
+    def _read_finished(self) -> list[dict[str, Any]]:
+        try:
+            lines = [json.loads(line) for line in self.path.read_bytes().splitlines()]
+            if [line["id"] for line in lines] == [item["id"] for item in self._items]:
+                return [{key: line[key] for key in self._needs} for line in lines]
+        except (ValueError, KeyError, TypeError):
+            pass  # another program's file, or a damaged one
+        problem = f"{self.path}: does not hold the predictions of this test set; delete it, or name another output"
+        raise ConfigError([problem])
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:

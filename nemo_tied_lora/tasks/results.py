@@ -68,7 +68,7 @@ def results_table(results: Mapping[str, Any]) -> str:
         texts.append(f"{head}\n\n{_table(results['metrics'], part)}")
     percent = f"{results['interval']['level']:.0%}"
     texts.append(
-        f"In brackets: {percent} intervals over items. A difference is paired; it is {percent} sure if its interval leaves out 0."
+        f"In brackets: {percent} intervals over items. Differences are paired: both adapters answered the same items."
     )
     return "\n\n".join(texts)
 
@@ -126,11 +126,11 @@ def _as_json(found: Interval) -> dict[str, float | None]:
 
 def _table(metrics: Mapping[str, Any], part: Mapping[str, Any]) -> str:
     titles = [described["title"] for described in metrics.values()]
-    rows = [("adapter", *titles)]
-    rows += [
-        (name, *(_shown(found["metrics"][metric], metrics[metric]["unit"]) for metric in metrics))
-        for name, found in part["adapters"].items()
-    ]
+    counted = any("trained_parameters" in found for found in part["adapters"].values())
+    rows = [("adapter", *(["trained"] if counted else []), *titles)]
+    for name, found in part["adapters"].items():
+        trained = [f"{found.get('trained_parameters', 0):,}"] if counted else []
+        rows.append((name, *trained, *(_shown(found["metrics"][key], metrics[key]["unit"]) for key in metrics)))
     table = markdown_table(rows, padded=True)
     pairs = part["differences"]
     if len(part["adapters"]) > _MOST_PAIRS:

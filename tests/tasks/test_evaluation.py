@@ -101,7 +101,8 @@ def test_results_hold_every_number_with_its_interval_and_what_it_was_made_with()
 def test_the_table_shows_the_primary_metric_first_and_differences_with_a_sign() -> None:
     lines = results_table(finished("task.metrics=[f1]", adapters=(None, "a/adapter.nemo"))).splitlines()
     assert lines[0] == f"{ITEMS} items"
-    assert [cell.strip() for cell in lines[2].split("|")[1:-1]] == ["adapter", "F1", "answer loss"]
+    assert [cell.strip() for cell in lines[2].split("|")[1:-1]] == ["adapter", "trained", "F1", "answer loss"]
+    assert [line.split("|")[2].strip() for line in lines[4:6]] == ["0", "1,568"]
     assert any(line.startswith("| a - base   | +") for line in lines)
     assert "even: 4 items" in lines
 
