@@ -97,3 +97,27 @@ def test_a_run_without_a_task_is_as_before() -> None:
     make_task_files(values)
     with pytest.raises(ConfigError):
         check_task({"task": {}})
+
+
+def test_launch_knows_the_tasks_files_by_their_paths_in_the_container(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def check(values: dict[str, Any], runs_here: bool) -> list[str]:
+        seen.extend(data_problems(values))
+        return []
+
+    monkeypatch.setattr("nemo_tied_lora.launching.submit.check_finetuning", check)
+    inside = [
+        "cluster.container.image=a.sqsh",
+        f"cluster.container.mounts=['{folder}:/data', '{folder}:{folder}']",
+        f"exp_manager.explicit_log_dir={folder}/run",
+        "task.folder=/data/task",
+    ]
+    assert launch.main(["cluster=slurm", "dry_run=true", *TASK, *inside]) == 0
+    assert seen == []
+    assert (
+        launch.main(["cluster=slurm", "dry_run=true", *TASK, *inside, "model.data.train_ds.file_names=[/data/x]"]) == 0
+    )
+    assert seen == [f"model.data.train_ds.file_names: {folder}/x: no such file"]
