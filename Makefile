@@ -17,6 +17,10 @@ PYTEST_OPTIONS ?=
 OVERHEAD ?= runs/step_overhead.json
 COMMUNICATION ?= runs/communication.json
 GUARDS ?= runs/guard_cost.json
+GENERATION ?= runs/generation_speed.json
+# A model of transformers (a folder or a GGUF file) and its import, for benchmark-generation.
+MODEL ?=
+BASE ?=
 
 CANDIDATES := $(if $(PYTHON),$(PYTHON),python3.11 python3.12 python3.10 python3)
 BIN := $(VENV)/bin
@@ -35,7 +39,7 @@ UNFINISHED := $(VENV)/.unfinished
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-mcore016 test test-fast test-mcore016 test-parity parallelism-page test-slurm lint typecheck format quickstart compare benchmark benchmark-communication benchmark-guards clean clean-venv
+.PHONY: help setup setup-mcore016 test test-fast test-mcore016 test-parity parallelism-page test-slurm lint typecheck format quickstart compare benchmark benchmark-communication benchmark-guards benchmark-generation clean clean-venv
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-24s %s\n", $$1, $$2}' Makefile
@@ -142,6 +146,10 @@ benchmark-communication: $(STAMP) ## what an adapter sends, beside NeMo's own, b
 benchmark-guards: $(STAMP) ## what the guards of a run cost (GUARDS=file.json)
 	@mkdir -p $(dir $(GUARDS))
 	$(BIN)/python benchmarks/guard_cost.py --output $(GUARDS)
+
+benchmark-generation: $(STAMP) ## greedy generation beside transformers and NeMo (MODEL=folder BASE=base.nemo)
+	@mkdir -p $(dir $(GENERATION))
+	$(BIN)/python benchmarks/generation_speed.py --transformers "$(MODEL)" --base "$(BASE)" --output $(GENERATION)
 
 clean: ## remove builds and caches; .venv, .venv-mcore016 and runs/ stay
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -13,6 +13,7 @@ from tests.harness.paths import ROOT
 
 PAGES = {
     "communication.md": "communication_page.py",
+    "generation_speed.md": "generation_speed_page.py",
     "guards.md": "guard_cost.py",
     "step_overhead.md": "step_overhead_page.py",
 }
