@@ -88,17 +88,18 @@ def _examples(task: Task, results: Mapping[str, Any], evaluation: Path) -> Itera
     """Some items from the whole test set, evenly spaced, with the answers of the base and of the adapted model."""
     items = _lines(Path(results["task"]["folder"]) / "test.jsonl")
     base, adapted = (_lines(evaluation / facts["predictions"]) for facts in results["adapters"].values())
-    yield ("prompt", "base", "adapted", "right")
+    # A translation may be right without being equal to the reference.
+    by_equality = task.is_choice or results["primary"] in ("exact_match", "maths_exact_match")
+    yield ("prompt", "base", "adapted", "right" if by_equality else "reference")
     for number in range(0, len(items), max(1, -(-len(items) // _SHOWN))):
         item = items[number]
         answers = [_answer(item, predictions[number]) for predictions in (base, adapted)]
         expected = item["references"][0] if item.get("references") else item["output"]
-        right = answers[1].strip() == expected.strip()
-        yield (
-            _short(item["input"]),
-            *(_short(answer) for answer in answers),
-            "yes" if right else f"no: {_short(expected)}",
-        )
+        if by_equality and answers[1].strip() == expected.strip():
+            last = "yes"
+        else:
+            last = f"no: {_short(expected)}" if by_equality else _short(expected)
+        yield (_short(item["input"]), *(_short(answer) for answer in answers), last)
 
 
 def _answer(item: Mapping[str, Any], prediction: Mapping[str, Any]) -> str:
