@@ -54,6 +54,7 @@ def _check(values: Mapping[str, Any]) -> None:
         problems.append("task: missing; name one, as task=nli_wordnet_senses; tied-lora evaluate --help lists them")
     else:
         problems.attempt(Task.from_config, values["task"])
+    problems.one_of("split", values.get("split"), ("test", "validation"))
     wrong = list(adapter_list_problems(values.get("adapter")))
     problems += wrong
     problems.attempt(check_evaluation, values, [] if wrong else adapter_list(values.get("adapter")))
@@ -73,6 +74,7 @@ def _evaluation(values: Mapping[str, Any]) -> Evaluation:
         adapters=adapter_list(values["adapter"]),
         folder=values["output"],
         precision=str(values["trainer"]["precision"]),
+        split=str(values["split"]),
     )
 
 

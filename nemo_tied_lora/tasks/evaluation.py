@@ -37,6 +37,7 @@ class Evaluation:
     """A task's test set, a base, adapters, and the folder of their predictions.
 
     Args:
+        split: test, or validation for a choice between adapters that the test set must not make.
         adapters: paths; None is the base alone.
         folder: where predictions and results go; None: runs/evaluate/TASK.
         precision: of the model, as `trainer.precision`.
@@ -51,12 +52,13 @@ class Evaluation:
         adapters: Sequence[str | None],
         folder: str | None,
         precision: str,
+        split: str = "test",
     ) -> None:
         self.task, self.base, self.adapters = task, base, list(adapters)
         self.folder = Path(folder or f"runs/evaluate/{task.name}")
         self.metrics = metrics_of(task.metrics, choice=task.is_choice, marker=task.marker)
         self.names = adapter_names(self.adapters)
-        self._prepared, self._precision = prepared, precision
+        self._prepared, self._precision, self._split = prepared, precision, split
 
     @property
     def generates(self) -> bool:
@@ -65,16 +67,16 @@ class Evaluation:
 
     @cached_property
     def items(self) -> list[dict[str, Any]]:
-        """The lines of the test set."""
-        return list(self._prepared.items("test"))
+        """The lines of the split's file."""
+        return list(self._prepared.items(self._split))
 
     @cached_property
     def settings(self) -> dict[str, Any]:
         """What predictions depend on, besides the adapter. The layout and the sizes of batches change rounding alone."""
-        task = self.task
+        task, checksum = self.task, self._prepared.record["splits"][self._split]["sha256"][:16]
         limits = {"max_new_tokens": task.max_new_tokens, "stop": list(task.stop)}
         return {
-            "task": {"name": task.name, "test_sha256": self._prepared.record["splits"]["test"]["sha256"][:16]},
+            "task": {"name": task.name, f"{self._split}_sha256": checksum},
             "base_sha256": file_checksum(Path(self.base)),
             "precision": self._precision,
             "generation": limits if self.generates else None,
@@ -95,7 +97,7 @@ class Evaluation:
         """
         problems = Problems()
         problems.attempt(check_settings, self.folder, self.settings)
-        needed = len(self.adapters) * self._prepared.counts["test"] * _BYTES_AN_ITEM
+        needed = len(self.adapters) * self._prepared.counts[self._split] * _BYTES_AN_ITEM
         there = next(one for one in (self.folder.resolve(), *self.folder.resolve().parents) if one.is_dir())
         free = shutil.disk_usage(there).free
         if free < needed:
