@@ -14,6 +14,8 @@ LAYOUT ?= pp2
 # Groups of tests that run at the same time. Each takes up to 3 GiB.
 WORKERS ?= 2
 PYTEST_OPTIONS ?=
+# make study starts no further run after so many minutes. Empty: no limit.
+MINUTES ?=
 OVERHEAD ?= runs/step_overhead.json
 COMMUNICATION ?= runs/communication.json
 GUARDS ?= runs/guard_cost.json
@@ -39,7 +41,7 @@ UNFINISHED := $(VENV)/.unfinished
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-mcore016 test test-fast test-mcore016 test-parity parallelism-page test-slurm lint typecheck format quickstart compare benchmark benchmark-communication benchmark-guards benchmark-generation clean clean-venv
+.PHONY: help setup setup-mcore016 test test-fast test-mcore016 test-parity parallelism-page test-slurm lint typecheck format quickstart compare study study-page benchmark benchmark-communication benchmark-guards benchmark-generation clean clean-venv
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-24s %s\n", $$1, $$2}' Makefile
@@ -132,8 +134,16 @@ format: $(STAMP) ## format, and fix what the linter can fix
 quickstart: $(STAMP) ## fine-tune on two ranks and show what came out (LAYOUT=pp2 or tp3)
 	$(BIN)/tied-lora quickstart layout=$(LAYOUT)
 
-compare: $(STAMP) ## LoRA, TL5, TL6 and VeRA from the same base, three seeds each
+compare: $(STAMP) ## LoRA, TL5, TL6 and VeRA on the tiny base, three seeds each (about 10 minutes)
+	test -e runs/quickstart/base.nemo || $(BIN)/tied-lora quickstart model=tiny
 	$(BIN)/tied-lora compare
+
+study: $(STAMP) ## the paper's claim on SmolLM2-135M; some 15 hours on 2 cores; stop and repeat it as you like (MINUTES=90)
+	test -e runs/smollm2/base.nemo || $(BIN)/tied-lora quickstart
+	$(BIN)/tied-lora compare study=paper_claim $(if $(MINUTES),minutes=$(MINUTES))
+
+study-page: $(STAMP) ## docs/study.md, its numbers and its picture, from the committed results of the study
+	$(BIN)/tied-lora compare study=paper_claim page=docs/study.md
 
 benchmark: $(STAMP) ## what an adapter adds to a training step, beside NeMo's own (OVERHEAD=file.json)
 	@mkdir -p $(dir $(OVERHEAD))

@@ -35,17 +35,17 @@ def picture(path: Path, *, width: float = 8.0, height: float = 4.5) -> Iterator[
 
 
 @contextmanager
-def panels(path: Path, number: int, *, width: float, height: float, title: str) -> Iterator[Any]:
-    """Yields a column of `number` axes. At the end, writes the PNG. Sizes are in inches."""
+def panels(path: Path, rows: int, *, columns: int = 1, width: float, height: float, title: str) -> Iterator[Any]:
+    """Yields the axes of a grid, row by row. At the end, writes the PNG. Sizes are in inches."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(number, 1, figsize=(width, height), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False)
     try:
         figure.suptitle(title, fontsize="medium")
-        yield list(axes[:, 0])
+        yield list(axes.flat)
         content = io.BytesIO()
         figure.savefig(content, dpi=120, format="png")
     finally:

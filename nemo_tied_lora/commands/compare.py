@@ -1,155 +1,183 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`tied-lora compare`: LoRA, TL5, TL6 and VeRA at one rank from the same base, several seeds each."""
+"""`tied-lora compare`: methods on tasks with several seeds, each run once, and a page with verdicts."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import statistics
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
-from nemo_tied_lora.commands.local_command import run_composed
-from nemo_tied_lora.config import PRESETS
-from nemo_tied_lora.errors import Problems
-from nemo_tied_lora.files import write_atomically, write_json
-from nemo_tied_lora.plots import picture
-from nemo_tied_lora.tables import markdown_table
+from nemo_tied_lora.commands.local_command import check_paths, run_composed
+from nemo_tied_lora.commands.study.plan import Study
+from nemo_tied_lora.errors import ConfigError, Problems, report
+from nemo_tied_lora.planning.base_config import usable_base
 
 __all__ = ["SUMMARY", "main"]
 
-SUMMARY = "train LoRA, TL5, TL6 and VeRA from the same base and write a table and a picture"
+SUMMARY = "compare methods on tasks with several seeds, and write a page with verdicts"
 
 _EXAMPLES = """  tied-lora compare
-  tied-lora compare "presets=[lora,tl6]" "seeds=[1]" "overrides=['model.peft.tied_lora.rank=16']" folder=runs/rank16
+  tied-lora compare methods.tl6.seeds=5 ~methods.vera
+  tied-lora compare study=paper_claim minutes=90
+  tied-lora compare study=paper_claim list=true
+  tied-lora compare study=paper_claim page=docs/study.md
 """
+_OLD_KEYS = {
+    "presets": "is now the section methods; ~methods.NAME leaves one out",
+    "seeds": "is now methods.NAME.seeds, a number",
+    "steps": "is now tasks.NAME.steps",
+    "learning_rates": "is now methods.NAME.rates, a list",
+    "base_folder": "is now base.path, the base's .nemo",
+    "overrides": "is now training.overrides",
+}
+"""Keys of this command before it ran studies."""
+_UNPACKED = 2.2
+"""The disk space of a run, in sizes of the base's file: NeMo unpacks it, and checkpoints and predictions are small."""
 
 
 def main(argv: list[str]) -> int:
-    """Returns 0, the exit code of a run that failed, or 2 if the configuration is refused. Keeps the runs that have finished."""
-    return run_composed("compare", argv, _compare, summary=SUMMARY, examples=_EXAMPLES)
+    """Returns 0, 1 if a run failed, or 2 if the study is refused. A run that is done is never done again."""
+    old = [f"{word}: {_OLD_KEYS[key]}" for word in argv if (key := _first_key(word)) in _OLD_KEYS]
+    if old:
+        return report("compare", ConfigError(old))
+    return run_composed("compare", argv, _compare, summary=SUMMARY, examples=_EXAMPLES, groups=("study",))
+
+
+def _first_key(word: str) -> str:
+    return word.partition("=")[0].lstrip("+~").partition(".")[0]
 
 
 def _compare(cfg: dict[str, Any]) -> int:
-    _check(cfg)
-    from nemo_tied_lora.commands.demo.stages import run_stages  # imports psutil, which --help does not need
+    problems = Problems()
+    _check_keys(problems, cfg)
+    study = problems.build(Study.from_config, cfg)
+    if cfg["page"] is not None:
+        return _write_page(study, Path(cfg["page"]), f"tied-lora compare study={study.name} page={cfg['page']}")
+    if cfg["list"]:
+        return _list(study, cfg["at_once"])
+    return _run(study, cfg)
 
-    return run_stages("compare", _run, cfg)
+
+def _check_keys(problems: Problems, cfg: Mapping[str, Any]) -> None:
+    problems.attempt(check_paths, cfg, "folder", "results", "page")
+    problems.whole_number("at_once", cfg["at_once"])
+    problems.flag("list", cfg["list"])
+    problems.flag("keep_adapters", cfg["keep_adapters"])
+    if cfg["limit"] is not None:
+        problems.whole_number("limit", cfg["limit"])
+    minutes = cfg["minutes"]
+    if minutes is not None and (isinstance(minutes, bool) or not isinstance(minutes, (int, float)) or minutes <= 0):
+        problems.append(f"minutes={minutes!r}: must be a positive number, or null for no limit")
+    if cfg["page"] is not None and Path(str(cfg["page"])).suffix != ".md":
+        problems.append(f"page={cfg['page']}: must end in .md; its .json and .png go beside it")
 
 
-def _check(cfg: Mapping[str, Any]) -> None:
-    problems = Problems(
-        f"{key}={cfg[key]!r}: must be a non-empty list" for key in ("presets", "seeds") if not _is_list(cfg[key])
-    )
-    for key in ("at_once", "steps"):
-        problems.whole_number(key, cfg[key])
-    presets = cfg["presets"] if _is_list(cfg["presets"]) else []
-    choices = ", ".join(PRESETS)
-    problems += [f"presets: {name!r} is unknown; choose from {choices}" for name in presets if name not in PRESETS]
-    problems += [f"learning_rates.{name}: missing" for name in presets if name not in cfg["learning_rates"]]
+def _write_page(study: Study, page: Path, command: str) -> int:
+    from nemo_tied_lora.commands.study.page import write_page
+    from nemo_tied_lora.commands.study.results import read_results
+
+    files = write_page(page, study, read_results(Path(study.results)), command)
+    print(f"written: {', '.join(map(str, files))}")
+    return 0
+
+
+def _list(study: Study, at_once: int) -> int:
+    from nemo_tied_lora.commands.study.listing import listing
+    from nemo_tied_lora.commands.study.one_run import folder_of
+    from nemo_tied_lora.commands.study.results import read_results
+
+    print(listing(study, read_results(Path(study.results)), lambda cell: folder_of(study, cell), at_once))
+    return 0
+
+
+def _run(study: Study, cfg: Mapping[str, Any]) -> int:
+    from nemo_tied_lora.commands.study.commands import Commands
+    from nemo_tied_lora.commands.study.one_run import folder_of, run_cell
+    from nemo_tied_lora.commands.study.results import read_results
+    from nemo_tied_lora.commands.study.running import run_study
+    from nemo_tied_lora.commands.study.task_files import check_tasks, prepare_tasks
+
+    problems = Problems()
+    problems.attempt(read_results, Path(study.results))
+    problems.attempt(check_tasks, study)
+    _check_base(problems, study, cfg["at_once"])
+    problems.raise_if_any()
+    files = prepare_tasks(study)
+    _check_data(study, {name: found.checksums for name, found in files.items()})
+    commands = Commands(max(1, (os.cpu_count() or 1) // cfg["at_once"]))
+    with _stopped_by_sigterm():
+        outcome = run_study(
+            study,
+            lambda cell: folder_of(study, cell),
+            lambda cell, claim: run_cell(study, cell, files[cell.task], commands, claim, cfg["keep_adapters"]),
+            commands.stop,
+            at_once=cfg["at_once"],
+            limit=cfg["limit"],
+            minutes=cfg["minutes"],
+        )
+    page = Path(study.folder, "page.md")
+    _write_page(study, page, f"tied-lora compare study={study.name} page={page}")
+    _list(study, cfg["at_once"])
+    if outcome.stopped is not None:
+        print(f"no further run was started: {outcome.stopped}; type the command again to continue")
+    for label, why in outcome.failed.items():
+        print(f"tied-lora compare: {label} failed: {why}; type the command again to try it again", file=sys.stderr)
+    return 1 if outcome.failed else 0
+
+
+def _check_base(problems: Problems, study: Study, at_once: int) -> None:
+    """The base must be there, and so must the room that runs need."""
+    base = Path(study.base.path)
+    if not base.exists():
+        problems.append(f"base.path={base}: no such file; {study.base.remedy}")
+        return
+    problems.attempt(usable_base, study.base.path, "base.path")
+    if base.is_dir():
+        return
+    needed = int(at_once * _UNPACKED * base.stat().st_size)
+    for what, place in (("folder", Path(study.folder)), ("TMPDIR", Path(tempfile.gettempdir()))):
+        free = shutil.disk_usage(next(parent for parent in (place, *place.resolve().parents) if parent.exists())).free
+        if free < needed:
+            problems.append(
+                f"{what}={place}: {at_once} runs at a time need {needed / 2**30:.1f} GiB there, {free / 2**30:.1f} GiB are "
+                f"free; free some, lower at_once, or set {what} to another disk"
+            )
+
+
+def _check_data(study: Study, checksums: Mapping[str, Mapping[str, str]]) -> None:
+    """The data must be those of the results that are there: others could not be compared with them."""
+    from nemo_tied_lora.commands.study.results import read_results
+
+    problems, told = Problems(), set[tuple[str, str]]()
+    for result in read_results(Path(study.results)).by_key.values():
+        task = result.values["settings"]["task"]
+        for split, known in result.values["data"].items():
+            found = checksums.get(task, {}).get(split)
+            if found not in (None, known) and (task, split) not in told:
+                told.add((task, split))
+                problems.append(
+                    f"results={study.results}: {result.path.name} was made with {task}'s {split} data of checksum {known}, and "
+                    f"now it is {found}; name another folder for results, or use the same data and limits"
+                )
     problems.raise_if_any()
 
 
-def _is_list(value: object) -> bool:
-    return isinstance(value, list) and bool(value)
+@contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """Makes SIGTERM end this process as Ctrl-C does, so that the runs save and stop."""
 
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
 
-def _run(cfg: Mapping[str, Any]) -> None:
-
-    from nemo_tied_lora.commands.demo import stages
-    from nemo_tied_lora.progress import Progress
-
-    folder = Path(cfg["folder"])
-    threads = max(1, (os.cpu_count() or 1) // cfg["at_once"])
-    base = stages.make_base(Path(cfg["base_folder"]))
-    data = stages.make_data(Path(cfg["base_folder"]))
-    runs = [(preset, seed, folder / f"{preset}-seed{seed}") for seed in cfg["seeds"] for preset in cfg["presets"]]
-
-    def train(run: tuple[str, int, Path]) -> None:
-        preset, seed, place = run
-        arguments = stages.finetune_arguments(base, data, place / "adapter.nemo", seed)
-        arguments += [f"preset={preset}", "layout=single", f"exp_manager.explicit_log_dir={place}"]
-        arguments += [f"model.optim.lr={cfg['learning_rates'][preset]}", "trainer.enable_progress_bar=false"]
-        arguments += [f"trainer.max_steps={cfg['steps']}", f"trainer.val_check_interval={cfg['steps']}"]
-        arguments += cfg["overrides"]
-        record = place / "arguments.json"
-        if (place / "metrics.json").exists() and record.exists():
-            if json.loads(record.read_text()) == {"arguments": arguments}:
-                return
-            shutil.rmtree(place)  # a run with other settings; its numbers must not pass for this run's
-        stages.run_command(arguments, place.with_name(f"{place.name}.log"), threads)
-        write_json(record, {"arguments": arguments})
-
-    with ThreadPoolExecutor(cfg["at_once"]) as pool:
-        list(Progress(pool.map(train, runs), total=len(runs), desc="runs", unit="run"))
-    answers = stages.evaluate(base, data, folder / "answers.json", [place / "adapter.nemo" for _, _, place in runs])
-    results = [_result(preset, seed, place, answers) for preset, seed, place in runs]
-    summary = {
-        "base_exact_match": answers["results"]["base"]["exact_match"],
-        "test_examples": len(answers["examples"]),
-        "steps": cfg["steps"],
-        "learning_rates": {preset: cfg["learning_rates"][preset] for preset in cfg["presets"]},
-        "runs": results,
-    }
-    write_json(folder / "compare.json", summary)
-    table = _table(summary)
-    write_atomically(folder / "compare.md", table.encode())
-    _draw(folder / "compare.png", summary)
-    print(f"\n{table}\nwritten: {folder / 'compare.json'}, {folder / 'compare.md'}, {folder / 'compare.png'}")
-
-
-def _result(preset: str, seed: int, place: Path, answers: Mapping[str, Any]) -> dict[str, Any]:
-    metrics = json.loads((place / "metrics.json").read_text())
-    return {
-        "preset": preset,
-        "seed": seed,
-        "rank": metrics["adapter"]["rank"],
-        "trained_parameters": metrics["trained_parameters"],
-        "exact_match": answers["results"][str(place / "adapter.nemo")]["exact_match"],
-        "validation_loss": metrics["validations"][-1]["validation_loss"],
-        "wall_seconds": metrics["wall_seconds"],
-    }
-
-
-def _groups(summary: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for run in summary["runs"]:
-        groups.setdefault(run["preset"], []).append(run)
-    return groups
-
-
-def _table(summary: Mapping[str, Any]) -> str:
-    groups = _groups(summary)
-    lora = groups["lora"][0]["trained_parameters"] if "lora" in groups else None
-    rows: list[Sequence[str]] = [
-        ("method", "trained", "of LoRA", "learning rate", "exact match, each seed", "mean", "std")
-    ]
-    for preset, runs in groups.items():
-        scores = [run["exact_match"] for run in runs]
-        trained = runs[0]["trained_parameters"]
-        share = "" if lora is None else f"{trained / lora:.1%}"
-        spread = f"{statistics.stdev(scores):.1%}" if len(scores) > 1 else ""
-        each = ", ".join(f"{score:.1%}" for score in scores)
-        rate = f"{summary['learning_rates'][preset]:g}"
-        rows.append((preset, f"{trained:,}", share, rate, each, f"{statistics.mean(scores):.1%}", spread))
-    rank = summary["runs"][0]["rank"]
-    base = f"base {summary['base_exact_match']:.1%}"
-    head = f"Rank {rank}, {summary['steps']} steps, {summary['test_examples']} held-out numbers, {base}:\n\n"
-    return head + markdown_table(rows, padded=True) + "\n"
-
-
-def _draw(path: Path, summary: Mapping[str, Any]) -> None:
-    """Draws exact match over trained parameters: one dot per seed, one bar per method at the mean."""
-    with picture(path, width=7) as axes:
-        for index, (preset, runs) in enumerate(_groups(summary).items()):
-            trained, scores = runs[0]["trained_parameters"], [run["exact_match"] for run in runs]
-            color = f"C{index}"
-            axes.scatter([trained] * len(scores), scores, color=color, alpha=0.6, label=f"{preset} ({trained:,})")
-            axes.scatter([trained], [statistics.mean(scores)], color=color, marker="_", s=400, linewidths=2)
-        axes.axhline(summary["base_exact_match"], color="gray", linestyle="--", linewidth=1, label="base")
-        axes.set(xscale="log", ylim=(-0.03, 1.03), xlabel="trained parameters", ylabel="exact match, held-out numbers")
-        rank, steps = summary["runs"][0]["rank"], summary["steps"]
-        axes.set_title(f"Rank {rank}, {steps} steps, {len(summary['runs'])} runs; bars are means")
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -60,21 +60,23 @@ def test_the_quickstart_trains_on_two_ranks_and_reports_what_it_measured(folder:
 
 
 def test_compare_trains_each_method_and_keeps_the_runs_that_have_finished(folder: Path) -> None:
-    words = ["presets=[lora,tl6]", "seeds=[1]", "steps=2", "overrides=['trainer.log_every_n_steps=1']"]
+    words = ["~methods.tl5", "~methods.vera", "methods.lora.seeds=1", "methods.tl6.seeds=1", "at_once=1"]
+    words += ["tasks.german_numbers.steps=2", "training.warmup_steps=1"]
     printed = tied_lora("compare", *words, folder=folder).stdout
     place = folder / "runs" / "compare"
-    summary = json.loads((place / "compare.json").read_text())
-    assert [(run["preset"], run["trained_parameters"]) for run in summary["runs"]] == [
-        ("lora", 131_072),
-        ("tl6", 25_856),
-    ]
-    table = (place / "compare.md").read_text()
-    assert table in printed
-    assert "| tl6    | 25,856  | 19.7%" in table
-    assert (place / "compare.png").read_bytes().startswith(b"\x89PNG")
-    written = {path: path.stat().st_mtime_ns for path in place.glob("*-seed1/adapter.nemo")}
-    tied_lora("compare", *words, folder=folder)
-    assert {path: path.stat().st_mtime_ns for path in place.glob("*-seed1/adapter.nemo")} == written
+    assert "german_numbers-tl6-s1: done in " in printed
+    assert "tiny: 3 of 3 runs are done" in printed
+    methods = json.loads((place / "page.json").read_text())["tasks"]["german_numbers"]["methods"]
+    assert {name: found["trained"] for name, found in methods.items()} == {"base": 0, "lora": 131_072, "tl6": 25_856}
+    assert methods["tl6"]["loss"]["value"] != methods["base"]["loss"]["value"]
+    table = (place / "page.md").read_text()
+    assert "| numbers in words | exact match | 0.0 |" in table
+    assert (place / "page.png").read_bytes().startswith(b"\x89PNG")
+    results = {path: path.stat().st_mtime_ns for path in (place / "results").glob("*.json")}
+    assert len(results) == 3
+    again = tied_lora("compare", *words, folder=folder).stdout
+    assert ": done in" not in again
+    assert {path: path.stat().st_mtime_ns for path in (place / "results").glob("*.json")} == results
 
 
 @pytest.mark.parametrize("command", [quickstart, compare])

@@ -132,9 +132,12 @@ def fork_command(argv: Sequence[str]) -> int:
     from nemo_tied_lora.commands import main
     from nemo_tied_lora.commands.demo import stages
     from nemo_tied_lora.commands.program import run_program
+    from nemo_tied_lora.commands.study import commands
 
     _fork_ranks_instead_of_starting_them()
-    stages.subprocess = SimpleNamespace(run=_fork_stage, STDOUT=subprocess.STDOUT)  # type: ignore[assignment]
+    constants = {"STDOUT": subprocess.STDOUT, "DEVNULL": subprocess.DEVNULL}
+    stages.subprocess = SimpleNamespace(run=_fork_stage, **constants)  # type: ignore[assignment]
+    commands.subprocess = SimpleNamespace(Popen=_ForkedRun, **constants)  # type: ignore[assignment]
     run_program(main.main, list(argv))
 
 
@@ -255,6 +258,19 @@ def _fork_stage(
             os.dup2(1, 2)
         _exit(fork_module, module, arguments)
     return subprocess.CompletedProcess(command, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+
+
+class _ForkedRun:
+    """`subprocess.Popen` of a run of a study, with this process's imports. It has ended when it has begun."""
+
+    def __init__(
+        self, command: Sequence[str], *, env: Mapping[str, str], stdout: Any, stderr: Any, **options: Any
+    ) -> None:
+        self._done = _fork_stage(command, check=False, env=env, stdout=stdout, stderr=stderr)
+
+    def wait(self) -> int:
+        """Its exit code."""
+        return self._done.returncode
 
 
 def _fork_ranks(module: str, arguments: Sequence[str], num_ranks: int) -> int:

@@ -1,4 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stages and the data of quickstart and compare."""
+"""The stages and the data of the quickstart."""
 
 __all__: list[str] = []

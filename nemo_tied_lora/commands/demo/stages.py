@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stages of quickstart and compare: data, base, fine-tuning, evaluation. Training stages are `tied-lora` commands."""
+"""The stages of the quickstart: data, base, fine-tuning, evaluation. Training stages are `tied-lora` commands."""
 
 from __future__ import annotations
 

@@ -42,6 +42,8 @@ _ADAPTER = ("model.peft.tied_lora.", "model.peft.lora_tuning.")
 _WITH_ADAPTER = ("plan", "finetune")
 # NeMo makes a constant rate of a missing section; the code reads all others.
 _MAY_BE_DELETED = ("model.optim.sched",)
+# Sections of a study with one entry for each name.
+_ENTRIES = ("methods", "tasks", "claim.pairs")
 _MAY_BE_NULL = ("model.optim.sched", "model.peft.tied_lora", "exp_manager.wandb_logger_kwargs", "guards")
 # Hydra raises ValueError for a number in place of a group, and NeMo, once imported, makes `trainer` a group.
 _NOT_COMPOSED = (HydraException, OmegaConfBaseException, ValueError)
@@ -228,10 +230,14 @@ def _replaces_section(cfg: DictConfig, line: Line) -> bool:
 def _delete(cfg: DictConfig, line: Line, name: str, *, present: bool) -> Iterator[str]:
     if not present and not is_nemo_key(line.key):
         yield f"{line.text}: the configuration has no key {line.key}"
-    elif line.key not in _MAY_BE_DELETED and has_key(_shipped(name, [], YamlSources()), line.key):
+    elif not _may_be_deleted(line.key) and has_key(_shipped(name, [], YamlSources()), line.key):
         yield f"{line.text}: this key is read and cannot be deleted; set it instead, for example {line.key}=null"
     elif present:
         remove_key(cfg, line.key)
+
+
+def _may_be_deleted(key: str) -> bool:
+    return key in _MAY_BE_DELETED or key.rpartition(".")[0] in _ENTRIES
 
 
 def _key_problem(key: str, name: str, cfg: DictConfig, text: str, *, adds: bool) -> str | None:

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The picture of a study: quality against trained parameters, a panel for each task."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nemo_tied_lora.commands.study.comparison import Scores, TaskSummary
+from nemo_tied_lora.commands.study.plan import BASE, Study
+from nemo_tied_lora.plots import panels
+from nemo_tied_lora.tasks.metrics import METRICS
+
+__all__ = ["draw"]
+
+_MARKERS = "osD^vP*Xhd<>"
+
+
+def draw(path: Path, study: Study, summaries: Sequence[TaskSummary]) -> None:
+    """Draws each method's mean over seeds with its interval, each seed as a small dot, and base and reference as lines."""
+    shown = [summary for summary in summaries if any(one.primary is not None for one in summary.scores.values())]
+    rows = max(1, math.ceil(len(shown) / 2))
+    columns = 2 if len(shown) > 1 else 1
+    title = f"{study.base.name}: quality against trained parameters; bars are 95% intervals"
+    with panels(path, rows, columns=columns, width=1.5 + 5 * columns, height=3.6 * rows + 1, title=title) as axes:
+        for one, summary in zip(axes, shown, strict=False):
+            _panel(one, study, summary)
+        for one in axes[len(shown) :]:
+            one.axis("off")
+
+
+def _panel(axes: Any, study: Study, summary: TaskSummary) -> None:
+    reference = summary.scores.get(study.claim.reference)
+    lines = [(summary.scores[BASE], "0.5", "base", "--")]
+    lines += [(reference, "C0", study.title_of(reference.method), ":")] if reference is not None else []
+    for scores, color, name, style in lines:
+        if scores.primary is not None:
+            axes.axhline(
+                scores.primary.value,
+                color=color,
+                linestyle=style,
+                linewidth=1,
+                label=f"{name} {scores.primary.value:.1f}",
+            )
+    for number, method in enumerate(study.methods):
+        scores_of = summary.scores.get(method.name)
+        if scores_of is not None and scores_of.primary is not None:
+            _point(axes, study, scores_of, f"C{number % 10}", _MARKERS[number % len(_MARKERS)])
+    axes.set_xscale("log")
+    axes.set_xlabel("trained parameters")
+    axes.set_ylabel(f"{METRICS[summary.task.primary].title} ({METRICS[summary.task.primary].unit})")
+    axes.set_title(f"{summary.task.family}: {summary.task.name}, {summary.test_items} test items", fontsize="small")
+    axes.grid(visible=True, which="major", alpha=0.25)
+    axes.legend(fontsize="x-small", loc="best")
+
+
+def _point(axes: Any, study: Study, scores: Scores, color: str, marker: str) -> None:
+    primary = scores.primary
+    assert primary is not None
+    below, above = primary.value - primary.low, primary.high - primary.value
+    few = f", {len(scores.seeds)} of {scores.planned} seeds" if len(scores.seeds) < scores.planned else ""
+    axes.errorbar(
+        [scores.trained],
+        [primary.value],
+        yerr=[[max(0.0, below)], [max(0.0, above)]],
+        color=color,
+        marker=marker,
+        markersize=6,
+        capsize=3,
+        linestyle="",
+        label=f"{study.title_of(scores.method)}{few}",
+    )
+    axes.scatter([scores.trained] * len(scores.each), scores.each, color=color, s=8, alpha=0.5)
