@@ -107,6 +107,10 @@ def _run(study: Study, cfg: Mapping[str, Any]) -> int:
     problems = Problems()
     problems.attempt(read_results, Path(study.results))
     problems.attempt(check_tasks, study)
+    for key, place in (("folder", study.folder), ("results", study.results)):
+        there = _existing(Path(place))
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            problems.append(f"{key}={place}: {there} is no folder that can be written; name another one")
     _check_base(problems, study, cfg["at_once"])
     problems.raise_if_any()
     files = prepare_tasks(study)
@@ -143,12 +147,17 @@ def _check_base(problems: Problems, study: Study, at_once: int) -> None:
         return
     needed = int(at_once * _UNPACKED * base.stat().st_size)
     for what, place in (("folder", Path(study.folder)), ("TMPDIR", Path(tempfile.gettempdir()))):
-        free = shutil.disk_usage(next(parent for parent in (place, *place.resolve().parents) if parent.exists())).free
+        free = shutil.disk_usage(_existing(place)).free
         if free < needed:
             problems.append(
                 f"{what}={place}: {at_once} runs at a time need {needed / 2**30:.1f} GiB there, {free / 2**30:.1f} GiB are "
                 f"free; free some, lower at_once, or set {what} to another disk"
             )
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest parent that exists."""
+    return next(one for one in (path.resolve(), *path.resolve().parents) if one.exists())
 
 
 def _check_data(study: Study, checksums: Mapping[str, Mapping[str, str]]) -> None:

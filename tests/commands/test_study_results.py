@@ -122,6 +122,17 @@ def test_no_room_on_disk_is_refused_before_anything_starts(
     assert "lower at_once" in text
 
 
+def test_a_place_that_cannot_be_written_is_refused_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    assert compare.main(["results=file/results", "folder=file"]) == 2
+    text = capsys.readouterr().err
+    assert f"results=file/results: {tmp_path}/file is no folder that can be written" in text
+    assert f"folder=file: {tmp_path}/file is no folder that can be written" in text
+
+
 @pytest.mark.parametrize(
     ("word", "message"),
     [
