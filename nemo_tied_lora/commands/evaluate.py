@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -59,9 +60,17 @@ def _check(values: Mapping[str, Any]) -> None:
     problems += wrong
     problems.attempt(check_evaluation, values, [] if wrong else adapter_list(values.get("adapter")))
     output = values.get("output")
-    if output is not None and Path(str(output)).exists() and not Path(str(output)).is_dir():
-        problems.append(f"output={output}: is a file; name a folder")
+    if isinstance(output, (str, int, float)):
+        problems += _output_problems(Path(str(output)))
     problems.raise_if_any()
+
+
+def _output_problems(folder: Path) -> Iterator[str]:
+    """Yields the part of the path that is there and is no folder."""
+    there = next(one for one in (folder, *folder.absolute().parents) if os.path.lexists(one))
+    if not there.is_dir():
+        which = "" if there == folder else f"{there} "
+        yield f"output={folder}: {which}is a file; name a folder"
 
 
 def _evaluation(values: Mapping[str, Any]) -> Evaluation:
@@ -72,7 +81,7 @@ def _evaluation(values: Mapping[str, Any]) -> Evaluation:
         prepare(task),
         base=str(values["base"]),
         adapters=adapter_list(values["adapter"]),
-        folder=values["output"],
+        folder=None if values["output"] is None else str(values["output"]),
         precision=str(values["trainer"]["precision"]),
         split=str(values["split"]),
     )

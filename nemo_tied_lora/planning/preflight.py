@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_tied_lora.config import TiedLoraConfig
-from nemo_tied_lora.errors import ConfigError, Problems
+from nemo_tied_lora.errors import ConfigError, Problems, is_whole_number
 from nemo_tied_lora.planning import layout_fits_cluster
 from nemo_tied_lora.planning.architecture import Architecture
 from nemo_tied_lora.planning.base_config import adapter_section, other_architecture, usable_base
@@ -41,6 +41,7 @@ __all__ = ["check_evaluation", "check_finetuning", "check_generation", "check_pr
 
 _OPTIMIZERS = ("fused_adam", "adamw", "adam", "sgd", "mcore_distributed_optim")
 _PRECISIONS = ("bf16", "bf16-mixed", "16", "16-mixed", "32")
+_MOST_RESAMPLES = 100_000
 
 
 def check_finetuning(cfg: Mapping[str, Any], *, runs_here: bool = True) -> list[str]:
@@ -169,6 +170,10 @@ def check_evaluation(cfg: Mapping[str, Any], adapters: Sequence[str | None]) -> 
     problems += [*flag_problems("evaluate", cfg), *text_problems("evaluate", {**cfg, "adapter": None})]
     for key in ("batch_size", "batch_tokens", "resamples"):
         problems.whole_number(key, cfg.get(key))
+    if is_whole_number(resamples := cfg.get("resamples"), _MOST_RESAMPLES + 1):
+        problems.append(
+            f"resamples={resamples}: must be at most {_MOST_RESAMPLES}; more changes no digit that is shown"
+        )
     problems.one_of("trainer.precision", str(cfg["trainer"].get("precision")), _PRECISIONS)
     problems += _layout_problems(cfg, {**(base or {}), **_layout_keys(cfg["model"])} if base else None, None)
     problems.raise_if_any()

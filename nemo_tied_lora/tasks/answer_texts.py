@@ -24,9 +24,14 @@ _NUMBER = re.compile(r"([-+\u2212]?)\s*[$€£]?\s*([-\u2212]?)((?:\d[\d,]*)(?:\
 
 
 def normalised(text: str) -> str:
-    """The text by SQuAD's rules: lower case, without ASCII punctuation, without a, an and the, single blanks."""
-    bare = text.lower().translate(_PUNCTUATION)
-    return " ".join(_ARTICLES.sub(" ", bare).split())
+    """The text by SQuAD's rules: lower case, without ASCII punctuation, without a, an and the, single blanks.
+
+    Where nothing would be left, the articles stay, or else the punctuation: the answers "A" and "+" are not empty.
+    """
+    lower = text.lower()
+    bare = lower.translate(_PUNCTUATION)
+    steps = (" ".join(one.split()) for one in (_ARTICLES.sub(" ", bare), bare, lower))
+    return next(filter(None, steps), "")
 
 
 def exact_match(answer: str, references: Sequence[str]) -> float:
@@ -38,8 +43,6 @@ def exact_match(answer: str, references: Sequence[str]) -> float:
 def f1(answer: str, references: Sequence[str]) -> float:
     """SQuAD's F1: the harmonic mean of precision and recall over the words of answer and reference, each word as often as
     it stands there.
-
-    Where the answer or the reference has no word left, 1 if both have none, as in SQuAD 2.
     """
     return max(_f1(normalised(answer).split(), normalised(reference).split()) for reference in references)
 

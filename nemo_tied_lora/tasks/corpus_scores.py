@@ -8,6 +8,7 @@ sacrebleu.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import zip_longest
@@ -23,6 +24,7 @@ __all__ = [
     "chrf_statistics",
     "chrf_value",
     "rouge_l",
+    "rouge_reads",
     "rouge_signature",
     "sacrebleu_signature",
 ]
@@ -70,6 +72,11 @@ def chrf_value(sums: np.ndarray) -> np.ndarray:
 def rouge_l(answer: str, references: _Texts) -> float:
     """ROUGE-L's F measure, from 0 to 1: the best over the references. Words are stemmed, as is usual for summaries."""
     return float(_rouge().score_multi(list(references), answer)["rougeL"].fmeasure)
+
+
+def rouge_reads(text: str) -> bool:
+    """Whether rouge-score finds a word: it knows Latin letters without accents, and digits."""
+    return re.search(r"[a-z0-9]", text.lower()) is not None
 
 
 def sacrebleu_signature(name: str, references: Sequence[_Texts]) -> str:

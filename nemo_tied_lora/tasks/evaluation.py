@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +32,8 @@ RESULTS_FILE = "results.json"
 _PACKAGES = ("nemo_tied_lora", "nemo_toolkit", "megatron_core", "torch", "numpy", "sacrebleu", "rouge_score")
 _BYTES_AN_ITEM = 8 << 10
 """Room for one adapter's prediction of an item: a generous guess."""
+
+_READS = {"rouge_l": "knows the letters a to z and digits alone", "maths_exact_match": "compares numbers"}
 
 
 class Evaluation:
@@ -90,12 +93,13 @@ class Evaluation:
         return [Predictions(self.folder, name, self.items, needs) for name in self._files]
 
     def check(self) -> None:
-        """Compares the folder with this evaluation, and looks for room on its disk.
+        """Compares the metrics with the references and the folder with this evaluation, and looks for room on its disk.
 
         Raises:
             ConfigError: with all problems.
         """
         problems = Problems()
+        problems += self._unreadable_references()
         problems.attempt(check_settings, self.folder, self.settings)
         needed = len(self.adapters) * self._prepared.counts[self._split] * _BYTES_AN_ITEM
         there = next(one for one in (self.folder.resolve(), *self.folder.resolve().parents) if one.is_dir())
@@ -180,8 +184,30 @@ class Evaluation:
     @cached_property
     def _files(self) -> list[str]:
         """The names of the files with predictions, without endings."""
-        checksums = ["" if path is None else f"-{file_checksum(Path(path))[:8]}" for path in self.adapters]
-        return [name.replace("/", "_") + end for name, end in zip(self.names, checksums, strict=True)]
+        ends = ["" if path is None else f"-{file_checksum(Path(path))[:8]}" for path in self.adapters]
+        names = [name.replace("/", "_") + end for name, end in zip(self.names, ends, strict=True)]
+        for number, end in enumerate(ends):
+            # An earlier list may have given the same adapter another name: names are as short as a list allows.
+            there = [*self.folder.glob(f"*{end}.jsonl"), *self.folder.glob(f"*{end}.part.jsonl")] if end else []
+            known = {file.name.removesuffix(".jsonl").removesuffix(".part") for file in there}
+            if known and names[number] not in known:
+                names[number] = min(known - set(names), default=names[number])
+        return names
+
+    def _unreadable_references(self) -> Iterator[str]:
+        """Yields the metrics that no answer could satisfy. Prints those for which this holds for some items."""
+        for metric in self.metrics:
+            if (reads := metric.reads) is None:
+                continue
+            wrong = [item for item in self.items if not any(map(reads, item["references"]))]
+            if not wrong:
+                continue
+            count = f"{len(wrong):,} of {len(self.items):,} test items have no reference that {metric.name} can read"
+            example = f"{count}, such as {wrong[0]['references'][0][:40]!r}; it {_READS[metric.name]}"
+            if len(wrong) == len(self.items):
+                yield f"task.metrics: {metric.name}: {example}; choose another metric"
+            else:
+                print(f"task {self.task.name}: {example}; they count as wrong", file=sys.stderr, flush=True)
 
 
 def _trained_parameters(path: str) -> int:

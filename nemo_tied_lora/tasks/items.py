@@ -68,12 +68,13 @@ def item_of(task: Task, record: Mapping[str, Any], group: str | None = None) -> 
         with _named("group"):
             group = text_of(look_up(record, task.group), task.group)
     output = task.separator + answer
-    _check_unicode(prompt, output, *(endings or ()))
+    references = _references(task, record, answer)
+    _check_unicode(prompt, output, *(endings or ()), *references, group or "")
     return Item(
         id=_id(task, record, prompt, output, *(endings or ())),
         input=prompt,
         output=output,
-        references=_references(task, record, answer),
+        references=references,
         endings=None if endings is None else tuple(task.separator + ending for ending in endings),
         label=label,
         group=group,
@@ -126,7 +127,9 @@ def _references(task: Task, record: Mapping[str, Any], answer: str) -> tuple[str
 def _id(task: Task, record: Mapping[str, Any], *texts: str) -> str:
     if task.id is not None:
         with _named("id"):
-            return text_of(look_up(record, task.id), task.id)
+            found = text_of(look_up(record, task.id), task.id)
+            _check_unicode(found)
+            return found
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
 
 

@@ -9,6 +9,7 @@ An item is a line of a task's `test.jsonl`; `Prediction` says what a prediction 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from nemo_tied_lora.tasks import corpus_scores
-from nemo_tied_lora.tasks.answer_texts import MATHS_MARKER, exact_match, f1, maths_exact_match
+from nemo_tied_lora.tasks.answer_texts import MATHS_MARKER, exact_match, f1, maths_exact_match, maths_number
 
 __all__ = ["ALWAYS", "ALWAYS_OF_A_CHOICE", "METRICS", "Item", "Metric", "Prediction", "metrics_of"]
 
@@ -52,6 +53,8 @@ class Metric:
     unit: str = "points"
     """points: 0 to 100; or nats per token."""
     greater_is_better: bool = True
+    reads: Callable[[str], bool] | None = None
+    """Whether any answer could match a reference. None: always."""
     signature: Callable[[_Items], str] | None = None
     """What else a number depends on, for the record."""
 
@@ -75,7 +78,11 @@ def metrics_of(names: Sequence[str], *, choice: bool, marker: str | None = None)
 def _with_marker(metric: Metric, marker: str) -> Metric:
     if metric.name != "maths_exact_match" or marker == MATHS_MARKER:
         return metric
-    return replace(metric, statistics=_text(partial(maths_exact_match, marker=marker)))
+    return replace(
+        metric,
+        statistics=_text(partial(maths_exact_match, marker=marker)),
+        reads=lambda text: maths_number(text, marker) is not None,
+    )
 
 
 def _mean(score: Callable[[Item, Prediction], float]) -> Callable[[_Items, _Predictions], np.ndarray]:
@@ -105,12 +112,17 @@ def _references(items: _Items) -> list[Sequence[str]]:
 
 
 def _choice(*, normalised: bool) -> Callable[[Item, Prediction], float]:
-    """1 if the right ending has the smallest loss: summed, or divided by the ending's number of characters."""
+    """1 if the right ending has the smallest loss: summed, or divided by the ending's number of characters.
+
+    Not a number if a loss is not finite, as that of a model that diverged. Of equal texts either is right.
+    """
 
     def score(item: Item, prediction: Prediction) -> float:
         lengths = [len(ending.strip()) or 1 if normalised else 1 for ending in item["endings"]]
         losses = [nats / length for (nats, _), length in zip(prediction["endings"], lengths, strict=True)]
-        return float(losses.index(min(losses)) == item["label"])
+        if not all(map(math.isfinite, losses)):
+            return math.nan
+        return float(item["endings"][losses.index(min(losses))] == item["endings"][item["label"]])
 
     return score
 
@@ -137,7 +149,11 @@ METRICS: dict[str, Metric] = {
         _generated("exact_match", "exact match", exact_match),
         _generated("f1", "F1", f1),
         _generated(
-            "rouge_l", "ROUGE-L", corpus_scores.rouge_l, signature=lambda items: corpus_scores.rouge_signature()
+            "rouge_l",
+            "ROUGE-L",
+            corpus_scores.rouge_l,
+            reads=corpus_scores.rouge_reads,
+            signature=lambda items: corpus_scores.rouge_signature(),
         ),
         Metric(
             name="bleu",
@@ -155,7 +171,12 @@ METRICS: dict[str, Metric] = {
             value=corpus_scores.chrf_value,
             signature=lambda items: corpus_scores.sacrebleu_signature("chrf", _references(items)),
         ),
-        _generated("maths_exact_match", "maths exact match", maths_exact_match),
+        _generated(
+            "maths_exact_match",
+            "maths exact match",
+            maths_exact_match,
+            reads=lambda text: maths_number(text) is not None,
+        ),
         Metric(
             name="accuracy",
             title="accuracy",

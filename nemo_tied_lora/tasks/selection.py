@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from nemo_tied_lora.errors import Problems
 from nemo_tied_lora.progress import Progress
@@ -57,6 +57,7 @@ def select(task: Task, reader: Reader) -> Selection:
     """
     found = Selection(_read(task, reader))
     _keep_once(found)
+    taken: set[str] = set()
     for split in task.source.held_out:
         found.items[split] = chosen(found.items["train"], int(task.limits[split] or 0))
         taken = {item.id for item in found.items[split]}
@@ -67,7 +68,7 @@ def select(task: Task, reader: Reader) -> Selection:
         limit = task.limits[split]
         found.items[split] = found.items[split] if limit is None else chosen(found.items[split], limit)
         if not found.items[split]:
-            problems.append(_empty(task, split, found.left_out[split]))
+            problems.append(_empty(task, split, found.left_out[split], bool(taken)))
     problems.raise_if_any()
     return found
 
@@ -96,13 +97,24 @@ def _read(task: Task, reader: Reader) -> dict[str, list[Item]]:
                 item = item_of(task, record, group)
                 first, same = places.setdefault((split, item.id), (place, item))
                 if same != item:
-                    raise FieldError(f'"{task.id}" is {item.id!r}, as in {first}: ids must differ')
+                    raise FieldError(_same_id(task, item, same, first))
             except FieldError as error:
                 wrong.setdefault(str(error), []).append(place)
                 continue
             items[split].append(item)
     _raise(task, wrong)
     return items
+
+
+def _same_id(task: Task, item: Item, other: Item, place: str) -> str:
+    """Why two different items of a split cannot have one id."""
+    if task.id is not None:
+        return f'"{task.id}" is {item.id!r}, as in {place}: ids must differ'
+    differ = " and ".join(key for key in ("references", "label", "group") if getattr(item, key) != getattr(other, key))
+    return (
+        f"prompt and answer are those of {place}, but not the {differ}; leave one out, or set task.id to a field "
+        "whose values differ"
+    )
 
 
 def _splits(task: Task) -> Iterator[tuple[str, str, str | None]]:
@@ -126,7 +138,7 @@ def _raise(task: Task, wrong: Mapping[str, list[str]]) -> None:
 
 def _keep_once(found: Selection) -> None:
     for split, items in found.items.items():
-        once = list({item.id: item for item in reversed(items)}.values())[::-1]
+        once = list({replace(item, id=""): item for item in reversed(items)}.values())[::-1]
         if len(once) < len(items):
             found.repeated[split] = len(items) - len(once)
             found.items[split] = once
@@ -142,11 +154,13 @@ def _keep_apart(found: Selection) -> None:
             found.items[split] = kept
 
 
-def _empty(task: Task, split: str, left_out: int) -> str:
+def _empty(task: Task, split: str, left_out: int, held_out: bool) -> str:
     why = f": all {left_out:,} have a prompt that another split has too" if left_out else ""
-    return f"task {task.name}: no {split} item{why}; {_REMEDIES.get(split, 'give it records')}"
-
-
-_REMEDIES = {
-    "validation": "give it records, or hold some out of train: task.source.splits.validation=null task.limits.validation=100",
-}
+    remedy = "give it records"
+    if split == "train" and held_out:
+        limits = " or ".join(f"task.limits.{one}={task.limits[one]}" for one in task.source.held_out)
+        remedy += f", or lower {limits}, which are held out of it"
+    elif split == "validation" and split not in task.source.held_out:
+        key = "task.source.files.validation" if task.source.files else "task.source.splits.validation"
+        remedy += f", or hold some out of train: {key}=null task.limits.validation=100"
+    return f"task {task.name}: no {split} item{why}; {remedy}"

@@ -74,7 +74,13 @@ class Source:
             values["files"] = _files(f"{key}.files", values["files"], problems)
         values["splits"] = _splits(f"{key}.splits", values.get("splits"), problems)
         if values.get("files"):
-            values["splits"] = {name: name if name in values["files"] else None for name in SPLITS}
+            of_files = {name: name if name in values["files"] else None for name in SPLITS}
+            if values["splits"] not in ({name: name for name in SPLITS}, of_files):
+                problems.append(
+                    f"{key}.splits={given['splits']!r}: leave it out: with files, each file is a split; for a split "
+                    "that is held out of train, leave its file out; for groups, set task.group to a field"
+                )
+            values["splits"] = of_files
         problems.raise_if_any()
         return cls(**values)
 

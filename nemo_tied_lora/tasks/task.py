@@ -88,7 +88,8 @@ class Task:
         values["limits"] = _limits(f"{key}.limits", values.get("limits"), values["source"], problems)
         problems.whole_number(f"{key}.generation.max_new_tokens", values.get("max_new_tokens", 1))
         problems.whole_number(f"{key}.max_seq_length", values.get("max_seq_length", 2), least=2)
-        problems.one_of(f"{key}.separator", values.get("separator", " "), _SEPARATORS)
+        if (separator := values.get("separator", " ")) not in _SEPARATORS:
+            problems.append(f"{key}.separator={separator!r}: must be a blank, ' ', or nothing, ''")
         stop = values.get("stop", [])
         if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):
             problems.append(f"{key}.generation.stop={stop!r}: must be a list of texts that are not empty")
@@ -144,8 +145,8 @@ def _texts(key: str, values: Mapping[str, Any]) -> Iterator[str]:
     ):
         if name in values and (not isinstance(values[name], str) or not values[name]):
             yield f"{key}.{name}={values[name]!r}: must be a text"
-    if isinstance(values.get("name"), str) and not re.fullmatch(r"[\w.-]*", values["name"]):
-        yield f"{key}.name={values['name']!r}: letters, digits and _ - . only: files are named after it"
+    if isinstance(values.get("name"), str) and not re.fullmatch(r"(?!\.)[\w.-]*", values["name"]):
+        yield f"{key}.name={values['name']!r}: letters, digits and _ - . only, no . first: files are named after it"
 
 
 def _form_problems(key: str, values: Mapping[str, Any]) -> Iterator[str]:
@@ -188,6 +189,9 @@ def _metric_problems(key: str, values: Mapping[str, Any]) -> Iterator[str]:
             yield f"{key}.metrics: {name} compares endings, and the task has none; set endings and label, or choose from {others}"
         elif need == "generation" and values.get("endings") is not None:
             yield f"{key}.metrics: {name} compares generated texts, and a choice task generates none; use accuracy, answer_loss"
+        elif need == "generation" and name != "maths_exact_match" and values.get("marker") is not None:
+            what = f"compares the whole answer, but of references only what follows task.marker={values['marker']} is left"
+            yield f"{key}.metrics: {name} {what}; use maths_exact_match, or set {key}.marker=null"
         if metrics.count(name) > 1:
             yield f"{key}.metrics: {name} is there {metrics.count(name)} times"
 

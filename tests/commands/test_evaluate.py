@@ -81,6 +81,20 @@ def test_what_is_missing_is_named(folder: Path, capsys: pytest.CaptureFixture[st
     ]
 
 
+def test_a_number_is_a_folders_name_and_a_file_in_the_way_is_named(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*GENERATION, "base=base.nemo"]
+    (line,) = refused(capsys, *words, "output=own_test.jsonl/x")
+    assert line == f"output=own_test.jsonl/x: {folder / 'own_test.jsonl'} is a file; name a folder"
+    Path("2024").mkdir()
+    Path("2024/evaluation.json").write_text("{}")
+    (line,) = refused(capsys, *words, "output=2024")
+    assert line.startswith("output=2024: holds an evaluation with other settings")
+    (line,) = refused(capsys, *words, "resamples=100001")
+    assert line.startswith("resamples=100001: must be at most 100000")
+
+
 def test_an_empty_test_set_is_refused_before_torch(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("own_test.jsonl").write_text("\n")
     (line,) = refused(capsys, *GENERATION, "base=base.nemo")

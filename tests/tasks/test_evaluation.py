@@ -33,6 +33,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     for split, count in (("train", 4), ("test", ITEMS)):
         lines = [{"q": f"{split} {i}", "a": f"word {i % 5}", "kind": "odd" if i % 3 else "even"} for i in range(count)]
+        for number, line in enumerate(lines):
+            line |= {"kanji": "本", "mixed": "none" if number % 2 else "#### 1"}
         Path(f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     Path("base.nemo").write_bytes(b"weights")
     for name, rank in (("a", 2), ("b", 3)):
@@ -232,6 +234,22 @@ def test_a_loss_that_is_not_finite_is_null_and_the_other_numbers_stay() -> None:
     assert results["adapters"]["base"]["metrics"]["answer_loss"]["value"] is None
     assert results["adapters"]["base"]["metrics"]["exact_match"]["value"] == 100
     assert "not finite" in results_table(results)
+
+
+def test_a_longer_list_gives_an_adapter_another_name_but_keeps_its_predictions() -> None:
+    Path("old/a").mkdir(parents=True)
+    tiny_adapter(Path("old/a/adapter.nemo"), rank=4)
+    finished(adapters=("a/adapter.nemo",))
+    longer = evaluation(adapters=("old/a/adapter.nemo", "a/adapter.nemo"))
+    assert [len(one.missing("loss")) for one in longer.predictions] == [ITEMS, 0]
+    assert len({one.path for one in longer.predictions}) == 2
+
+
+def test_references_that_a_metric_cannot_read_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match=r"rouge_l: 12 of 12 test items have no reference that rouge_l can read.*日"):
+        evaluation("task.answer='日{kanji}'", "task.metrics=[rouge_l]").check()
+    evaluation("task.references=mixed", "task.metrics=[maths_exact_match]").check()
+    assert "task mine: 6 of 12 test items have no reference that maths_exact_match can read" in capsys.readouterr().err
 
 
 def test_names_are_as_short_as_they_can_be() -> None:

@@ -62,7 +62,13 @@ def test_rouge_l_of_rouge_scores_published_examples(answer: str, references: lis
         ("a cat sat on the cat", ["the cat"], 0, 0.4),
         ("an-other", ["another"], 1, 1),
         ("Theater", ["the ater"], 0, 0),
-        ("the", ["a"], 1, 1),
+        ("the", ["a"], 0, 0),
+        ("A.", ["A"], 1, 1),
+        ("", ["A"], 0, 0),
+        ("", ["..."], 0, 0),
+        ("+", ["-"], 0, 0),
+        (" + ", ["+"], 1, 1),
+        ("東京。", ["東京"], 0, 0),
         ("the", ["cat"], 0, 0),
     ],
 )
@@ -108,6 +114,14 @@ def test_a_choice_is_right_if_the_labels_ending_is_the_likeliest() -> None:
     prediction = {"endings": [(2.0, 1), (4.0, 5)]}
     assert (by_sum.of([item], [prediction]), by_length.of([item], [prediction])) == (0, 100)
     assert (by_sum.of([item, item], [prediction, {"endings": [(5.0, 1), (4.0, 5)]}])) == 50
+
+
+def test_a_choice_of_a_model_that_diverged_is_not_a_number_and_equal_endings_are_equally_right() -> None:
+    item = {"endings": [" x", " x", " y"], "label": 0}
+    for name in ("accuracy", "accuracy_norm"):
+        diverged = METRICS[name].of([item], [{"endings": [(math.nan, 1)] * 3}])
+        assert math.isnan(diverged), "the first of equal losses would be a right answer"
+        assert METRICS[name].of([item | {"label": 1}], [{"endings": [(1.0, 1), (1.0, 1), (2.0, 1)]}]) == 100
 
 
 def test_the_answer_loss_is_per_token_over_all_items() -> None:
@@ -200,7 +214,7 @@ def independent_f1(answer: str, reference: str) -> float:
 
     a, r = words(answer), words(reference)
     same = sum(min(a.count(word), r.count(word)) for word in set(a))
-    return 2 * same / (len(a) + len(r)) if a or r else 1.0
+    return 2 * same / (len(a) + len(r)) if a or r else float(answer.lower().split() == reference.lower().split())
 
 
 def test_metrics_agree_with_independent_implementations_on_random_texts() -> None:

@@ -19,6 +19,7 @@ from nemo_tied_lora.tasks.prepare import Prepared, prepare
 from nemo_tied_lora.tasks.task import Task
 
 FILES = {"train": "train.jsonl", "validation": "validation.jsonl", "test": "test.jsonl"}
+MATHS = {"marker": "####", "metrics": ["maths_exact_match"]}
 CHOICE = {"answer": None, "endings": "endings", "label": "label", "metrics": ["accuracy"]}
 
 
@@ -108,7 +109,7 @@ def test_endings_can_be_the_same_texts_for_every_item() -> None:
 def test_references_of_maths_are_what_follows_the_marker() -> None:
     for name in FILES:
         write(name, [{"q": name, "a": "2 + 2 = 4\n#### 4"}])
-    found = prepare(task(marker="####", separator=""))
+    found = prepare(task(**MATHS, separator=""))
     assert texts(found, "test", "references") == [["4"]]
     assert texts(found, "test", "output") == ["2 + 2 = 4\n#### 4"]
 
@@ -179,13 +180,23 @@ def test_a_gzip_file_reads_like_a_plain_one(folder: Path) -> None:
             {"answer": "{a.7}"},
             'no field "a.7"; "a" is a list of 1: elements are numbered from 0',
         ),
-        ({"q": "x", "a": "1"}, {"marker": "####", "references": "r"}, 'task.references: no field "r"'),
+        ({"q": "x", "a": "1"}, MATHS | {"references": "r"}, 'task.references: no field "r"'),
         (
             {"q": "x", "a": "#### "},
-            {"marker": "####"},
+            MATHS,
             "task.references: makes no reference: nothing comes after '####'",
         ),
         ({"q": "x", "a": "\ud83d"}, {}, "holds half of a surrogate pair"),
+        *(
+            ({"q": "x", "a": "1", "k": "\ud83d"}, {key: "k"}, "line 2: holds half of a surrogate pair")
+            for key in ("group", "references")
+        ),
+        ({"q": "x", "a": "1", "k": "\ud83d"}, {"id": "k"}, "task.id: holds half of a surrogate pair"),
+        (
+            {"q": "y", "a": "#### 1", "k": 1},
+            {"references": "k", "group": "k"},
+            "line 2: prompt and answer are those of test.jsonl: line 1, but not the references and group; leave one out",
+        ),
         ("[1]", {}, "test.jsonl: line 2: is not a JSON object"),
         ('{"q": ', {}, "test.jsonl: line 2: is not JSON: "),
         ({"q": "x", "a": "1"}, {"id": "key"}, 'task.id: no field "key"'),
@@ -226,6 +237,26 @@ def test_the_same_mistake_in_many_records_is_one_line() -> None:
     assert found == [
         'task mine: train.jsonl: line 1, and in the same way 30 more: task.prompt: no field "question"; its fields are q, a'
     ]
+
+
+def test_records_that_differ_in_their_id_alone_are_one_item(capsys: pytest.CaptureFixture[str]) -> None:
+    write("test", [{"q": "x", "a": "1", "k": key} for key in "abc"])
+    for name in ("train", "validation"):
+        write(name, [{"q": name, "a": "1", "k": name}])
+    assert texts(prepare(task(id="k")), "test", "id") == ["a"]
+    assert "2 test items repeat another one" in capsys.readouterr().err
+
+
+def test_the_remedy_for_an_empty_split_is_a_key_that_exists(folder: Path) -> None:
+    held_out = refused(source={"files": {key: FILES[key] for key in ("train", "test")}}, limits={"validation": 50})
+    assert held_out.endswith(
+        "no train item; give it records, or lower task.limits.validation=50, which are held out of it"
+    )
+    (folder / "validation.jsonl").write_text("\n")
+    assert "hold some out of train: task.source.files.validation=null task.limits.validation=100" in refused()
+    assert (
+        prepare(task(source={"files": FILES | {"validation": None}}, limits={"validation": 5})).counts["train"] == 15
+    )
 
 
 def test_an_empty_split_is_refused(folder: Path) -> None:
