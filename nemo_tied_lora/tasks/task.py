@@ -71,6 +71,9 @@ class Task:
             ConfigError: with all problems.
         """
         problems = Problems()
+        if isinstance(section, Mapping) and "task" in section:
+            problems.append(f"{key}.{key}: the task's YAML must begin with the line # @package _global_")
+            problems.raise_if_any()
         known = [one.name for one in fields(cls) if one.name not in _GENERATION] + ["generation"]
         given = problems.known_keys(key, problems.section(key, section), known)
         values = {name: value for name, value in given.items() if value is not None}

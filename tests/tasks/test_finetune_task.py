@@ -14,6 +14,7 @@ from nemo_tied_lora.errors import ConfigError
 from nemo_tied_lora.planning.composing.compose import compose_config, plain
 from nemo_tied_lora.planning.data.data_checks import data_problems
 from nemo_tied_lora.planning.data.data_files import check_training_files, checked_already, mark_checked
+from nemo_tied_lora.tasks.task import Task
 
 TASK = ["task=nli_wordnet_senses", "task.limits={train: 30, validation: 10, test: 10}"]
 MADE = Path("runs/tasks/nli_wordnet_senses/train.jsonl")
@@ -89,6 +90,22 @@ def test_the_pages_own_task_works_as_it_is_written(folder: Path) -> None:
     make_task_files(values)
     check_training_files(values)
     assert len(Path("runs/tasks/mine/train.jsonl").read_text().splitlines()) == 50
+
+
+def test_an_own_task_that_is_not_yaml_or_lacks_its_first_line_is_one_line(folder: Path) -> None:
+    from nemo_tied_lora.planning.composing.yaml_sources import YamlSources
+
+    own = folder / "my_configs" / "task" / "mine.yaml"
+    own.parent.mkdir(parents=True)
+    sources = YamlSources(config_dir=folder / "my_configs")
+    own.write_text("# @package _global_\ntask: [\n")
+    with pytest.raises(ConfigError, match=r"mine.yaml: line 3: not YAML: ") as caught:
+        compose_config("evaluate", ["task=mine"], sources)
+    assert len(caught.value.problems) == 1
+    own.write_text("defaults: [base, _self_]\ntask:\n  name: mine\n")
+    with pytest.raises(ConfigError) as caught:
+        Task.from_config(plain(compose_config("evaluate", ["task=mine"], sources))["task"])
+    assert caught.value.problems == ("task.task: the task's YAML must begin with the line # @package _global_",)
 
 
 def test_a_run_without_a_task_is_as_before() -> None:

@@ -13,6 +13,7 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, MissingConfigException
@@ -161,6 +162,10 @@ def _compose(folder: str, name: str, groups: Sequence[str], search: Sequence[str
     with initialize_config_dir(version_base="1.3", config_dir=folder):
         try:
             return compose(name, [*search, *groups])
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark
+            place = "" if mark is None else f"{mark.name}: line {mark.line + 1}: "
+            raise ConfigError([f"{place}not YAML: {error.problem}"]) from None
         except _NOT_COMPOSED as error:
             alone = [problem for group in groups for problem in _problem_alone(name, group, search)]
             raise ConfigError(alone or [first_line(error)]) from None
