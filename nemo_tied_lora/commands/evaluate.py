@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -15,11 +15,10 @@ from nemo_tied_lora.commands.distributed_command import run_command
 from nemo_tied_lora.errors import Problems
 from nemo_tied_lora.planning.preflight import check_evaluation
 from nemo_tied_lora.tasks.adapters import adapter_list, adapter_list_problems
-from nemo_tied_lora.tasks.evaluation import RESULTS_FILE, Evaluation
 from nemo_tied_lora.tasks.predictions import alone_in
-from nemo_tied_lora.tasks.prepare import prepare
-from nemo_tied_lora.tasks.results import results_table
-from nemo_tied_lora.tasks.task import Task
+
+if TYPE_CHECKING:  # numpy, which the list of commands does without
+    from nemo_tied_lora.tasks.evaluation import Evaluation
 
 __all__ = ["SUMMARY", "main"]
 
@@ -50,6 +49,8 @@ def _check(values: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: with all problems.
     """
+    from nemo_tied_lora.tasks.task import Task
+
     problems = Problems()
     if values.get("task") is None:
         problems.append("task: missing; name one, as task=nli_wordnet_senses; tied-lora evaluate --help lists them")
@@ -75,6 +76,10 @@ def _output_problems(folder: Path) -> Iterator[str]:
 
 def _evaluation(values: Mapping[str, Any]) -> Evaluation:
     """The evaluation of a checked configuration. Makes the task's files if they are not there."""
+    from nemo_tied_lora.tasks.evaluation import Evaluation
+    from nemo_tied_lora.tasks.prepare import prepare
+    from nemo_tied_lora.tasks.task import Task
+
     task = Task.from_config(values["task"])
     return Evaluation(
         task,
@@ -111,5 +116,8 @@ def _run(cfg: DictConfig) -> None:
 
 
 def _report(evaluation: Evaluation, resamples: int, layout: Mapping[str, int]) -> None:
+    from nemo_tied_lora.tasks.evaluation import RESULTS_FILE
+    from nemo_tied_lora.tasks.results import results_table
+
     print(results_table(evaluation.finish(resamples=resamples, layout=layout)), flush=True)
     print(f"\nwritten: {evaluation.folder / RESULTS_FILE}", flush=True)

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The data of `task=NAME` in a training command: checks the section `task`, and makes its files."""
+"""The data of `task=NAME` in a training command: checks the section `task`, and makes its files.
+
+`tasks/` imports numpy, which the list of commands does without.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
-
-from nemo_tied_lora.tasks.prepare import prepare
-from nemo_tied_lora.tasks.task import Task
 
 __all__ = ["check_task", "make_task_files"]
 
@@ -19,6 +19,8 @@ def check_task(values: Mapping[str, Any]) -> None:
         ConfigError: with all problems.
     """
     if values.get("task") is not None:
+        from nemo_tied_lora.tasks.task import Task
+
         Task.from_config(values["task"])
 
 
@@ -29,4 +31,7 @@ def make_task_files(values: Mapping[str, Any]) -> None:
         ConfigError: with all problems.
     """
     if values.get("task") is not None:
+        from nemo_tied_lora.tasks.prepare import prepare
+        from nemo_tied_lora.tasks.task import Task
+
         prepare(Task.from_config(values["task"]))
