@@ -64,8 +64,10 @@ def _headline(results: Mapping[str, Any]) -> str:
     for name in dict.fromkeys((primary, "answer_loss")):
         described = results["metrics"][name]
         unit = described["unit"]
-        title = described["title"].capitalize() + (
-            f" on {results['items']:,} held-out items" if name == primary else ""
+        title = (
+            described["title"][0].upper()
+            + described["title"][1:]
+            + (f" on {results['items']:,} held-out items" if name == primary else "")
         )
         one, two, change = (part["metrics"][name] for part in (before, after, difference))
         bold = "**" if name == primary else ""
