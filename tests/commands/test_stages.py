@@ -39,7 +39,7 @@ def test_a_stage_ends_when_its_quickstart_is_killed(tmp_path: Path) -> None:
     quickstart.send_signal(signal.SIGKILL)
     quickstart.wait()
     while _lives(int(mark.read_text())):
-        assert time.monotonic() < deadline, "the stage goes on alone"
+        assert time.monotonic() < deadline, "the stage still runs"
         time.sleep(0.02)
 
 

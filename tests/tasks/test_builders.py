@@ -85,7 +85,7 @@ LIST = """Package: alpha
 Description-md5: aa
 Description-{0}: {1}short program for all {2}
  A first line {2}
- goes on.
+ continues.
   * item {2}
  .
  Second {2}.
@@ -104,7 +104,7 @@ def test_a_list_of_descriptions_is_read_by_paragraphs() -> None:
     found = read_descriptions(LIST.format("en", "a ", "x"), "en")
     assert list(found) == ["aa", "bb"]
     assert (found["aa"].package, found["aa"].synopsis) == ("alpha", "a short program for all x")
-    assert found["aa"].paragraphs == ["A first line x goes on. \n* item x", "Second x."]
+    assert found["aa"].paragraphs == ["A first line x continues. \n* item x", "Second x."]
 
 
 def described(count: int) -> dict[str, Description]:
