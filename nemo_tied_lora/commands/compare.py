@@ -110,7 +110,7 @@ def _run(study: Study, cfg: Mapping[str, Any]) -> int:
     for key, place in (("folder", study.folder), ("results", study.results)):
         there = _existing(Path(place))
         if not there.is_dir() or not os.access(there, os.W_OK):
-            problems.append(f"{key}={place}: {there} is no folder that can be written; name another one")
+            problems.append(f"{key}={place}: {there} is not a writable folder; name another one")
     _check_base(problems, study, cfg["at_once"])
     problems.raise_if_any()
     files = prepare_tasks(study)

@@ -67,7 +67,7 @@ def _check(values: Mapping[str, Any]) -> None:
 
 
 def _output_problems(folder: Path) -> Iterator[str]:
-    """Yields the part of the path that is there and is no folder."""
+    """Yields the part of the path that is there and is not a folder."""
     there = next(one for one in (folder, *folder.absolute().parents) if os.path.lexists(one))
     if not there.is_dir():
         which = "" if there == folder else f"{there} "

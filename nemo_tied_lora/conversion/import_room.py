@@ -54,7 +54,7 @@ def _in_safetensors(files: list[Path]) -> tuple[int, int]:
     numbers, dtypes = 0, set()
     for path in files:
         with safe_open(path, framework="np") as tensors:
-            for name in tensors.keys():  # noqa: SIM118, it is no mapping
+            for name in tensors.keys():  # noqa: SIM118, not a mapping
                 found = tensors.get_slice(name)
                 numbers += math.prod(found.get_shape())
                 dtypes.add(found.get_dtype())

@@ -133,7 +133,7 @@ def test_unknown_tasks_and_metrics_are_refused(values: Values) -> None:
     with pytest.raises(ConfigError) as refused:
         check_tasks(Study.from_config(values))
     first, *others = refused.value.problems
-    assert first == "tasks.nli_wordnet_senses: bleu is no metric of this task; choose from accuracy, answer_loss"
+    assert first == "tasks.nli_wordnet_senses: bleu is not a metric of this task; choose from accuracy, answer_loss"
     assert any("nli_wordnet_sense" in other for other in others)
 
 

@@ -102,7 +102,7 @@ def test_a_study_is_refused_before_anything_starts(
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 4
     assert "x.json: is not a result of a study" in lines[1]
-    assert "bleu is no metric of this task" in lines[2]
+    assert "bleu is not a metric of this task" in lines[2]
     assert (
         "base.path=runs/quickstart/base.nemo: no such file; make it with: tied-lora quickstart model=tiny" in lines[3]
     )
@@ -129,8 +129,8 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_starts(
     (tmp_path / "file").touch()
     assert compare.main(["results=file/results", "folder=file"]) == 2
     text = capsys.readouterr().err
-    assert f"results=file/results: {tmp_path}/file is no folder that can be written" in text
-    assert f"folder=file: {tmp_path}/file is no folder that can be written" in text
+    assert f"results=file/results: {tmp_path}/file is not a writable folder" in text
+    assert f"folder=file: {tmp_path}/file is not a writable folder" in text
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def read_results(folder: Path) -> Results:
     """Reads all results of a folder. A folder that does not exist has none.
 
     Raises:
-        ConfigError: names each file that is no result of this format, two results of one run, and results of one task
+        ConfigError: names each file that is not a result of this format, two results of one run, and results of one task
             that were made with different data or on different bases.
     """
     problems, found = Problems(), []

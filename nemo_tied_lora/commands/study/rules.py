@@ -15,8 +15,8 @@ def verdict_rules(study: Study) -> list[str]:
     unit = "point" if points == 1 else "points"
     return [
         f"The margin is {points:g} {unit}, or {share:.0%} of what the method compared with gains over the base if that is more.",
-        "**Comparable**: the whole interval lies within the margin. **Worse** or **better**: the interval does not hold 0, "
-        'and not all of it lies within the margin. **Undecided**: any other interval. So "undecided" does not mean '
+        "**Comparable**: the whole interval is inside the margin. **Worse** or **better**: the interval does not hold 0, "
+        'and not all of it is inside the margin. **Undecided**: any other interval. So "undecided" does not mean '
         '"equal": more seeds or more test items are needed.',
     ]
 

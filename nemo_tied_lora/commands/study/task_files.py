@@ -74,7 +74,7 @@ def _task(study: Study, task: StudyTask) -> Task:
     if wrong:
         choices = ", ".join(found.metrics)
         raise ConfigError(
-            [f"tasks.{task.name}: {name} is no metric of this task; choose from {choices}" for name in wrong]
+            [f"tasks.{task.name}: {name} is not a metric of this task; choose from {choices}" for name in wrong]
         )
     return found
 
