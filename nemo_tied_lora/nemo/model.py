@@ -146,7 +146,7 @@ class TiedLoraModelMixin:
         data: Any = self.cfg.data  # type: ignore[attr-defined]
         Problems(special_token_problems(self, data)).raise_if_any()
         leave_room_only_to_generate(data)
-        with own_datasets():
+        with own_datasets(in_file_order=data.train_ds.get("shuffle") is False):
             super().build_train_valid_test_datasets(stage)  # type: ignore[misc]
         if stage == "fit":
             if torch.distributed.get_rank() == 0:

@@ -7,11 +7,14 @@ Tokens, truncation, loss mask and batches are NeMo's. What differs is how a line
 - a template keeps characters beyond ASCII: NeMo turns "ö" into "Ã¶";
 - the index of a file has its size and time of change in its name. NeMo would use the index of an older file of the same
   name, and so cut lines at wrong places.
+
+`model.data.train_ds.shuffle=false` keeps the order of the file. NeMo shuffles whatever it says.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,7 +90,28 @@ def line_ends(path: str, newline: int = 10) -> np.ndarray:
     return np.delete(ends, blank)
 
 
-class _Lines:
+class _InFileOrder:
+    """A mixin in front of NeMo's dataset: with `in_file_order` it gives its examples in their order, again and again."""
+
+    max_num_samples: int | None
+
+    def __init__(self, *args: Any, in_file_order: bool = False, **settings: Any) -> None:
+        self._in_file_order = in_file_order
+        super().__init__(*args, **settings)
+
+    def _build_samples_mapping(self) -> None:
+        if not self._in_file_order or self.max_num_samples is None:
+            super()._build_samples_mapping()  # type: ignore[misc]
+            return
+        indices = np.arange(self.max_num_samples) % len(self.indexed_dataset)  # type: ignore[attr-defined]
+        self.samples_mapping = self._mapping(indices)
+
+    def _mapping(self, indices: np.ndarray) -> Any:
+        """The indices in the form that the dataset reads."""
+        return [(int(index), None, None) for index in indices]
+
+
+class _Lines(_InFileOrder):
     """A mixin in front of NeMo's dataset that reads its file with `JsonlExamples`."""
 
     def _load_dataset(self) -> None:
@@ -136,12 +160,15 @@ class ChatDataset(_Lines, GPTSFTChatDataset):
         return {**super().collate_fn(batch), "token_count": lengths}
 
 
-class PackedDataset(GPTSFTPackedDataset):
+class PackedDataset(_InFileOrder, GPTSFTPackedDataset):
     """`GPTSFTPackedDataset`: sequences that NeMo's script has packed.
 
     Raises:
         ConfigError: the file cannot be read, a pack has another form, or it is longer than `max_seq_length`.
     """
+
+    def _mapping(self, indices: np.ndarray) -> np.ndarray:
+        return indices
 
     def _load_dataset(self) -> None:
         path, most = self.file_path, self.max_seq_length
@@ -182,13 +209,17 @@ def leave_room_only_to_generate(data: Any) -> None:
 
 
 @contextlib.contextmanager
-def own_datasets() -> Iterator[None]:
-    """While it lasts, NeMo's model builds these datasets: it has no other way to choose them."""
+def own_datasets(in_file_order: bool = False) -> Iterator[None]:
+    """While it lasts, NeMo's model builds these datasets: it has no other way to choose them.
+
+    Args:
+        in_file_order: training examples come in the order of their file. With several files, each is in its order.
+    """
     names = {"GPTSFTDataset": PromptDataset, "GPTSFTChatDataset": ChatDataset, "GPTSFTPackedDataset": PackedDataset}
     nemos = {name: getattr(megatron_gpt_sft_model, name) for name in names}
     try:
         for name, dataset in names.items():
-            setattr(megatron_gpt_sft_model, name, dataset)
+            setattr(megatron_gpt_sft_model, name, functools.partial(dataset, in_file_order=in_file_order))
         yield
     finally:
         for name, dataset in nemos.items():

@@ -26,6 +26,7 @@ from nemo_tied_lora.commands.study.results import Results, read_results
 from nemo_tied_lora.commands.study.running import Outcome, run_study
 from nemo_tied_lora.commands.study.schedule import schedule
 from nemo_tied_lora.commands.study.task_files import prepare_tasks
+from nemo_tied_lora.commands.study.training_items import training_items
 from tests.harness.paths import ROOT
 from tests.harness.study_results import study_values
 
@@ -108,10 +109,26 @@ def test_a_training_gets_the_settings_of_its_key(study: Study) -> None:
         training
     )
     train = next(word for word in training if word.startswith("model.data.train_ds.file_names"))
+    assert "model.data.train_ds.shuffle=false" in training
     lines = Path(train.partition("=[")[2].rstrip("]")).read_text().splitlines()
-    assert lines
-    assert all(len(json.loads(line)["input"] + json.loads(line)["output"]) <= 17 for line in lines)
-    assert len(lines) < 8  # negative control: some items are longer
+    items = [json.loads(line) for line in lines]
+    assert len(items) == 20 * 8
+    lengths = {len(item["input"] + item["output"]) for item in items}
+    assert 1 < len(lengths) < 8  # negative control: some items of the file are longer
+    assert max(lengths) <= 17
+
+
+def test_the_items_of_a_run_follow_its_seed_in_batches_of_similar_length() -> None:
+    items = list(range(100))
+    first = training_items(items, 30, 8, 1, lambda item: item // 10)
+    assert training_items(items, 30, 8, 1, lambda item: item // 10) == first
+    assert training_items(items, 30, 8, 2, lambda item: item // 10) != first
+    assert len(first) == 240
+    assert {first.count(item) for item in items} == {2, 3}  # none comes again before all others have come
+    batches = [first[start : start + 8] for start in range(0, 240, 8)]
+    spreads = [max(batch) // 10 - min(batch) // 10 for batch in batches]
+    assert max(spreads) <= 1
+    assert [batch[0] for batch in batches] != sorted(batch[0] for batch in batches)
 
 
 def test_a_failed_run_is_recorded_and_tried_again_while_the_others_go_on(

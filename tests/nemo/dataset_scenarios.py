@@ -47,6 +47,7 @@ def report_datasets(folder: Path) -> int:
         "conversations": _same_conversations(folder),
         "packed": _packed(folder),
         "room": _room(),
+        "order": _order(folder),
         "task items": _task_items(folder / "task"),
     }
     (folder / "datasets.json").write_text(json.dumps(found))
@@ -159,6 +160,29 @@ def _packed(folder: Path) -> dict[str, list[str]]:
             found[name] = [str(batch["tokens"].tolist()), str(len(dataset))]
         except ConfigError as error:
             found[name] = list(error.problems)
+    return found
+
+
+def _order(folder: Path) -> dict[str, list[int]]:
+    """Which examples of a file of eight the training sees, in file order and as NeMo draws them, for each form of data."""
+    import numpy as np
+
+    from nemo_tied_lora.nemo.sft_datasets import ChatDataset, PackedDataset, PromptDataset
+
+    packs = [{"input_ids": [first] * 5, "loss_mask": [1] * 5, "seq_start_id": [0]} for first in range(8)]
+    np.save(folder / "eight.npy", np.array(packs, dtype=object), allow_pickle=True)
+    found = {}
+    for kept in (True, False):
+        settings = {"max_num_samples": 12, "in_file_order": kept, "sanity_check_dist_workers": False}
+        prompts = _prompts(PromptDataset, folder / "clean.jsonl", **settings)
+        chats, packed = (
+            _chat(ChatDataset, folder, **settings),
+            _prompts(PackedDataset, folder / "eight.npy", **settings),
+        )
+        word = "kept" if kept else "drawn"
+        found[f"prompts {word}"] = [int(prompts.samples_mapping[index][0]) for index in range(12)]
+        found[f"chats {word}"] = [int(chats.samples_mapping[index][0]) for index in range(12)]
+        found[f"packed {word}"] = [int(packed[index]["input_ids"][0]) for index in range(12)]
     return found
 
 

@@ -103,6 +103,13 @@ def test_only_a_section_that_generates_leaves_room_for_it(report: dict[str, Any]
     assert report["room"] == [32, 0, 32, 32]
 
 
+def test_shuffle_false_keeps_the_order_of_the_file(report: dict[str, Any]) -> None:
+    order = [*range(8), *range(4)]
+    for form in ("prompts", "chats", "packed"):
+        assert report["order"][f"{form} kept"] == order
+        assert report["order"][f"{form} drawn"] != order
+
+
 def test_packed_sequences_are_read_or_refused_in_one_line(report: dict[str, Any]) -> None:
     right, too_long, uneven, without_keys = report["packed"].values()
     assert right == ["[[4, 5, 6, 8, 9, 10, 11, 12]]", "3"]

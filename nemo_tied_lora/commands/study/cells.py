@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from nemo_tied_lora.commands.study.plan import BASE, Method, Study, StudyTask
+from nemo_tied_lora.commands.study.training_items import ORDER
 from nemo_tied_lora.config import TARGETS
 
 __all__ = ["FINAL", "LOSS", "SWEEP", "Cell", "base_cell", "method_cell", "settings_key"]
@@ -69,6 +70,7 @@ def method_cell(study: Study, method: Method, task: StudyTask, phase: str, rate:
         "rank": method.rank,
         "targets": list(method.targets or TARGETS),
         "seed": seed,
+        "order": ORDER,
         "learning_rate": float(rate),
         "steps": study.sweep.steps if phase == SWEEP else task.steps,
         "max_seq_length": task.max_seq_length,

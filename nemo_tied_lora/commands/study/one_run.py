@@ -15,9 +15,10 @@ from nemo_tied_lora.commands.study.commands import CommandFailed, Commands
 from nemo_tied_lora.commands.study.measured import measured
 from nemo_tied_lora.commands.study.plan import BASE, Study
 from nemo_tied_lora.commands.study.results import write_result
-from nemo_tied_lora.commands.study.task_files import TaskFiles
+from nemo_tied_lora.commands.study.task_files import TaskFiles, item_length
+from nemo_tied_lora.commands.study.training_items import training_items
 from nemo_tied_lora.errors import ConfigError
-from nemo_tied_lora.files import write_json
+from nemo_tied_lora.files import write_atomically, write_json
 from nemo_tied_lora.planning.nemo_model_config import nemo_config
 from nemo_tied_lora.resilience.rank import STOPPED
 from nemo_tied_lora.versions import installed_version
@@ -26,6 +27,8 @@ __all__ = ["evaluate_arguments", "finetune_arguments", "folder_of", "run_cell"]
 
 _NOT_FINITE = "holds NaN or infinity"
 """What `tied-lora finetune` says when a guard stops a run whose gradients are not finite."""
+_ITEMS = "train.jsonl"
+"""The training items of a run, in its folder."""
 _PACKAGES = ("nemo_tied_lora", "nemo_toolkit", "megatron-core", "torch", "sacrebleu", "rouge-score")
 
 
@@ -41,7 +44,8 @@ def finetune_arguments(study: Study, cell: Cell, files: TaskFiles) -> list[str]:
     return [
         "finetune",
         *files.words,
-        f"model.data.train_ds.file_names=[{files.train}]",
+        f"model.data.train_ds.file_names=[{place / _ITEMS}]",
+        "model.data.train_ds.shuffle=false",
         f"preset={settings['preset']}",
         "layout=single",
         f"model.restore_from_path={study.base.path}",
@@ -120,7 +124,7 @@ def _begin(place: Path, checksums: Mapping[str, str]) -> None:
     if record.exists() and json.loads(record.read_text()) != checksums:
         for name in ("training", "evaluation"):
             shutil.rmtree(place / name, ignore_errors=True)
-        for name in ("trained.json", "adapter.nemo"):
+        for name in (_ITEMS, "trained.json", "adapter.nemo"):
             (place / name).unlink(missing_ok=True)
     write_json(record, checksums)
 
@@ -131,6 +135,7 @@ def _train(study: Study, cell: Cell, files: TaskFiles, commands: Commands, claim
     record = place / "trained.json"
     if record.exists():
         return json.loads(record.read_text())
+    _write_items(place / _ITEMS, cell.settings, files.train)
     try:
         seconds = commands.run(finetune_arguments(study, cell, files), place / "finetune.log", claim)
     except CommandFailed as failure:
@@ -160,6 +165,14 @@ def _losses(steps: Sequence[Mapping[str, Any]]) -> list[float]:
 
 
 _PARTS = 10
+
+
+def _write_items(path: Path, settings: Mapping[str, Any], train: Path) -> None:
+    """Writes the training items of a run, unless they are there: a checkpoint's run goes on with the same file."""
+    if not path.exists():
+        lines = [line.rstrip(b"\n") + b"\n" for line in train.read_bytes().splitlines()]
+        items = training_items(lines, settings["steps"], settings["batch"], settings["seed"], item_length)
+        write_atomically(path, b"".join(items))
 
 
 def _fingerprint(study: Study, adapter: Path) -> str:

@@ -16,7 +16,7 @@ from nemo_tied_lora.planning.composing.compose import compose_config, plain
 from nemo_tied_lora.tasks.prepare import prepare
 from nemo_tied_lora.tasks.task import Task
 
-__all__ = ["TaskFiles", "check_tasks", "prepare_tasks", "task_words"]
+__all__ = ["TaskFiles", "check_tasks", "item_length", "prepare_tasks", "task_words"]
 
 _SHOWN = 16
 
@@ -86,7 +86,7 @@ def _prepare(study: Study, task: StudyTask) -> TaskFiles:
     content = train.read_bytes()
     if task.max_chars is not None:
         lines = content.splitlines(keepends=True)
-        kept = [line for line in lines if _length(line) <= task.max_chars]
+        kept = [line for line in lines if item_length(line) <= task.max_chars]
         if not kept:
             raise ConfigError([f"tasks.{task.name}.max_chars={task.max_chars}: leaves no training item; raise it"])
         left_out, content = len(lines) - len(kept), b"".join(kept)
@@ -98,6 +98,7 @@ def _prepare(study: Study, task: StudyTask) -> TaskFiles:
     return TaskFiles(tuple(task_words(study, task)), train, prepared.files, found.marker, checksums, left_out)
 
 
-def _length(line: bytes) -> int:
+def item_length(line: bytes) -> int:
+    """The characters of a training item, as its line of the file."""
     item = json.loads(line)
     return len(item["input"]) + len(item["output"])
