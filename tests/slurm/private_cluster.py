@@ -128,8 +128,8 @@ class PrivateCluster:
         return found
 
     def wait_until(self, condition: Callable[[], bool], seconds: float, what: str) -> None:
-        """Polls the condition. After `seconds` it fails with a message that names `what`."""
-        self._wait(condition, seconds, what)
+        """Polls the condition. After `seconds` it fails with a message that names `what`, and SLURM's view of it."""
+        self._wait(condition, seconds, what, self._state)
 
     def start_node(self, name: str) -> None:
         """Starts the node's slurmd, which registers with the controller."""
@@ -176,6 +176,9 @@ class PrivateCluster:
             self._daemons.append(
                 subprocess.Popen([path, *arguments], stdout=log, stderr=log, env=self.environment, cwd=self.folder)
             )
+
+    def _state(self) -> str:
+        return "\n".join([self.run("scontrol", "show", "job", check=False), self._log_ends()])
 
     def _log_ends(self) -> str:
         logs = sorted((self.folder / "logs").glob("*.log"))

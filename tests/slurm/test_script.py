@@ -158,7 +158,7 @@ def test_a_finished_run_is_not_run_again_when_its_job_is_requeued(slurm: Private
     job = submit(slurm, script)
     slurm.wait_for_state(job, "COMPLETED")
     slurm.run("scontrol", "requeue", job)
-    slurm.wait_until(lambda: "nothing is left to do" in script_log(script, job), 60, "the second start")
+    slurm.wait_until(lambda: "nothing is left to do" in script_log(script, job), 300, "the second start")
     assert slurm.wait_for_state(job)["JobState"] == "COMPLETED"
     assert (script.parent / "rank-0").read_text().count("WORLD_SIZE") == 1
 
@@ -170,7 +170,7 @@ def test_a_run_that_slurm_stopped_does_not_count_as_finished(slurm: PrivateClust
     slurm.wait_until((script.parent / "ready").exists, 60, "the rank")
     slurm.wait_for_state(submit(slurm, script), "COMPLETED")
     slurm.run("scontrol", "requeue", job)
-    slurm.wait_until(lambda: script_log(script, job).count("starting 1 ranks") == 2, 120, "the second start")
+    slurm.wait_until(lambda: script_log(script, job).count("starting 1 ranks") == 2, 300, "the second start")
     assert slurm.wait_for_state(job)["JobState"] == "COMPLETED", script_log(script, job)
     assert "nothing is left to do" not in script_log(script, job)
     assert (script.parent / "run" / "logs" / f"{job}.finished").exists()
