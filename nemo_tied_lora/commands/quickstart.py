@@ -35,19 +35,16 @@ def _quickstart(cfg: dict[str, Any]) -> int:
         raise ConfigError([f"model: the quickstart has only {' and '.join(_MODELS)}"])
     cfg["folder"] = cfg["folder"] or {"smollm2": "runs/smollm2", "tiny": "runs/quickstart"}[model]
     problems = Problems(_layout_problems(cfg))
-    if model == "smollm2":
-        from nemo_tied_lora.commands.demo import smollm2_run
+    # These import psutil, which --help does not need.
+    from nemo_tied_lora.commands.demo.run import run
+    from nemo_tied_lora.commands.demo.smollm2_base import SMOLLM2
+    from nemo_tied_lora.commands.demo.stages import run_stages
+    from nemo_tied_lora.commands.demo.tiny_base import TINY
 
-        problems.attempt(smollm2_run.check, cfg)
-        run = smollm2_run.run
-    else:
-        from nemo_tied_lora.commands.demo import tiny_run
-
-        run = tiny_run.run
+    chosen = {"smollm2": SMOLLM2, "tiny": TINY}[model]
+    problems.attempt(chosen.check, cfg)
     problems.raise_if_any()
-    from nemo_tied_lora.commands.demo.stages import run_stages  # imports psutil, which --help does not need
-
-    return run_stages("quickstart", run, cfg)
+    return run_stages("quickstart", lambda values: run(chosen, values), cfg)
 
 
 def _layout_problems(cfg: Mapping[str, Any]) -> list[str]:

@@ -26,7 +26,7 @@ from nemo_tied_lora.commands.study.results import Results, read_results
 from nemo_tied_lora.commands.study.running import Outcome, run_study
 from nemo_tied_lora.commands.study.schedule import schedule
 from nemo_tied_lora.commands.study.task_files import prepare_tasks
-from nemo_tied_lora.commands.study.training_items import training_items
+from nemo_tied_lora.tasks.training_order import line_length, training_items
 from tests.harness.paths import ROOT
 from tests.harness.study_results import study_values
 
@@ -119,16 +119,15 @@ def test_a_training_gets_the_settings_of_its_key(study: Study) -> None:
 
 
 def test_the_items_of_a_run_follow_its_seed_in_batches_of_similar_length() -> None:
-    items = list(range(100))
-    first = training_items(items, 30, 8, 1, lambda item: item // 10)
-    assert training_items(items, 30, 8, 1, lambda item: item // 10) == first
-    assert training_items(items, 30, 8, 2, lambda item: item // 10) != first
+    lines = [json.dumps({"input": "x" * (number // 10), "output": str(number)}).encode() for number in range(10, 100)]
+    first = training_items(lines, 30, 8, 1)
+    assert training_items(lines, 30, 8, 1) == first
+    assert training_items(lines, 30, 8, 2) != first
     assert len(first) == 240
-    assert {first.count(item) for item in items} == {2, 3}  # none comes again before all others have come
-    batches = [first[start : start + 8] for start in range(0, 240, 8)]
-    spreads = [max(batch) // 10 - min(batch) // 10 for batch in batches]
-    assert max(spreads) <= 1
-    assert [batch[0] for batch in batches] != sorted(batch[0] for batch in batches)
+    assert {first.count(line) for line in lines} == {2, 3}  # none comes again before all others have come
+    batches = [[line_length(line) for line in first[start : start + 8]] for start in range(0, 240, 8)]
+    assert max(max(lengths) - min(lengths) for lengths in batches) <= 1
+    assert [lengths[0] for lengths in batches] != sorted(lengths[0] for lengths in batches)
 
 
 def test_a_failed_run_is_recorded_and_tried_again_while_the_others_go_on(

@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stages of the quickstart: data, base, fine-tuning, evaluation. Training stages are `tied-lora` commands."""
+"""Runs a stage of the quickstart, which is a `tied-lora` command, and measures the memory of all."""
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 import threading
@@ -18,17 +16,12 @@ from typing import Any
 
 import psutil
 
-from nemo_tied_lora.commands.demo.tasks import write_quickstart_data
 from nemo_tied_lora.launching.local_ranks import exit_code
 from nemo_tied_lora.planning.rank_variables import STARTED_BY
 
 __all__ = [
     "MemoryMeter",
     "StageError",
-    "evaluate",
-    "finetune_arguments",
-    "make_base",
-    "make_data",
     "run_command",
     "run_stages",
 ]
@@ -68,55 +61,6 @@ def run_command(arguments: Sequence[str], log: Path | None = None, threads: int 
     return _run([sys.executable, "-m", "nemo_tied_lora.commands.main", *arguments], log, threads)
 
 
-def make_data(folder: Path) -> Path:
-    """Makes the JSONL files and the tokenizer if they are missing; returns their folder."""
-    data = folder / "data"
-    if not (data / "tokenizer.model").exists():
-        print(f"making the data: {data}", flush=True)
-        write_quickstart_data(data)
-    return data
-
-
-def make_base(folder: Path) -> Path:
-    """Pre-trains the base model if it is missing; returns its path. An interrupted pre-training resumes."""
-    base, data = folder / "base.nemo", make_data(folder)
-    if not base.exists():
-        arguments = ["pretrain", "recipe=quickstart_base", f"output={folder / 'pretraining' / 'base.nemo'}"]
-        arguments += [f"exp_manager.explicit_log_dir={folder / 'pretraining'}"]
-        arguments += [f"model.tokenizer.model={data / 'tokenizer.model'}"]
-        arguments += [f"model.data.{ds}.file_names=[{data / f'pretrain_{name}.jsonl'}]" for ds, name in _SPLITS]
-        run_command(arguments)
-        (folder / "pretraining" / "base.nemo").rename(base)
-        shutil.rmtree(folder / "pretraining" / "checkpoints", ignore_errors=True)
-    return base
-
-
-def finetune_arguments(base: Path, data: Path, output: Path, seed: int) -> list[str]:
-    """The arguments of `tied-lora finetune` on the quickstart's task."""
-    return [
-        "finetune",
-        "recipe=quickstart",
-        f"output={output}",
-        f"model.restore_from_path={base}",
-        f"model.seed={seed}",
-        f"model.peft.tied_lora.seed={seed}",
-        *(f"model.data.{ds}.file_names=[{data / f'finetune_{name}.jsonl'}]" for ds, name in _SPLITS),
-    ]
-
-
-def evaluate(base: Path, data: Path, output: Path, adapters: Sequence[Path]) -> dict[str, Any]:
-    """Exact match of the base and the adapters on the test numbers, which are in no training or validation file.
-
-    Raises:
-        StageError: the evaluation failed.
-    """
-    print(f"evaluating {1 + len(adapters)} models on {data / 'finetune_test.jsonl'}", flush=True)
-    module = "nemo_tied_lora.commands.demo.evaluation"
-    files = [str(path) for path in (base, data / "finetune_test.jsonl", output, *adapters)]
-    _run([sys.executable, "-m", module, *files], output.with_suffix(".log"))
-    return json.loads(output.read_text())
-
-
 class MemoryMeter:
     """Measures the peak of the memory of this process and all its children. Samples until the context ends.
 
@@ -143,9 +87,6 @@ class MemoryMeter:
         me = psutil.Process()
         while not self._done.wait(self._seconds):
             self.peak_bytes = max(self.peak_bytes, sum(map(_resident, [me, *me.children(recursive=True)])))
-
-
-_SPLITS = (("train_ds", "train"), ("validation_ds", "validation"))
 
 
 def _resident(process: psutil.Process) -> int:

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from nemo_tied_lora.commands.study.plan import BASE, Method, Study, StudyTask
-from nemo_tied_lora.commands.study.training_items import ORDER
 from nemo_tied_lora.config import TARGETS
+from nemo_tied_lora.tasks.training_order import ORDER
 
 __all__ = ["FINAL", "LOSS", "SWEEP", "Cell", "base_cell", "method_cell", "settings_key"]
 

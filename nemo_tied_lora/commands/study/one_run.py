@@ -15,12 +15,12 @@ from nemo_tied_lora.commands.study.commands import CommandFailed, Commands
 from nemo_tied_lora.commands.study.measured import measured
 from nemo_tied_lora.commands.study.plan import BASE, Study
 from nemo_tied_lora.commands.study.results import write_result
-from nemo_tied_lora.commands.study.task_files import TaskFiles, item_length
-from nemo_tied_lora.commands.study.training_items import training_items
+from nemo_tied_lora.commands.study.task_files import TaskFiles
 from nemo_tied_lora.errors import ConfigError
 from nemo_tied_lora.files import write_atomically, write_json
 from nemo_tied_lora.planning.nemo_model_config import nemo_config
 from nemo_tied_lora.resilience.rank import STOPPED
+from nemo_tied_lora.tasks.training_order import file_lines, training_items
 from nemo_tied_lora.versions import installed_version
 
 __all__ = ["evaluate_arguments", "finetune_arguments", "folder_of", "run_cell"]
@@ -170,8 +170,8 @@ _PARTS = 10
 def _write_items(path: Path, settings: Mapping[str, Any], train: Path) -> None:
     """Writes the training items of a run, unless they are there: a checkpoint's run goes on with the same file."""
     if not path.exists():
-        lines = [line.rstrip(b"\n") + b"\n" for line in train.read_bytes().splitlines()]
-        items = training_items(lines, settings["steps"], settings["batch"], settings["seed"], item_length)
+        steps, batch, seed = (settings[key] for key in ("steps", "batch", "seed"))
+        items = training_items(file_lines(train), steps, batch, seed)
         write_atomically(path, b"".join(items))
 
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,9 @@ from nemo_tied_lora.files import write_atomically
 from nemo_tied_lora.planning.composing.compose import compose_config, plain
 from nemo_tied_lora.tasks.prepare import prepare
 from nemo_tied_lora.tasks.task import Task
+from nemo_tied_lora.tasks.training_order import line_length
 
-__all__ = ["TaskFiles", "check_tasks", "item_length", "prepare_tasks", "task_words"]
+__all__ = ["TaskFiles", "check_tasks", "prepare_tasks", "task_words"]
 
 _SHOWN = 16
 
@@ -86,7 +86,7 @@ def _prepare(study: Study, task: StudyTask) -> TaskFiles:
     content = train.read_bytes()
     if task.max_chars is not None:
         lines = content.splitlines(keepends=True)
-        kept = [line for line in lines if item_length(line) <= task.max_chars]
+        kept = [line for line in lines if line_length(line) <= task.max_chars]
         if not kept:
             raise ConfigError([f"tasks.{task.name}.max_chars={task.max_chars}: leaves no training item; raise it"])
         left_out, content = len(lines) - len(kept), b"".join(kept)
@@ -96,9 +96,3 @@ def _prepare(study: Study, task: StudyTask) -> TaskFiles:
     checksums = {name: prepared.record["splits"][name]["sha256"][:_SHOWN] for name in ("validation", "test")}
     checksums["train"] = hashlib.sha256(content).hexdigest()[:_SHOWN]
     return TaskFiles(tuple(task_words(study, task)), train, prepared.files, found.marker, checksums, left_out)
-
-
-def item_length(line: bytes) -> int:
-    """The characters of a training item, as its line of the file."""
-    item = json.loads(line)
-    return len(item["input"]) + len(item["output"])
