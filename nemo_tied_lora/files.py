@@ -20,6 +20,7 @@ from typing import IO, Any
 __all__ = [
     "file_beside",
     "folder_beside",
+    "folder_problem",
     "put_in_place",
     "replace_file",
     "replace_folder",
@@ -90,6 +91,17 @@ def folder_beside(path: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):  # a file system without locks
             stack.enter_context(_locked(folder))
         yield folder
+
+
+def folder_problem(path: Path) -> str | None:
+    """Why no file can be made in the folder `path`, which need not exist yet. None: it can."""
+    there = next(one for one in (path.absolute(), *path.absolute().parents) if os.path.lexists(one))
+    which = "" if there == path.absolute() else f"{there} "
+    if not there.is_dir():
+        return f"{which}is a file; name a folder"
+    if not os.access(there, os.W_OK | os.X_OK):
+        return f"{which}cannot be written; name another folder"
+    return None
 
 
 def room_problem(path: Path, needed: int) -> str | None:

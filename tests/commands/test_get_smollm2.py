@@ -12,7 +12,9 @@ import pytest
 
 from nemo_tied_lora import files
 from nemo_tied_lora.commands.demo import smollm2
+from nemo_tied_lora.commands.demo.run import task_changes
 from nemo_tied_lora.commands.main import main
+from nemo_tied_lora.planning.composing.compose import compose_config, plain
 from tests.harness.lora_folders import problems_of
 
 CONTENT = b"GGUF and so on"
@@ -108,15 +110,62 @@ def test_the_quickstart_refuses_everything_at_once_before_it_downloads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    words = ["layout=tp2", "base=nope.gguf", "task.metrics=[foo]"]
+    (tmp_path / "file").touch()
+    words = ["layout=tp2", "seed=0", "task.metrics=[foo]", "folder=file/runs"]
     assert main(["quickstart", *words]) == 2
     said = capsys.readouterr().err
     assert "model.num_attention_heads=9 is not divisible by it; use one of 1, 3" in said
-    assert "base=nope.gguf: no such file or folder; choose one of wheel, hub, or name one" in said
+    assert "seed=0: must be a whole number from 1 to 4294967295" in said
     assert "task.metrics: foo: unknown" in said
-    assert main(["quickstart", "model=gpt_2b"]) == 2
-    assert "model: the quickstart has only smollm2 and tiny" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
+    assert f"folder=file/runs: {tmp_path / 'file'} is a file; name a folder" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["base=nope.gguf"], "base=nope.gguf: no such file or folder; choose one of wheel, hub, or name one"),
+        (["base="], "base=: no such file or folder"),
+        (["base=cut.nemo"], "base=cut.nemo: is a text file"),
+        (["model=gpt_2b"], "model: the quickstart has only smollm2 and tiny; base= takes a model of your own"),
+        (["model=tiny", "base=hub"], "base=hub: the tiny model makes its own base; leave it out"),
+        (["model=tiny", "task=squad"], "task=squad: the tiny model has only german_numbers; leave it out"),
+        (["folder=7"], "folder=7: is read as int, not as a path; write folder=./7"),
+        (["~task"], "task.prompt: missing"),
+        (["overrides=[5]"], "overrides=[5]: must be a list of texts: "),
+        (["overrides=null"], "overrides=None: must be a list of texts: "),
+        (["overrides=['trainer.max_step=5']"], "trainer.max_step=5: Lightning's Trainer has no such key"),
+        (["overrides=['output=a.nemo']"], "overrides: output=a.nemo: other stages must know it too; use the"),
+        (["overrides=['task.limits.test=5']"], "overrides: task.limits.test=5: other stages must know it too"),
+        (["--config-dir", "mine"], "--config-dir: the stages would not find its groups; use tied-lora finetune"),
+        (["trainer.max_steps=5"], "a key of finetune; write \"overrides=['trainer.max_steps=5']\""),
+        (["model.peft.tied_lora.rank=2"], "a key of finetune; write \"overrides=['model.peft.tied_lora.rank=2']\""),
+    ],
+)
+def test_the_quickstart_answers_a_mistake_before_it_makes_anything(
+    words: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cut.nemo").write_bytes(b"cut")
+    assert main(["quickstart", *words]) == 2
+    assert told in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["cut.nemo"]
+
+
+def test_what_is_changed_in_a_task_reaches_the_stages_as_it_was_typed() -> None:
+    words = [
+        "task=math_gsm_symbolic",
+        "task.generation.max_new_tokens=5",
+        "task.source.folder=a copy",
+        "task.licence=null",
+    ]
+    words += [r"task.prompt='It\'s {question}'", "task.metrics=[answer_loss]", "task.generation.stop=[' \"x\" ']"]
+    given = plain(compose_config("quickstart", words))["task"]
+    given["prompt"] += "\nA:"
+    changes = task_changes(given)
+    assert "task.generation.max_new_tokens=5" in changes
+    assert len(changes) == len(words)  # limits.test=200 is the quickstart's own
+    assert plain(compose_config("finetune", [words[0], *changes]))["task"] == given
 
 
 def test_a_disk_without_room_for_the_model_is_refused_before_it_downloads(

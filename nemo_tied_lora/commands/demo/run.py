@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,11 +21,13 @@ from nemo_tied_lora.commands.demo.stages import MemoryMeter, run_command
 from nemo_tied_lora.files import write_atomically, write_json
 from nemo_tied_lora.planning.base_config import base_model_config
 from nemo_tied_lora.planning.composing.compose import compose_config, plain
+from nemo_tied_lora.planning.composing.dotted_keys import flat
+from nemo_tied_lora.planning.composing.override_lines import read_lines
 from nemo_tied_lora.tasks.prepare import prepare
 from nemo_tied_lora.tasks.task import Task
 from nemo_tied_lora.tasks.training_order import file_lines, training_items
 
-__all__ = ["Model", "run", "settings_key"]
+__all__ = ["Model", "check_overrides", "run", "settings_key", "task_changes"]
 
 Config = Mapping[str, Any]
 _SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
@@ -36,6 +39,7 @@ class Model:
 
     recipe: str  # of `tied-lora finetune`
     check: Callable[[Config], None]  # raises ConfigError before anything is downloaded or made
+    sizes: Callable[[Config], Mapping[str, Any] | None]  # of its layers; None: not known yet
     base: Callable[[Config], Path]  # returns the base's .nemo, and makes it if it is missing
     task_words: Callable[[Config], list[str]]  # the overrides that name its task
 
@@ -77,6 +81,57 @@ def run(model: Model, cfg: Config) -> None:
     text = report(task, metrics, folder, adapter, evaluation)
     write_atomically(folder / "report.md", text.encode())
     print(text)
+
+
+_OWN = {
+    "output": "folder=",
+    "exp_manager.explicit_log_dir": "folder=",
+    "model.restore_from_path": "base=",
+    "preset": "preset=",
+    "model.peft.tied_lora.preset": "preset=",
+    "task": "task=",
+    "layout": "layout=",
+    "trainer.devices": "layout=",
+    "model.tensor_model_parallel_size": "layout=",
+    "model.pipeline_model_parallel_size": "layout=",
+}
+"""Keys of finetune that decide about other stages too: key -> the quickstart's own."""
+
+
+def check_overrides(model: Model, cfg: Config) -> None:
+    """Checks the overrides for finetune, which would be read only after the base has been made.
+
+    Raises:
+        ConfigError: with all problems.
+    """
+    lines, problems = read_lines(cfg["overrides"])
+    for line in lines:
+        own = _OWN.get("task" if line.key.startswith("task.") else line.key)
+        if own is not None:
+            problems.append(f"overrides: {line.text}: other stages must know it too; use the quickstart's own {own}")
+    if not problems:
+        words = [f"recipe={model.recipe}", *model.task_words(cfg)]
+        problems.attempt(lambda: plain(compose_config("finetune", [*words, *cfg["overrides"]])))
+    problems.raise_if_any()
+
+
+def task_changes(task: Mapping[str, Any]) -> list[str]:
+    """The overrides that make the shipped task of this name the given one."""
+    shipped = flat(plain(compose_config("finetune", [f"task={task['name']}"]))["task"])
+    return [
+        f"task.{key}={_hydra(value)}"
+        for key, value in flat(task).items()
+        if key != "folder" and value != shipped.get(key)
+    ]
+
+
+def _hydra(value: Any) -> str:
+    """A plain value as Hydra reads it."""
+    if isinstance(value, str):
+        return value if re.fullmatch(r"[A-Za-z_./][\w./-]*", value) else "'" + value.replace("'", r"\'") + "'"
+    if isinstance(value, list):
+        return f"[{','.join(map(_hydra, value))}]"
+    return json.dumps(value)
 
 
 def _task(model: Model, cfg: Config) -> tuple[Task, list[str]]:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from nemo_tied_lora.commands.demo import smollm2
-from nemo_tied_lora.commands.demo.run import Model, settings_key
+from nemo_tied_lora.commands.demo.run import Model, settings_key, task_changes
 from nemo_tied_lora.commands.demo.stages import run_command
 from nemo_tied_lora.errors import Problems
 from nemo_tied_lora.files import room_problem
+from nemo_tied_lora.planning.base_config import usable_base
 from nemo_tied_lora.tasks.task import Task
 
 __all__ = ["SMOLLM2"]
@@ -28,19 +29,25 @@ def _check(cfg: Mapping[str, Any]) -> None:
     """
     problems, folder, base = Problems(), Path(cfg["folder"]), cfg["base"]
     own = base not in _SOURCES
-    if own and not (isinstance(base, str) and Path(base).exists()):
+    if own and not (base and Path(base).exists()):
         problems.append(f"base={base}: no such file or folder; choose one of {', '.join(_SOURCES)}, or name one")
     if cfg.get("task") is None:
         problems.append("task: missing; name one, as task=nli_wordnet_senses; tied-lora quickstart --help lists them")
     else:
         problems.attempt(Task.from_config, cfg["task"])
-    if folder.exists() and not folder.is_dir():
-        problems.append(f"folder={folder}: is a file; name a folder")
     if not own and not problems and not _nemo_file(cfg).exists():
         # The Hugging Face folder, and the .nemo twice: conversion/import_room.py counts it again.
         problem = room_problem(folder, 3 * _WEIGHTS + (0 if (folder / smollm2.FILE).exists() else smollm2.BYTES))
         problems += [f"folder={folder}: {problem}"] if problem else []
     problems.raise_if_any()
+
+
+def _sizes(cfg: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The sizes of the base's layers. None: it has to be imported first."""
+    if cfg["base"] in _SOURCES:
+        return dict(cfg["model"])
+    base = _nemo_file(cfg) if cfg["base"] and Path(cfg["base"]).exists() else None
+    return usable_base(base, "base") if base is not None and base.exists() else None
 
 
 def _base(cfg: Mapping[str, Any]) -> Path:
@@ -70,9 +77,7 @@ def _nemo_file(cfg: Mapping[str, Any]) -> Path:
 
 
 def _task_words(cfg: Mapping[str, Any]) -> list[str]:
-    task = cfg["task"]
-    limits = [f"task.limits.{key}={value}" for key, value in task["limits"].items() if value is not None]
-    return [f"task={task['name']}", *limits]
+    return [f"task={cfg['task']['name']}", *task_changes(cfg["task"])]
 
 
-SMOLLM2 = Model("quickstart_smollm2", _check, _base, _task_words)
+SMOLLM2 = Model("quickstart_smollm2", _check, _sizes, _base, _task_words)

@@ -112,5 +112,5 @@ def _run(command: Sequence[str], log: Path | None, threads: int | None = None) -
     code = exit_code(code)
     if code != 0:
         where = "" if log is None else f"; its output is in {log}"
-        raise StageError(f"{shlex.join(command[1:4])} ... failed with exit code {code}{where}", code)
+        raise StageError(f"tied-lora {' '.join(command[3:4])} failed with exit code {code}{where}", code)
     return time.perf_counter() - started

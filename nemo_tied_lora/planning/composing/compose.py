@@ -41,6 +41,8 @@ _TRAINING = ("finetune", "pretrain")
 # The adapter's own check tells what to write instead of an unknown key.
 _ADAPTER = ("model.peft.tied_lora.", "model.peft.lora_tuning.")
 _WITH_ADAPTER = ("plan", "finetune")
+# Commands that run finetune, and their key for its overrides.
+_PASSES_ON = {"quickstart": "overrides", "compare": "training.overrides"}
 # NeMo makes a constant rate of a missing section; the code reads all others.
 _MAY_BE_DELETED = ("model.optim.sched",)
 # Sections of a study with one entry for each name.
@@ -255,6 +257,8 @@ def _key_problem(key: str, name: str, cfg: DictConfig, text: str, *, adds: bool)
             return f"{text}: not a key of generate; write {right}"
         if is_generation_key(key) or is_nemo_key(key):
             return None
+    if name in _PASSES_ON and (key.startswith(_ADAPTER) or is_nemo_key(key)):
+        return f"{text}: a key of finetune; write \"{_PASSES_ON[name]}=['{text}']\""
     if name == "pretrain" and key.startswith(_ADAPTER):
         return f"{text}: pretrain trains every parameter, without an adapter; leave it out"
     known = list(flat(_container(cfg)))
