@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ from typing import Any
 from nemo_tied_lora.commands.local_command import check_paths, run_composed
 from nemo_tied_lora.commands.study.plan import Study
 from nemo_tied_lora.errors import ConfigError, Problems, report
+from nemo_tied_lora.files import folder_problem
 from nemo_tied_lora.planning.base_config import usable_base
 
 __all__ = ["SUMMARY", "main"]
@@ -73,10 +75,15 @@ def _check_keys(problems: Problems, cfg: Mapping[str, Any]) -> None:
     if cfg["limit"] is not None:
         problems.whole_number("limit", cfg["limit"])
     minutes = cfg["minutes"]
-    if minutes is not None and (isinstance(minutes, bool) or not isinstance(minutes, (int, float)) or minutes <= 0):
+    if minutes is not None and (
+        isinstance(minutes, bool) or not isinstance(minutes, (int, float)) or not 0 < minutes < math.inf
+    ):
         problems.append(f"minutes={minutes!r}: must be a positive number, or null for no limit")
-    if cfg["page"] is not None and Path(str(cfg["page"])).suffix != ".md":
-        problems.append(f"page={cfg['page']}: must end in .md; its .json and .png go beside it")
+    page = Path(str(cfg["page"]))
+    if cfg["page"] is not None and page.suffix != ".md":
+        problems.append(f"page={page}: must end in .md; its .json and .png go beside it")
+    elif cfg["page"] is not None and (problem := folder_problem(page.parent)):
+        problems.append(f"page={page}: its folder {problem}")
 
 
 def _write_page(study: Study, page: Path, command: str) -> int:
@@ -108,9 +115,8 @@ def _run(study: Study, cfg: Mapping[str, Any]) -> int:
     problems.attempt(read_results, Path(study.results))
     problems.attempt(check_tasks, study)
     for key, place in (("folder", study.folder), ("results", study.results)):
-        there = _existing(Path(place))
-        if not there.is_dir() or not os.access(there, os.W_OK):
-            problems.append(f"{key}={place}: {there} is not a writable folder; name another one")
+        problem = folder_problem(Path(place))
+        problems += [f"{key}={place}: {problem}"] if problem else []
     _check_base(problems, study, cfg["at_once"])
     problems.raise_if_any()
     files = prepare_tasks(study)

@@ -90,7 +90,7 @@ def test_all_problems_of_a_study_are_reported_together(values: Values) -> None:
         "methods.lora.preset='dora': unknown; choose one of lora, vera, tl5, tl6",
         "methods.tl6.rates=[0.03, 0.02]: must ascend",
         "methods.tl6.seeds=0: must be a whole number of at least 1",
-        "methods.tl6.colour: not a key of methods.tl6; choose from name, preset",
+        "methods.tl6.colour: not a key of methods.tl6; choose from preset, rank",
         "methods.tl6.targets: 'linear_kqv' is unknown; choose from linear_qkv",
         "methods.lora_r1: needs rates, or rates_of with the name of another method, and not both",
         "methods.base: the base is always compared; use another name",

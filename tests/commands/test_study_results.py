@@ -58,9 +58,14 @@ def test_a_file_of_another_kind_or_format_is_refused_with_all_others(study: Stud
     (folder / "b.json").write_text(json.dumps(later))
     (folder / "c.json").write_text("{}")
     (folder / "d.json").write_text(json.dumps({"format": FORMAT, "settings": {}}))
+    whole = json.loads(path.read_text())
+    (folder / "e.json").write_text(json.dumps(whole | {"scores": 5, "data": []}))
+    (folder / "f.json").write_text(json.dumps(whole | {"scores": {}, "settings": {"task": "x"}}))
     with pytest.raises(ConfigError) as refused:
         read_results(folder)
     text = str(refused.value)
+    assert f"{folder}/e.json: lacks data as a section, scores as a section; remove it" in text
+    assert f"{folder}/f.json: lacks settings.base, scores.answer_loss; remove it" in text
     assert f"{folder}/a.json: cannot be read as a result of a study" in text
     assert f"{folder}/b.json: has format {FORMAT + 1}, this version reads {FORMAT}; remove it, or set results=" in text
     assert f"{folder}/c.json: is not a result of a study" in text
@@ -129,8 +134,8 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_starts(
     (tmp_path / "file").touch()
     assert compare.main(["results=file/results", "folder=file"]) == 2
     text = capsys.readouterr().err
-    assert f"results=file/results: {tmp_path}/file is not a writable folder" in text
-    assert f"folder=file: {tmp_path}/file is not a writable folder" in text
+    assert f"results=file/results: {tmp_path}/file is a file; name a folder" in text
+    assert "folder=file: is a file; name a folder" in text
 
 
 @pytest.mark.parametrize(
@@ -139,11 +144,21 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_starts(
         ("at_once=0", "at_once=0: must be a whole number of at least 1"),
         ("limit=-1", "limit=-1: must be a whole number of at least 1"),
         ("minutes=0", "minutes=0: must be a positive number"),
+        ("minutes=nan", "minutes=nan: must be a positive number"),
+        ("page=pyproject.toml/page.md", "page=pyproject.toml/page.md: its folder is a file; name a folder"),
+        ("methods.tl6.rates=[inf]", "methods.tl6.rates=[inf]: must be a list of positive numbers"),
+        ("methods.tl6.rates=[true]", "methods.tl6.rates=[True]: must be a list of positive numbers"),
+        ("methods.tl6.targets=[qkv]", "methods.tl6.targets: 'qkv' is unknown; choose from linear_qkv"),
+        ("methods.tl6.seed=3", "methods.tl6.seed: not a key of methods.tl6; choose from preset, rank, targets, seeds"),
+        ("model.optim.lr=1", "a key of finetune; write \"training.overrides=['model.optim.lr=1']\""),
         ("page=docs/page.txt", "page=docs/page.txt: must end in .md"),
         ("list=maybe", "list='maybe': must be true or false"),
+        ("results=null", "results: missing; name a folder"),
         ("folder=7", "folder=7: is read as int, not as a path"),
     ],
 )
 def test_wrong_values_of_compare_are_refused(word: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert compare.main([word]) == 2
-    assert message in capsys.readouterr().err
+    text = capsys.readouterr().err
+    assert message in text
+    assert len(text.splitlines()) == 2  # no line that follows from another

@@ -350,6 +350,14 @@ def test_all_problems_are_reported_together_and_no_note_is_lost() -> None:
     assert len(refused.value.problems) == 4
 
 
+def test_the_keys_of_an_unknown_group_are_not_reported_beside_it() -> None:
+    with pytest.raises(ConfigError) as refused:
+        compose_config("finetune", ["task=squat", "task.limits.test=5", "trainer.max_step=5"])
+    group, key = refused.value.problems
+    assert group.startswith("task=squat: unknown; choose one of base, dialogsum")
+    assert key.startswith("trainer.max_step=5: ")
+
+
 def test_the_same_lines_work_for_pretrain_and_the_adapters_for_plan() -> None:
     cfg, notes = compose_with_notes("pretrain", ["+trainer.limit_val_batches=2", "model.fsdp_sharding_strategy=full"])
     assert (cfg.trainer.limit_val_batches, len(notes)) == (2, 1)

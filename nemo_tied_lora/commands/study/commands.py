@@ -21,10 +21,12 @@ _GRACE_S = 120.0
 
 
 class CommandFailed(RuntimeError):
-    """A command returned another code than 0. `code` is its exit code, `log` its output."""
+    """A command returned another code than 0. `code` is its exit code, `log` its output, whose end is the message."""
 
     def __init__(self, code: int, log: Path) -> None:
-        super().__init__(f"exit code {code}; its output is in {log}")
+        lines = log.read_text(errors="replace").strip().splitlines()
+        last = f" ({lines[-1].strip()})" if lines else ""
+        super().__init__(f"exit code {code}{last}; its output is in {log}")
         self.code, self.log = code, log
 
 

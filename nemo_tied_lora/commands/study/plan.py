@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeGuard
 
 from nemo_tied_lora.config import PRESETS, TARGETS
 from nemo_tied_lora.errors import Problems, is_whole_number
@@ -133,9 +133,12 @@ class Study:
             ConfigError: with all problems.
         """
         problems = Problems()
-        for key in ("name", "title", "folder", "results"):
+        for key in ("name", "title"):
             if not isinstance(cfg.get(key), str):
                 problems.append(f"{key}={cfg.get(key)!r}: must be a text")
+        for key in ("folder", "results"):  # that they are paths is checked where they are typed
+            if cfg.get(key) is None:
+                problems.append(f"{key}: missing; name a folder")
         problems.whole_number("resamples", cfg.get("resamples"), least=100)
         parts: dict[str, Any] = {
             name: _read(problems, name, kind, cfg.get(name))
@@ -144,7 +147,7 @@ class Study:
         methods = _each(problems, "methods", cfg.get("methods"), _method)
         tasks = _each(problems, "tasks", cfg.get("tasks"), _task)
         texts: dict[str, Any] = {key: _texts(problems, key, cfg.get(key)) for key in ("about", "limits")}
-        problems += _names(methods, tasks, parts["claim"])
+        problems += _names(methods, tasks, parts["claim"], set(problems.section("methods", cfg.get("methods"))))
         problems.raise_if_any()
         values = {key: cfg[key] for key in ("name", "title", "folder", "results", "resamples")}
         return cls(**values, **parts, **texts, methods=tuple(methods), tasks=tuple(tasks))
@@ -192,22 +195,26 @@ def _method(problems: Problems, name: str, given: Any) -> Method | None:
         for target in values["targets"] or ()
         if target not in TARGETS
     ]
-    rates = values["rates"] or ()
+    rates = values["rates"]
     if (values["rates"] is None) == (values["rates_of"] is None):
         problems.append(f"{where}: needs rates, or rates_of with the name of another method, and not both")
     elif values["rates"] is not None:
         problems += _rate_problems(f"{where}.rates", rates)
     values["rates"] = tuple(rates) if isinstance(rates, Sequence) else ()
-    return _built(problems, where, Method, {"name": name, **values})
+    return _built(problems, where, Method, values, name=name)
 
 
 def _rate_problems(key: str, rates: object) -> list[str]:
-    if not isinstance(rates, list) or not rates or not all(isinstance(r, (int, float)) and r > 0 for r in rates):
+    if not isinstance(rates, list) or not rates or not all(_is_number(rate) and rate > 0 for rate in rates):
         return [f"{key}={rates!r}: must be a list of positive numbers"]
     if rates != sorted(set(rates)):
         return [f"{key}={rates!r}: must ascend"]
     odd = [rate for rate in rates if not _is_step(rate)]
     return [f"{key}: {rate!r} is not 1, 2 or 5 times a power of ten; the grid grows in these steps" for rate in odd]
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_step(rate: float) -> bool:
@@ -219,7 +226,7 @@ def _task(problems: Problems, name: str, given: Any) -> StudyTask | None:
     where = f"tasks.{name}"
     values = {"also": [], "max_chars": None, "items": None, **problems.section(where, given)}
     values["also"] = _texts(problems, f"{where}.also", values["also"])
-    return _built(problems, where, StudyTask, {"name": name, **values})
+    return _built(problems, where, StudyTask, values, name=name)
 
 
 def _read(problems: Problems, name: str, kind: Any, given: object) -> Any:
@@ -229,15 +236,19 @@ def _read(problems: Problems, name: str, kind: Any, given: object) -> Any:
     return _built(problems, name, kind, values)
 
 
-def _built(problems: Problems, where: str, kind: Any, values: Mapping[str, Any]) -> Any:
-    """Builds the dataclass. Collects unknown keys, missing keys and values of another type."""
-    known = {field.name: str(field.type) for field in fields(kind)}
+def _built(problems: Problems, where: str, kind: Any, values: Mapping[str, Any], **fixed: str) -> Any:
+    """Builds the dataclass. Collects unknown keys, missing keys and values of another type.
+
+    Args:
+        fixed: fields that are no keys.
+    """
+    known = {field.name: str(field.type) for field in fields(kind) if field.name not in fixed}
     before = len(problems)
     kept = problems.known_keys(where, values, known)
     problems += [f"{where}.{key}: missing" for key in known if key not in kept]
     for key, value in kept.items():
         _check_type(problems, f"{where}.{key}", value, known[key])
-    return None if len(problems) > before else kind(**kept)
+    return None if len(problems) > before else kind(**kept, **fixed)
 
 
 def _check_type(problems: Problems, key: str, value: Any, kind: str) -> None:
@@ -248,7 +259,7 @@ def _check_type(problems: Problems, key: str, value: Any, kind: str) -> None:
             key, value, least=0 if key.endswith((".growth", ".headroom_tasks", ".warmup_steps")) else 1
         )
     elif kind.startswith("float"):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+        if not _is_number(value) or value < 0:
             problems.append(f"{key}={value!r}: must be a number of at least 0")
     elif kind.startswith("Mapping"):
         if not isinstance(value, Mapping) or not all(isinstance(one, str) for one in value.values()):
@@ -266,9 +277,15 @@ def _texts(problems: Problems, key: str, value: object) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _names(methods: Sequence[Method], tasks: Sequence[StudyTask], claim: Claim | None) -> list[str]:
-    """Problems of names that must be those of a method or a task of the study."""
-    known = [method.name for method in methods]
+def _names(
+    methods: Sequence[Method], tasks: Sequence[StudyTask], claim: Claim | None, given: Collection[str]
+) -> list[str]:
+    """Problems of names that must be those of a method or a task of the study.
+
+    Args:
+        given: the names of all methods, those too that have problems of their own.
+    """
+    known = list(given)
     named = [(f"methods.{m.name}.rates_of", m.rates_of) for m in methods if m.rates_of is not None]
     if claim is not None:
         named += [("claim.candidate", claim.candidate), ("claim.reference", claim.reference)]

@@ -34,6 +34,7 @@ _KEYS = (
     "seconds",
     "base",
 )
+_SECTIONS = ("settings", "data", "scores", "items", "statistics", "seconds")
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,10 @@ def _read(path: Path) -> dict[str, Any]:
     if values["format"] != FORMAT:
         raise ConfigError([f"{path}: has format {values['format']!r}, this version reads {FORMAT}; {remedy}"])
     missing = [key for key in _KEYS if key not in values]
+    missing += [f"{key} as a section" for key in _SECTIONS if not isinstance(values.get(key, {}), dict)]
+    if not missing:
+        missing += [f"settings.{key}" for key in ("task", "base") if key not in values["settings"]]
+        missing += [] if values["diverged"] or LOSS in values["scores"] else [f"scores.{LOSS}"]
     if missing:
         raise ConfigError([f"{path}: lacks {', '.join(missing)}; {remedy}"])
     return values

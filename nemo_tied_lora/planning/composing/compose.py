@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import difflib
 import functools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -81,7 +82,10 @@ def compose_with_notes(
     lines = [line for line in lines if not _is_hydras(line)]
     groups = [line for line in lines if sources.is_group(line.key) or line.has_package]
     typed = [line for line in lines if line not in groups]
-    cfg, own = problems.attempt(_composed, name, groups, sources) or (_shipped(name, [], YamlSources()), None)
+    composed = problems.attempt(_composed, name, groups, sources)
+    if composed is None:  # without a group its keys are missing, which is no mistake of its own
+        typed = [line for line in typed if _section(line) not in map(_section, groups)]
+    cfg, own = composed or (_shipped(name, [], YamlSources()), None)
     with open_dict(cfg):
         for line in typed:
             problems += _apply(cfg, line, name)
@@ -93,6 +97,10 @@ def compose_with_notes(
         problems += _translated(cfg, name, keys, {} if own is None else own.keys, notes)
     problems.raise_if_any()
     return cfg, notes
+
+
+def _section(line: Line) -> str:
+    return re.split("[./@]", line.key)[0]
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
@@ -261,6 +269,9 @@ def _key_problem(key: str, name: str, cfg: DictConfig, text: str, *, adds: bool)
         return f"{text}: a key of finetune; write \"{_PASSES_ON[name]}=['{text}']\""
     if name == "pretrain" and key.startswith(_ADAPTER):
         return f"{text}: pretrain trains every parameter, without an adapter; leave it out"
+    section = key.rpartition(".")[0]
+    if name == "compare" and section.rpartition(".")[0] in _ENTRIES and has_key(cfg, section):
+        return None  # the study's own check lists the keys of a method or a task
     known = list(flat(_container(cfg)))
     if name in _TRAINING:
         right, refused = mistaken_key(key), unknown_to_nemo(key)
