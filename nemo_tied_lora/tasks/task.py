@@ -82,7 +82,7 @@ class Task:
         )
         values |= {name: value for name, value in generation.items() if value is not None}
         problems += [
-            *_required(key, values),
+            *_required(key, given, values),
             *_texts(key, values),
             *_form_problems(key, values),
             *_metric_problems(key, values),
@@ -123,9 +123,17 @@ class Task:
 _GENERATION = ("max_new_tokens", "stop")
 
 
-def _required(key: str, values: Mapping[str, Any]) -> Iterator[str]:
+def _required(key: str, given: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[str]:
+    """The keys without a default.
+
+    Args:
+        given: with keys that are null too.
+    """
+    if "folder" not in given or not values.keys() & {"name", "prompt", "answer", "endings"}:
+        # base is missing, or is named behind _self_ and so wins
+        yield f"{key}: what all tasks share must come from base: the task's YAML needs defaults: [base, _self_]"
     for name, example in (("name", "my_task"), ("folder", "runs/tasks/my_task"), ("prompt", "'Question: {question}'")):
-        if values.get(name) in (None, ""):
+        if values.get(name) in (None, "") and (name in given or name != "folder"):
             yield f"{key}.{name}: missing; set it, as {key}.{name}={example}"
     if values.get("answer") is None and values.get("endings") is None:
         yield f"{key}.answer: missing; set it, as {key}.answer='{{answer}}', or set endings and label for a choice task"

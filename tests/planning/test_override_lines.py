@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from nemo_tied_lora.errors import ConfigError
 from nemo_tied_lora.planning.composing.compose import compose_config, compose_with_notes, plain
+from nemo_tied_lora.planning.composing.yaml_sources import YamlSources
 from nemo_tied_lora.planning.preflight import check_finetuning
 
 # From NeMo's continuous integration, its tutorials for LoRA, the scripts' own docstrings, and public shell scripts.
@@ -356,6 +357,21 @@ def test_the_keys_of_an_unknown_group_are_not_reported_beside_it() -> None:
     group, key = refused.value.problems
     assert group.startswith("task=squat: unknown; choose one of base, dialogsum")
     assert key.startswith("trainer.max_step=5: ")
+
+
+@pytest.mark.parametrize("command", ["quickstart", "compare", "plan"])
+def test_an_added_key_is_refused_where_nothing_can_read_it(command: str) -> None:
+    with pytest.raises(ConfigError, match=f"has no key foo; tied-lora {command} --cfg job lists the keys"):
+        compose_config(command, ["+foo=1"])
+
+
+def test_a_yaml_that_includes_itself_is_named(tmp_path: Path) -> None:
+    (tmp_path / "task").mkdir()
+    (tmp_path / "task" / "mine.yaml").write_text("defaults: [mine, _self_]\n")
+    with pytest.raises(
+        ConfigError, match=r"^task=mine: its YAML, or one that it names in its defaults, includes itself"
+    ):
+        compose_config("finetune", ["task=mine"], YamlSources(config_dir=tmp_path))
 
 
 def test_the_same_lines_work_for_pretrain_and_the_adapters_for_plan() -> None:

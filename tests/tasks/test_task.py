@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nemo_tied_lora.errors import ConfigError
 from nemo_tied_lora.planning.composing.compose import compose_config, plain
+from nemo_tied_lora.planning.composing.yaml_sources import YamlSources
 from nemo_tied_lora.planning.config_folder import config_folder
 from nemo_tied_lora.tasks.task import Task
 
@@ -56,6 +58,16 @@ def test_a_shipped_task_is_right_and_says_what_its_data_are(name: str) -> None:
     assert cfg["model"]["data"]["validation_ds"]["prompt_template"] == "{input}" + task.separator + "{output}"
 
 
+@pytest.mark.parametrize("defaults", ["", "defaults: [_self_]", "defaults: [_self_, base]"])
+def test_a_yaml_that_does_not_build_on_base_is_told_so(defaults: str, tmp_path: Path) -> None:
+    (tmp_path / "task").mkdir()
+    text = f"# @package _global_\n{defaults}\ntask: {{name: mine, prompt: '{{question}}', answer: '{{answer}}'}}\n"
+    (tmp_path / "task" / "mine.yaml").write_text(text)
+    cfg = plain(compose_config("finetune", ["task=mine"], YamlSources(config_dir=tmp_path)))
+    with pytest.raises(ConfigError, match=r"^task: what all .*: the task's YAML needs defaults: \[base, _self_\]"):
+        Task.from_config(cfg["task"])
+
+
 def test_the_shared_yaml_lists_every_key() -> None:
     cfg = plain(compose_config("finetune", ["task=base", "task.name=x"]))["task"]
     known = problems(nothing=1)[0].split("choose from ")[1].split(", ")
@@ -67,7 +79,7 @@ def test_the_shared_yaml_lists_every_key() -> None:
 def test_all_problems_come_together() -> None:
     found = problems(name=None, prompt=None, answer=None, metrics=None, source=None)
     assert [line.partition(":")[0] for line in found] == [
-        *("task.name", "task.prompt", "task.answer", "task.metrics", "task.source")
+        *("task", "task.name", "task.prompt", "task.answer", "task.metrics", "task.source")
     ]
 
 

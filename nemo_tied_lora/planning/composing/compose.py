@@ -42,6 +42,8 @@ _TRAINING = ("finetune", "pretrain")
 # The adapter's own check tells what to write instead of an unknown key.
 _ADAPTER = ("model.peft.tied_lora.", "model.peft.lora_tuning.")
 _WITH_ADAPTER = ("plan", "finetune")
+# Commands whose configuration reaches NeMo, or another command: a key that + adds may have a reader.
+_OPEN = (*READ_OWN_YAMLS, "launch", "evaluate")
 # Commands that run finetune, and their key for its overrides.
 _PASSES_ON = {"quickstart": "overrides", "compare": "training.overrides"}
 # NeMo makes a constant rate of a missing section; the code reads all others.
@@ -50,7 +52,8 @@ _MAY_BE_DELETED = ("model.optim.sched",)
 _ENTRIES = ("methods", "tasks", "claim.pairs")
 _MAY_BE_NULL = ("model.optim.sched", "model.peft.tied_lora", "exp_manager.wandb_logger_kwargs", "guards")
 # Hydra raises ValueError for a number in place of a group, and NeMo, once imported, makes `trainer` a group.
-_NOT_COMPOSED = (HydraException, OmegaConfBaseException, ValueError)
+# A YAML whose defaults name itself: RecursionError.
+_NOT_COMPOSED = (HydraException, OmegaConfBaseException, ValueError, RecursionError)
 _TYPED_GROUPS = "_typed_groups"
 _PASSED_ON = "passed on as they are, unknown to this command"
 
@@ -189,10 +192,12 @@ def _problem_alone(name: str, group: str, search: Sequence[str]) -> Iterator[str
         key = group.partition("=")[0].lstrip("+~")
         if isinstance(error, MissingConfigException) and error.options:
             yield f"{group}: unknown; choose one of {', '.join(error.options)}"
+        elif isinstance(error, RecursionError):
+            yield f"{group}: its YAML, or one that it names in its defaults, includes itself; rename it"
         elif isinstance(error, ValueError) and "Config group override" in str(error):
             yield f"{group}: {key} is a section; set a key in it, {key}.KEY=value"
         elif "No match in the defaults list" in str(error) or "Could not override" in str(error):
-            yield f"{group}: {key} is not a group of tied-lora {name}; tied-lora {name} --help lists them"
+            yield f"{group}: {key} is not a group of tied-lora {name}; leave it out (tied-lora {name} --help lists the groups)"
         else:
             yield f"{group}: {first_line(error)}"
 
@@ -281,7 +286,7 @@ def _key_problem(key: str, name: str, cfg: DictConfig, text: str, *, adds: bool)
             return f"{text}: {refused}"
         if is_nemo_key(key):
             return None
-    if adds:
+    if adds and (name in _OPEN or is_nemo_key(key) or key.startswith(tuple(f"{entry}." for entry in _ENTRIES))):
         close = nearest(key, known, cutoff=0.85) if name in READ_OWN_YAMLS else None
         return None if close is None else f"{text}: nothing reads this key; did you mean {close}?"
     if name not in _TRAINING and is_nemo_key(key):
@@ -289,7 +294,8 @@ def _key_problem(key: str, name: str, cfg: DictConfig, text: str, *, adds: bool)
     known += [folder.name for folder in config_folder().iterdir() if folder.is_dir()]
     same_name = [other for other in known if other.endswith(f".{key}")]
     close = same_name[0] if len(same_name) == 1 else nearest(key, known)
-    hint = f"did you mean {close}?" if close else f"+{text} adds a key of your own"
+    own = f"+{text} adds a key of your own" if name in _OPEN else f"tied-lora {name} --cfg job lists the keys"
+    hint = f"did you mean {close}?" if close else own
     return f"{text}: the configuration has no key {key}; {hint}"
 
 
