@@ -19,7 +19,7 @@ from typing import Any
 from nemo_tied_lora.errors import ConfigError
 from nemo_tied_lora.files import write_atomically, write_json
 from nemo_tied_lora.tasks.items import Item
-from nemo_tied_lora.tasks.locked import alone
+from nemo_tied_lora.tasks.locked import alone, in_use, use
 from nemo_tied_lora.tasks.open_source import open_source
 from nemo_tied_lora.tasks.selection import Selection, select
 from nemo_tied_lora.tasks.source_settings import SPLITS
@@ -65,22 +65,27 @@ class Prepared:
 def prepare(task: Task, folder: Path | str | None = None) -> Prepared:
     """Makes the task's files in `folder`, by default the task's own, unless they are there. Says on stderr what it made.
 
+    They stay as they are until this process ends: another one that needs them otherwise is refused.
+
     Raises:
         ConfigError: with all problems: records that do not fit the task, an empty split, no room on disk, a folder that
-            cannot be written.
+            cannot be written, or whose files another process uses.
     """
     folder = Path(task.folder if folder is None else folder)
     reader = open_source(task)
     made_of = json.loads(json.dumps({"form": _FORM, "task": task.settings(), "source": reader.identity()}))
-    if (found := _found(folder, made_of)) is not None:
+    if (found := _used(folder, made_of)) is not None:
         return found  # the folder may be read-only
     with contextlib.ExitStack() as held:
         with _as_problem(folder):
             held.enter_context(alone(folder / ".lock"))
-        if (found := _found(folder, made_of)) is not None:
+        if (found := _used(folder, made_of)) is not None:
             return found
         _refuse_others_files(folder)
         changed = _changed(folder, made_of)
+        if in_use(folder) and changed:
+            problem = f"another run uses its files, which were made with other settings ({changed})"
+            raise ConfigError([f"task.folder={folder}: {problem}; wait for it, or name another folder"])
         if changed:
             print(
                 f"task {task.name}: {changed} changed; makes the files in {folder} again", file=sys.stderr, flush=True
@@ -88,6 +93,7 @@ def prepare(task: Task, folder: Path | str | None = None) -> Prepared:
         selection = select(task, reader)
         with _as_problem(folder):
             record = _written(task, folder, made_of, selection, reader.origin())
+        use(folder)
     counts = ", ".join(f"{record['splits'][split]['items']:,} {split}" for split in SPLITS)
     print(f"task {task.name}: {counts} items in {folder}", file=sys.stderr, flush=True)
     for note in selection.notes:
@@ -102,6 +108,14 @@ def _as_problem(folder: Path) -> Iterator[None]:
     except OSError as error:
         problem = f"task.folder={folder}: cannot be written: {error.strerror or error}; name another folder"
         raise ConfigError([problem]) from None
+
+
+def _used(folder: Path, made_of: Mapping[str, Any]) -> Prepared | None:
+    """`_found`, and marked as used, so that no other process changes them."""
+    if _found(folder, made_of) is None:
+        return None
+    use(folder)
+    return _found(folder, made_of)  # again: they may have changed before the mark
 
 
 def _found(folder: Path, made_of: Mapping[str, Any]) -> Prepared | None:

@@ -8,7 +8,10 @@ import gzip
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import pytest
@@ -17,6 +20,7 @@ from nemo_tied_lora.errors import ConfigError
 from nemo_tied_lora.tasks import prepare as prepare_module
 from nemo_tied_lora.tasks.prepare import Prepared, prepare
 from nemo_tied_lora.tasks.task import Task
+from tests.harness.paths import ROOT
 
 FILES = {"train": "train.jsonl", "validation": "validation.jsonl", "test": "test.jsonl"}
 MATHS = {"marker": "####", "metrics": ["maths_exact_match"]}
@@ -79,6 +83,35 @@ def test_files_are_used_again_until_settings_source_or_content_change(capsys: py
     assert "the source's files changed" in capsys.readouterr().err
     Path("out/train.jsonl").write_text("damaged\n")
     assert len(list(prepare(task()).items("train"))) == 20
+
+
+_USER = """
+import sys
+from nemo_tied_lora.tasks.locked import use
+use(__import__("pathlib").Path("out"))
+print("uses", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_files_that_another_process_uses_are_not_replaced() -> None:
+    prepare(task())
+    with subprocess.Popen([sys.executable, "-c", _USER], text=True, stdin=PIPE, stdout=PIPE, env=_env()) as user:
+        assert user.stdout is not None
+        assert user.stdout.readline() == "uses\n"
+        said = refused(limits={"test": 3})
+        what = "another run uses its files, which were made with other settings (task.limits)"
+        assert said == f"task.folder=out: {what}; wait for it, or name another folder"
+        assert prepare(task()).counts["test"] == 6  # the same settings: both use them
+        Path("out", "test.jsonl").unlink()
+        assert prepare(task()).counts["test"] == 6  # and both would make the same
+        user.kill()
+    assert prepare(task(limits={"test": 3})).counts["test"] == 3  # this process alone may change its mind
+    assert prepare(task(limits={"test": 4})).counts["test"] == 4
+
+
+def _env() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
 def test_nested_fields_lists_and_numbers_make_texts() -> None:
