@@ -9,6 +9,7 @@ from nemo_tied_lora.errors import ConfigError
 if TYPE_CHECKING:
     from nemo_tied_lora.adapter.inject import inject
     from nemo_tied_lora.adapter.injected_adapter import Adapter
+    from nemo_tied_lora.adapter.quantized.quantize_base import QuantizedBase, base_precision, quantize_base
     from nemo_tied_lora.checkpoint.save_load_on_any_layout import load_adapter, save_adapter
     from nemo_tied_lora.multi_adapter import Adapters
     from nemo_tied_lora.planning.settings.training_loop_checks import check_ddp
@@ -17,19 +18,25 @@ __all__ = [
     "Adapter",
     "Adapters",
     "ConfigError",
+    "QuantizedBase",
     "TiedLoraConfig",
+    "base_precision",
     "check_ddp",
     "inject",
     "load_adapter",
+    "quantize_base",
     "save_adapter",
 ]
 
 _LAZY = {
     "Adapter": "nemo_tied_lora.adapter.injected_adapter",
     "Adapters": "nemo_tied_lora.multi_adapter",
+    "QuantizedBase": "nemo_tied_lora.adapter.quantized.quantize_base",
+    "base_precision": "nemo_tied_lora.adapter.quantized.quantize_base",
     "check_ddp": "nemo_tied_lora.planning.settings.training_loop_checks",
     "inject": "nemo_tied_lora.adapter.inject",
     "load_adapter": "nemo_tied_lora.checkpoint.save_load_on_any_layout",
+    "quantize_base": "nemo_tied_lora.adapter.quantized.quantize_base",
     "save_adapter": "nemo_tied_lora.checkpoint.save_load_on_any_layout",
 }
 

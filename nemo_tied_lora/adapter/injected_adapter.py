@@ -175,7 +175,7 @@ class Adapter:
 
         Raises:
             RuntimeError: the adapter is already merged, or detached.
-            ConfigError: linears share one weight, which cannot hold two updates.
+            ConfigError: the base is quantised, or linears share one weight, which cannot hold two updates.
             ValueError: a merged weight would not be finite.
             Each is raised on every rank, and nothing is changed then.
         """

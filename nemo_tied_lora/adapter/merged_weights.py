@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from nemo_tied_lora.adapter.injected_chunk import Chunk
+from nemo_tied_lora.adapter.quantized.quantized_weight import QuantizedWeight
 from nemo_tied_lora.adapter.tied_linear import LinearAdapter
 from nemo_tied_lora.errors import Problems
 
@@ -22,10 +24,10 @@ def merged_weights(chunks: Sequence[Chunk]) -> list[tuple[Chunk, Any, torch.Tens
     Each weight is this rank's shard, computed in float32 or wider and cast to the base's dtype.
 
     Raises:
-        ConfigError: an adapted linear's weight is a parameter of another module too. Names both.
+        ConfigError: the base is quantised; or an adapted linear's weight is a parameter of another module too. Names both.
         ValueError: a merged weight is not finite.
     """
-    Problems(_shared_weights(chunks)).raise_if_any()
+    Problems(itertools.chain(_quantised(chunks), _shared_weights(chunks))).raise_if_any()
     return [(chunk, linear.module, _merged(linear.module)) for chunk in chunks for linear in chunk.linears]
 
 
@@ -42,6 +44,17 @@ def changed_since_merge(chunks: Sequence[Chunk]) -> list[str]:
         for linear in chunk.linears
         if version_of(linear.module.weight) != chunk.versions.get(linear.module, version_of(linear.module.weight))
     ]
+
+
+def _quantised(chunks: Sequence[Chunk]) -> Iterator[str]:
+    """Yields one line if the base is quantised. A sum with an update would lie between the codes."""
+    weights = [linear.module.weight for chunk in chunks for linear in chunk.linears]
+    codes = next((weight.codes for weight in weights if isinstance(weight, QuantizedWeight)), None)
+    if codes is not None:
+        yield (
+            f"merge: the base is quantised ({codes.precision}), and its codes cannot hold an update; use tied-lora merge on its "
+            "file, which holds the weights as they were, or use the adapter without merging it"
+        )
 
 
 def _shared_weights(chunks: Sequence[Chunk]) -> Iterator[str]:
