@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ def _quickstart(cfg: dict[str, Any]) -> int:
     from nemo_tied_lora.commands.demo.smollm2_base import SMOLLM2
     from nemo_tied_lora.commands.demo.stages import run_stages
     from nemo_tied_lora.commands.demo.tiny_base import TINY
+    from nemo_tied_lora.commands.study.claims import claim
 
     chosen = {"smollm2": SMOLLM2, "tiny": TINY}[model]
     if not is_whole_number(cfg["seed"]) or cfg["seed"] > _LARGEST_SEED:
@@ -63,7 +65,14 @@ def _quickstart(cfg: dict[str, Any]) -> int:
     problems += _layout_problems(cfg, problems.attempt(chosen.sizes, cfg))
     problems.raise_if_any()
     check_overrides(chosen, cfg)
-    return run_stages("quickstart", lambda values: run(chosen, values), cfg)
+    with claim(Path(cfg["folder"])) as claimed:
+        if claimed is None:
+            problem = (
+                "another quickstart works there, or one that was stopped still saves; wait, or name another folder"
+            )
+            raise ConfigError([f"folder={cfg['folder']}: {problem}"])
+        os.set_inheritable(claimed, True)  # a stage holds the claim too
+        return run_stages("quickstart", lambda values: run(chosen, values), cfg)
 
 
 def _layout_problems(cfg: Mapping[str, Any], model: Mapping[str, Any] | None) -> list[str]:

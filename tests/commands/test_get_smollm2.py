@@ -14,6 +14,7 @@ from nemo_tied_lora import files
 from nemo_tied_lora.commands.demo import smollm2
 from nemo_tied_lora.commands.demo.run import task_changes
 from nemo_tied_lora.commands.main import main
+from nemo_tied_lora.commands.study.claims import claim
 from nemo_tied_lora.planning.composing.compose import compose_config, plain
 from tests.harness.lora_folders import problems_of
 
@@ -178,3 +179,16 @@ def test_a_disk_without_room_for_the_model_is_refused_before_it_downloads(
     assert "no room on the disk of" in line
     assert "1,806 MB are needed, 500 MB are free, 1,306 MB are missing" in line
     assert not (tmp_path / "runs").exists()
+
+
+def test_two_quickstarts_do_not_work_in_one_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usage = files.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: usage._replace(free=10**12))
+    with claim(tmp_path):
+        assert main(["quickstart", f"folder={tmp_path}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()[1:]
+    assert line.startswith(
+        f"  folder={tmp_path}: another quickstart works there, or one that was stopped still saves; "
+    )

@@ -8,9 +8,7 @@ import shlex
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -45,20 +43,14 @@ def run_stages(command: str, run: Callable[[Mapping[str, Any]], None], cfg: Mapp
     return 0
 
 
-def run_command(arguments: Sequence[str], log: Path | None = None, threads: int | None = None) -> float:
-    """Runs `tied-lora arguments` and returns the seconds it took.
-
-    Args:
-        log: the file for its output. None: output goes to the terminal, after the command as a user would type it.
-        threads: threads per rank. None: the cores divided by the ranks. Commands that run side by side must share the
-            cores: with more threads than cores a step took ten times as long.
+def run_command(arguments: Sequence[str]) -> None:
+    """Prints `tied-lora arguments` as a user would type it, and runs it.
 
     Raises:
         StageError: the command failed.
     """
-    if log is None:
-        print(f"$ tied-lora {shlex.join(arguments)}", flush=True)
-    return _run([sys.executable, "-m", "nemo_tied_lora.commands.main", *arguments], log, threads)
+    print(f"$ tied-lora {shlex.join(arguments)}", flush=True)
+    _run([sys.executable, "-m", "nemo_tied_lora.commands.main", *arguments])
 
 
 class MemoryMeter:
@@ -97,20 +89,9 @@ def _resident(process: psutil.Process) -> int:
         return 0
 
 
-def _run(command: Sequence[str], log: Path | None, threads: int | None = None) -> float:
-    started = time.perf_counter()
+def _run(command: Sequence[str]) -> None:
     environment = {**os.environ, STARTED_BY: str(os.getpid())}
-    environment |= {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
-    if log is None:
-        code = subprocess.run(command, check=False, env=environment).returncode
-    else:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("w") as file:
-            code = subprocess.run(
-                command, check=False, env=environment, stdout=file, stderr=subprocess.STDOUT
-            ).returncode
-    code = exit_code(code)
+    # With the claim on the quickstart's folder: after a kill it holds until the stage has saved and ended.
+    code = exit_code(subprocess.run(command, check=False, env=environment, close_fds=False).returncode)
     if code != 0:
-        where = "" if log is None else f"; its output is in {log}"
-        raise StageError(f"tied-lora {' '.join(command[3:4])} failed with exit code {code}{where}", code)
-    return time.perf_counter() - started
+        raise StageError(f"tied-lora {' '.join(command[3:4])} failed with exit code {code}", code)
