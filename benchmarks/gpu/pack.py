@@ -66,9 +66,9 @@ def main() -> None:
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
     packages = needed(frozenset({"torch", *map(canonicalize_name, options.without)}))
     pinned = [f"{name}=={version}" for name, version in packages.items()]
-    print(f"downloading {len(pinned)} wheels", flush=True)
-    subprocess.run([*pip, "download", "--no-deps", "--dest", str(wheels), *pinned], check=True)
-    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", str(wheels), str(ROOT)], check=True)
+    print(f"gathering {len(pinned) + 1} wheels", flush=True)
+    # `pip wheel`, not `pip download`: some packages have no wheel in the index.
+    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", str(wheels), *pinned, str(ROOT)], check=True)
     for part in _PARTS:
         copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copyfile
         copy(ROOT / part, options.output / part)

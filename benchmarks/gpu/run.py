@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import os
 import re
+import site
 import subprocess
 import sys
 import venv
@@ -40,6 +42,8 @@ def main() -> int:
     options = parser.parse_args()
     if not (PACK / "wheels").is_dir():
         parser.error(f"{PACK} has no folder wheels; make it with benchmarks/gpu/pack.py")
+    if importlib.util.find_spec("torch") is None:
+        parser.error(f"{sys.executable} has no torch; run this with a Python that has it")
     options.output.mkdir(parents=True, exist_ok=True)
     output = options.output.resolve()
     python, kept = _environment(output / "env")
@@ -62,7 +66,10 @@ def _environment(folder: Path) -> tuple[Path, dict[str, str]]:
     """Makes the environment. Returns its Python, and the packages of the machine that are kept, with their versions."""
     python = folder / "bin" / "python"
     if not python.exists():
-        venv.create(folder, system_site_packages=True, with_pip=True)
+        venv.create(folder, with_pip=True)
+        own = next(folder.glob("lib/python*/site-packages"))
+        # A virtual environment in which this runs has torch, and system_site_packages would not see it.
+        (own / "machine.pth").write_text("\n".join(site.getsitepackages()) + "\n")
     there = {_name(one.metadata["Name"]): one.version for one in importlib.metadata.distributions()}
     wheels = {_name(path.name.split("-")[0]): path for path in sorted((PACK / "wheels").glob("*.whl"))}
     missing = [str(path) for name, path in wheels.items() if name not in there or name == "nemo-tied-lora"]
