@@ -12,7 +12,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from nemo_tied_lora.checkpoint.weight_checksums import fingerprint_model
+from nemo_tied_lora.adapter.weight_checksums import fingerprint_model
 from nemo_tied_lora.errors import ConfigError
 
 __all__ = [

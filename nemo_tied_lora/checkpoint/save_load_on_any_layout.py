@@ -16,12 +16,13 @@ from nemo_tied_lora.adapter import full_state
 from nemo_tied_lora.adapter.agreement import raise_together
 from nemo_tied_lora.adapter.inject import inject
 from nemo_tied_lora.adapter.injected_adapter import Adapter
+from nemo_tied_lora.adapter.quantized.quantize_base import base_precision
 from nemo_tied_lora.adapter.replica_check import check_ties
 from nemo_tied_lora.adapter.target_modules import gpt_model
+from nemo_tied_lora.adapter.weight_checksums import fingerprint_model
 from nemo_tied_lora.checkpoint.base_identity import check_architecture, check_weights, describe_base
 from nemo_tied_lora.checkpoint.nemo_adapter_packing import order_of_writing
 from nemo_tied_lora.checkpoint.read_nemo_adapter import AdapterFile, AdapterFileError, read_adapter
-from nemo_tied_lora.checkpoint.weight_checksums import fingerprint_model
 from nemo_tied_lora.checkpoint.write_nemo_adapter import write_adapter
 
 __all__ = ["load_adapter", "save_adapter"]
@@ -57,6 +58,7 @@ def save_adapter(
     base = dict((facts or {}).get("base") or {})
     with _base_weights_in_place(adapter):
         described = describe_base([chunk.body for chunk in adapter.chunks], tokenizer=base.get("tokenizer"))
+    facts = {**(facts or {}), "base": {**base, **described}, "base_precision": base_precision(adapter.chunks[0].body)}
     factors = [chunk.factors for chunk in adapter.chunks]
     device = adapter.device
     names = order_of_writing(adapter.config, adapter.shapes)
@@ -64,9 +66,7 @@ def save_adapter(
     failure: Exception | None = None
     if _is_first_rank():
         try:
-            write_adapter(
-                path, adapter.config, adapter.shapes, tensors, {**(facts or {}), "base": {**base, **described}}
-            )
+            write_adapter(path, adapter.config, adapter.shapes, tensors, facts)
         except Exception as error:
             failure = error
     for _ in tensors:  # every rank takes part in gathering every tensor, even a rank 0 that failed

@@ -15,7 +15,7 @@ from nemo_tied_lora.adapter.agreement import from_rank_0, raise_together
 from nemo_tied_lora.adapter.target_modules import gpt_model
 from nemo_tied_lora.checkpoint.base_identity import check_architecture, check_weights, tokenizer_identity
 from nemo_tied_lora.checkpoint.read_nemo_adapter import read_adapter
-from nemo_tied_lora.checkpoint.weight_checksums import fingerprint_model
+from nemo_tied_lora.adapter.weight_checksums import fingerprint_model
 from nemo_tied_lora.errors import Problems
 from nemo_tied_lora.nemo.generation import load_base
 from nemo_tied_lora.nemo.model import MegatronGPTTiedLoraModel

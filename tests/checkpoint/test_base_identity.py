@@ -12,9 +12,10 @@ import torch
 from megatron.core.models.gpt import GPTModel
 
 from nemo_tied_lora import ConfigError, TiedLoraConfig, inject, load_adapter, save_adapter
+from nemo_tied_lora.adapter.quantized.quantize_base import quantize_base
+from nemo_tied_lora.adapter.weight_checksums import WeightChecksums, fingerprint_model
 from nemo_tied_lora.checkpoint.base_identity import BaseMismatchError, check_weights, describe_base, tokenizer_identity
 from nemo_tied_lora.checkpoint.read_nemo_adapter import read_adapter
-from nemo_tied_lora.checkpoint.weight_checksums import WeightChecksums, fingerprint_model
 from nemo_tied_lora.planning.megatron_version import splits_query_groups
 from tests.harness.ranks import run_ranks, single_process
 from tests.harness.relayout import relayout
@@ -31,14 +32,17 @@ def megatron() -> None:
     single_process()
 
 
-def base_on_every_layout() -> dict[tuple[str, str], dict[str, Any]]:
+def base_on_every_layout() -> dict[tuple[str, str, str], dict[str, Any]]:
     described = {}
     for layout, sizes in LAYOUTS.items():
         relayout(**sizes)
         for kind, options in MODELS.items():
-            model = build_gpt(**options)
-            inject(model, TiedLoraConfig(rank=2))
-            described[layout, kind] = describe_base([model])
+            for precision in ("whole", "int8"):
+                model = build_gpt(**options)
+                if precision != "whole":
+                    quantize_base(model, precision)
+                inject(model, TiedLoraConfig(rank=2))
+                described[layout, kind, precision] = describe_base([model])
     return described
 
 
@@ -46,8 +50,38 @@ def test_the_base_is_the_same_on_every_layout_and_rank() -> None:
     expected = {kind: describe_base([build_gpt(**options)]) for kind, options in MODELS.items()}
     assert expected["gpt"]["fingerprint"]["value"] != expected["llama"]["fingerprint"]["value"]
     for rank in run_ranks(base_on_every_layout, world_size=2, tp=2):
-        for (layout, kind), described in rank.items():
-            assert described == expected[kind], (layout, kind)
+        for (layout, kind, precision), described in rank.items():
+            assert described == expected[kind], (layout, kind, precision)
+
+
+def test_a_quantised_base_has_the_fingerprint_of_its_file() -> None:
+    mixture = {"llama": True, "num_moe_experts": 2, "moe_layer_freq": [1, 0, 1, 0], "moe_ffn_hidden_size": 64}
+    model = build_gpt(hidden=64, ffn=128, **mixture)
+    before = fingerprint_model([model])
+    report = quantize_base(model, "nf4", block_size=32)
+    assert fingerprint_model([model]) == before
+    codes = model.decoder.layers[1].mlp.linear_fc1.weight.dequantize()
+    assert len(report.linears) == 4 * 2 + 2 * 2 + 2 * 2 * 2
+    # Negative control: the codes' own values have another checksum, and nothing is left out.
+    model.decoder.layers[1].mlp.linear_fc1.weight = torch.nn.Parameter(codes, requires_grad=False)
+    del model.checksums_before_quantising["decoder.layers.mlp.linear_fc1.weight"]
+    changed = fingerprint_model([model])["weights"]
+    names = [name for name, value in before["weights"].items() if changed.get(name) != value]
+    assert names == ["decoder.layers.mlp.linear_fc1.weight"]
+
+
+def test_a_file_records_what_the_base_was_held_in(tmp_path: Path) -> None:
+    for kind, precision in (("int8", "int8/row"), (None, "float64")):
+        model = build_gpt()
+        if kind is not None:
+            quantize_base(model, kind)
+        path = save_adapter(
+            inject(model, TiedLoraConfig(rank=2)), tmp_path / "adapter.nemo", {"base_precision": "mine"}
+        )
+        assert read_adapter(path).yaml["base_precision"] == precision
+    model = build_gpt()
+    quantize_base(model, "int8")
+    assert load_adapter(model, path).config.rank == 2  # the base is the same, held in another precision
 
 
 @pytest.mark.parametrize("kind", MODELS)

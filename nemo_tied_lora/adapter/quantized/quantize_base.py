@@ -25,6 +25,7 @@ from nemo_tied_lora.adapter.quantized.kernels import (
     row_absmax,
 )
 from nemo_tied_lora.adapter.quantized.quantized_weight import QuantizedWeight
+from nemo_tied_lora.adapter.weight_checksums import keep_checksums
 from nemo_tied_lora.errors import ConfigError, Problems
 from nemo_tied_lora.platform.devices import collective_device
 
@@ -115,6 +116,9 @@ def quantize_base(
     if not any(rank.failed for rank in everyone):
         failure = _disagreement(everyone)
     raise_together("quantize_base", failure)
+    for body in bodies:
+        inside = set(body.modules())
+        keep_checksums(body, [linear.module.weight for linear in linears if linear.module in inside])
     report = _quantize_all(linears, options, device)
     precision = next(filter(None, exchange(report.precision)))  # a stage may have no linears
     for body in bodies:

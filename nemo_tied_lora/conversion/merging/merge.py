@@ -18,9 +18,9 @@ from typing import IO, Any
 
 import torch
 
+from nemo_tied_lora.adapter.weight_checksums import WeightChecksums
 from nemo_tied_lora.checkpoint.base_identity import check_weights
 from nemo_tied_lora.checkpoint.read_nemo_adapter import AdapterFile
-from nemo_tied_lora.checkpoint.weight_checksums import WeightChecksums
 from nemo_tied_lora.conversion.merging.adapter_updates import Updates
 from nemo_tied_lora.conversion.merging.base_formats import find_pieces
 from nemo_tied_lora.conversion.merging.shards import CrcField, Piece, members_of

@@ -12,6 +12,9 @@ changes the sum. Because of the rounding, a float32 base and the same base loade
 once rounded to float16 may not. Rows that padding adds to an embedding are zeros and add nothing.
 
 Every element is read: on a GPU at the speed of its memory, on a CPU core at about 0.1 billion elements per second.
+
+A quantised weight counts with the checksum that `keep_checksums` has taken before: the fingerprint is that of the base's
+file, whatever its linears are held in.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,9 +31,10 @@ import torch
 from nemo_tied_lora.adapter.splitmix64 import GOLDEN_GAMMA, as_int64, mix_
 from nemo_tied_lora.platform.devices import collective_device
 
-__all__ = ["WeightChecksums", "fingerprint_model"]
+__all__ = ["WeightChecksums", "fingerprint_model", "keep_checksums"]
 
 
+_KEPT = "checksums_before_quantising"  # the attribute of a GPTModel
 _SLAB = 1 << 20  # elements at a time; each takes eight bytes while it is multiplied
 _LAYER = re.compile(r"(?<=\blayers\.)(\d+)\.")
 _MASK = (1 << 64) - 1
@@ -49,8 +53,22 @@ def fingerprint_model(chunks: Sequence[Any], vocab_rows: int | None = None) -> d
             if padded and vocab_rows is not None:
                 tensor = tensor[: max(0, vocab_rows - offset[0])]
             checksums.add(key, tensor, offset)
+        checksums.include(getattr(chunk, _KEPT, {}))
     checksums.sum_over_ranks()
     return checksums.as_dict(vocab_rows)
+
+
+def keep_checksums(chunk: Any, weights: Collection[torch.Tensor]) -> None:
+    """Keeps the checksums of this rank's shards of some weights, which will be quantised, for `fingerprint_model`.
+
+    Args:
+        chunk: a GPTModel.
+        weights: parameters of it.
+    """
+    places, checksums = {weight.data_ptr() for weight in weights}, WeightChecksums()
+    for key, tensor, offset, _ in _own_shards(chunk, lambda shard: shard.data_ptr() in places):
+        checksums.add(key, tensor, offset)
+    setattr(chunk, _KEPT, checksums.sums)
 
 
 class WeightChecksums:
@@ -74,7 +92,17 @@ class WeightChecksums:
             key, offset = _LAYER.sub("", key, count=1), (int(numbered[1]), *offset)
         shape = (1,) * (len(offset) - tensor.ndim) + tuple(tensor.shape)
         total = _checksum(tensor.detach().reshape(shape), offset) if tensor.numel() else 0
-        self._sums[key] = (self._sums.get(key, 0) + total) & _MASK
+        self.include({key: total})
+
+    @property
+    def sums(self) -> dict[str, int]:
+        """Weight to checksum, so far."""
+        return dict(self._sums)
+
+    def include(self, sums: Mapping[str, int]) -> None:
+        """Adds checksums of other pieces."""
+        for key, value in sums.items():
+            self._sums[key] = (self._sums.get(key, 0) + value) & _MASK
 
     def sum_over_ranks(self) -> None:
         """Sums over all ranks of the job."""
@@ -95,15 +123,27 @@ class WeightChecksums:
         return {"value": value, "vocab_rows": vocab_rows, "weights": weights}
 
 
-def _own_shards(chunk: Any) -> Iterator[tuple[str, torch.Tensor, tuple[int, ...], bool]]:
+def _is_whole(tensor: torch.Tensor) -> bool:
+    return not hasattr(tensor, "codes")  # those of a QuantizedWeight, whose module needs this one
+
+
+def _own_shards(
+    chunk: Any, counts: Callable[[torch.Tensor], bool] = _is_whole
+) -> Iterator[tuple[str, torch.Tensor, tuple[int, ...], bool]]:
     """Yields (key, tensor, offset in the whole weight, whether its rows may be padded) of the shards this rank counts.
 
     Megatron's description for distributed checkpoints gives the place of each shard; gate and up are separate there.
+
+    Args:
+        counts: whether a parameter counts.
     """
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories, is_main_replica
 
     state = chunk.sharded_state_dict(prefix="")
     state = {key: value for key, value in state.items() if ".tied_lora." not in f".{key}"}
+    state = {
+        key: value for key, value in state.items() if (data := getattr(value, "data", None)) is None or counts(data)
+    }
     apply_factories(state)
     for value in _leaves(state):
         if not isinstance(value, ShardedTensor) or not is_main_replica(value.replica_id):
