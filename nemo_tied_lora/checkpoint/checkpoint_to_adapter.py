@@ -44,6 +44,7 @@ def differences(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) ->
         *_changed("model.peft.tied_lora", saved["adapter"], now["adapter"]),
         *_changed("the base's targets", saved["targets"], now["targets"]),
         *_changed("the base", _identity(saved), _identity(now)),
+        *_changed("model", *({"base_quantization": _quantized_to(each)} for each in (saved, now))),
     ]
     fix = "set name= or exp_manager.explicit_log_dir= to another folder, or undo the change"
     return [f"{path}: {what}: {old!r} in the checkpoint, {new!r} in this run; {fix}" for what, old, new in pairs]
@@ -84,6 +85,12 @@ def _identity(description: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in _flat(description["facts"].get("base", {}))
         if key != "name" and not key.startswith("fingerprint.weights.")
     }
+
+
+def _quantized_to(description: Mapping[str, Any]) -> str | None:
+    """What the base's linears were quantised to. None: they have a dtype, or the checkpoint is older than this record."""
+    precision = str(description["facts"].get("base_precision"))
+    return precision if "/" in precision else None
 
 
 def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from nemo_tied_lora.commands.distributed_command import run_command
 from nemo_tied_lora.errors import Problems
 from nemo_tied_lora.planning.preflight import check_evaluation
+from nemo_tied_lora.planning.settings.base_quantization import BaseQuantization
 from nemo_tied_lora.tasks.adapters import adapter_list, adapter_list_problems
 from nemo_tied_lora.tasks.predictions import alone_in
 
@@ -43,8 +44,8 @@ def main(argv: list[str]) -> int:
     )
 
 
-def _check(values: Mapping[str, Any]) -> None:
-    """Checks everything that needs no file of the task.
+def _check(values: Mapping[str, Any]) -> list[str]:
+    """Checks everything that needs no file of the task. Returns the lines to print at the start.
 
     Raises:
         ConfigError: with all problems.
@@ -59,11 +60,12 @@ def _check(values: Mapping[str, Any]) -> None:
     problems.one_of("split", values.get("split"), ("test", "validation"))
     wrong = list(adapter_list_problems(values.get("adapter")))
     problems += wrong
-    problems.attempt(check_evaluation, values, [] if wrong else adapter_list(values.get("adapter")))
+    lines = problems.attempt(check_evaluation, values, [] if wrong else adapter_list(values.get("adapter")))
     output = values.get("output")
     if isinstance(output, (str, int, float)):
         problems += _output_problems(Path(str(output)))
     problems.raise_if_any()
+    return lines or []
 
 
 def _output_problems(folder: Path) -> Iterator[str]:
@@ -81,6 +83,7 @@ def _evaluation(values: Mapping[str, Any]) -> Evaluation:
     from nemo_tied_lora.tasks.task import Task
 
     task = Task.from_config(values["task"])
+    quantization = BaseQuantization.from_setting(values["model"].get("base_quantization"))
     return Evaluation(
         task,
         prepare(task),
@@ -88,6 +91,7 @@ def _evaluation(values: Mapping[str, Any]) -> Evaluation:
         adapters=adapter_list(values["adapter"]),
         folder=None if values["output"] is None else str(values["output"]),
         precision=str(values["trainer"]["precision"]),
+        base_quantization=None if quantization is None else quantization.precision,
         split=str(values["split"]),
     )
 

@@ -44,6 +44,7 @@ def main(argv: list[str]) -> int:
 def _run(cfg: DictConfig) -> None:
     import torch
 
+    from nemo_tied_lora.nemo.base_precision_note import say_precision
     from nemo_tied_lora.nemo.generation import complete, load_base
     from nemo_tied_lora.nemo.token_rows import rowless_note
 
@@ -54,6 +55,7 @@ def _run(cfg: DictConfig) -> None:
             print(f"note: {note}", file=sys.stderr, flush=True)
     if cfg.adapter is not None:
         model.load_adapters(cfg.adapter)
+        say_precision(model, cfg.adapter, model.tokenizer.text_to_ids(rows[0]["prompt"]) if rows else ())
     sampling = {key: cfg[key] for key in _SAMPLING}
     completions = complete(model, [row["prompt"] for row in rows], **sampling)
     if torch.distributed.get_rank() == 0:

@@ -17,6 +17,11 @@ from nemo_tied_lora.planning.architecture import Architecture
 from nemo_tied_lora.planning.base_config import adapter_section
 from nemo_tied_lora.planning.gpu_memory import Activations, stage_memory
 from nemo_tied_lora.planning.parallel_layout import Layout, check
+from nemo_tied_lora.planning.settings.base_quantization import (
+    BaseQuantization,
+    quantization_lines,
+    quantization_problems,
+)
 from nemo_tied_lora.tables import text_table
 
 __all__ = ["SUMMARY", "main", "plan_of"]
@@ -79,6 +84,8 @@ def plan_of(cfg: Mapping[str, Any]) -> dict[str, Any]:
     numbers = problems.attempt(check_numbers, cfg.get("adapters"))
     if arch is not None and layout is not None:
         problems += check(arch, layout, config)
+    setting = model.get("base_quantization")
+    problems += quantization_problems(setting, model, arch, layout, here=False)
     problems.raise_if_any()
     assert arch
     assert layout
@@ -88,7 +95,9 @@ def plan_of(cfg: Mapping[str, Any]) -> dict[str, Any]:
     assert numbers
     result = plan(arch, layout, config, precision)
     adapter_bytes = result["numbers"]["bytes_per_rank"]
-    memory = stage_memory(arch, layout, config, precision, activations, adapter_bytes)
+    quantization = BaseQuantization.from_setting(setting)
+    memory = stage_memory(arch, layout, config, precision, activations, adapter_bytes, quantization)
+    result["assumptions"] += quantization_lines(setting)
     several = several_adapters(arch, layout, config, precision, numbers)
     return {**result, "several": several, "memory": memory and memory.as_dict()}
 
@@ -124,10 +133,25 @@ def _memory_table(memory: Mapping[str, Any] | None, num_stages: int) -> str:
     if memory is None:
         return "one GPU's memory: not estimated for a mixture of experts, nor without model.override_vocab_size"
     where = f"one GPU of stage {memory['stage']}, the fullest of {num_stages}" if num_stages > 1 else "one GPU"
-    labels = {"base": "base weights", "adapter": "adapter, gradients, optimizer", "activations": "activations"}
-    rows = [[f"{where}, an estimate", ""]]
-    rows += [[label, _readable(memory[key])] for key, label in {**labels, "sum": "sum"}.items()]
+    rows = [[f"{where}, an estimate", ""], *_base_rows(memory)]
+    labels = {"adapter": "adapter, gradients, optimizer", "activations": "activations", "sum": "sum"}
+    rows += [[label, _readable(memory[key])] for key, label in labels.items()]
     return text_table(rows)
+
+
+def _base_rows(memory: Mapping[str, Any]) -> list[list[str]]:
+    """The base's weights; if its linears are quantised, these and the rest apart, and the largest dequantised linear."""
+    linears = memory["quantised"]
+    if linears is None:
+        return [["base weights", _readable(memory["base"])]]
+    held = linears["held_bytes"]
+    share = f"{linears['bits_per_weight']:.3g} bits a weight in place of {_readable(linears['unquantised_bytes'])}"
+    return [
+        [f"base: linears in {linears['precision']}, {share}", _readable(held)],
+        ["base: embeddings, norms, biases", _readable(memory["base"] - held)],
+        ["base: one linear, dequantised for its product", _readable(linears["peak_bytes"])],
+        ["base: kept for backward beside the codes", "0 B"],
+    ]
 
 
 def _several_table(several: Mapping[str, Any]) -> str:

@@ -86,6 +86,7 @@ def _as_json(path: Path, file: AdapterFile, layers: Sequence[LayerFacts], pictur
         "format_version": file.yaml["format_version"],
         "config": file.config.as_dict(),
         "base": file.yaml.get("base"),
+        "base_precision": file.yaml.get("base_precision"),
         "versions": file.yaml.get("versions"),
         "training": file.yaml.get("training"),
         "trained_parameters": sum(counts.values()),
@@ -116,6 +117,11 @@ def _base_lines(description: Mapping[str, Any]) -> list[str]:
     arch, prints = base.get("architecture") or base, base.get("fingerprint") or {}
     sizes = f"{arch.get('num_layers', '?')} layers, hidden {arch.get('hidden_size', '?')}"
     lines = [f"base      {base.get('name') or 'unnamed'}: {sizes}, fingerprint {prints.get('value', 'not recorded')}"]
+    lines += (
+        [f"precision {description['base_precision']}, of the base in training"]
+        if description.get("base_precision")
+        else []
+    )
     tokenizer = base.get("tokenizer") or {}
     if tokenizer.get("sha256"):
         lines.append(

@@ -17,9 +17,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from nemo_tied_lora.nemo.greedy_decoding import greedy_tokens
 from nemo_tied_lora.nemo.launched_trainer import LaunchedTrainerBuilder
 from nemo_tied_lora.nemo.model import MegatronGPTTiedLoraModel
-from nemo_tied_lora.nemo.process_groups import ensure_process_groups
+from nemo_tied_lora.nemo.restored_base import restore_base
 from nemo_tied_lora.nemo.usable_prompts import check_prompts
+from nemo_tied_lora.planning.nemo_model_config import recorded_precision
 from nemo_tied_lora.progress import Progress
+from nemo_tied_lora.tasks.adapters import adapter_list
 
 __all__ = ["complete", "load_base", "next_token_logits"]
 
@@ -45,8 +47,11 @@ def load_base(cfg: DictConfig) -> MegatronGPTTiedLoraModel:
         if model_cfg.get("sequence_parallel") and trainer.global_rank == 0:
             print("note: sequence_parallel=true is for training; it is switched off here", file=sys.stderr, flush=True)
         model_cfg.sequence_parallel = False
-    model = MegatronGPTTiedLoraModel.restore_from(cfg.base, model_cfg, trainer=trainer)
-    ensure_process_groups(trainer)
+    adapters = OmegaConf.to_container(cfg).get("adapter")  # type: ignore[union-attr]
+    trained_on = {recorded_precision(path) for path in adapter_list(adapters) if path is not None}
+    model = restore_base(cfg.base, model_cfg, trainer, trained_on=trained_on)
+    if model.quantized_base is not None and trainer.global_rank == 0:
+        print(f"base, on rank 0: {model.quantized_base}", file=sys.stderr, flush=True)
     model.freeze()
     return model
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from omegaconf import open_dict
 
 from nemo_tied_lora.adapter.inject import inject
 from nemo_tied_lora.adapter.injected_adapter import Adapter
+from nemo_tied_lora.adapter.quantized.quantize_base import QuantizedBase, base_precision
 from nemo_tied_lora.checkpoint.base_identity import tokenizer_identity
 from nemo_tied_lora.checkpoint.read_nemo_adapter import is_adapter_file
 from nemo_tied_lora.checkpoint.save_load_on_any_layout import load_adapter, save_adapter
@@ -48,6 +49,10 @@ class TiedLoraModelMixin:
     """
 
     tied_lora: Adapter | None = None
+    quantized_base: QuantizedBase | None = None
+    """What `restored_base` has quantised. None: nothing."""
+    weight_differences: Mapping[str | None, float | None] = {}
+    """The precision that an adapter records to how far the quantised weights are from it; see `restored_base`."""
     tokens_seen: int = 0
     """The number of tokens in this rank's microbatches so far, padding included."""
 
@@ -211,6 +216,7 @@ class TiedLoraModelMixin:
                     **tokenizer_identity(self.tokenizer),  # type: ignore[attr-defined]
                 },
             },
+            "base_precision": base_precision(self._unwrap_model_list()),  # type: ignore[attr-defined]
             "versions": {name: installed_version(name) for name in names},
             "training": {
                 "steps": 0 if trainer is None else trainer.global_step,

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_tied_lora.errors import ConfigError
 from nemo_tied_lora.files import write_json
+from nemo_tied_lora.planning.settings.base_quantization import BaseQuantization
 
 __all__ = ["check_settings", "settings_of"]
 
@@ -76,6 +77,9 @@ def check_settings(cfg: DictConfig, trainer: Trainer) -> None:
 def settings_of(cfg: DictConfig) -> dict[str, Any]:
     """The settings that a resumed run must share, by dotted key: the section `model` and some keys of the trainer."""
     model: Any = OmegaConf.to_container(cfg.model, resolve=True)
+    quantization = BaseQuantization.from_setting(model.pop("base_quantization", None))
+    if quantization is not None:  # one name for each way to write it; a run from before the key has none
+        model["base_quantization"] = quantization.precision
     trainer = {key: cfg.trainer.get(key) for key in _OF_THE_TRAINER}
     return dict(_flat(json.loads(json.dumps({"model": model, "trainer": trainer}))))
 

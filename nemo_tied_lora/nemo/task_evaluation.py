@@ -13,10 +13,11 @@ from omegaconf import DictConfig
 
 from nemo_tied_lora.adapter.agreement import from_rank_0, raise_together
 from nemo_tied_lora.adapter.target_modules import gpt_model
+from nemo_tied_lora.adapter.weight_checksums import fingerprint_model
 from nemo_tied_lora.checkpoint.base_identity import check_architecture, check_weights, tokenizer_identity
 from nemo_tied_lora.checkpoint.read_nemo_adapter import read_adapter
-from nemo_tied_lora.adapter.weight_checksums import fingerprint_model
 from nemo_tied_lora.errors import Problems
+from nemo_tied_lora.nemo.base_precision_note import say_precision
 from nemo_tied_lora.nemo.generation import load_base
 from nemo_tied_lora.nemo.model import MegatronGPTTiedLoraModel
 from nemo_tied_lora.nemo.tokenized_items import TokenizedItems
@@ -78,6 +79,7 @@ def _predict_with(
     path, name, missing = work.adapters[number], work.names[number], work.missing[number]
     if path is not None:
         model.load_adapters(path)
+        say_precision(model, path, items.prompts[0])
 
     def keep(done: Mapping[int, Mapping[str, Any]]) -> None:
         on_rank_0(lambda mine: mine.keep(number, done))

@@ -14,6 +14,7 @@ from nemo.utils import logging
 from nemo.utils.exp_manager import exp_manager
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from nemo_tied_lora.adapter.quantized.quantize_base import base_precision
 from nemo_tied_lora.errors import ConfigError
 from nemo_tied_lora.files import write_json
 from nemo_tied_lora.nemo.checkpoint_strategy import TiedLoraTrainerBuilder
@@ -21,6 +22,7 @@ from nemo_tied_lora.nemo.model import MegatronGPTTiedLoraModel
 from nemo_tied_lora.nemo.parameter_table import base_parameter_count, lora_counts, parameter_table
 from nemo_tied_lora.nemo.peft_config import TiedLoraPEFTConfig
 from nemo_tied_lora.nemo.process_groups import ensure_process_groups
+from nemo_tied_lora.nemo.restored_base import restore_base
 from nemo_tied_lora.nemo.resume_check import check_settings
 from nemo_tied_lora.nemo.resuming import launch_kept, remove_leftover_checkpoints, skip_one_validation
 from nemo_tied_lora.nemo.run_recorder import RunRecorder, draw_losses, peak_memory_bytes
@@ -43,8 +45,9 @@ def finetune(cfg: DictConfig, rank: Rank | None = None) -> dict[str, Any]:
     """
     trainer, recorder, folder = _prepare(cfg, rank)
     model_cfg = MegatronGPTTiedLoraModel.merge_cfg_with(cfg.model.restore_from_path, cfg)
-    model = MegatronGPTTiedLoraModel.restore_from(cfg.model.restore_from_path, model_cfg, trainer=trainer)
-    ensure_process_groups(trainer)
+    model = restore_base(cfg.model.restore_from_path, model_cfg, trainer)
+    if model.quantized_base is not None and trainer.global_rank == 0:
+        print(f"base, on rank 0: {model.quantized_base}", flush=True)
     base = base_parameter_count(model)
     if model_cfg.peft.restore_from_path is not None:
         model.load_adapters(model_cfg.peft.restore_from_path)
@@ -66,6 +69,7 @@ def finetune(cfg: DictConfig, rank: Rank | None = None) -> dict[str, Any]:
         "parameter_table": parameter_table(model.tied_lora, base),
         "lora_parameters": sum(lora_counts(model.tied_lora).values()),
         "base_parameters": base,
+        "base_precision": base_precision(model._unwrap_model_list()),
     }
     return _finish(model, trainer, recorder, Path(cfg.output or folder / "adapter.nemo"), facts, cfg)
 

@@ -38,6 +38,8 @@ from nemo_tied_lora.errors import Problems
 from nemo_tied_lora.planning.adapter_cost import Precision
 from nemo_tied_lora.planning.architecture import Architecture, selected_linears
 from nemo_tied_lora.planning.parallel_layout import Layout, stage_layers
+from nemo_tied_lora.planning.quantised_memory import QuantisedLinears, quantised_linears
+from nemo_tied_lora.planning.settings.base_quantization import BaseQuantization
 
 __all__ = ["Activations", "StageMemory", "base_parameters", "layer_bytes_per_token", "stage_memory"]
 
@@ -90,13 +92,17 @@ class StageMemory:
     base: int
     adapter: int
     activations: int
+    dequantised: int = 0
+    """The peak of one linear of a quantised base."""
+    quantised: QuantisedLinears | None = None
+    """The part of `base` that is quantised; None: nothing is."""
 
     @property
     def sum(self) -> int:
         """All parts together."""
-        return self.base + self.adapter + self.activations
+        return self.base + self.adapter + self.activations + self.dequantised
 
-    def as_dict(self) -> dict[str, int]:
+    def as_dict(self) -> dict[str, Any]:
         """The parts and their sum, as JSON values."""
         return {**asdict(self), "sum": self.sum}
 
@@ -108,23 +114,30 @@ def stage_memory(
     precision: Precision,
     activations: Activations,
     adapter_bytes: int,
+    quantization: BaseQuantization | None = None,
 ) -> StageMemory | None:
     """Returns the stage that holds most. None for a mixture of experts, or if the vocabulary's size is unknown.
 
     Args:
         adapter_bytes: of the adapter, its gradients and optimizer state, on the rank that holds most.
+        quantization: of the base's linears; None: they have the precision's dtype.
     """
     if arch.mixture is not None or arch.vocab_size is None:
         return None
-    stages = [
-        StageMemory(
-            stage,
-            base_parameters(arch, layout, stage) * precision.weights,
-            adapter_bytes,
-            _activation_bytes(arch, layout, config, precision.activations, activations, stage),
+    stages = []
+    for stage in range(layout.pp_size):
+        base = base_parameters(arch, layout, stage) * precision.weights
+        linears = None if quantization is None else quantised_linears(arch, layout, stage, precision, quantization)
+        stages.append(
+            StageMemory(
+                stage,
+                base - (linears.unquantised_bytes - linears.held_bytes if linears else 0),
+                adapter_bytes,
+                _activation_bytes(arch, layout, config, precision.activations, activations, stage),
+                linears.peak_bytes if linears else 0,
+                linears,
+            )
         )
-        for stage in range(layout.pp_size)
-    ]
     return max(stages, key=lambda stage: stage.sum)
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tarfile
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from nemo_tied_lora.errors import ConfigError
 from nemo_tied_lora.planning.foreign_models import not_a_nemo
 from nemo_tied_lora.planning.nemo_archive import NemoFiles, read_members
 
-__all__ = ["adapter_kind", "adapter_problems", "nemo_config"]
+__all__ = ["adapter_kind", "adapter_problems", "nemo_config", "recorded_precision"]
 
 _CONFIG, _MAX_CONFIG_BYTES = "model_config.yaml", 4 << 20
 _TIED_STATE, _WEIGHTS = "adapter.safetensors", "model_weights.ckpt"
@@ -87,6 +88,16 @@ def adapter_problems(path: object, key: str) -> list[str]:
         remedy = f"tied-lora import from=lora path={path} makes a tied one of it"
         return [f"{key}={path}: is {kind}, not a Tied-LoRA adapter; {remedy}"]
     return []
+
+
+def recorded_precision(path: str | os.PathLike) -> str | None:
+    """What a Tied-LoRA adapter's base was held in when it was trained, as "nf4/64" or "bfloat16". None: an older file.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    precision = nemo_config(Path(path), "adapter")[0].get("base_precision")
+    return precision if isinstance(precision, str) else None
 
 
 def _content(path: Path) -> bytes:

@@ -21,6 +21,7 @@ from nemo_tied_lora.planning.data.data_files import unreadable
 from nemo_tied_lora.planning.data.prompt_template import template_problems
 from nemo_tied_lora.planning.nemo_model_config import adapter_problems
 from nemo_tied_lora.planning.parallel_layout import Layout, check, check_ranks
+from nemo_tied_lora.planning.settings.base_quantization import quantization_lines, quantization_problems
 from nemo_tied_lora.planning.settings.flag_checks import flag_problems, section_problems
 from nemo_tied_lora.planning.settings.monitor_checks import monitor_problems
 from nemo_tied_lora.planning.settings.number_checks import (
@@ -81,10 +82,11 @@ def check_finetuning(cfg: Mapping[str, Any], *, runs_here: bool = True) -> list[
         fix = "the adapter of restore_from_path has its own; remove these keys"
         problems.append(f"model.peft.tied_lora ({', '.join(given)}): {fix}")
     problems += _layout_problems(cfg, {**(base or {}), **_layout_keys(model)} if base else None, config)
+    problems += _quantization_problems(cfg, base, here=runs_here)
     problems += _run_problems(cfg, base, config, runs_here=runs_here)
     problems += _output_problems(cfg, [model.get("restore_from_path"), start])
     problems.raise_if_any()
-    return [*run_lines(cfg), *number_lines(cfg)]
+    return [*run_lines(cfg), *number_lines(cfg), *quantization_lines(model.get("base_quantization"))]
 
 
 def check_pretraining(cfg: Mapping[str, Any]) -> list[str]:
@@ -147,12 +149,15 @@ def check_generation(cfg: Mapping[str, Any]) -> list[str]:
     problems += _output_problems(cfg, [cfg.get("base"), adapter, prompts_file], suffix=None)
     problems += generation_number_problems(cfg, base)
     problems += _layout_problems(cfg, {**(base or {}), **_layout_keys(cfg["model"])} if base else None, None)
+    problems += _quantization_problems(cfg, base)
     problems.raise_if_any()
-    return generation_lines(cfg)
+    return [*generation_lines(cfg), *quantization_lines(cfg["model"].get("base_quantization"))]
 
 
-def check_evaluation(cfg: Mapping[str, Any], adapters: Sequence[str | None]) -> None:
+def check_evaluation(cfg: Mapping[str, Any], adapters: Sequence[str | None]) -> list[str]:
     """Checks the configuration of `tied-lora evaluate`, except the section `task` and the list of adapters.
+
+    Returns the lines to print at the start.
 
     Args:
         adapters: their paths; None is the base alone.
@@ -176,7 +181,9 @@ def check_evaluation(cfg: Mapping[str, Any], adapters: Sequence[str | None]) -> 
         )
     problems.one_of("trainer.precision", str(cfg["trainer"].get("precision")), _PRECISIONS)
     problems += _layout_problems(cfg, {**(base or {}), **_layout_keys(cfg["model"])} if base else None, None)
+    problems += _quantization_problems(cfg, base)
     problems.raise_if_any()
+    return quantization_lines(cfg["model"].get("base_quantization"))
 
 
 def _run_problems(
@@ -216,6 +223,18 @@ def _layout_problems(
     yield from problems
     if layout is not None:
         yield from check_ranks(layout) if arch is None else check(arch, layout, config)
+
+
+def _quantization_problems(
+    cfg: Mapping[str, Any], base: Mapping[str, Any] | None, *, here: bool = True
+) -> Iterator[str]:
+    """Checks `model.base_quantization` against the base, the layout and the run's other keys."""
+    unreported = Problems()  # `_layout_problems` reports them
+    layout = unreported.attempt(Layout.from_config, {"model": cfg["model"], "trainer": cfg["trainer"]})
+    sizes = None if base is None else {**base, **_layout_keys(cfg["model"])}
+    arch = None if sizes is None else unreported.attempt(Architecture.from_model_config, sizes)
+    model = {**(base or {}), **cfg["model"]}
+    yield from quantization_problems(cfg["model"].get("base_quantization"), model, arch, layout, here=here)
 
 
 def _allocation_problems(

@@ -44,6 +44,7 @@ class Evaluation:
         adapters: paths; None is the base alone.
         folder: where predictions and results go; None: runs/evaluate/TASK.
         precision: of the model, as `trainer.precision`.
+        base_quantization: what the base's linears are held in, as "nf4/64"; None: not quantised.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Evaluation:
         adapters: Sequence[str | None],
         folder: str | None,
         precision: str,
+        base_quantization: str | None = None,
         split: str = "test",
     ) -> None:
         self.task, self.base, self.adapters = task, base, list(adapters)
@@ -62,6 +64,7 @@ class Evaluation:
         self.metrics = metrics_of(task.metrics, choice=task.is_choice, marker=task.marker)
         self.names = adapter_names(self.adapters)
         self._prepared, self._precision, self._split = prepared, precision, split
+        self._base_quantization = base_quantization
 
     @property
     def generates(self) -> bool:
@@ -82,6 +85,7 @@ class Evaluation:
             "task": {"name": task.name, f"{self._split}_sha256": checksum},
             "base_sha256": file_checksum(Path(self.base)),
             "precision": self._precision,
+            **({"base_quantization": self._base_quantization} if self._base_quantization else {}),
             "generation": limits if self.generates else None,
         }
 

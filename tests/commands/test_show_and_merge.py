@@ -21,6 +21,7 @@ import yaml
 
 from nemo_tied_lora.adapter.update_statistics import inspect_layers
 from nemo_tied_lora.checkpoint.read_nemo_adapter import read_adapter
+from nemo_tied_lora.checkpoint.write_nemo_adapter import write_adapter
 from nemo_tied_lora.commands.main import main
 from nemo_tied_lora.commands.show_picture import digits_that_differ, panels_of
 from tests.conversion.test_merge import (
@@ -63,6 +64,17 @@ def test_show_prints_config_parameters_and_norms_and_draws(adapter: Path, capsys
     picture = Path(f"{adapter}.png")
     assert str(picture) in printed
     assert picture.read_bytes().startswith(PNG)
+
+
+def test_show_names_the_precision_of_the_base_in_training(
+    tmp_path: Path, adapter: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, path = read_adapter(adapter), tmp_path / "on_nf4.nemo"
+    write_adapter(path, file.config, file.shapes, file.state, {"base_precision": "nf4/64"})
+    assert "precision nf4/64, of the base in training\n" in run(capsys, ["show", f"adapter={path}", "output=null"], 0)
+    words = ["output=null", "format=json"]
+    assert json.loads(run(capsys, ["show", f"adapter={path}", *words], 0))["base_precision"] == "nf4/64"
+    assert json.loads(run(capsys, ["show", f"adapter={adapter}", *words], 0))["base_precision"] is None
 
 
 def test_show_as_json_agrees_with_the_formula(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:

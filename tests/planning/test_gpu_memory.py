@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_tied_lora import inject
+from nemo_tied_lora import inject, quantize_base
 from nemo_tied_lora.commands.plan import main
 from nemo_tied_lora.config import TiedLoraConfig
 from nemo_tied_lora.errors import ConfigError
@@ -20,6 +20,7 @@ from nemo_tied_lora.planning.architecture import Architecture
 from nemo_tied_lora.planning.gpu_memory import Activations, base_parameters, layer_bytes_per_token, stage_memory
 from nemo_tied_lora.planning.megatron_version import megatron_version
 from nemo_tied_lora.planning.parallel_layout import Layout
+from nemo_tied_lora.planning.settings.base_quantization import BaseQuantization
 from tests.harness.ranks import single_process
 from tests.harness.tiny_gpt import SEQUENCE, build_gpt
 
@@ -154,6 +155,26 @@ def _kept_per_token(num_layers: int, config: TiedLoraConfig) -> float:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model(tokens, torch.arange(SEQUENCE).expand(3, -1), mask)
     return sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in parameters) / (3 * SEQUENCE)
+
+
+@pytest.mark.parametrize(
+    "setting", ["nf4", "int8", {"kind": "nf4", "double": True}, {"kind": "nf4", "block_size": 32}]
+)
+def test_the_codes_of_a_real_model_have_the_planned_bytes(setting: Any) -> None:
+    single_process()
+    sizes = {"num_layers": 2, "heads": 4, "groups": 2}
+    model = build_gpt(llama=True, dtype=torch.bfloat16, hidden=64, ffn=192, **sizes)
+    planned = arch({**LLAMA, "num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 192})
+    quantization = BaseQuantization.from_setting(setting)
+    assert quantization is not None
+    memory = stage_memory(planned, Layout(), TL6, O2, Activations(), 0, quantization)
+    report = quantize_base(model, **vars(quantization))
+    assert memory is not None
+    assert memory.quantised is not None
+    assert memory.quantised.held_bytes == report.bytes_after
+    assert memory.quantised.unquantised_bytes == report.bytes_before
+    assert memory.quantised.precision == report.precision
+    assert memory.dequantised == model.decoder.layers[0].mlp.linear_fc1.weight.dequantize().nbytes
 
 
 def test_the_plan_prints_the_memory(capsys: pytest.CaptureFixture[str]) -> None:

@@ -71,6 +71,14 @@ def finished(*overrides: str, adapters: tuple[str | None, ...] = (None,)) -> dic
     return one.finish(resamples=200, layout={"tensor_model_parallel_size": 1})
 
 
+def test_a_quantised_base_needs_a_folder_of_its_own() -> None:
+    evaluation().begin()
+    assert "base_quantization" not in evaluation().settings  # so that older folders stay usable
+    evaluation().check()
+    with pytest.raises(ConfigError, match="base_quantization"):
+        evaluation(base_quantization="nf4/64").check()
+
+
 def test_results_hold_every_number_with_its_interval_and_what_it_was_made_with() -> None:
     results = finished(adapters=(None, "a/adapter.nemo", "b/adapter.nemo"))
     assert results == json.loads(Path("runs/evaluate/mine/results.json").read_text())

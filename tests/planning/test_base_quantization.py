@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pure Python: what `model.base_quantization` accepts, what it is refused with, and the bytes that `plan` prints for it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_tied_lora.commands.main import main
+from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.planning.architecture import Architecture
+from nemo_tied_lora.planning.composing.compose import compose_config, plain
+from nemo_tied_lora.planning.parallel_layout import Layout
+from nemo_tied_lora.planning.preflight import check_evaluation, check_finetuning, check_generation
+from nemo_tied_lora.planning.quantised_memory import quantised_bytes
+from nemo_tied_lora.planning.settings.base_quantization import (
+    BaseQuantization,
+    quantization_lines,
+    quantization_problems,
+)
+from tests.harness.base_files import write_base
+
+KEY = "model.base_quantization"
+# Row-parallel inputs of 256 (linear_proj) and 384 (linear_fc2).
+SIZES = {
+    "num_layers": 4,
+    "hidden_size": 256,
+    "ffn_hidden_size": 384,
+    "num_attention_heads": 4,
+    "encoder_seq_length": 16,
+}
+
+
+def problems(setting: object, tp_size: int = 1, here: bool = True, **model: Any) -> list[str]:
+    arch = Architecture.from_model_config({**SIZES, **model})
+    layout = Layout(tp_size=tp_size, devices=tp_size)
+    return list(quantization_problems(setting, {**SIZES, **model}, arch, layout, here=here))
+
+
+@pytest.mark.parametrize(
+    ("setting", "precision"),
+    [
+        ("nf4", "nf4/64"),
+        ("int8", "int8/row"),
+        ({"kind": "nf4", "double": True}, "nf4/64 double"),
+        ({"kind": "nf4", "block_size": 128, "statistics": "float32", "double": None}, "nf4/128 float32"),
+    ],
+)
+def test_a_setting_has_one_name_that_reads_back(setting: object, precision: str) -> None:
+    read = BaseQuantization.from_setting(setting)
+    assert read is not None
+    assert read.precision == precision
+    assert BaseQuantization.from_precision(precision) == read
+    assert problems(setting) == []
+
+
+@pytest.mark.parametrize("precision", [None, "bfloat16", "nf4", "nf4/64 treble", "fp4/64"])
+def test_no_quantization_is_read_of_other_precisions(precision: str | None) -> None:
+    assert BaseQuantization.from_precision(precision) is None
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("int4", [f"{KEY}='int4': unknown; choose one of null, nf4, int8"]),
+        (True, [f"{KEY}=True: unknown"]),
+        (["nf4"], [f"{KEY}=['nf4']: unknown"]),
+        ({"double": True}, [f"{KEY}.kind: missing"]),
+        (
+            {"kind": "nf4", "doubel": True, "double": "yes"},
+            [f"{KEY}.doubel: not a key", f"{KEY}.double='yes': must be"],
+        ),
+        ({"kind": "nf4", "double": True, "statistics": "float32"}, [f"{KEY}.statistics=float32: double"]),
+        ({"kind": "nf4", "block_size": 48, "statistics": "float16"}, [f"{KEY}.block_size=48", f"{KEY}.statistics="]),
+        (
+            {"kind": "int8", "double": True, "block_size": 128},
+            [f"{KEY}.block_size=128: only nf4", f"{KEY}.double=True"],
+        ),
+    ],
+)
+def test_a_wrong_setting_is_refused_with_all_its_problems(setting: object, expected: list[str]) -> None:
+    found = problems(setting)
+    assert len(found) == len(expected)
+    for line, start in zip(found, expected, strict=True):
+        assert line.startswith(start)
+    with pytest.raises(ConfigError):
+        BaseQuantization.from_setting(setting)
+
+
+def test_a_shard_that_is_no_whole_number_of_blocks_is_refused_with_what_fits() -> None:
+    assert problems("nf4", tp_size=2) == []
+    [line] = problems("nf4", tp_size=4)
+    assert line == (
+        f"{KEY}: the inputs of linear_fc2, 384 / tensor_model_parallel_size=4, are not divisible by the block size 64; use "
+        f"tensor_model_parallel_size=2 or {KEY}={{kind: nf4, block_size: 32}} or {KEY}=int8"
+    )
+    assert problems({"kind": "nf4", "block_size": 32}, tp_size=4) == []
+    assert problems("int8", tp_size=4) == []
+    # A column-parallel linear's input is whole on every rank, and must be divisible too.
+    lines = problems("nf4", hidden_size=96, kv_channels=64)
+    assert [line.split(",")[0] for line in lines] == [
+        f"{KEY}: the inputs of linear_qkv",
+        f"{KEY}: the inputs of linear_fc1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("model", "remedy"),
+    [
+        ({"transformer_engine": True}, "model.transformer_engine=false"),
+        ({"name": "megatron_gpt_full_te_layer_autocast"}, "model.name=''"),
+        ({"fp8": True}, "model.fp8=false"),
+        ({"enable_cuda_graph": True}, "model.enable_cuda_graph=false"),
+        ({"cpu_offloading": True}, "model.cpu_offloading=false"),
+    ],
+)
+def test_what_needs_other_linears_is_refused_by_name(model: dict[str, Any], remedy: str) -> None:
+    [line] = problems("nf4", **model)
+    assert f"model.{next(iter(model))}=" in line
+    assert remedy in line
+    assert problems(None, **model) == []
+    assert problems("nf4", **dict.fromkeys(model)) == []
+
+
+def test_a_missing_bitsandbytes_is_refused_with_the_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert problems("nf4") == []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    [line] = problems("nf4")
+    install = "pip install nemo_tied_lora[quantized]"
+    assert line == f"{KEY}=nf4: needs bitsandbytes, which is not installed: {install}; int8 does without it"
+    assert problems("nf4", here=False) == problems("int8") == problems(None) == []
+
+
+def test_double_quantisation_says_what_it_costs() -> None:
+    assert quantization_lines({"kind": "nf4", "double": True}) == [
+        f"{KEY}.double=true: the statistics' codes depend on the tensor-parallel size, so the base, and with it losses and "
+        "adapter, differ a little from one size to another; double: false does not"
+    ]
+    assert quantization_lines("nf4") == quantization_lines(None) == []
+
+
+@pytest.mark.parametrize("command", ["finetune", "generate", "evaluate"])
+def test_each_command_reports_it_beside_its_other_problems(command: str, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base.nemo", **SIZES, transformer_engine=True)
+    cfg = plain(compose_config(command, [f"{KEY}=int5", "trainer.precision=7"]))
+    if command == "finetune":
+        cfg["model"]["restore_from_path"] = str(base)
+        with pytest.raises(ConfigError) as refused:
+            check_finetuning(cfg)
+    else:
+        cfg["base"] = str(base)
+        with pytest.raises(ConfigError) as refused:
+            check_generation(cfg) if command == "generate" else check_evaluation(cfg, [])
+    text = str(refused.value)
+    for part in (f"{KEY}='int5': unknown", "not possible with model.transformer_engine=true", "trainer.precision='7'"):
+        assert text.count(part) == 1, text
+
+
+def test_pretrain_has_no_such_key() -> None:
+    with pytest.raises(ConfigError, match="base_quantization"):
+        compose_config("pretrain", [f"{KEY}=nf4"])
+
+
+def planned(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    assert main(["plan", *words, "format=json"]) == 0
+    return json.loads(capsys.readouterr().out)["memory"]
+
+
+def test_plan_counts_the_codes_of_llama2_70b(capsys: pytest.CaptureFixture[str]) -> None:
+    """68.5 billion weights in the linears: 127.5 GiB in bfloat16, 33.9 GiB at 4.25 bits."""
+    whole = planned(capsys, "model=llama2_70b", "layout=tp8")
+    nf4, double, int8 = (
+        planned(capsys, "model=llama2_70b", "layout=tp8", f"{KEY}={setting}")
+        for setting in ("nf4", "{kind: nf4, double: true}", "int8")
+    )
+    linears = nf4["quantised"]
+    assert whole["quantised"] is None
+    assert 8 * linears["unquantised_bytes"] == pytest.approx(127.5 * 2**30, rel=1e-3)
+    assert 8 * linears["held_bytes"] == pytest.approx(33.9 * 2**30, rel=2e-3)
+    assert linears["bits_per_weight"] == 4.25
+    assert double["quantised"]["bits_per_weight"] == pytest.approx(4 + 8 / 64 + 32 / 64 / 256, rel=1e-4)
+    assert 8 < int8["quantised"]["bits_per_weight"] < 8.02
+    # fc1 holds gate and up: 2 x 28672 / 8 rows of 8192, in bfloat16.
+    assert linears["peak_bytes"] == 2 * 28672 // 8 * 8192 * 2 == nf4["dequantised"]
+    assert whole["base"] - nf4["base"] == linears["unquantised_bytes"] - linears["held_bytes"]
+    assert nf4["sum"] == nf4["base"] + nf4["adapter"] + nf4["activations"] + nf4["dequantised"]
+
+
+def test_the_plans_table_shows_base_codes_and_peak(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "model=smollm2", f"{KEY}={{kind: nf4, statistics: float32}}"]) == 0
+    printed = capsys.readouterr().out
+    for part in (
+        "base: linears in nf4/64 float32, 4.5 bits a weight in place of",
+        "base: one linear, dequantised for its product",
+        "base: kept for backward beside the codes",
+    ):
+        assert part in printed
+    assert main(["plan", "model=smollm2", "layout=tp3", f"{KEY}={{kind: nf4, block_size: 128}}"]) == 2
+    assert "the inputs of linear_qkv, 576, are not divisible by the block size 128" in capsys.readouterr().err
+
+
+def test_bytes_of_one_weight() -> None:
+    assert quantised_bytes(1024, 512, BaseQuantization(kind="nf4", statistics="float32")) * 8 / 1024 / 512 == 4.5
+    assert quantised_bytes(1024, 512, BaseQuantization(kind="int8")) == 1024 * 512 + 4 * 1024
