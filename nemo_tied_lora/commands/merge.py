@@ -24,6 +24,7 @@ from nemo_tied_lora.planning.base_config import usable_base
 from nemo_tied_lora.planning.nemo_model_config import adapter_problems
 from nemo_tied_lora.planning.parallel_layout import Layout, check
 from nemo_tied_lora.planning.rank_variables import is_rank
+from nemo_tied_lora.planning.settings.base_quantization import BaseQuantization
 
 __all__ = ["SUMMARY", "main"]
 
@@ -72,6 +73,8 @@ def _run(argv: list[str], cfg: dict[str, Any]) -> int:
             )
             if cfg["verify"]:
                 _verify(argv, candidate, output, report.dtype, layout)
+            else:
+                _say_unmeasured(adapters)
     except OSError as error:
         raise ConfigError([f"output={output}: cannot be written: {error}; an older file is unchanged"]) from error
     print(f"written: {output} ({output.stat().st_size:,} bytes)")
@@ -93,6 +96,18 @@ def _verify(argv: list[str], candidate: Path, output: Path, dtype: str, layout: 
     if code:
         problem = f"the check of the merged model failed (exit code {code}); {output} was not written"
         raise ConfigError([f"{problem}; see above, or {record}"])
+
+
+def _say_unmeasured(adapters: list[tuple[str, Any, float]]) -> None:
+    """Says which adapters were trained on a quantised base: on another one they do not do the same."""
+    for path, file, _ in adapters:
+        precision = file.yaml.get("base_precision")
+        if BaseQuantization.from_precision(precision) is not None:
+            print(
+                f"note: {path}: was trained on a base in {precision}; verify=true measures how much the merged model differs "
+                "from that base + adapter",
+                flush=True,
+            )
 
 
 def _check_on_a_rank(cfg: DictConfig) -> None:

@@ -23,11 +23,14 @@ from nemo_tied_lora.conversion.untie_to_lora import expand, layers_of, plain_alp
 from nemo_tied_lora.conversion.verify_export import Difference, largest_difference
 from nemo_tied_lora.errors import ConfigError, Problems
 from nemo_tied_lora.files import replace_folder
+from nemo_tied_lora.planning.settings.base_quantization import BaseQuantization
 
 __all__ = ["adapter_config", "check_hf_peft", "write_hf_peft"]
 
 _CONFIG, _STATE, _CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 _PREFIX = "base_model.model"
+_TRANSFORMERS_BLOCK = 64
+"""The one block size of transformers' 4-bit linears (bitsandbytes' Linear4bit)."""
 
 
 def write_hf_peft(file: AdapterFile, base: Mapping[str, Any], folder: Path, base_model: str | None) -> Path:
@@ -143,6 +146,7 @@ def _card(file: AdapterFile, config: Mapping[str, Any], base_model: str | None) 
         ("targets", ", ".join(config["target_modules"])),
         ("layers", "all" if config["layers_to_transform"] is None else str(config["layers_to_transform"])),
         ("base it was trained on", base),
+        *([("precision of that base", precision)] if (precision := file.yaml.get("base_precision")) else []),
         *((name, value) for name, value in training.items() if isinstance(value, (int, float, str))),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in facts)
@@ -165,8 +169,39 @@ from transformers import AutoModelForCausalLM
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{where}"), "path/to/this/folder")
 ```
 
-| | |
+{_recipe(precision, where)}| | |
 |---|---|
 {table}
 """
     )
+
+
+def _recipe(precision: object, where: str) -> str:
+    """How transformers holds the base as in training. Empty for a base that was not quantised."""
+    quantization = BaseQuantization.from_precision(precision)
+    if quantization is None:
+        return ""
+    head = f"## The base's precision\n\nThe adapter was trained on a base whose decoder linears were in {precision}. "
+    if quantization.kind != "nf4":
+        return f"{head}transformers has no such form: its 8-bit layers\nround the activations too. Load the base as above.\n\n"
+    if quantization.block_size != _TRANSFORMERS_BLOCK:
+        return f"{head}transformers has blocks of\n{_TRANSFORMERS_BLOCK} alone. Load the base as above.\n\n"
+    double = ", bnb_4bit_use_double_quant=True" if quantization.double else ""
+    limit = (
+        "With several tensor-parallel ranks, the\ntraining's double quantisation was a slightly different one."
+        if quantization.double
+        else "transformers keeps the blocks' largest\nvalues in float32; for a base in bfloat16 they are the same numbers."
+    )
+    return f"""{head}transformers makes the same codes with
+
+```python
+from transformers import BitsAndBytesConfig
+
+recipe = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"{double})
+base = AutoModelForCausalLM.from_pretrained("{where}", quantization_config=recipe)
+model = PeftModel.from_pretrained(base, "path/to/this/folder")
+```
+
+{limit}
+
+"""

@@ -143,6 +143,24 @@ def test_the_model_card_shows_how_to_load_it(tmp_path: Path) -> None:
     assert front["library_name"] == "peft"
     assert 'AutoModelForCausalLM.from_pretrained("my/base")' in card
     assert "| rank | 3 |" in card
+    assert "BitsAndBytesConfig" not in card
+
+
+@pytest.mark.parametrize(
+    ("precision", "part"),
+    [
+        ("nf4/64", 'recipe = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")'),
+        ("nf4/64 double", 'bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)'),
+        ("nf4/128", "transformers has blocks of\n64 alone"),
+        ("int8/row", "its 8-bit layers\nround the activations too"),
+    ],
+)
+def test_the_model_card_says_how_to_hold_the_base_as_in_training(tmp_path: Path, precision: str, part: str) -> None:
+    file = random_adapter(LLAMA, preset="tl6")
+    file.yaml["base_precision"] = precision
+    card = (write_hf_peft(file, LLAMA, tmp_path / "peft", "my/base") / "README.md").read_text()
+    assert f"| precision of that base | {precision} |" in card
+    assert part in card
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -24,8 +24,12 @@ _LLAMA: dict[str, Any] = {
 }
 
 
-def save_model(family: str, folder: Path) -> Any:
-    """Builds the family's model with random weights everywhere, saves it with a tokenizer, and returns it."""
+def save_model(family: str, folder: Path, **changes: Any) -> Any:
+    """Builds the family's model with random weights everywhere, saves it with a tokenizer, and returns it.
+
+    Args:
+        changes: other sizes than the usual ones, in the words of transformers; not of a GPT-2.
+    """
     import transformers
 
     _save_tokenizer(family, folder)
@@ -33,12 +37,11 @@ def save_model(family: str, folder: Path) -> Any:
     vocab = len(transformers.AutoTokenizer.from_pretrained(str(folder), use_fast=fast))
     # More rows than tokens, and a number that sizes do not divide evenly.
     sizes: dict[str, Any] = {"vocab_size": vocab + 3, "bos_token_id": 1, "eos_token_id": 2}
+    llama = {**_LLAMA, **changes}
     configs = {
-        "llama": lambda: transformers.LlamaConfig(**_LLAMA, **sizes, head_dim=12, rms_norm_eps=3e-5),
-        "mistral": lambda: transformers.MistralConfig(
-            **_LLAMA, **sizes, head_dim=8, sliding_window=16, rope_theta=5e4
-        ),
-        "qwen2": lambda: transformers.Qwen2Config(**_LLAMA, **sizes, tie_word_embeddings=True, rope_theta=1e6),
+        "llama": lambda: transformers.LlamaConfig(**llama, **sizes, head_dim=12, rms_norm_eps=3e-5),
+        "mistral": lambda: transformers.MistralConfig(**llama, **sizes, head_dim=8, sliding_window=16, rope_theta=5e4),
+        "qwen2": lambda: transformers.Qwen2Config(**llama, **sizes, tie_word_embeddings=True, rope_theta=1e6),
         "gpt2": lambda: transformers.GPT2Config(
             n_embd=32, n_inner=48, n_layer=4, n_head=4, n_positions=32, layer_norm_epsilon=2e-5, **sizes
         ),

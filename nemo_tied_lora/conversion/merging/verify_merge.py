@@ -11,12 +11,16 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 
 from nemo_tied_lora.checkpoint.save_load_on_any_layout import load_adapter
 from nemo_tied_lora.errors import ConfigError
 from nemo_tied_lora.files import write_json
+from nemo_tied_lora.nemo.base_precision_note import LogitsDifference
 from nemo_tied_lora.nemo.generation import load_base, next_token_logits
+from nemo_tied_lora.nemo.restored_base import dequantise
+from nemo_tied_lora.planning.nemo_model_config import recorded_precision
+from nemo_tied_lora.planning.settings.base_quantization import BaseQuantization
 
 __all__ = ["compare_with_merged"]
 
@@ -48,10 +52,16 @@ def compare_with_merged(
     gc.collect()
     merged_cfg = copy.deepcopy(cfg)
     merged_cfg.base = candidate
-    merged = next_token_logits(load_base(merged_cfg), prompts)
+    model = load_base(merged_cfg)
+    merged = next_token_logits(model, prompts)
+    del model
+    gc.collect()
+    trained = _quantised_logits(cfg, adapters, prompts)
     problems: list[str] = []
     if torch.distributed.get_rank() == 0:
         facts = _compare(plain, adapted, merged, dtype)
+        added = {precision: LogitsDifference.between(merged, logits) for precision, logits in trained.items()}
+        facts["against_training"] = {precision: difference.as_dict() for precision, difference in added.items()}
         write_json(Path(record), {**facts, "prompts": prompts, "adapters": [list(pair) for pair in adapters]})
         print(
             f"check: {facts['positions']} positions of {len(prompts)} prompts: logits differ from base + adapter by at most "
@@ -59,6 +69,12 @@ def compare_with_merged(
             f"adapter changes them by up to {facts['adapters_effect']:.3g}; same likeliest token in {facts['same_token']:.1%}",
             flush=True,
         )
+        for precision, difference in added.items():
+            print(
+                f"note: trained on a base in {precision}: the merged model's logits differ from that base + adapter "
+                f"{difference}",
+                flush=True,
+            )
         if not facts["relative"] <= facts["tolerance"]:
             problems.append(
                 f"merged model: its logits differ from base + adapter by {facts['relative']:.2g}, relative"
@@ -82,6 +98,29 @@ def _add_adapters(model: Any, cfg: DictConfig, adapters: Sequence[tuple[str, flo
         adapter.load_full_state({name: t * weight if name.endswith(".B") else t for name, t in state.items()})
         adapter.merge()
         adapter.remove()
+
+
+def _quantised_logits(
+    cfg: DictConfig, adapters: Sequence[tuple[str, float]], prompts: Sequence[Sequence[int]]
+) -> dict[str, list[torch.Tensor]]:
+    """Precision to the logits of the adapters on a base in it, for each quantised one that the adapters were trained on."""
+    found = {}
+    for precision in dict.fromkeys(recorded_precision(path) for path, _ in adapters):
+        quantization = BaseQuantization.from_precision(precision)
+        if quantization is None:
+            continue
+        quantised = copy.deepcopy(cfg)
+        with open_dict(quantised):
+            quantised.model.base_quantization = vars(quantization)
+        model: Any = load_base(quantised)
+        chunks = model._unwrap_model_list()
+        if len(adapters) > 1 or adapters[0][1] != 1.0:
+            dequantise(chunks)  # for `_add_adapters`, which merges them in memory
+        _add_adapters(model, cfg, adapters)
+        found[str(precision)] = next_token_logits(model, prompts)
+        del model, chunks
+        gc.collect()
+    return found
 
 
 def _prompts(cfg: DictConfig, model: Any) -> list[list[int]]:
