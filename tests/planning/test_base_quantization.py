@@ -58,7 +58,7 @@ def test_a_setting_has_one_name_that_reads_back(setting: object, precision: str)
     assert problems(setting) == []
 
 
-@pytest.mark.parametrize("precision", [None, "bfloat16", "nf4", "nf4/64 treble", "fp4/64"])
+@pytest.mark.parametrize("precision", [None, "bfloat16", "nf4", "nf4/48", "nf4/64 treble", "fp4/64"])
 def test_no_quantization_is_read_of_other_precisions(precision: str | None) -> None:
     assert BaseQuantization.from_precision(precision) is None
 

@@ -101,6 +101,8 @@ class BaseQuantization:
             return None
         if match["block"] is None:
             return cls(kind="int8")
+        if int(match["block"]) not in _BLOCK_SIZES:
+            return None
         return cls(
             kind="nf4",
             block_size=int(match["block"]),
