@@ -74,6 +74,8 @@ def test_the_quickstart_imports_trains_evaluates_and_does_nothing_twice(folder: 
     assert len(made) >= 7  # the base, the adapter, three splits, the predictions of two models
     again = tied_lora("quickstart", *WORDS, folder=folder).stdout
     assert "finished already" in again
+    assert "\nTime: " in printed
+    assert "\nTime of this call, which continued another: " in again
     assert "$ tied-lora import" not in again
     assert {path: path.stat().st_mtime_ns for path in made} == made
     assert not [path for path in place.rglob(".*") if path.is_dir()]

@@ -243,9 +243,15 @@ def _fork_ranks_instead_of_starting_them() -> None:
 
 
 def _fork_stage(
-    command: Sequence[str], *, check: bool, env: Mapping[str, str], stdout: Any = None, stderr: Any = None
+    command: Sequence[str],
+    *,
+    check: bool,
+    env: Mapping[str, str],
+    stdout: Any = None,
+    stderr: Any = None,
+    close_fds: bool = True,
 ) -> subprocess.CompletedProcess[str]:
-    """`subprocess.run` of `python -m module arguments`, with this process's imports."""
+    """`subprocess.run` of `python -m module arguments`, with this process's imports. A fork keeps all descriptors."""
     _python, _m, module, *arguments = command
     sys.stdout.flush()
     sys.stderr.flush()

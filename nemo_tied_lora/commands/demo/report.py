@@ -26,6 +26,7 @@ def report(task: Task, metrics: Mapping[str, Any], folder: Path, adapter: Path, 
     results = metrics["evaluation"]
     share = metrics["trained_parameters"] / metrics["lora_parameters"]
     seconds = metrics["seconds"]
+    time = "Time of this call, which continued another" if metrics["continued"] else "Time"
     parts = ", ".join(f"{name} {duration(spent)}" for name, spent in seconds.items())
     return f"""
 ## {_base_name(metrics["base"])}: {task.family or task.name}, {metrics["preset"]} on {metrics["layout"]}
@@ -33,7 +34,7 @@ def report(task: Task, metrics: Mapping[str, Any], folder: Path, adapter: Path, 
 {_headline(results)}
 Trained parameters: {metrics["trained_parameters"]:,}, **{share:.1%}** of LoRA's {metrics["lora_parameters"]:,} \
 at the same rank, {metrics["trained_parameters"] / metrics["base_parameters"]:.2%} of the base's.
-Time: {duration(sum(seconds.values()))} ({parts}). Memory: {metrics["peak_memory_bytes"] / 2**30:.1f} GiB at most, \
+{time}: {duration(sum(seconds.values()))} ({parts}). Memory: {metrics["peak_memory_bytes"] / 2**30:.1f} GiB at most, \
 all processes.
 
 {markdown_table(list(_examples(task, results, evaluation)), padded=True)}

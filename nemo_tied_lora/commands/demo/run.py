@@ -58,7 +58,7 @@ def run(model: Model, cfg: Config) -> None:
         task, task_words = _task(model, cfg)
         finetune = _finetune_arguments(model, cfg, base, task_words, _ordered(model, cfg, task))
         training = folder / f"{preset}-{_layout(cfg)}-{settings_key(finetune)}"
-        trained, adapter = training / "adapter.nemo", folder / f"{preset}.nemo"
+        trained, adapter, continued = training / "adapter.nemo", folder / f"{preset}.nemo", training.exists()
         finetune += [f"output={trained}", f"exp_manager.explicit_log_dir={training}"]
         _timed(seconds, "finetuning", lambda: run_command(finetune))
         shutil.copyfile(training / "loss.png", folder / "loss.png")
@@ -73,6 +73,7 @@ def run(model: Model, cfg: Config) -> None:
         "preset": preset,
         "seed": cfg["seed"],
         "seconds": seconds,
+        "continued": continued,
         "peak_memory_bytes": memory.peak_bytes,
         "base": dict(base_model_config(str(base), key="base").get("huggingface") or {}),
         "evaluation": json.loads((evaluation / "results.json").read_text()),
