@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One process, a tiny real megatron-core GPT: what `quantize_base` changes, what it keeps, and what it refuses."""
+"""One process, then two ranks (one start), a tiny real GPT: what `quantize_base` changes, keeps and refuses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from nemo_tied_lora.adapter.quantized import quantize_base as quantizing
 from nemo_tied_lora.adapter.quantized.quantized_weight import QuantizedWeight
 from tests.adapter.test_inject import logits, randomise
 from tests.harness.dequantized import make_plain, quantized_weights
-from tests.harness.ranks import single_process
+from tests.harness.ranks import run_ranks, single_process
+from tests.harness.relayout import relayout
 from tests.harness.tiny_gpt import build_gpt
 
 MODEL: dict[str, Any] = {"num_layers": 2, "hidden": 64, "ffn": 128, "dtype": torch.bfloat16}
@@ -336,6 +337,73 @@ def test_kernels_that_compute_nonsense_are_noticed_before_anything_is_changed(mo
     with pytest.raises(RuntimeError, match="kind=nf4: the kernels compute wrong values on this cpu"):
         quantize_base(gpt)
     assert not list(quantized_weights(gpt))
+
+
+# Two ranks
+
+
+def outcome(prepare: Callable[[Any], Any] = lambda gpt: None, **options: Any) -> tuple[str, bool]:
+    """On a rank: what `quantize_base` raises for a model, and whether the model is unchanged."""
+    gpt = model(hidden=128)
+    prepare(gpt)
+    before = dict(gpt.named_parameters())
+    try:
+        quantize_base(gpt, **options)
+        text = "nothing"
+    except (ConfigError, RuntimeError) as error:
+        text = f"{type(error).__name__}: {error}"
+    return text, all(parameter is before[name] for name, parameter in gpt.named_parameters())
+
+
+def on_a_rank() -> dict[str, Any]:
+    """With a problem on rank 1 alone, except the first and the last."""
+    second = torch.distributed.get_rank() == 1
+
+    def alone(prepare: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        return prepare if second else lambda gpt: None
+
+    results: dict[str, Any] = {
+        "blocks": outcome(block_size=128),
+        "NaN": outcome(alone(not_a_number)),
+        "options": outcome(block_size=32 if second else 64),
+        "adapter": outcome(alone(lambda gpt: setattr(gpt.decoder, "tied_lora", nn.Module()))),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        if second:
+            patch.setattr(quantizing, "_quantized", lambda *_: 1 / 0)
+        results["middle"] = outcome()
+    results["none"] = outcome()
+    relayout(pp=2)
+    gpt = model(pipeline_model_parallel_layout="Ett|L")
+    report = quantize_base(gpt)
+    results["stages"] = (report.precision, base_precision(gpt), len(report.linears))
+    return results
+
+
+def test_what_is_wrong_on_one_rank_raises_on_both_and_changes_neither() -> None:
+    first, second = run_ranks(on_a_rank, world_size=2, tp=2)
+    blocks = (
+        "ConfigError: linear_fc2: its 64 in-features on a rank (tensor_model_parallel_size=2) are not a multiple of "
+    )
+    nan = "ConfigError: layer 0 mlp.linear_fc2: its weight holds NaN or infinity; repair the base's file"
+    options = "ConfigError: quantize_base: rank 1 has other options than rank 0; pass the same ones on all ranks"
+    adapter = "RuntimeError: model: it has an adapter; call quantize_base before inject, or adapter.remove() first"
+    for rank in (first, second):
+        assert all(unchanged for text, unchanged in (rank[name] for name in ("blocks", "NaN", "options", "adapter")))
+        assert rank["blocks"][0].startswith(blocks)
+        assert (rank["NaN"][0], rank["options"][0]) == (nan, options)
+        assert rank["none"] == ("nothing", False)
+    assert second["adapter"][0] == adapter
+    assert first["adapter"][0] == (
+        f"RuntimeError: quantize_base: rank 1 failed, so nothing was changed on any rank: {adapter}"
+    )
+    broken = (
+        "layers.0.linear_proj: ZeroDivisionError: division by zero; a part of the base is quantised: load it again"
+    )
+    assert second["middle"][0] == f"RuntimeError: {broken}"
+    assert first["middle"][0] == f"RuntimeError: quantize_base: another rank failed: {broken}"
+    # A stage without layers has the same precision.
+    assert (first["stages"], second["stages"]) == (("nf4/64", "nf4/64", 8), ("nf4/64", "nf4/64", 0))
 
 
 def refused(gpt: nn.Module, message: str, **options: Any) -> None:

@@ -12,37 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
 from nemo_tied_lora import TiedLoraConfig, check_ddp, inject, load_adapter, save_adapter
 from nemo_tied_lora.adapter.factor_names import expected_shapes
 from nemo_tied_lora.adapter.injected_adapter import Adapter
-from nemo_tied_lora.platform import prepare
-from tests.harness.ranks import single_process
 from tests.harness.tiny_gpt import SEQUENCE, VOCAB, build_gpt, full_tensor
 
 RECOMPUTED = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-
-
-@pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest) -> str:
-    """The device, with Megatron's groups on it."""
-    name: str = request.param
-    if name == "cpu":
-        single_process()
-        return name
-    if not prepare().gpu:
-        pytest.skip("needs a CUDA device")
-    torch.cuda.set_device(0)
-    if not torch.distributed.is_initialized():
-        store = torch.distributed.HashStore()
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=0, world_size=1)
-        parallel_state.initialize_model_parallel()
-        tensor_parallel.model_parallel_cuda_manual_seed(1)
-    return name
 
 
 def adapted(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the fork server imports once: torch, Megatron, NeMo if it is installed, and this package.
+"""What the fork server imports once: torch, Megatron, NeMo if it is installed, bitsandbytes, and this package.
 
 The import starts no process group and no thread, so that the process can fork. The one exception is pyarrow's native
 thread, which pyarrow itself restarts after a fork.
@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 import nemo_tied_lora
+from nemo_tied_lora.adapter.quantized.kernels import load_bitsandbytes
 from nemo_tied_lora.platform import prepare
 from tests.harness.forks import REFUSE_NEMO
 
@@ -44,6 +45,7 @@ for _module in pkgutil.walk_packages(nemo_tied_lora.__path__, "nemo_tied_lora.")
         ("nemo_tied_lora.nemo", "nemo_tied_lora.conversion", "nemo_tied_lora.commands")
     ):
         importlib.import_module(_module.name)
+load_bitsandbytes()
 
 if num_threads() != _EXPECTED_THREADS:
     os.write(2, f"{__name__}: an import starts a thread, which a fork would lose ({num_threads()} threads)\n".encode())

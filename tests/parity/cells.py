@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tests.conftest import NEED_NEMO
 from tests.parity.layouts import LAYOUTS
-from tests.parity.runs import FLOAT32_LAYOUTS, TOLERANCES, Run, runs_of
+from tests.parity.runs import EXPERT_LAYOUTS, FLOAT32_LAYOUTS, INT8_LAYOUTS, TOLERANCES, Run, runs_of
 
 __all__ = ["GPU", "NEWER", "OLDER", "Cell", "Table", "tables"]
 
@@ -19,6 +19,7 @@ OLDER, NEWER = (0, 13), (0, 16)
 _FOLDER = "tests/parity"
 _REPRODUCES = f"{_FOLDER}/test_layouts.py::test_the_layout_reproduces_the_single_process_run"
 _BITS = f"{_FOLDER}/test_layouts.py::test_ranks_that_hold_the_same_element_hold_the_same_bits_after_every_step"
+_SAME_AS_PLAIN = f"{_FOLDER}/test_layouts.py::test_a_quantised_base_gives_the_bits_of_the_dequantised_one"
 _REFUSALS = f"{_FOLDER}/test_refusals.py::"
 _MOE, _NEMO = "tests/adapter/test_experts.py::", "tests/nemo/test_nemo_loops.py::"
 GPU = "untested (GPU only)"
@@ -79,6 +80,7 @@ def tables() -> Iterator[Table]:
         rows |= {label: (Cell(GPU),) * len(columns) for label in ON_A_GPU}
         yield Table(title, intro, tuple(columns.values()), rows)
     yield _float32_adapter()
+    yield _quantised_base()
     yield _stages()
     yield _experts()
     yield _nemo()
@@ -165,6 +167,36 @@ def _float32_adapter() -> Table:
     rows = {ROWS[layout]: (_cell(layout, "float32 adapter"),) for layout in FLOAT32_LAYOUTS}
     intro = "The base and the activations are bfloat16; the adapter and its gradients are float32 (`dtype: float32`)."
     return Table("An adapter in float32", intro, ("distributed optimizer",), rows)
+
+
+def _quantised_base() -> Table:
+    columns = {"nf4": "nf4", "int8": "int8", "nf4 experts": "nf4, mixture of experts"}
+    tested = {"nf4": tuple(ROWS), "int8": INT8_LAYOUTS, "nf4 experts": EXPERT_LAYOUTS}
+    rows = {
+        label: tuple(
+            _quantised_cell(layout, feature) if layout in tested[feature] else Cell("") for feature in columns
+        )
+        for layout, label in ROWS.items()
+    }
+    return Table(
+        "A quantised base",
+        "The base's linears are [quantised](quantised_base.md). Each run has the bits of the run on the dequantised base on the "
+        "same layout, in one step: losses, gradients, norms and adapter. The bounds are for the dequantised base in one process. "
+        "The codes that the ranks hold together are those of the whole weights. nf4 runs with full recomputation in "
+        "megatron-core's DDP; on several data-parallel ranks, with the distributed optimizer in float32. "
+        "Empty cells are not tested.",
+        tuple(columns.values()),
+        rows,
+    )
+
+
+def _quantised_cell(layout: str, feature: str) -> Cell:
+    runs = [_with(feature, layout, release) for release in (OLDER, NEWER)]
+    tests = [
+        (*_tests(found, layout), *(f"{_SAME_AS_PLAIN}[{layout}-{name}]" for name in found if name == feature))
+        for found in runs
+    ]
+    return Cell(f"equal bits, {_short(min(TOLERANCES[run.dtype] for run in runs[0].values()))}", *tests)
 
 
 def _stages() -> Table:

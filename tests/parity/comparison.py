@@ -11,14 +11,15 @@ import torch
 from tests.parity.layouts import Layout
 from tests.parity.training import Record
 
-__all__ = ["Verdict", "compare", "unequal_replicas", "worst"]
+__all__ = ["Verdict", "compare", "unequal_replicas", "unequal_to_plain", "worst"]
 
 
 @dataclass
 class Verdict:
     """The comparison of one rank's record with the oracle's.
 
-    problems: one line per difference above the tolerance. errors: the largest of each kind. The others: from the record.
+    problems: one line per difference above the tolerance. errors: the largest of each kind. unequal: see
+    `unequal_to_plain`; None for a base that is not quantised. The others: from the record.
     """
 
     problems: list[str] = field(default_factory=list)
@@ -26,6 +27,7 @@ class Verdict:
     bits: list[dict[tuple[int, str], str]] = field(default_factory=list)
     shapes: dict[tuple[int, str], tuple[int, ...]] = field(default_factory=dict)
     starts_as_base: bool | None = None
+    unequal: list[str] | None = None
 
 
 def compare(record: Record, expected: Record, tolerance: float) -> Verdict:
@@ -48,6 +50,23 @@ def compare(record: Record, expected: Record, tolerance: float) -> Verdict:
             error = _relative(got_[name], want_[name])
             _judge(verdict, kind, f"{where} {name}: relative error {error:.1e}", error, tolerance)
     return verdict
+
+
+def unequal_to_plain(quantised: Record, plain: Record, whole: Record) -> list[str]:
+    """Lists what a run on a quantised base does not share, bit for bit, with the run on the dequantised one.
+
+    Args:
+        plain: of the same layout.
+        whole: of the single process. Its codes must be those that the ranks hold together.
+    """
+    found = [f"codes of {name}" for name, digest in quantised.codes.items() if whole.codes[name] != digest]
+    for kind in ("losses", "norms", "bits"):
+        if getattr(quantised, kind) != getattr(plain, kind):
+            found.append(kind)
+    pairs = [*zip(quantised.gradients, plain.gradients, strict=True), (quantised.state, plain.state)]
+    for got, want in pairs:
+        found += [name for name in got.keys() | want.keys() if not torch.equal(got[name], want[name])]
+    return found
 
 
 def unequal_replicas(ranks: Sequence[Verdict], layout: Layout, whole: Mapping[str, tuple[int, ...]]) -> list[str]:

@@ -10,7 +10,18 @@ from typing import Any
 from nemo_tied_lora.planning.megatron_version import counts_repeated_gradients, megatron_version, splits_query_groups
 from tests.parity.layouts import LAYOUTS, Layout
 
-__all__ = ["FAULTS", "FLOAT32_LAYOUTS", "OVERLAP_AND_FULL", "RUNS", "TOLERANCES", "Run", "oracle_of", "runs_of"]
+__all__ = [
+    "EXPERT_LAYOUTS",
+    "FAULTS",
+    "FLOAT32_LAYOUTS",
+    "INT8_LAYOUTS",
+    "OVERLAP_AND_FULL",
+    "RUNS",
+    "TOLERANCES",
+    "Run",
+    "oracle_of",
+    "runs_of",
+]
 
 TL6 = {"preset": "tl6", "rank": 3, "alpha": 5.0}
 ONE_STAGE = {"preset": "tl6", "rank": 3, "layers": [3], "targets": ["linear_qkv", "linear_fc2"]}
@@ -29,7 +40,10 @@ class Run:
     recompute: None, "selective" or "full".
     stages: options of `build_gpt` that distribute the layers over stages.
     microbatches: number in the global batch. Data-parallel ranks share them.
-    fault: a planted error: "no sum", "summed twice", "stepped twice", or a flag of all parameters, like "shared=False".
+    base: options of `quantize_base`; None: a base that is not quantised.
+    plain: whether the quantised weights are replaced by plain ones with the dequantised values.
+    fault: a planted error: "no sum", "summed twice", "stepped twice", "another code", or a flag of all parameters, like
+        "shared=False".
     features: columns of the support table that the run tests, besides those that follow from the other fields.
     """
 
@@ -41,12 +55,16 @@ class Run:
     stages: dict[str, Any] = field(default_factory=dict)
     steps: int = 2
     microbatches: int = 4
+    base: dict[str, Any] | None = None
+    plain: bool = False
     fault: str | None = None
     features: tuple[str, ...] = ()
 
     @property
     def columns(self) -> tuple[str, ...]:
         """The columns of the support table that the run tests."""
+        if self.base is not None:
+            return self.features
         model = () if {"llama", "kv_channels"} & self.model.keys() else ("gpt2",)
         preset = (self.config["preset"],) if "preset" in self.config and "layers" not in self.config else ()
         return (self.loop, f"{self.recompute or 'no'} recompute", self.dtype, *model, *preset, *self.features)
@@ -134,7 +152,36 @@ FLOAT32_ADAPTER = {
         config={**TL6, "dtype": "float32"}, dtype="bfloat16", loop="distributed", features=("float32 adapter",)
     ),
 }
+INT8_LAYOUTS, EXPERT_LAYOUTS = ("tp2", "pp2"), ("tp2 sp", "pp2")
 FLOAT32_LAYOUTS = ("tp2", "tp2 sp", "pp2", "dp2")
+# Every layout has blocks of 32 in each rank's in-features.
+QUANTISED_MODEL = {"hidden": 128, "heads": 8, "ffn": 128, "llama": True}
+NF4 = {"kind": "nf4", "block_size": 32}
+QUANTISED = {
+    "nf4": Run(config=TL6, model=QUANTISED_MODEL, loop="ddp", recompute="full", steps=1, base=NF4, features=("nf4",)),
+}
+INT8 = {
+    "int8": Run(config=TL6, model=QUANTISED_MODEL, steps=1, base={"kind": "int8"}, features=("int8",)),
+}
+# Layer 1 is dense, so of two stages both have experts and only the first has a dense layer.
+EXPERTS = {
+    "nf4 experts": Run(
+        config={**TL6, "experts": "tied"},
+        model={
+            **QUANTISED_MODEL,
+            "hidden": 64,
+            "num_moe_experts": 4,
+            "moe_layer_freq": [1, 0, 1, 1],
+            "moe_ffn_hidden_size": 64,
+            "moe_shared_expert_intermediate_size": 64,
+            "moe_router_topk": 2,
+            "moe_router_load_balancing_type": "none",
+        },
+        steps=1,
+        base=NF4,
+        features=("nf4 experts",),
+    ),
+}
 TOLERANCES = {
     # Sums are only reordered: about 1e-13. Adam's division may magnify it if a gradient is small.
     "float64": 1e-9,
@@ -161,6 +208,11 @@ def runs_of(name: str, release: tuple[int, ...] | None = None) -> dict[str, Run]
     more = {"pp4": UNEVEN, "pp4 vp2": EMPTY_CHUNKS, "tp2 pp2": MIXED}.get(name, {})
     if name in FLOAT32_LAYOUTS:
         more = {**more, **FLOAT32_ADAPTER}
+    more = {**more, **QUANTISED}
+    if name in INT8_LAYOUTS:
+        more = {**more, **INT8}
+    if name in EXPERT_LAYOUTS:
+        more = {**more, **EXPERTS}
     if counts_repeated_gradients(release):
         more = {**more, "overlap and full": OVERLAP_AND_FULL}
     return {key: _fitted(run, layout, release) for key, run in {**RUNS, **more}.items()}
@@ -168,7 +220,7 @@ def runs_of(name: str, release: tuple[int, ...] | None = None) -> dict[str, Run]
 
 def oracle_of(run: Run) -> Run:
     """The single-process run that must give the same result: plain and in float64, except for bfloat16 parameters."""
-    plain = dataclasses.replace(run, recompute=None, stages={}, fault=None, features=())
+    plain = dataclasses.replace(run, recompute=None, stages={}, fault=None, features=(), plain=run.base is not None)
     if run.dtype == "bfloat16":
         return dataclasses.replace(plain, loop="ddp")
     return dataclasses.replace(plain, loop="plain", dtype="float64")
@@ -187,6 +239,10 @@ def _fitted(run: Run, layout: Layout, release: tuple[int, ...]) -> Run:
             model["groups"] = layout.tp
             features = tuple(feature for feature in features if feature != "one query group")
     microbatches = 4 if layout.vp is not None or layout.dp > 1 else 2
+    if run.base is not None:
+        model.setdefault("num_layers", 4 if "num_moe_experts" in model else max(2, layout.pp))
+        if layout.dp > 1:
+            run = dataclasses.replace(run, dtype="float32", loop="distributed")
     return dataclasses.replace(run, model=model, microbatches=microbatches, features=features)
 
 
@@ -196,7 +252,10 @@ FAULTS: dict[str, dict[str, Run]] = {
         "shared=False": Run(config=TL6, fault="shared=False"),
         "pipeline_parallel=False": Run(config=TL6, loop="ddp", fault="pipeline_parallel=False"),
     },
-    "tp2": {"tensor_model_parallel=False": Run(config=TL6, fault="tensor_model_parallel=False")},
+    "tp2": {
+        "tensor_model_parallel=False": Run(config=TL6, fault="tensor_model_parallel=False"),
+        "another code": dataclasses.replace(INT8["int8"], fault="another code", microbatches=2),
+    },
     "tp2 sp": {"sequence_parallel=False": Run(config=TL6, loop="ddp", fault="sequence_parallel=False")},
 }
 """The planted errors of each layout. The comparison must notice each."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import functools
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from tests.harness.ranks import run_ranks, single_process
-from tests.parity.comparison import Verdict, compare
+from tests.parity.comparison import Verdict, compare, unequal_to_plain
 from tests.parity.layouts import LAYOUTS
 from tests.parity.runs import FAULTS, TOLERANCES, Run, oracle_of, runs_of
 from tests.parity.training import Record, train
@@ -72,6 +73,9 @@ def _on_a_rank(plan: dict[str, dict[str, Run]], path: str) -> dict[tuple[str, st
         if layout.world_size > 1:
             layout.enter()
         for run_name, run in runs.items():
-            record = train(run, sequence_parallel=layout.sequence_parallel)
-            results[name, run_name] = compare(record, expected[repr(oracle_of(run))], TOLERANCES[run.dtype])
+            record, single = train(run, sequence_parallel=layout.sequence_parallel), expected[repr(oracle_of(run))]
+            results[name, run_name] = verdict = compare(record, single, TOLERANCES[run.dtype])
+            if run.base is not None:
+                twin = train(replace(run, plain=True, fault=None), sequence_parallel=layout.sequence_parallel)
+                verdict.unequal = unequal_to_plain(record, twin, single)
     return results

@@ -36,7 +36,8 @@ megatron-core over gloo, on CPUs. It compares each run with the single-process r
 
 TP, PP, DP and CP are the tensor, pipeline, data and context parallel sizes. Each cell is one of these:
 
-- *tested*, with the largest relative error that is allowed (of a whole tensor by its 2-norm);
+- *tested*, with the largest relative error that is allowed (of a whole tensor by its 2-norm); *equal bits* is stricter,
+  and explained with its table;
 - *refused*, by name, before training;
 - *untested*, because it needs a GPU.
 

@@ -15,6 +15,7 @@ from tests.parity.runs import FAULTS, runs_of
 from tests.parity.suite import all_runs, oracle, verdicts
 
 CASES = [(layout, run) for layout in LAYOUTS for run in runs_of(layout)]
+QUANTISED = [(layout, run) for layout, run in CASES if runs_of(layout)[run].base is not None]
 PLANTED = [(layout, fault) for layout, faults in FAULTS.items() for fault in faults]
 
 
@@ -35,6 +36,18 @@ def test_ranks_that_hold_the_same_element_hold_the_same_bits_after_every_step(la
     ranks = verdicts(layout, run)
     whole = {name: tuple(tensor.shape) for name, tensor in oracle(runs_of(layout)[run]).state.items()}
     assert unequal_replicas(ranks, LAYOUTS[layout], whole) == []
+
+
+@pytest.mark.parametrize(("layout", "run"), QUANTISED)
+def test_a_quantised_base_gives_the_bits_of_the_dequantised_one(layout: str, run: str) -> None:
+    """Compares with the run on the dequantised base on the same layout, and the codes with the whole weights' codes."""
+    assert [verdict.unequal for verdict in verdicts(layout, run)] == [[]] * LAYOUTS[layout].world_size
+
+
+def test_another_code_is_another_run_and_other_codes_of_the_whole() -> None:
+    found = [set(verdict.unequal or ()) for verdict in verdicts("tp2", "another code")]
+    codes = "codes of decoder.layers.1.self_attention.linear_proj.weight"
+    assert all({codes, "losses", "norms", "linear_fc1.B", "layers.0.linear_proj.u"} <= rank for rank in found)
 
 
 @pytest.mark.parametrize(("layout", "fault"), PLANTED)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,11 +16,12 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import nn
 
-from nemo_tied_lora import TiedLoraConfig, inject
+from nemo_tied_lora import TiedLoraConfig, inject, quantize_base
 from nemo_tied_lora.adapter.factor_names import FactorName, expected_shapes
 from nemo_tied_lora.adapter.injected_adapter import Adapter
 from nemo_tied_lora.adapter.replica_check import check_ties
 from nemo_tied_lora.adapter.sharding import unshard
+from tests.harness.dequantized import make_plain, quantized_weights
 from tests.harness.tiny_gpt import SEQUENCE, VOCAB, build_gpt, full_tensor
 from tests.parity.context_parallel import GatheredAttention, own_positions
 from tests.parity.loops import make_loop
@@ -41,6 +43,7 @@ class Record:
     bits: a digest of every tensor that this rank holds, by (chunk, name).
     shapes: the shapes of these tensors.
     starts_as_base: whether the untrained adapter leaves the output unchanged; None on stages without an output.
+    codes: the digest of the whole weight's codes, of each quantised linear of this stage.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -50,15 +53,24 @@ class Record:
     bits: list[dict[tuple[int, str], str]] = field(default_factory=list)
     shapes: dict[tuple[int, str], tuple[int, ...]] = field(default_factory=dict)
     starts_as_base: bool | None = None
+    codes: dict[str, str] = field(default_factory=dict)
 
 
 def train(run: Run, *, sequence_parallel: bool = False) -> Record:
     """Trains `run.steps` steps of Adam. All factors start at random values, because a zero would hide errors."""
     chunks = build_chunks(run, sequence_parallel)
     record = Record()
-    before = _outputs(chunks, run)
+    if run.base is not None:
+        quantize_base(chunks, **run.base)
+        if run.fault == "another code":
+            _change_a_code(chunks[0])
+        record.codes = _whole_codes(chunks)
+        if run.plain:
+            for chunk in chunks:
+                make_plain(chunk)
+    before = [] if run.plain else _outputs(chunks, run)
     adapter = inject(chunks, TiedLoraConfig.from_mapping(run.config))
-    after = _outputs(chunks, run)
+    after = [] if run.plain else _outputs(chunks, run)
     if before:
         record.starts_as_base = all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
     randomise(adapter)
@@ -99,6 +111,30 @@ def build_chunks(run: Run, sequence_parallel: bool = False) -> list[nn.Module]:
         options |= {"recompute_method": "uniform", "recompute_num_layers": 1}
     num_chunks = parallel_state.get_virtual_pipeline_model_parallel_world_size()
     return [build_gpt(**options, vp_stage=stage) for stage in ([None] if num_chunks is None else range(num_chunks))]
+
+
+def _change_a_code(chunk: nn.Module) -> None:
+    _, _, weight = next(quantized_weights(chunk))
+    weight.codes.packed.view(-1)[5] += 7
+
+
+def _whole_codes(chunks: list[Any]) -> dict[str, str]:
+    """Gathers the codes of each quantised weight of this stage over the tensor-parallel ranks."""
+    own = {}
+    for chunk in chunks:
+        numbers = {f"layers.{i}.": f"layers.{layer.layer_number}." for i, layer in enumerate(chunk.decoder.layers)}
+        for path, _, weight in quantized_weights(chunk):
+            local = re.search(r"layers\.\d+\.", path)[0]
+            blocks = 2 if "linear_fc1" in path and chunk.config.gated_linear_unit else 1
+            codes = weight.codes.packed.view(weight.shape[0], -1)
+            own[path.replace(local, numbers[local])] = (codes, weight.partition_dim, blocks)
+    digests = {}
+    shards = _gather(own, parallel_state.get_tensor_model_parallel_group())
+    for name, (_, dim, blocks) in own.items():
+        parts = [shard[name][0].chunk(blocks if dim == 0 else 1, dim) for shard in shards]
+        whole = torch.cat([part for block in zip(*parts, strict=True) for part in block], dim)
+        digests[name] = hashlib.sha256(whole.contiguous().numpy().tobytes()).hexdigest()
+    return digests
 
 
 def randomise(adapter: Adapter) -> None:

@@ -31,7 +31,16 @@ import torch
 
 from nemo_tied_lora.errors import ConfigError
 
-__all__ = ["BLOCK_SIZES", "KINDS", "STATISTICS", "Codes", "dequantize", "quantize", "row_absmax"]
+__all__ = [
+    "BLOCK_SIZES",
+    "KINDS",
+    "STATISTICS",
+    "Codes",
+    "dequantize",
+    "load_bitsandbytes",
+    "quantize",
+    "row_absmax",
+]
 
 KINDS = ("nf4", "int8")
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -119,7 +128,7 @@ def quantize(
         weight = weight.float()
     if kind == "int8":
         return _int8(weight, row_absmax(weight) if absmax is None else absmax)
-    functional = _bitsandbytes()
+    functional = load_bitsandbytes()
     rows, columns = weight.shape
     assert columns % block_size == 0, f"{columns} columns are not whole blocks of {block_size}"
     packed = torch.empty(rows * columns // 2, dtype=torch.uint8, device=weight.device)
@@ -144,7 +153,7 @@ def dequantize(codes: Codes) -> torch.Tensor:
     """Returns the weight for which the codes stand: (out, in) in the codes' dtype, in new memory."""
     if codes.kind == "int8":
         return _from_int8(codes)
-    functional = _bitsandbytes()
+    functional = load_bitsandbytes()
     absmax = codes.absmax
     if codes.offset is not None:
         absmax = functional.dequantize_blockwise(absmax, absmax=codes.nested_absmax, blocksize=_NESTED_BLOCK)
@@ -166,8 +175,8 @@ def row_absmax(weight: torch.Tensor) -> torch.Tensor:
     return torch.maximum(-least, most).float()
 
 
-def _bitsandbytes() -> Any:
-    """The module of bitsandbytes' functions.
+def load_bitsandbytes() -> Any:
+    """Imports bitsandbytes, and returns the module of its functions. A second call does nothing more.
 
     Raises:
         ConfigError: it is not installed.
@@ -198,7 +207,7 @@ def _slabs(weight: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
 
 def _doubled(codes: Codes, blocks: torch.Tensor) -> Codes:
     offset = blocks.double().mean().float()  # in float64, so that its bits do not depend on the number of threads
-    absmax, state = _bitsandbytes().quantize_blockwise(blocks - offset, blocksize=_NESTED_BLOCK)
+    absmax, state = load_bitsandbytes().quantize_blockwise(blocks - offset, blocksize=_NESTED_BLOCK)
     return replace(codes, absmax=absmax, nested_absmax=state.absmax, offset=offset)
 
 

@@ -108,7 +108,7 @@ def quantize_base(
         _check_options(**options)
         bodies, linears, problems = _scan(model)
         problems += [] if kind != "nf4" else _partial_blocks(linears, block_size)
-        _try_out(options, device)
+        _try_out(options, device or (linears[0].module.weight.device if linears else None))
         found = _Findings(options=options, problems=problems, num_linears=len(linears))
     except Exception as error:
         failure = error
