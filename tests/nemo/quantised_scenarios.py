@@ -9,6 +9,7 @@ import json
 import re
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -163,6 +164,55 @@ def merged() -> dict[str, bool]:
     }
 
 
+def exported() -> dict[str, bool]:
+    """transformers and peft, under the recipe of the export's card, give the logits of our quantised base and adapter."""
+    import peft
+    import transformers
+
+    from nemo_tied_lora import TiedLoraConfig, inject, save_adapter
+    from nemo_tied_lora.checkpoint.read_nemo_adapter import read_adapter
+    from nemo_tied_lora.conversion.from_hf_base import import_hf_base
+    from nemo_tied_lora.conversion.to_peft_lora import write_hf_peft
+    from nemo_tied_lora.nemo.generation import next_token_logits
+    from nemo_tied_lora.planning.base_config import base_model_config
+    from nemo_tied_lora.planning.composing.compose import compose_config
+    from tests.harness.hugging_face_models import save_model, tokens
+
+    save_model("qwen2", Path("qwen2"), hidden_size=64, intermediate_size=128, num_hidden_layers=2)
+    words = ["from=hf-base", "path=qwen2", "output=qwen2.nemo", "verify=false"]
+    import_hf_base(compose_config("import", words))
+    model = loaded("qwen2.nemo", "{kind: nf4, statistics: float32}")
+    adapter = inject(model._unwrap_model_list(), TiedLoraConfig(rank=3))
+    generator = torch.Generator().manual_seed(5)
+    adapter.load_full_state(
+        {name: torch.randn(t.shape, generator=generator) * 0.3 for name, t in adapter.full_state().items()}
+    )
+    save_adapter(adapter, "qwen2_adapter.nemo")
+    batch = tokens("qwen2")
+    ours = torch.stack(next_token_logits(model, batch.tolist()))
+    folder = write_hf_peft(read_adapter("qwen2_adapter.nemo"), base_model_config("qwen2.nemo"), Path("peft"), None)
+    card = (folder / "README.md").read_text()
+    recipe = re.search(r"recipe = (BitsAndBytesConfig\(.*\))", card)
+    theirs = {}
+    for name in ("plain", "quantised"):
+        options = {"quantization_config": eval(f"transformers.{recipe[1]}")} if name == "quantised" else {}
+        # This check of transformers 4.51 asks for Intel's extension on a CPU; bitsandbytes needs it no longer.
+        with patch("transformers.integrations.validate_bnb_backend_availability"):
+            base = transformers.AutoModelForCausalLM.from_pretrained("qwen2", torch_dtype=torch.float32, **options)
+        for module in base.modules():  # in evaluation, some CPUs would multiply in bfloat16
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+        with torch.no_grad():
+            logits = peft.PeftModel.from_pretrained(base, str(folder)).eval()(batch).logits
+        theirs[name] = float((ours[..., : logits.shape[-1]] - logits).abs().max() / logits.abs().max())
+    return {
+        "the recipe of the card": recipe is not None and "BitsAndBytesConfig(load_in_4bit=True, bnb_4bit" in recipe[0],
+        "the precision in the card": "| precision of that base | nf4/64 float32 |" in card,
+        "same logits": theirs["quantised"] < 1e-4,
+        "other logits without it": theirs["plain"] > 1e-2,
+    }
+
+
 def loaded(base: str, kind: str | None, *adapters: str) -> Any:
     """The base as `generate` loads it."""
     from nemo_tied_lora.nemo.generation import load_base
@@ -202,7 +252,7 @@ def fingerprint(name: str) -> str:
     return str(read_adapter(f"{name}/adapter.nemo").yaml["base"]["fingerprint"]["value"])
 
 
-SCENARIOS = {function.__name__: function for function in (made, straight, resumed, o2, served, merged)}
+SCENARIOS = {function.__name__: function for function in (made, straight, resumed, o2, served, merged, exported)}
 
 
 def main(argv: list[str]) -> None:

@@ -55,3 +55,9 @@ def test_a_merge_measures_what_it_adds_for_an_adapter_of_a_quantised_base(
     results: dict[str, dict[str, object]],
 ) -> None:
     assert failed(results, "merged") == []
+
+
+def test_transformers_and_peft_give_the_same_logits_under_the_recipe_of_the_card(
+    results: dict[str, dict[str, object]],
+) -> None:
+    assert failed(results, "exported") == []
