@@ -49,7 +49,7 @@ STATISTICS = ("bfloat16", "float32")
 """The dtypes in which nf4 can keep the absmax of its blocks."""
 
 _NESTED_BLOCK = 256
-_SLAB = 1 << 22  # elements at a time: on a CPU, each takes up to 20 bytes while it is quantised
+_SLAB = 1 << 20  # elements at a time: on a CPU, each takes up to 20 bytes while it is quantised
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
