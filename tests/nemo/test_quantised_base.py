@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,13 @@ from tests.nemo import quantised_scenarios
 
 
 @pytest.fixture(scope="module")
-def results(workshop: Path) -> dict[str, dict[str, object]]:
-    arguments = [quantised_scenarios.__name__, [str(workshop)]]
-    done = run_forked(fork_module, *arguments, cwd=workshop, env=user_environment(), timeout=TIMEOUT)
+def results(workshop: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, object]]:
+    folder = tmp_path_factory.mktemp("quantised")
+    for path in workshop.iterdir():  # its files alone: other tests have made runs of the same names in the workshop
+        if path.is_file():
+            shutil.copy(path, folder)
+    arguments = [quantised_scenarios.__name__, [str(folder)]]
+    done = run_forked(fork_module, *arguments, cwd=folder, env=user_environment(), timeout=TIMEOUT)
     assert done.returncode == 0, done.stderr[-8000:]
     return json.loads(done.stdout.splitlines()[-1])
 
