@@ -20,10 +20,15 @@ _MARKERS = "osD^vP*Xhd<>"
 
 def draw(path: Path, study: Study, summaries: Sequence[TaskSummary]) -> None:
     """Draws each method's mean over seeds with its interval, each seed as a small dot, and base and reference as lines."""
-    shown = [summary for summary in summaries if any(one.primary is not None for one in summary.scores.values())]
+    # A task whose base alone has been measured would be an empty panel.
+    shown = [
+        summary
+        for summary in summaries
+        if any(one.primary is not None for name, one in summary.scores.items() if name != BASE)
+    ]
     rows = max(1, math.ceil(len(shown) / 2))
     columns = 2 if len(shown) > 1 else 1
-    title = f"{study.base.name}: quality against trained parameters; bars are 95% intervals"
+    title = f"{study.base.name}\nquality against trained parameters; bars are 95% intervals"
     with panels(path, rows, columns=columns, width=1.5 + 5 * columns, height=3.6 * rows + 1, title=title) as axes:
         for one, summary in zip(axes, shown, strict=False):
             _panel(one, study, summary)
