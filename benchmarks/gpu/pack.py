@@ -23,7 +23,18 @@ __all__ = ["main", "needed"]
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOTS = ("megatron-core", "psutil", "bitsandbytes", "filelock", "pytest", "pytest-timeout", "pytest-xdist")
-_PARTS = ("tests", "benchmarks", "configs", "docs", "nemo_tied_lora", "launch", "pyproject.toml", "constraints.txt")
+_PARTS = (
+    "tests",
+    "benchmarks",
+    "configs",
+    "docs",
+    "nemo_tied_lora",
+    "launch",
+    "pyproject.toml",
+    "constraints.txt",
+    "README.md",
+    "LICENSE",
+)
 
 
 def needed(leave_out: frozenset[str]) -> dict[str, str]:
@@ -66,14 +77,16 @@ def main() -> None:
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
     packages = needed(frozenset({"torch", *map(canonicalize_name, options.without)}))
     pinned = [f"{name}=={version}" for name, version in packages.items()]
-    print(f"gathering {len(pinned) + 1} wheels", flush=True)
-    # `pip wheel`, not `pip download`: some packages have no wheel in the index.
-    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", str(wheels), *pinned, str(ROOT)], check=True)
     for part in _PARTS:
         copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copyfile
         copy(ROOT / part, options.output / part)
-    for cache in options.output.rglob("__pycache__"):
-        shutil.rmtree(cache)
+    print(f"gathering {len(pinned) + 1} wheels", flush=True)
+    # `pip wheel`, not `pip download`: some packages have no wheel in the index. This package's is built from the copy,
+    # because building leaves folders behind.
+    own = str(options.output.resolve())
+    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", str(wheels), *pinned, own], check=True)
+    for made in (options.output / "build", *options.output.glob("*.egg-info"), *options.output.rglob("__pycache__")):
+        shutil.rmtree(made, ignore_errors=True)
     size = sum(path.stat().st_size for path in options.output.rglob("*") if path.is_file())
     print(f"{options.output}: {len(list(wheels.iterdir()))} wheels, {size / 1e6:.0f} MB in all")
 

@@ -118,11 +118,14 @@ def test_packed_sequences_are_read_or_refused_in_one_line(report: dict[str, Any]
     assert ["KeyError: 'seq_start_id'" in line for line in without_keys] == [True]
 
 
-def test_a_file_with_marks_and_blank_lines_trains_as_without(folder: Path) -> None:
-    own = "model.data.train_ds.file_names=[{}.jsonl]"
-    runs = [finetune(folder, name, own.format(name), "trainer.max_steps=2") for name in ("train", "blanks")]
-    losses = [[step["loss"] for step in metrics["steps"]] for _, metrics, _ in runs]
-    assert losses[0] == losses[1]
+def test_a_file_with_marks_and_blank_lines_trains_as_without_and_one_in_its_own_order_does_not(folder: Path) -> None:
+    losses = {}
+    for name, file, shuffled in (("whole", "train", True), ("blanks", "blanks", True), ("in order", "train", False)):
+        words = [f"model.data.train_ds.file_names=[{file}.jsonl]", f"model.data.train_ds.shuffle={shuffled}"]
+        _, metrics, _ = finetune(folder, name.replace(" ", "_"), *words, "trainer.max_steps=2")
+        losses[name] = [step["loss"] for step in metrics["steps"]]
+    assert losses["whole"] == losses["blanks"]
+    assert losses["whole"] != losses["in order"]
 
 
 SPY = """

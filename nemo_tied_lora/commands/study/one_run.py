@@ -168,7 +168,7 @@ _PARTS = 10
 
 
 def _write_items(path: Path, settings: Mapping[str, Any], train: Path) -> None:
-    """Writes the training items of a run, unless they are there: a checkpoint's run goes on with the same file."""
+    """Writes the training items of a run, unless they are there: a resumed run reads the same file."""
     if not path.exists():
         steps, batch, seed = (settings[key] for key in ("steps", "batch", "seed"))
         items = training_items(file_lines(train), steps, batch, seed)
