@@ -13,6 +13,7 @@ from typing import Any
 from nemo_tied_lora.errors import Problems, is_whole_number
 
 __all__ = [
+    "ALPHA_RULES",
     "DTYPES",
     "EXPERT_TIES",
     "FACTORS",
@@ -29,6 +30,7 @@ TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 FACTORS = ("v", "B", "u", "A")
 INIT_METHODS = ("normal", "xavier", "kaiming", "zero")
 EXPERT_TIES = ("per_expert", "tied")
+ALPHA_RULES = ("rank", "sqrt")
 FROZEN_FACTORS = ("tensor", "seed")
 DTYPES = (None, "float32")
 
@@ -60,6 +62,7 @@ _FOREIGN_KEYS = {
     "r": "write rank",
     "dim": "write rank",
     "lora_alpha": "write alpha",
+    "use_rslora": "write alpha_rule: sqrt, with alpha",
     "adapter_dropout": "write dropout",
     "lora_dropout": "write dropout",
     "target_modules": "write targets",
@@ -76,7 +79,9 @@ _FOREIGN_KEYS = {
 
 @dataclass(frozen=True, kw_only=True)
 class TiedLoraConfig:
-    """``y = W x + (alpha / rank) * diag(v) B diag(u) A x`` on every selected linear of every selected layer.
+    """``y = W x + scale * diag(v) B diag(u) A x`` on every selected linear of every selected layer.
+
+    ``scale`` is alpha / rank, or alpha / sqrt(rank) by ``alpha_rule``.
 
     A tied A or B exists once per target and serves all layers; an untied one exists once per layer. u and v always belong
     to one layer; if they are not trained, they are 1 and are not stored.
@@ -89,6 +94,9 @@ class TiedLoraConfig:
     """Width of A's output and B's input, in 1 .. min(in, out) of the targets."""
     alpha: float | None = None
     """Scale: the update is multiplied by alpha / rank. None: alpha = rank, as in the paper."""
+    alpha_rule: str = "rank"
+    """rank: the update is multiplied by alpha / rank. sqrt: by alpha / sqrt(rank), as rsLoRA (arXiv 2312.03732); alpha
+    must be given then."""
     dropout: float = 0.0
     """Probability of dropping an element of the linear's input, on the adapter's path only, in [0, 1)."""
     targets: Sequence[str] = TARGETS
@@ -176,8 +184,17 @@ class TiedLoraConfig:
 
     @property
     def scale(self) -> float:
-        """alpha / rank."""
-        return 1.0 if self.alpha is None else self.alpha / self.rank
+        """What the update is multiplied by: alpha / rank, or alpha / sqrt(rank) by ``alpha_rule``. 1 without alpha."""
+        if self.alpha is None:
+            return 1.0
+        return self.alpha / (math.sqrt(self.rank) if self.alpha_rule == "sqrt" else self.rank)
+
+    @property
+    def alpha_by_rank(self) -> float:
+        """The alpha that gives the same scale under alpha_rule rank, which is the rule of plain LoRA."""
+        if self.alpha is None:
+            return self.rank
+        return self.alpha * math.sqrt(self.rank) if self.alpha_rule == "sqrt" else self.alpha
 
     @property
     def stored(self) -> tuple[str, ...]:
@@ -213,6 +230,12 @@ class TiedLoraConfig:
         if self.alpha is not None and (not _is_finite(self.alpha) or self.alpha == 0):
             problems.append(
                 f"alpha={self.alpha!r}: must be a finite number other than 0 (0 would switch the adapter off)"
+            )
+        problems.one_of("alpha_rule", self.alpha_rule, ALPHA_RULES)
+        if self.alpha_rule == "sqrt" and self.alpha is None:
+            problems.append(
+                "alpha_rule=sqrt: needs alpha, because the update is multiplied by alpha / sqrt(rank); set alpha, the same "
+                "for every rank"
             )
         if not _is_finite(self.dropout) or not 0 <= self.dropout < 1:
             problems.append(f"dropout={self.dropout!r}: must be in [0, 1)")

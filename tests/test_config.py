@@ -118,6 +118,16 @@ def test_the_default_is_tl6_with_alpha_equal_to_rank() -> None:
     assert TiedLoraConfig(rank=4, alpha=8).scale == 2.0
 
 
+def test_alpha_rule_sqrt_divides_alpha_by_the_square_root_of_the_rank() -> None:
+    config = TiedLoraConfig(rank=16, alpha=8, alpha_rule="sqrt")
+    assert (config.scale, config.alpha_by_rank) == (2.0, 32.0)
+    for rank in (1, 3, 128):
+        config = TiedLoraConfig(rank=rank, alpha=6, alpha_rule="sqrt")
+        assert config.scale == 6 / math.sqrt(rank)
+        assert math.isclose(TiedLoraConfig(rank=rank, alpha=config.alpha_by_rank).scale, config.scale)
+    assert (TiedLoraConfig(rank=5).alpha_by_rank, TiedLoraConfig(rank=5, alpha=3).alpha_by_rank) == (5, 3)
+
+
 @pytest.mark.parametrize(
     ("name", "trained", "tied"),
     [
@@ -170,6 +180,7 @@ def test_lists_are_sorted_without_repetitions() -> None:
         TiedLoraConfig.preset("lora", rank=5, alpha=2.5, dropout=0.1, layers=[0, 2], seed=7),
         TiedLoraConfig(tied=(), trained=("A",), init_B="xavier", init_std=0.5, targets=("mlp",)),
         TiedLoraConfig(init_v=1, init_B="zero", init_u=0.5, init_A="normal"),
+        TiedLoraConfig(alpha=16, alpha_rule="sqrt"),
     ],
 )
 def test_as_dict_and_from_mapping_are_inverse(config: TiedLoraConfig) -> None:
@@ -203,6 +214,8 @@ def test_the_configuration_cannot_be_changed_and_takes_keywords_only() -> None:
         ({"alpha": math.nan}, "alpha=nan", "finite"),
         ({"alpha": math.inf}, "alpha=inf", "finite"),
         ({"alpha": "8"}, "alpha='8'", "finite"),
+        ({"alpha_rule": "sqrt"}, "alpha_rule=sqrt", "needs alpha"),
+        ({"alpha_rule": "rslora", "alpha": 8}, "alpha_rule='rslora'", "choose one of rank, sqrt"),
         ({"dropout": 1.0}, "dropout=1.0", "[0, 1)"),
         ({"dropout": -0.1}, "dropout=-0.1", "[0, 1)"),
         ({"dropout": math.nan}, "dropout=nan", "[0, 1)"),
@@ -269,6 +282,7 @@ def test_another_factor_may_be_the_one_at_zero() -> None:
         ("r", "write rank"),
         ("dim", "write rank"),
         ("lora_alpha", "write alpha"),
+        ("use_rslora", "write alpha_rule: sqrt"),
         ("adapter_dropout", "write dropout"),
         ("lora_dropout", "write dropout"),
         ("target_modules", "write targets"),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The maths: adds the update to the output of a Megatron linear.
 
-    y = W x + (alpha / r) diag(v) B diag(u) A x
+    y = W x + (alpha / r) diag(v) B diag(u) A x        alpha_rule sqrt: alpha / sqrt(r)
 
 h = A x is r wide, and only r-wide tensors cross the network (T = tensor parallel size, S = sequence, N = batch):
 
@@ -23,7 +23,7 @@ sum, for the base as for the update. An expert gets only its own tokens, in its 
 If the factors are wider than x (float32 on a bfloat16 base), the update is computed in their dtype, and rounded once, when
 it is added to y. h crosses the network in their dtype.
 
-The factors are scaled, not the activations. v and alpha / r are folded into B. u is folded into the replicated factor
+The factors are scaled, not the activations. v and the scale are folded into B. u is folded into the replicated factor
 (A of a column, B of a row) if that factor gets a gradient anyway; otherwise u multiplies the r-wide h.
 """
 
@@ -83,7 +83,7 @@ class LinearAdapter:
         return getattr(holder, name, None)
 
     def folded(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """Returns (A, scale of h or None, B) with u, v and alpha / r folded in; local shapes as in `shapes`."""
+        """Returns (A, scale of h or None, B) with u, v and the scale folded in; local shapes as in `shapes`."""
         A, B, u, v = (self.factor(name) for name in "ABuv")
         assert A is not None
         assert B is not None

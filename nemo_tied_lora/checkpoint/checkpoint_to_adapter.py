@@ -17,6 +17,10 @@ from nemo_tied_lora.config import TiedLoraConfig
 __all__ = ["describe", "differences", "write_adapter_of"]
 
 
+_FIELDS_SINCE = {"alpha_rule": "rank"}
+"""What a checkpoint without these fields means: it is older than they are."""
+
+
 def describe(
     config: TiedLoraConfig, shapes: Mapping[str, LinearShape], facts: Mapping[str, Any], base: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -41,7 +45,7 @@ def differences(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) ->
     """
     now = json.loads(json.dumps(now))  # like the saved one: tuples become lists
     pairs = [
-        *_changed("model.peft.tied_lora", saved["adapter"], now["adapter"]),
+        *_changed("model.peft.tied_lora", {**_FIELDS_SINCE, **saved["adapter"]}, now["adapter"]),
         *_changed("the base's targets", saved["targets"], now["targets"]),
         *_changed("the base", _identity(saved), _identity(now)),
         *_changed("model", *({"base_quantization": _quantized_to(each)} for each in (saved, now))),

@@ -98,11 +98,13 @@ def _as_json(path: Path, file: AdapterFile, layers: Sequence[LayerFacts], pictur
 
 def _as_text(path: Path, file: AdapterFile, layers: Sequence[LayerFacts]) -> str:
     config = file.config
-    alpha = config.rank if config.alpha is None else config.alpha
+    alpha = f"alpha {config.alpha_by_rank if config.alpha is None else config.alpha:g}"
+    if config.alpha_rule == "sqrt":
+        alpha += f" / sqrt(rank), scale {config.scale:.4g}"
     dtype = str(next(iter(file.state.values())).dtype).removeprefix("torch.")
     lines = [
         f"adapter   {path} ({path.stat().st_size:,} bytes, {dtype}, format version {file.yaml['format_version']})",
-        f"config    {_title(file)}, alpha {alpha:g}, dropout {config.dropout:g}, seed {config.seed}",
+        f"config    {_title(file)}, {alpha}, dropout {config.dropout:g}, seed {config.seed}",
         *_base_lines(file.yaml),
         "",
         text_table(_parameter_rows(file), total=True),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes an adapter as stock NeMo's LoRA `.nemo`, in the single-rank form that NeMo's loader and deployment tools read.
 
-The file's alpha is its adapter_dim, so its scale is 1, and `linear_out` holds the adapter's alpha / r: TensorRT-LLM's
+The file's alpha is its adapter_dim, so its scale is 1, and `linear_out` holds the adapter's scale: TensorRT-LLM's
 reader of this format never looks at alpha. It reads the LoRA of linear_qkv alone.
 
 model_config.yaml     the base's keys, and model.peft with peft_scheme: lora

@@ -140,7 +140,10 @@ def _card(file: AdapterFile, config: Mapping[str, Any], base_model: str | None) 
     base = (file.yaml.get("base") or {}).get("name") or "unknown"
     facts = [
         ("rank", tied.rank),
-        ("alpha", tied.rank if tied.alpha is None else tied.alpha),
+        (
+            "alpha",
+            f"{tied.alpha:g}, over the square root of the rank" if tied.alpha_rule == "sqrt" else tied.alpha_by_rank,
+        ),
         ("trained", ", ".join(tied.trained)),
         ("tied", ", ".join(tied.tied) or "nothing"),
         ("targets", ", ".join(config["target_modules"])),
@@ -158,8 +161,9 @@ def _card(file: AdapterFile, config: Mapping[str, Any], base_model: str | None) 
 
 # Tied-LoRA adapter, as plain LoRA
 
-Trained with Tied-LoRA (arXiv 2311.09578): `y = W x + (alpha / r) diag(v) B diag(u) A x`, with A and B shared by all
-layers. This folder holds it layer by layer as plain LoRA, `lora_A = diag(u) A` and `lora_B = diag(v) B`: the same
+Trained with Tied-LoRA (arXiv 2311.09578): `y = W x + scale diag(v) B diag(u) A x`, with A and B shared by all
+layers. This folder holds it layer by layer as plain LoRA, `lora_A = diag(u) A` and `lora_B = diag(v) B`, times
+what of the scale lora_alpha does not hold: the same
 function, in a file that peft, vLLM and other readers of LoRA load.
 
 ```python

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Unties an adapter: in each layer it equals a plain LoRA, exactly.
 
-(alpha / r) diag(v) B diag(u) A x  =  (plain_alpha / r) lora_B lora_A x
-lora_A = diag(u) A  (r, in)           lora_B = (alpha / plain_alpha) diag(v) B  (out, r)
+scale diag(v) B diag(u) A x  =  (plain_alpha / r) lora_B lora_A x     scale = alpha / r, or alpha / sqrt(r) by alpha_rule
+lora_A = diag(u) A  (r, in)     lora_B = (scale r / plain_alpha) diag(v) B  (out, r)
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class PlainLora:
 
 
 def plain_alpha(config: TiedLoraConfig) -> int:
-    """The alpha of the plain LoRA, a whole number because readers expect one: the adapter's own, else the rank."""
-    alpha = config.rank if config.alpha is None else config.alpha
+    """The alpha of the plain LoRA, a whole number because readers expect one: `alpha_by_rank`, else the rank."""
+    alpha = config.alpha_by_rank
     return int(alpha) if float(alpha).is_integer() else config.rank
 
 
@@ -66,7 +66,7 @@ def plain_lora(
         A = A * factors["u"].to(dtype).unsqueeze(1)
     if "v" in factors:
         B = B * factors["v"].to(dtype).unsqueeze(1)
-    folded = config.scale * config.rank / (plain_alpha(config) if alpha is None else alpha)
+    folded = config.alpha_by_rank / (plain_alpha(config) if alpha is None else alpha)
     return PlainLora(layer, linear, A.contiguous(), (B if folded == 1.0 else B * folded).contiguous())
 
 

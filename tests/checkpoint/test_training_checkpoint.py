@@ -16,6 +16,7 @@ import torch
 from nemo_tied_lora import TiedLoraConfig, inject
 from nemo_tied_lora.adapter.factor_names import expected_shapes
 from nemo_tied_lora.checkpoint import rng_state, training_checkpoint
+from nemo_tied_lora.checkpoint.checkpoint_to_adapter import differences
 from nemo_tied_lora.checkpoint.full_optimizer_state import (
     gather_options,
     gather_tensors,
@@ -237,6 +238,15 @@ def test_a_damaged_checkpoint_is_refused_by_name(damage: str, tmp_path: Path) ->
         description.write_text(description.read_text().replace('"format_version": 1', '"format_version": 9'))
     with pytest.raises(CheckpointError, match=r"x(/|:)"):
         training_checkpoint.read_description(path)
+
+
+def test_a_checkpoint_that_is_older_than_a_field_belongs_to_the_same_adapter(tmp_path: Path) -> None:
+    now = {"adapter": TiedLoraConfig(alpha=8).as_dict(), "targets": {}, "facts": {}}
+    saved = {**now, "adapter": {key: value for key, value in now["adapter"].items() if key != "alpha_rule"}}
+    assert differences(tmp_path, saved, now) == []
+    other = {**now, "adapter": TiedLoraConfig(alpha=8, alpha_rule="sqrt").as_dict()}
+    (problem,) = differences(tmp_path, saved, other)
+    assert "model.peft.tied_lora.alpha_rule: 'rank' in the checkpoint, 'sqrt' in this run" in problem
 
 
 def test_a_failed_write_leaves_the_older_checkpoint(tmp_path: Path) -> None:

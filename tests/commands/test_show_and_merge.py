@@ -66,6 +66,15 @@ def test_show_prints_config_parameters_and_norms_and_draws(adapter: Path, capsys
     assert picture.read_bytes().startswith(PNG)
 
 
+def test_show_gives_the_scale_where_alpha_is_divided_by_the_root_of_the_rank(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tiny_adapter(tmp_path / "adapter.nemo", layers=LAYERS, hidden=HIDDEN, alpha=5.0, alpha_rule="sqrt")
+    assert "tied A B, alpha 5 / sqrt(rank), scale 2.887, dropout" in run(
+        capsys, ["show", f"adapter={path}", "output=null"], 0
+    )
+
+
 def test_show_names_the_precision_of_the_base_in_training(
     tmp_path: Path, adapter: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -34,6 +34,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "tl6": (LLAMA, {"preset": "tl6"}),
     "tl6, alpha 5": (LLAMA, {"preset": "tl6", "alpha": 5.0}),
     "tl6, alpha that is not whole": (LLAMA, {"preset": "tl6", "alpha": 2.5}),
+    "tl6, alpha / sqrt(rank)": (LLAMA, {"preset": "tl6", "alpha": 5.0, "alpha_rule": "sqrt"}),
     "lora": (LLAMA, {"preset": "lora"}),
     "tl5, some layers and targets": (LLAMA, {"preset": "tl5", "layers": [1, 3], "targets": ["linear_qkv", "mlp_fc2"]}),
     "vera": (LLAMA, {"preset": "vera"}),
@@ -124,6 +125,23 @@ def test_peft_loads_the_folder_onto_the_hugging_face_model_with_the_same_logits(
     ]
 
 
+@pytest.mark.parametrize(("rank", "alpha"), [(4, 12), (3, 3)])
+def test_alpha_over_the_root_of_the_rank_becomes_pefts_plain_rule(tmp_path: Path, rank: int, alpha: int) -> None:
+    """6 sqrt(4) = 12 is whole, so B keeps its bits; 6 sqrt(3) is not, so B holds 6 / sqrt(3)."""
+    file = random_adapter(LLAMA, preset="lora", rank=rank, alpha=6, alpha_rule="sqrt", targets=["linear_proj"])
+    folder = write_hf_peft(file, LLAMA, tmp_path / "peft", None)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (rank, alpha, False)
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as tensors:
+        B = tensors.get_tensor("base_model.model.model.layers.2.self_attn.o_proj.lora_B.weight")
+    own = file.state["layers.2.linear_proj.B"]
+    assert torch.equal(B, own) if rank == 4 else torch.allclose(B, own * 6 / 3**0.5)
+    assert "| alpha | 6, over the square root of the rank |" in (folder / "README.md").read_text()
+    nemo = write_nemo_lora(file, LLAMA, tmp_path / "lora.nemo")
+    assert check_nemo_lora(nemo, file).relative < 1e-6
+    assert check_hf_peft(folder, file, LLAMA).relative < 1e-6
+
+
 @pytest.mark.parametrize("case", ["tl6", "tl5, some layers and targets", "gpt2, one c_proj of two"])
 def test_peft_finds_a_linear_for_every_tensor_and_a_tensor_for_every_linear(tmp_path: Path, case: str) -> None:
     base, fields = CASES[case]
@@ -200,13 +218,14 @@ def test_safetensors_own_reader_opens_the_full_state(tmp_path: Path) -> None:
     assert check_full_state(path, file).relative == 0.0
 
 
-@pytest.mark.parametrize("fault", ["v", "u", "alpha", "rows"])
+@pytest.mark.parametrize("fault", ["v", "u", "alpha", "rule", "rows"])
 def test_the_check_of_the_written_file_finds_a_wrong_export(
     tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = random_adapter(LLAMA, preset="tl6")
     wrong = {name: torch.ones_like(t) if name.endswith(f".{fault}") else t for name, t in file.state.items()}
-    config = random_adapter(LLAMA, preset="tl6", alpha=4.0).config if fault == "alpha" else file.config
+    fields = {"alpha": {"alpha": 4.0}, "rule": {"alpha": 3.0, "alpha_rule": "sqrt"}}.get(fault, {})
+    config = random_adapter(LLAMA, preset="tl6", **fields).config
     if fault == "rows":
         monkeypatch.setattr("nemo_tied_lora.conversion.to_peft_lora.split_rows", _in_the_order_of_the_file)
     folder = write_hf_peft(AdapterFile(config, file.shapes, wrong, file.yaml), LLAMA, tmp_path / "peft", None)

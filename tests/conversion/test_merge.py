@@ -22,9 +22,9 @@ from nemo_tied_lora.adapter.sharding import shard
 from nemo_tied_lora.checkpoint.read_nemo_adapter import AdapterFile, read_adapter
 from nemo_tied_lora.checkpoint.write_nemo_adapter import write_adapter
 from nemo_tied_lora.conversion.merging.merge import merge_into
-from nemo_tied_lora.conversion.untie_to_lora import expand
 from nemo_tied_lora.errors import ConfigError
 from tests.harness.adapter_files import shapes_of, tiny_adapter
+from tests.harness.random_adapters import delta
 
 LAYERS, HIDDEN = 4, 24
 MODEL = {
@@ -59,12 +59,12 @@ def whole_weights(dtype: torch.dtype = torch.float32) -> dict[tuple[int, str], t
 
 
 def merged_weights(weights: dict, files: list[tuple[AdapterFile, float]]) -> dict[tuple[int, str], torch.Tensor]:
-    """The merged weights, by the formula of plain LoRA."""
+    """The merged weights, by the literal formula."""
     merged = {key: weight.double() for key, weight in weights.items()}
     for file, share in files:
-        for lora in expand(file.config, file.shapes, file.state):
-            scale = 5.0 / file.config.rank if file.config.alpha else 1.0
-            merged[lora.layer, lora.target] += share * scale * (lora.lora_B.double() @ lora.lora_A.double())
+        for target, shape in file.shapes.items():
+            for layer in shape.layers:
+                merged[layer, target] += share * delta(file, layer, target)
     return merged
 
 
@@ -211,7 +211,8 @@ def test_zarr_is_merged(tmp_path: Path, adapter: AdapterFile) -> None:
 
 
 def test_several_adapters_are_added_with_their_weights(tmp_path: Path, adapter: AdapterFile) -> None:
-    other = read_adapter(tiny_adapter(tmp_path / "b.nemo", preset="lora", rank=2, layers=LAYERS, hidden=HIDDEN))
+    fields = {"preset": "lora", "rank": 2, "alpha": 3.0, "alpha_rule": "sqrt"}
+    other = read_adapter(tiny_adapter(tmp_path / "b.nemo", layers=LAYERS, hidden=HIDDEN, **fields))
     base = legacy_base(tmp_path / "base.nemo", tmp_path / "base", 1, 1)
     merge(base, tmp_path / "merged.nemo", (adapter, 0.7), (other, -0.3))
     state = torch.load(content(tmp_path / "merged.nemo", tmp_path / "out") / "model_weights.ckpt", weights_only=True)

@@ -51,8 +51,13 @@ def random_adapter(base: dict[str, Any], **fields: Any) -> AdapterFile:
 
 
 def delta(file: AdapterFile, layer: int, target: str) -> torch.Tensor:
-    """(alpha / r) diag(v) B diag(u) A of one layer (out, in), float64, in Megatron's row order."""
+    """scale diag(v) B diag(u) A of one layer (out, in), float64, in Megatron's row order.
+
+    The scale is peft's: alpha / r, or alpha / sqrt(r) by its `use_rslora`; 1 without alpha.
+    """
     factors = {f: t.double() for f, t in factors_of_layer(file.config, file.state, layer, target).items()}
     u = factors.get("u", torch.ones(file.config.rank, dtype=torch.float64))
     v = factors.get("v", torch.ones(len(factors["B"]), dtype=torch.float64))
-    return file.config.scale * torch.diag(v) @ factors["B"] @ torch.diag(u) @ factors["A"]
+    alpha, rank = file.config.alpha, file.config.rank
+    scale = 1.0 if alpha is None else alpha / (rank**0.5 if file.config.alpha_rule == "sqrt" else rank)
+    return scale * torch.diag(v) @ factors["B"] @ torch.diag(u) @ factors["A"]

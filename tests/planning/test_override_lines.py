@@ -374,6 +374,13 @@ def test_a_yaml_that_includes_itself_is_named(tmp_path: Path) -> None:
         compose_config("finetune", ["task=mine"], YamlSources(config_dir=tmp_path))
 
 
+def test_nemos_alpha_is_kept_where_it_is_not_divided_by_the_rank() -> None:
+    own = ["model.peft.lora_tuning.adapter_dim=8", "model.peft.lora_tuning.alpha=8"]
+    rule = ["model.peft.tied_lora.alpha_rule=sqrt"]
+    follows, kept = (compose_config("finetune", [*own, *more]).model.peft.tied_lora for more in ([], rule))
+    assert (follows.rank, follows.alpha, kept.rank, kept.alpha) == (8, None, 8, 8)
+
+
 def test_the_same_lines_work_for_pretrain_and_the_adapters_for_plan() -> None:
     cfg, notes = compose_with_notes("pretrain", ["+trainer.limit_val_batches=2", "model.fsdp_sharding_strategy=full"])
     assert (cfg.trainer.limit_val_batches, len(notes)) == (2, 1)

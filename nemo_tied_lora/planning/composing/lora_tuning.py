@@ -57,9 +57,11 @@ def translate_lora_tuning(section: Mapping[str, Any], own: Mapping[str, Any]) ->
     if section.get("variant") not in (None, "nemo"):
         problems.append(f"{SECTION}.variant={section['variant']!r}: only nemo is possible: one A for q, k and v")
     rank, alpha = section.get("adapter_dim"), section.get("alpha")
+    # null follows the rank, as NeMo's interpolation does
+    follows = alpha == rank and own.get("alpha_rule") != "sqrt"
     found = {
         "rank": rank,
-        "alpha": None if alpha == rank else alpha,  # null follows the rank, as NeMo's interpolation does
+        "alpha": None if follows else alpha,
         "dropout": section.get("adapter_dropout") or None,
         "targets": _targets(section.get("target_modules"), problems),
         "layers": _layers(section.get("layer_selection"), problems),
