@@ -299,7 +299,8 @@ def _fork_ranks(module: str, arguments: Sequence[str], num_ranks: int) -> int:
     failed, deadline = 0, math.inf
     while ranks:
         ended = [(pid, status) for pid, status in (os.waitpid(rank, os.WNOHANG) for rank in ranks) if pid != 0]
-        ranks = [rank for rank in ranks if rank not in dict(ended)]  # two can end in one turn: none of them gets a signal
+        # Two can end in one turn: none of them gets a signal.
+        ranks = [rank for rank in ranks if rank not in dict(ended)]
         for _, status in ended:
             if os.waitstatus_to_exitcode(status) != 0 and not failed:
                 failed = exit_code(os.waitstatus_to_exitcode(status))
