@@ -41,7 +41,7 @@ UNFINISHED := $(VENV)/.unfinished
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-mcore016 test test-fast test-mcore016 test-parity parallelism-page test-slurm lint typecheck format quickstart compare study study-page benchmark benchmark-communication benchmark-guards benchmark-generation clean clean-venv
+.PHONY: help setup setup-mcore016 test test-fast test-mcore016 test-parity parallelism-page test-slurm lint typecheck format quickstart compare study study-quantised study-page benchmark benchmark-communication benchmark-guards benchmark-generation clean clean-venv
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-24s %s\n", $$1, $$2}' Makefile
@@ -142,8 +142,13 @@ study: $(STAMP) ## the paper's claim on SmolLM2-135M; some 15 hours on 2 cores; 
 	test -e runs/smollm2/base.nemo || $(BIN)/tied-lora quickstart
 	$(BIN)/tied-lora compare study=paper_claim $(if $(MINUTES),minutes=$(MINUTES))
 
-study-page: $(STAMP) ## docs/study.md, its numbers and its picture, from the committed results of the study
+study-quantised: $(STAMP) ## what a 4-bit base costs in quality; shares its runs on the plain base with make study (MINUTES=90)
+	test -e runs/smollm2/base.nemo || $(BIN)/tied-lora quickstart
+	$(BIN)/tied-lora compare study=quantised_base $(if $(MINUTES),minutes=$(MINUTES))
+
+study-page: $(STAMP) ## docs/study.md and docs/quantised_quality.md, their numbers and pictures, from the committed results
 	$(BIN)/tied-lora compare study=paper_claim page=docs/study.md
+	$(BIN)/tied-lora compare study=quantised_base page=docs/quantised_quality.md
 
 benchmark: $(STAMP) ## what an adapter adds to a training step, beside NeMo's own (OVERHEAD=file.json)
 	@mkdir -p $(dir $(OVERHEAD))

@@ -16,10 +16,11 @@ from types import FrameType
 from typing import Any
 
 from nemo_tied_lora.commands.local_command import check_paths, run_composed
-from nemo_tied_lora.commands.study.plan import Study
+from nemo_tied_lora.commands.study.plan import Study, left_out_pairs
 from nemo_tied_lora.errors import ConfigError, Problems, report
 from nemo_tied_lora.files import folder_problem
 from nemo_tied_lora.planning.base_config import usable_base
+from nemo_tied_lora.planning.settings.base_quantization import quantization_problems
 
 __all__ = ["SUMMARY", "main"]
 
@@ -60,6 +61,8 @@ def _compare(cfg: dict[str, Any]) -> int:
     problems = Problems()
     _check_keys(problems, cfg)
     study = problems.build(Study.from_config, cfg)
+    for line in left_out_pairs(study):
+        print(f"note: {line}", file=sys.stderr)
     if cfg["page"] is not None:
         return _write_page(study, Path(cfg["page"]), f"tied-lora compare study={study.name} page={cfg['page']}")
     if cfg["list"]:
@@ -114,6 +117,7 @@ def _run(study: Study, cfg: Mapping[str, Any]) -> int:
     problems = Problems()
     problems.attempt(read_results, Path(study.results))
     problems.attempt(check_tasks, study)
+    _check_quantization(problems, study)
     for key, place in (("folder", study.folder), ("results", study.results)):
         problem = folder_problem(Path(place))
         problems += [f"{key}={place}: {problem}"] if problem else []
@@ -159,6 +163,13 @@ def _check_base(problems: Problems, study: Study, at_once: int) -> None:
                 f"{what}={place}: {at_once} runs at a time need {needed / 2**30:.1f} GiB there, {free / 2**30:.1f} GiB are "
                 f"free; free some, lower at_once, or set {what} to another disk"
             )
+
+
+def _check_quantization(problems: Problems, study: Study) -> None:
+    """What every run of a method would be refused for, such as a missing bitsandbytes."""
+    for method in study.methods:
+        lines = quantization_problems(method.base_quantization, None, None, None)
+        problems += [line.replace("model.", f"methods.{method.name}.", 1) for line in lines]
 
 
 def _existing(path: Path) -> Path:

@@ -60,20 +60,24 @@ def test_the_quickstart_trains_on_two_ranks_and_reports_what_it_measured(folder:
 
 
 def test_compare_trains_each_method_and_keeps_the_runs_that_have_finished(folder: Path) -> None:
+    """One method is trained on the base as it is, the other on codes of 4 bits; the base is measured both ways."""
     words = ["~methods.tl5", "~methods.vera", "methods.lora.seeds=1", "methods.tl6.seeds=1", "at_once=1"]
-    words += ["tasks.german_numbers.steps=2", "training.warmup_steps=1"]
+    words += ["tasks.german_numbers.steps=2", "training.warmup_steps=1", "claim.pairs={base_nf4: base}"]
+    words += ["+methods.tl6.base_quantization=nf4"]
     printed = tied_lora("compare", *words, folder=folder).stdout
     place = folder / "runs" / "compare"
     assert "german_numbers-tl6-s1: done in " in printed
-    assert "tiny: 3 of 3 runs are done" in printed
+    assert "tiny: 4 of 4 runs are done" in printed
     methods = json.loads((place / "page.json").read_text())["tasks"]["german_numbers"]["methods"]
-    assert {name: found["trained"] for name, found in methods.items()} == {"base": 0, "lora": 131_072, "tl6": 25_856}
-    assert methods["tl6"]["loss"]["value"] != methods["base"]["loss"]["value"]
+    trained = {"base": 0, "base_nf4": 0, "lora": 131_072, "tl6": 25_856}
+    assert {name: found["trained"] for name, found in methods.items()} == trained
+    assert len({found["loss"]["value"] for found in methods.values()}) == 4
     table = (place / "page.md").read_text()
     assert "| numbers in words | exact match | 0.0 |" in table
+    assert "| base, nf4 minus base |" in table
     assert (place / "page.png").read_bytes().startswith(b"\x89PNG")
     results = {path: path.stat().st_mtime_ns for path in (place / "results").glob("*.json")}
-    assert len(results) == 3
+    assert len(results) == 4
     again = tied_lora("compare", *words, folder=folder).stdout
     assert ": done in" not in again
     assert {path: path.stat().st_mtime_ns for path in (place / "results").glob("*.json")} == results

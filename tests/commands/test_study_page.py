@@ -168,18 +168,44 @@ def test_the_command_writes_the_page_without_base_or_data(
     assert "tiny: 0 of 13 runs are done" in capsys.readouterr().out
 
 
-def test_the_committed_page_is_that_of_the_committed_results(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_quantised_base_is_compared_with_the_plain_one_by_pairs(tmp_path: Path) -> None:
+    values = study_values(tmp_path)
+    methods = {name: values["methods"][name] for name in ("lora", "tl6")}
+    for name in ("lora", "tl6"):
+        fixed = {key: value for key, value in methods[name].items() if key != "rates"}
+        methods[f"{name}_nf4"] = {**fixed, "rates_of": name, "base_quantization": "nf4"}
+    values |= {"methods": methods}
+    values["claim"] |= {"candidate": "lora_nf4", "rival": None, "also": {"tl6_nf4": "tl6"}}
+    values["claim"] |= {"pairs": {"base_nf4": "base"}}
+    study = Study.from_config(values)
+    text = text_of(study, write_all(study))
+    verdicts = text[text.index("## The verdict") : text.index("![")]
+    for name in ("LoRA", "TL6"):
+        assert re.search(rf"\| {name} r=8 \([\d,]+\) \| {name} r=8, nf4 \([\d,]+\) \| difference, 95%", verdicts)
+    assert len(re.findall(r"^\| base, nf4 \| 0 \| +\| +\| +\| 1\d\.\d \[", text, re.M)) == 2
+    assert len(re.findall(r"^\| base, nf4 minus base \| -\d\.\d \[.*\*\*worse by", text, re.M)) == 2
+    assert "rank, targets or the precision of the base from a method of the sweep use its rates" in text.replace(
+        "\n", " "
+    )
+
+
+PAGES = {"paper_claim": "study", "quantised_base": "quantised_quality"}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_committed_page_is_that_of_the_committed_results(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run `make study-page` if this fails."""
     from nemo_tied_lora.planning.composing.compose import compose_config, plain
 
     monkeypatch.chdir(ROOT)
-    study = Study.from_config(plain(compose_config("compare", ["study=paper_claim"])))
+    study = Study.from_config(plain(compose_config("compare", [f"study={name}"])))
     results = read_results(Path(study.results))
     summaries = summarise(study, results)
-    command = "tied-lora compare study=paper_claim page=docs/study.md"
-    assert (ROOT / "docs" / "study.md").read_text() == page_text(
-        study, summaries, results, "study.png", "study.json", command
+    page = PAGES[name]
+    command = f"tied-lora compare study={name} page=docs/{page}.md"
+    assert (ROOT / "docs" / f"{page}.md").read_text() == page_text(
+        study, summaries, results, f"{page}.png", f"{page}.json", command
     )
-    assert json.loads((ROOT / "docs" / "study.json").read_text()) == json.loads(
+    assert json.loads((ROOT / "docs" / f"{page}.json").read_text()) == json.loads(
         json.dumps(page_values(study, summaries, results))
     )

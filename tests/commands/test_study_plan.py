@@ -10,16 +10,17 @@ from typing import Any
 import pytest
 
 from nemo_tied_lora.commands import compare
-from nemo_tied_lora.commands.study.cells import FINAL, SWEEP, method_cell
+from nemo_tied_lora.commands.study.cells import FINAL, SWEEP, base_cell, method_cell
 from nemo_tied_lora.commands.study.listing import listing
-from nemo_tied_lora.commands.study.plan import BASE, Study
+from nemo_tied_lora.commands.study.plan import BASE, Study, left_out_pairs
 from nemo_tied_lora.commands.study.rates import choose_rate, headroom, tasks_of
-from nemo_tied_lora.commands.study.results import Results
+from nemo_tied_lora.commands.study.results import Results, read_results
 from nemo_tied_lora.commands.study.schedule import schedule
 from nemo_tied_lora.commands.study.task_files import check_tasks
 from nemo_tied_lora.commands.study.time_left import seconds_left
 from nemo_tied_lora.errors import ConfigError
 from nemo_tied_lora.planning.composing.compose import compose_config, plain
+from tests.harness.paths import ROOT
 from tests.harness.study_results import BEST_RATES, study_values, write_all, write_some
 
 Values = dict[str, Any]
@@ -172,6 +173,67 @@ def test_a_key_depends_on_every_setting_and_not_on_the_method_s_name(values: Val
         assert method_cell(own, own.method("lora"), own.tasks[0], FINAL, 0.01, 1).key != plain_key
 
 
+def test_a_quantised_base_is_a_setting_of_its_own_and_other_keys_stay(values: Values, study: Study) -> None:
+    def quantised(value: object) -> Study:
+        return Study.from_config(study_values(Path("x")) | {"methods": with_nf4(values, value)})
+
+    def keys(own: Study, *names: str) -> list[str]:
+        task = own.tasks[0]
+        bases = [base_cell(own, task, FINAL, name).key for name in own.bases]
+        return bases + [method_cell(own, own.method(name), task, FINAL, 0.01, 1).key for name in names]
+
+    plain = keys(study, "lora")
+    base, base_nf4, lora, nf4 = keys(quantised("nf4"), "lora", "lora_nf4")
+    assert ([base, lora], len({base, base_nf4, lora, nf4})) == (plain, 4)
+    assert keys(quantised({"kind": "nf4", "block_size": 64}), "lora_nf4")[1:] == [base_nf4, nf4]
+    double = quantised({"kind": "nf4", "double": True})
+    assert not {base_nf4, nf4} & set(keys(double, "lora_nf4"))
+    assert double.title_of("base_nf4_64_double") == "base, nf4/64 double"
+    with pytest.raises(ConfigError) as refused:
+        quantised("nf5")
+    assert refused.value.problems == (
+        "methods.lora_nf4.base_quantization='nf5': unknown; choose one of null, nf4, int8, or a mapping as {kind: nf4, "
+        "double: true}",
+    )
+
+
+def with_nf4(values: Values, setting: object) -> Values:
+    """The methods, and LoRA on a quantised base."""
+    lora = {name: value for name, value in values["methods"]["lora"].items() if name != "rates"}
+    return {**values["methods"], "lora_nf4": {**lora, "rates_of": "lora", "base_quantization": setting}}
+
+
+def test_the_study_of_the_quantised_base_shares_its_other_runs_with_that_of_the_paper() -> None:
+    quantised, paper = shipped("quantised_base"), shipped("paper_claim")
+    assert (quantised.folder, quantised.results) == (paper.folder, paper.results)
+    results = read_results(ROOT / paper.results)
+    known = {cell.key for cell in schedule(paper, results.losses()).cells}
+    cells = schedule(quantised, results.losses()).cells
+    assert {cell.key for cell in cells if cell.quantization is None} <= known
+    assert not {cell.key for cell in cells if cell.quantization is not None} & known
+    assert set(results.by_key) <= known | {cell.key for cell in cells}  # no committed run was lost
+    assert sum(cell in results for cell in cells) >= 13  # negative control: some of both studies are there
+    claim = quantised.claim
+    assert {claim.candidate: claim.reference, **claim.also} == {"lora_nf4": "lora", "tl6_nf4": "tl6"}
+    assert {(m.name, m.base_quantization, m.seeds) for m in quantised.methods if m.rates_of} == {
+        ("lora_nf4", "nf4", 3),
+        ("tl6_nf4", "nf4", 3),
+    }
+
+
+def test_a_comparison_with_a_method_that_the_study_has_not_is_named(
+    values: Values, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values["claim"] |= {"pairs": {"tl6_r2": "lora_r3", "tl5": "lora", "base_nf4": "base"}, "also": {"lora_r1": "lora"}}
+    assert left_out_pairs(Study.from_config(values | {"methods": with_nf4(values, "nf4")})) == [
+        "claim.pairs.tl6_r2=lora_r3: no method of this study has this name; did you mean lora_r1?; this comparison is "
+        "left out",
+        "claim.pairs.tl5=lora: no method of this study has the name tl5; did you mean tl6?; this comparison is left out",
+    ]
+    assert compare.main(["list=true", "~methods.vera"]) == 0
+    assert "note: claim.pairs.vera=lora: no method of this study has the name vera" in capsys.readouterr().err
+
+
 def losses_with_best(study: Study, best: float) -> dict[str, float]:
     """Losses of many rates of tl6 on the first task; `best` has the lowest."""
     task, method = study.tasks[0], study.method("tl6")
@@ -249,8 +311,6 @@ def test_the_time_left_is_that_of_like_runs(study: Study) -> None:
 def test_the_list_shows_what_is_missing_and_what_failed(study: Study, tmp_path: Path) -> None:
     cells = schedule(study, {}).cells
     write_some(study, list(cells[:3]))
-    from nemo_tied_lora.commands.study.results import read_results
-
     place = tmp_path / "work" / cells[3].label
     place.mkdir(parents=True)
     (place / "failed.json").write_text("{}")

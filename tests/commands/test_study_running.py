@@ -26,6 +26,8 @@ from nemo_tied_lora.commands.study.results import Results, read_results
 from nemo_tied_lora.commands.study.running import Outcome, run_study
 from nemo_tied_lora.commands.study.schedule import schedule
 from nemo_tied_lora.commands.study.task_files import prepare_tasks
+from nemo_tied_lora.planning.composing.compose import compose_config, plain
+from nemo_tied_lora.planning.settings.base_quantization import BaseQuantization
 from nemo_tied_lora.tasks.training_order import line_length, training_items
 from tests.harness.paths import ROOT
 from tests.harness.study_results import study_values
@@ -116,6 +118,21 @@ def test_a_training_gets_the_settings_of_its_key(study: Study) -> None:
     lengths = {len(item["input"] + item["output"]) for item in items}
     assert 1 < len(lengths) < 8  # negative control: some items of the file are longer
     assert max(lengths) <= 17
+
+
+def test_a_method_on_a_quantised_base_is_trained_and_evaluated_on_it(study: Study, tmp_path: Path) -> None:
+    values = small_values(tmp_path, resamples=100)
+    method = {"preset": "lora", "rank": 8, "seeds": 1, "rates": [0.01]}
+    values["methods"] = {"lora": method, "tl6": {**method, "preset": "tl6"}}
+    values["methods"]["lora_nf4"] = {**method, "base_quantization": {"kind": "nf4", "double": True}}
+    assert len(run(Study.from_config(values)).done) == 5
+    word = "model.base_quantization={kind: nf4, double: true}"
+    quantised = sorted((call[0], "adapter=null" in call) for call in calls() if word in call)
+    assert quantised == [("evaluate", False), ("evaluate", True), ("finetune", False)]
+    assert not any("base_quantization" in part for call in calls() if word not in call for part in call)
+    for command in ("finetune", "evaluate"):
+        config = compose_config(command, [word])
+        assert BaseQuantization.from_setting(plain(config)["model"]["base_quantization"]).precision == "nf4/64 double"
 
 
 def test_the_items_of_a_run_follow_its_seed_in_batches_of_similar_length() -> None:

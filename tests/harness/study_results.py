@@ -20,8 +20,9 @@ __all__ = ["BEST_RATES", "QUALITY", "study_values", "values_of", "write_all", "w
 BEST_RATES = {"lora": 0.005, "tl6": 0.02, "lora_r1": 0.01}
 """The rate with the lowest loss that `loss_of` makes."""
 QUALITY = {BASE: 20.0, "lora": 70.0, "tl6": 69.5, "lora_r1": 60.0, "tl6_r2": 65.0}
+QUALITY |= {"base_nf4": 15.0, "lora_nf4": 69.6, "tl6_nf4": 67.0}
 """Points on every task."""
-TRAINED = {BASE: 0, "lora": 1000, "tl6": 110, "lora_r1": 125, "tl6_r2": 60}
+TRAINED = {"lora": 1000, "tl6": 110, "lora_r1": 125, "tl6_r2": 60, "lora_nf4": 1000, "tl6_nf4": 110}
 ITEMS = 300
 
 
@@ -90,13 +91,13 @@ def values_of(study: Study, cell: Cell, *, quality: float | None = None, data: s
     columns = {LOSS: [(_loss(cell, place) * tokens).tolist(), tokens.tolist()]}
     columns |= {name: [right.tolist(), np.ones(ITEMS).tolist()] for name in cell.settings["metrics"] if name != LOSS}
     scores = {name: float(METRICS[name].value(np.sum(np.array(columns[name]), 1))) for name in columns}
-    splits = [cell.settings["split"], *(["train"] if cell.method != BASE else [])]
+    splits = [cell.settings["split"], *([] if cell.is_base else ["train"])]
     return {
         "data": {split: f"{data}{split}{place}" for split in splits},
-        "base": None if cell.method == BASE else "f1",
+        "base": None if cell.is_base else "f1",
         "versions": {"torch": "2"},
         "diverged": False,
-        "trained_parameters": TRAINED[cell.method],
+        "trained_parameters": TRAINED.get(cell.method, 0),
         "training_loss": [2.0, 1.0],
         "seconds": {"train": 100.0, "evaluate": 20.0},
         "scores": scores,
@@ -107,7 +108,7 @@ def values_of(study: Study, cell: Cell, *, quality: float | None = None, data: s
 
 def _loss(cell: Cell, place: int) -> float:
     """Lowest at the method's best rate. The second task has more headroom."""
-    if cell.method == BASE:
+    if cell.is_base:
         return 3.0 + place
     best = BEST_RATES.get(cell.method, 0.02)
     return 2.0 + abs(np.log10((cell.rate or best) / best))

@@ -25,7 +25,7 @@ class Cell:
     """One run: the base or a method, on one task, with one seed and one learning rate."""
 
     phase: str  # SWEEP: validation data, the answers' loss alone. FINAL: test data, all metrics
-    method: str  # BASE, or the name of a method
+    method: str  # one of the study's bases, or the name of a method
     task: str
     seed: int | None
     rate: float | None
@@ -38,10 +38,20 @@ class Cell:
         return settings_key(self.settings)
 
     @property
+    def is_base(self) -> bool:
+        """Whether nothing is trained."""
+        return self.settings["preset"] is None
+
+    @property
+    def quantization(self) -> str | None:
+        """`model.base_quantization` of training and evaluation."""
+        return self.settings.get("base_quantization")
+
+    @property
     def label(self) -> str:
         """What a reader looks for: "nli-tl6-s1", "nli-tl6-lr0.02-s1" in the sweep, "nli-base", "nli-base-validation"."""
-        if self.method == BASE:
-            return "-".join([self.task, BASE, *(["validation"] if self.phase == SWEEP else [])])
+        if self.is_base:
+            return "-".join([self.task, self.method, *(["validation"] if self.phase == SWEEP else [])])
         rate = [f"lr{self.rate:g}"] if self.phase == SWEEP else []
         return "-".join([self.task, self.method, *rate, f"s{self.seed}"])
 
@@ -52,10 +62,10 @@ def settings_key(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def base_cell(study: Study, task: StudyTask, phase: str) -> Cell:
-    """The base without an adapter."""
-    settings = {**_measured(study, task, phase), "preset": None}
-    return Cell(phase=phase, method=BASE, task=task.name, seed=None, rate=None, wave=1, settings=settings)
+def base_cell(study: Study, task: StudyTask, phase: str, name: str = BASE) -> Cell:
+    """One of the study's bases, without an adapter."""
+    settings = {**_measured(study, task, phase), **_held(study.bases[name]), "preset": None}
+    return Cell(phase=phase, method=name, task=task.name, seed=None, rate=None, wave=1, settings=settings)
 
 
 def method_cell(study: Study, method: Method, task: StudyTask, phase: str, rate: float, seed: int) -> Cell:
@@ -66,6 +76,7 @@ def method_cell(study: Study, method: Method, task: StudyTask, phase: str, rate:
     settings = {
         **_measured(study, task, phase),
         **training,
+        **_held(method.base_quantization),
         "preset": method.preset,
         "rank": method.rank,
         "targets": list(method.targets or TARGETS),
@@ -85,6 +96,11 @@ def method_cell(study: Study, method: Method, task: StudyTask, phase: str, rate:
         wave=method.wave + (seed - 1 if phase == FINAL else 0),
         settings=settings,
     )
+
+
+def _held(quantization: str | None) -> dict[str, str]:
+    """A base that is not quantised has no such setting: its runs keep the keys that they have had before."""
+    return {} if quantization is None else {"base_quantization": quantization}
 
 
 def _measured(study: Study, task: StudyTask, phase: str) -> dict[str, Any]:

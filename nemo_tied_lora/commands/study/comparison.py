@@ -6,14 +6,14 @@ Intervals are 95% bootstrap intervals over seeds and items (`tasks.intervals`), 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
 
 import numpy as np
 
 from nemo_tied_lora.commands.study.cells import FINAL, LOSS, base_cell, method_cell
-from nemo_tied_lora.commands.study.plan import BASE, Method, Study, StudyTask
+from nemo_tied_lora.commands.study.plan import BASE, Study, StudyTask
 from nemo_tied_lora.commands.study.rates import choose_rate, tasks_of
 from nemo_tied_lora.commands.study.results import Result, Results
 from nemo_tied_lora.errors import ConfigError
@@ -25,13 +25,13 @@ __all__ = ["Difference", "Scores", "TaskSummary", "summarise"]
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """A method, or the base, on one task."""
+    """A method, or one of the bases, on one task."""
 
     method: str
     trained: int
     rate: float | None
     planned: int  # seeds
-    seeds: tuple[int, ...]  # those with a result that did not diverge; (0,) for the base
+    seeds: tuple[int, ...]  # those with a result that did not diverge; (0,) for a base
     diverged: int
     primary: Interval | None  # the mean over seeds
     each: tuple[float, ...]  # the primary metric of each seed
@@ -60,8 +60,8 @@ class TaskSummary:
     """All that the results say of one task."""
 
     task: StudyTask
-    scores: dict[str, Scores]  # BASE and each method that the task has
-    differences: tuple[Difference, ...]  # the claim first, then the rival, then other pairs
+    scores: dict[str, Scores]  # the bases and each method that the task has
+    differences: tuple[Difference, ...]  # the claim first, then what is shown beside it, the rival, and other pairs
     test_items: int | None
 
 
@@ -76,8 +76,8 @@ def summarise(study: Study, results: Results) -> list[TaskSummary]:
 
 def _summary(study: Study, task: StudyTask, results: Results) -> TaskSummary:
     losses = results.losses()
-    cells = {BASE: {0: base_cell(study, task, FINAL)}}
-    rates: dict[str, float | None] = {BASE: None}
+    cells = {name: {0: base_cell(study, task, FINAL, name)} for name in study.bases}
+    rates: dict[str, float | None] = dict.fromkeys(study.bases)
     for method in study.methods:
         tasks = tasks_of(study, method, losses)
         if tasks is not None and task in tasks:
@@ -89,13 +89,13 @@ def _summary(study: Study, task: StudyTask, results: Results) -> TaskSummary:
         for name, own in cells.items()
     }
     _check_same_items(task, [result for own in found.values() for result in own.values() if not result.diverged])
-    planned = {BASE: 1, **{method.name: method.seeds for method in study.methods}}
+    planned = {**dict.fromkeys(study.bases, 1), **{method.name: method.seeds for method in study.methods}}
     scores = {name: _scores(study, task, name, rates[name], planned[name], own) for name, own in found.items()}
-    pairs = [(study.claim.candidate, study.claim.reference)]
+    pairs = [(study.claim.candidate, study.claim.reference), *study.claim.also.items()]
     pairs += [(study.claim.candidate, study.claim.rival)] if study.claim.rival is not None else []
     pairs += [pair for pair in study.claim.pairs.items() if pair not in pairs]
     differences = [
-        _difference(study, task, scores, study.method(first), study.method(second), found[first], found[second])
+        _difference(study, task, scores, first, second, found)
         for first, second in pairs
         if first in found and second in found
     ]
@@ -158,12 +158,11 @@ def _difference(
     study: Study,
     task: StudyTask,
     scores: dict[str, Scores],
-    method: Method,
-    other: Method,
-    first: dict[int, Result],
-    second: dict[int, Result],
+    method: str,
+    other: str,
+    found: Mapping[str, Mapping[int, Result]],
 ) -> Difference:
-    good = [{s: r for s, r in found.items() if not r.diverged} for found in (first, second)]
+    good = [{s: r for s, r in found[name].items() if not r.diverged} for name in (method, other)]
     seeds = tuple(sorted(good[0].keys() & good[1].keys()))
     between = {
         metric: difference_over_seeds(
@@ -175,17 +174,17 @@ def _difference(
         for metric in (task.primary, LOSS)
         if seeds
     }
-    base, reference = scores[BASE], scores[study.claim.reference]
+    base, reference = scores[BASE], scores.get(study.claim.reference)
     margin = None
     if seeds and base.each:
         gain = mean(good[1][seed].values["scores"][task.primary] for seed in seeds) - base.each[0]
         margin = max(study.claim.points, study.claim.share_of_gain * gain)
-    beyond = reference.primary is not None and reference.primary.value < task.beyond_below
+    beyond = reference is not None and reference.primary is not None and reference.primary.value < task.beyond_below
     primary = between.get(task.primary)
     return Difference(
-        method=method.name,
-        other=other.name,
-        planned=min(method.seeds, other.seeds),
+        method=method,
+        other=other,
+        planned=min(scores[method].planned, scores[other].planned),
         seeds=seeds,
         primary=primary,
         loss=between.get(LOSS),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nemo_tied_lora.commands.study.cells import FINAL, SWEEP, Cell
 from nemo_tied_lora.commands.study.claims import is_claimed
-from nemo_tied_lora.commands.study.plan import BASE, Study
+from nemo_tied_lora.commands.study.plan import Study
 from nemo_tied_lora.commands.study.results import Results
 from nemo_tied_lora.commands.study.schedule import Schedule, schedule
 from nemo_tied_lora.commands.study.time_left import seconds_left
@@ -45,7 +45,7 @@ def done_rows(study: Study, plan: Schedule, results: Results) -> list[list[str]]
     """A table with a row for each method and phase, and a column for each task: "2 of 3". Empty: nothing is planned."""
     rows = [["runs", *(task.name for task in study.tasks)]]
     for phase, what in ((SWEEP, "sweep"), (FINAL, "test")):
-        for name in (BASE, *(method.name for method in study.methods)):
+        for name in (*study.bases, *(method.name for method in study.methods)):
             cells = [cell for cell in plan.cells if (cell.phase, cell.method) == (phase, name)]
             row = []
             for task in study.tasks:

@@ -13,7 +13,7 @@ from typing import Any
 from nemo_tied_lora.commands.study.cells import SWEEP, Cell
 from nemo_tied_lora.commands.study.commands import CommandFailed, Commands
 from nemo_tied_lora.commands.study.measured import measured
-from nemo_tied_lora.commands.study.plan import BASE, Study
+from nemo_tied_lora.commands.study.plan import Study
 from nemo_tied_lora.commands.study.results import write_result
 from nemo_tied_lora.commands.study.task_files import TaskFiles
 from nemo_tied_lora.errors import ConfigError
@@ -70,6 +70,7 @@ def finetune_arguments(study: Study, cell: Cell, files: TaskFiles) -> list[str]:
         f"model.optim.lr={settings['learning_rate']}",
         f"model.optim.weight_decay={settings['weight_decay']}",
         f"model.optim.sched.warmup_steps={settings['warmup_steps']}",
+        *_held(cell),
         *settings["overrides"],
     ]
 
@@ -77,7 +78,7 @@ def finetune_arguments(study: Study, cell: Cell, files: TaskFiles) -> list[str]:
 def evaluate_arguments(study: Study, cell: Cell, files: TaskFiles) -> list[str]:
     """The arguments of `tied-lora evaluate` for a run."""
     place = folder_of(study, cell)
-    adapter = "null" if cell.method == BASE else str(place / "adapter.nemo")
+    adapter = "null" if cell.is_base else str(place / "adapter.nemo")
     return [
         "evaluate",
         *files.words,
@@ -89,7 +90,12 @@ def evaluate_arguments(study: Study, cell: Cell, files: TaskFiles) -> list[str]:
         f"output={place / 'evaluation'}",
         "resamples=100",  # the page draws its own
         f"trainer.precision={cell.settings['precision']}",
+        *_held(cell),
     ]
+
+
+def _held(cell: Cell) -> list[str]:
+    return [] if cell.quantization is None else [f"model.base_quantization={cell.quantization}"]
 
 
 def run_cell(study: Study, cell: Cell, files: TaskFiles, commands: Commands, claim: int, keep_adapter: bool) -> Path:
@@ -104,7 +110,7 @@ def run_cell(study: Study, cell: Cell, files: TaskFiles, commands: Commands, cla
     """
     place = folder_of(study, cell)
     _begin(place, files.checksums)
-    training = {} if cell.method == BASE else _train(study, cell, files, commands, claim)
+    training = {} if cell.is_base else _train(study, cell, files, commands, claim)
     values: dict[str, Any] = {"data": _checksums(cell, files), "versions": _versions()}
     if training.get("diverged"):
         values |= {"scores": {}, "items": {"count": 0}, "statistics": {}}
@@ -193,7 +199,7 @@ def _fingerprint(study: Study, adapter: Path) -> str:
 
 
 def _checksums(cell: Cell, files: TaskFiles) -> dict[str, str]:
-    splits = [cell.settings["split"], *(["train"] if cell.method != BASE else [])]
+    splits = [cell.settings["split"], *([] if cell.is_base else ["train"])]
     return {split: files.checksums[split] for split in splits}
 
 

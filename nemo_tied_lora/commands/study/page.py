@@ -14,7 +14,7 @@ from nemo_tied_lora.commands.study.listing import done_rows, totals
 from nemo_tied_lora.commands.study.picture import draw
 from nemo_tied_lora.commands.study.plan import BASE, Study
 from nemo_tied_lora.commands.study.rates import choose_rate, headroom
-from nemo_tied_lora.commands.study.results import Results
+from nemo_tied_lora.commands.study.results import Result, Results
 from nemo_tied_lora.commands.study.rules import beyond_rule, headroom_rule, rate_rule, verdict_rules
 from nemo_tied_lora.commands.study.schedule import schedule
 from nemo_tied_lora.files import write_atomically, write_json
@@ -99,13 +99,18 @@ def page_text(
     parts += ["## Learning rates", *_rates(study, results)]
     parts += ["## What is missing", *_missing(study, done, total, markdown_table(done_rows(study, plan, results)))]
     parts += ["## Limits", *(_item(text) for text in study.limits)] if study.limits else []
-    parts += ["## How it was made", *_made(study, results, numbers, command)]
+    own = [found for cell in plan.cells if (found := results.of(cell)) is not None]
+    parts += ["## How it was made", *_made(study, own, numbers, command)]
     return "\n\n".join(part for part in _joined_items(parts) if part) + "\n"
 
 
 def _verdicts(study: Study, summaries: Sequence[TaskSummary]) -> Iterator[str]:
     claim = study.claim
     yield _comparison_table(study, summaries, claim.candidate, claim.reference)
+    known = [*study.bases, *(method.name for method in study.methods)]
+    for method, other in claim.also.items():
+        if method in known and other in known:
+            yield _comparison_table(study, summaries, method, other)
     if claim.rival is not None:
         yield _paragraph(
             f"{study.title_of(claim.candidate)} against {study.title_of(claim.rival)}, the rival with about as few parameters:"
@@ -188,9 +193,9 @@ def _family(study: Study, summary: TaskSummary) -> Iterator[str]:
                 f"{scores.trained:,}",
                 share,
                 "" if scores.rate is None else f"{scores.rate:g}",
-                _seeds(scores),
+                "" if scores.method in study.bases else _seeds(scores),
                 _interval(scores.primary),
-                ", ".join(f"{value:.1f}" for value in scores.each) if scores.method != BASE else "",
+                ", ".join(f"{value:.1f}" for value in scores.each) if scores.method not in study.bases else "",
                 *(f"{scores.groups[name]:.1f}" if name in scores.groups else "" for name in groups),
                 *(f"{scores.others[name]:.1f}" if name in scores.others else "" for name in task.also),
                 "" if scores.loss is None else f"{scores.loss.value:.3f}",
@@ -212,8 +217,6 @@ def _differences(study: Study, summary: TaskSummary) -> Iterator[str]:
 
 
 def _seeds(scores: Scores) -> str:
-    if scores.method == BASE:
-        return ""
     diverged = f" ({scores.diverged} diverged)" if scores.diverged else ""
     return f"{len(scores.seeds)} of {scores.planned}{diverged}"
 
@@ -253,7 +256,7 @@ def _missing(study: Study, done: int, total: int, table: str) -> Iterator[str]:
     yield table
 
 
-def _made(study: Study, results: Results, numbers: str, command: str) -> Iterator[str]:
+def _made(study: Study, results: Sequence[Result], numbers: str, command: str) -> Iterator[str]:
     training = study.training
     yield _paragraph(
         f"Base: {study.base.name}. Each run is `tied-lora finetune` on NeMo, in {training.precision} with the adapter in "
@@ -265,7 +268,7 @@ def _made(study: Study, results: Results, numbers: str, command: str) -> Iterato
     ]
     for task in study.tasks:
         data: dict[str, str] = {}
-        for result in results.by_key.values():
+        for result in results:
             data |= result.values["data"] if result.values["settings"]["task"] == task.name else {}
         rows.append(
             [
@@ -289,16 +292,16 @@ def _made(study: Study, results: Results, numbers: str, command: str) -> Iterato
     )
 
 
-def _versions(results: Results) -> str:
+def _versions(results: Sequence[Result]) -> str:
     found: dict[str, set[str]] = {}
-    for result in results.by_key.values():
+    for result in results:
         for name, version in result.values.get("versions", {}).items():
             found.setdefault(name, set()).add(str(version))
     return ", ".join(f"{name} {' or '.join(sorted(versions))}" for name, versions in found.items())
 
 
-def _hours(results: Results) -> str:
-    return f"{sum(result.seconds for result in results.by_key.values()) / 3600:.1f}"
+def _hours(results: Sequence[Result]) -> str:
+    return f"{sum(result.seconds for result in results) / 3600:.1f}"
 
 
 def _value(scores: Scores) -> str:

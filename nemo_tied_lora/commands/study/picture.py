@@ -16,6 +16,8 @@ from nemo_tied_lora.tasks.metrics import METRICS
 __all__ = ["draw"]
 
 _MARKERS = "osD^vP*Xhd<>"
+_BESIDE = 1.06
+"""Methods with equally many parameters would hide each other's bars: each is drawn so much to the right of the last."""
 
 
 def draw(path: Path, study: Study, summaries: Sequence[TaskSummary]) -> None:
@@ -49,25 +51,28 @@ def _panel(axes: Any, study: Study, summary: TaskSummary) -> None:
                 linewidth=1,
                 label=f"{name} {scores.primary.value:.1f}",
             )
+    drawn: list[int] = []
     for number, method in enumerate(study.methods):
         scores_of = summary.scores.get(method.name)
         if scores_of is not None and scores_of.primary is not None:
-            _point(axes, study, scores_of, f"C{number % 10}", _MARKERS[number % len(_MARKERS)])
+            place = scores_of.trained * _BESIDE ** drawn.count(scores_of.trained)
+            _point(axes, study, scores_of, place, f"C{number % 10}", _MARKERS[number % len(_MARKERS)])
+            drawn.append(scores_of.trained)
     axes.set_xscale("log")
-    axes.set_xlabel("trained parameters")
+    axes.set_xlabel("trained parameters" + (" (equal numbers side by side)" if len(set(drawn)) < len(drawn) else ""))
     axes.set_ylabel(f"{METRICS[summary.task.primary].title} ({METRICS[summary.task.primary].unit})")
     axes.set_title(f"{summary.task.family}: {summary.task.name}, {summary.test_items} test items", fontsize="small")
     axes.grid(visible=True, which="major", alpha=0.25)
     axes.legend(fontsize="x-small", loc="best")
 
 
-def _point(axes: Any, study: Study, scores: Scores, color: str, marker: str) -> None:
+def _point(axes: Any, study: Study, scores: Scores, place: float, color: str, marker: str) -> None:
     primary = scores.primary
     assert primary is not None
     below, above = primary.value - primary.low, primary.high - primary.value
     few = f", {len(scores.seeds)} of {scores.planned} seeds" if len(scores.seeds) < scores.planned else ""
     axes.errorbar(
-        [scores.trained],
+        [place],
         [primary.value],
         yerr=[[max(0.0, below)], [max(0.0, above)]],
         color=color,
@@ -77,4 +82,4 @@ def _point(axes: Any, study: Study, scores: Scores, color: str, marker: str) -> 
         linestyle="",
         label=f"{study.title_of(scores.method)}{few}",
     )
-    axes.scatter([scores.trained] * len(scores.each), scores.each, color=color, s=8, alpha=0.5)
+    axes.scatter([place] * len(scores.each), scores.each, color=color, s=8, alpha=0.5)

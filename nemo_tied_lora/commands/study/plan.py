@@ -5,14 +5,18 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeGuard
 
+import yaml
+
 from nemo_tied_lora.config import PRESETS, TARGETS
 from nemo_tied_lora.errors import Problems, is_whole_number
+from nemo_tied_lora.planning.settings.base_quantization import BaseQuantization
 
-__all__ = ["BASE", "Base", "Claim", "Method", "Study", "StudyTask", "Sweep", "Training"]
+__all__ = ["BASE", "Base", "Claim", "Method", "Study", "StudyTask", "Sweep", "Training", "left_out_pairs"]
 
 BASE = "base"
 """The name of the base without an adapter, beside the names of methods."""
@@ -64,7 +68,8 @@ class Claim:
     points: float
     share_of_gain: float
     headroom_tasks: int  # how many tasks `most_headroom` means
-    pairs: Mapping[str, str]  # more comparisons, of methods that the study has: a method, and what it is compared with
+    also: Mapping[str, str]  # more comparisons, shown beside the claim: a method, and what it is compared with
+    pairs: Mapping[str, str]  # more comparisons, shown with each task; a quantised base is called base_nf4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,11 +85,13 @@ class Method:
     rates_of: str | None  # the method whose chosen rates this one uses
     tasks: tuple[str, ...] | None  # None: all; ("most_headroom",): those with most to gain
     wave: int  # the wave in which its first seed runs
+    base_quantization: str | None  # as model.base_quantization, of training and evaluation; None: the base as it is
 
     @property
     def title(self) -> str:
-        """As the page calls it: "TL6 r=8", "LoRA r=8, linear_qkv"."""
-        return f"{_TITLES[self.preset]} r={self.rank}" + (f", {' '.join(self.targets)}" if self.targets else "")
+        """As the page calls it: "TL6 r=8", "LoRA r=8, linear_qkv", "TL6 r=8, nf4"."""
+        parts = [f"{_TITLES[self.preset]} r={self.rank}", " ".join(self.targets or ()), _short(self.base_quantization)]
+        return ", ".join(part for part in parts if part)
 
     @property
     def wants_headroom(self) -> bool:
@@ -156,13 +163,33 @@ class Study:
         """The method of this name."""
         return next(method for method in self.methods if method.name == name)
 
+    @property
+    def bases(self) -> dict[str, str | None]:
+        """Name to `model.base_quantization`: the base, and as "base_nf4" each way in which a method holds it."""
+        settings = [method.base_quantization for method in self.methods if method.base_quantization is not None]
+        named = {f"{BASE}_{re.sub('[^a-z0-9]+', '_', _short(one))}": one for one in settings}
+        return {BASE: None, **named}
+
     def title_of(self, name: str) -> str:
-        """The title of a method, or of the base."""
-        return BASE if name == BASE else self.method(name).title
+        """The title of a method, or of the base, quantised or not."""
+        if name in self.bases:
+            return ", ".join(part for part in (BASE, _short(self.bases[name])) if part)
+        return self.method(name).title
 
     def task(self, name: str) -> StudyTask:
         """The task of this name."""
         return next(task for task in self.tasks if task.name == name)
+
+
+def left_out_pairs(study: Study) -> list[str]:
+    """One line for each comparison whose method the study has not: an override has left it out, or its name is misspelt."""
+    known = [*study.bases, *(method.name for method in study.methods)]
+    return [
+        f"{_unknown(f'claim.{key}.{method}', other, name, known)}; this comparison is left out"
+        for key, pairs in (("also", study.claim.also), ("pairs", study.claim.pairs))
+        for method, other in pairs.items()
+        for name in [one for one in (method, other) if one not in known][:1]
+    ]
 
 
 def _each(problems: Problems, key: str, value: object, read: Callable[[Problems, str, Any], Any]) -> list[Any]:
@@ -175,9 +202,10 @@ def _each(problems: Problems, key: str, value: object, read: Callable[[Problems,
 
 def _method(problems: Problems, name: str, given: Any) -> Method | None:
     where = f"methods.{name}"
-    if name == BASE:
+    if name == BASE or name.startswith(f"{BASE}_"):
         problems.append(f"{where}: the base is always compared; use another name")
     values = {
+        "base_quantization": None,
         "targets": None,
         "rates": None,
         "rates_of": None,
@@ -201,7 +229,25 @@ def _method(problems: Problems, name: str, given: Any) -> Method | None:
     elif values["rates"] is not None:
         problems += _rate_problems(f"{where}.rates", rates)
     values["rates"] = tuple(rates) if isinstance(rates, Sequence) else ()
+    values["base_quantization"] = _quantization(problems, where, values["base_quantization"])
     return _built(problems, where, Method, values, name=name)
+
+
+def _quantization(problems: Problems, where: str, value: object) -> str | None:
+    """The setting in its shortest form, so that one way to hold the base has one key."""
+    found = Problems()
+    quantization = found.attempt(BaseQuantization.from_setting, value)
+    problems += [line.replace("model.", f"{where}.", 1) for line in found]
+    return None if quantization is None else quantization.setting
+
+
+def _short(setting: str | None) -> str:
+    """How the base is held, in a word or two: "nf4", "nf4/64 double", or nothing."""
+    if setting is None:
+        return ""
+    quantization = BaseQuantization.from_setting(yaml.safe_load(setting))
+    assert quantization is not None
+    return setting if setting == quantization.kind else quantization.precision
 
 
 def _rate_problems(key: str, rates: object) -> list[str]:
@@ -231,6 +277,8 @@ def _task(problems: Problems, name: str, given: Any) -> StudyTask | None:
 
 def _read(problems: Problems, name: str, kind: Any, given: object) -> Any:
     values = problems.section(name, given)
+    if kind is Claim:
+        values = {"also": {}, **values}
     if "overrides" in values:
         values["overrides"] = _texts(problems, f"{name}.overrides", values["overrides"])
     return _built(problems, name, kind, values)
@@ -290,7 +338,7 @@ def _names(
     if claim is not None:
         named += [("claim.candidate", claim.candidate), ("claim.reference", claim.reference)]
         named += [("claim.rival", claim.rival)] if claim.rival is not None else []
-    found = [_unknown(key, name, known, "method") for key, name in named if name not in known]
+    found = [_unknown(key, name, name, known) for key, name in named if name not in known]
     by_name = {method.name: method for method in methods}
     found += [
         f"methods.{m.name}.rates_of={m.rates_of}: that method has no rates of its own"
@@ -301,12 +349,12 @@ def _names(
     for method in methods:
         if method.tasks is not None and not method.wants_headroom:
             found += [
-                _unknown(f"methods.{method.name}.tasks", t, places, "task") for t in method.tasks if t not in places
+                _unknown(f"methods.{method.name}.tasks", t, t, places, "task") for t in method.tasks if t not in places
             ]
     return found
 
 
-def _unknown(key: str, name: str, known: Sequence[str], what: str) -> str:
+def _unknown(key: str, value: str, name: str, known: Sequence[str], what: str = "method") -> str:
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(known)}"
-    return f"{key}={name}: no {what} of this study has this name; {hint}"
+    return f"{key}={value}: no {what} of this study has {'this name' if value == name else f'the name {name}'}; {hint}"

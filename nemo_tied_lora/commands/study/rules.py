@@ -44,10 +44,11 @@ def rate_rule(study: Study) -> str:
         sweep.growth,
         f" If that is at the edge of the grid, the grid grows there by one rate, at most {sweep.growth} times.",
     )
+    differing = "rank or targets" if len(study.bases) == 1 else "rank, targets or the precision of the base"
     return (
         f"Each method has its own rate on each task: the one with the lowest loss of the answers on {items} validation "
         f"items, after {sweep.steps} steps with seed {sweep.seed}.{grows} Test data decides nothing. Methods that differ only in "
-        "rank or targets from a method of the sweep use its rates."
+        f"{differing} from a method of the sweep use its rates."
     )
 
 

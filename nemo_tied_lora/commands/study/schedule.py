@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from nemo_tied_lora.commands.study.cells import FINAL, SWEEP, Cell, base_cell, method_cell
-from nemo_tied_lora.commands.study.plan import BASE, Study
+from nemo_tied_lora.commands.study.plan import Study
 from nemo_tied_lora.commands.study.rates import choose_rate, tasks_of
 
 __all__ = ["Schedule", "Waiting", "schedule"]
@@ -43,6 +43,7 @@ def schedule(study: Study, losses: Mapping[str, float]) -> Schedule:
     """
     phases = (SWEEP, FINAL) if any(len(method.rates) > 1 for method in study.methods) else (FINAL,)
     cells = [base_cell(study, task, phase) for phase in phases for task in study.tasks]
+    cells += [base_cell(study, task, FINAL, name) for name in study.bases for task in study.tasks]
     waiting: list[Waiting] = []
     for method in study.methods:
         tasks = tasks_of(study, method, losses)
@@ -62,6 +63,6 @@ def schedule(study: Study, losses: Mapping[str, float]) -> Schedule:
 
 
 def _place(study: Study, cell: Cell) -> tuple[float, ...]:
-    methods = [BASE, *(method.name for method in study.methods)]
+    methods = [*study.bases, *(method.name for method in study.methods)]
     method, task = methods.index(cell.method), [one.name for one in study.tasks].index(cell.task)
-    return (cell.wave, task, method > 0, cell.phase == FINAL, method, cell.rate or 0.0, cell.seed or 0)
+    return (cell.wave, task, not cell.is_base, cell.phase == FINAL, method, cell.rate or 0.0, cell.seed or 0)

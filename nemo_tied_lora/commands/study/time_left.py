@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from statistics import mean
 
 from nemo_tied_lora.commands.study.cells import FINAL, Cell
-from nemo_tied_lora.commands.study.plan import BASE
 from nemo_tied_lora.commands.study.results import Results
 from nemo_tied_lora.commands.study.schedule import Schedule
 
@@ -35,4 +34,4 @@ def _expected(kind: tuple[str, bool], task: str, done: Sequence[tuple[Cell, floa
 
 
 def _kind(cell: Cell) -> tuple[str, bool]:
-    return cell.phase, cell.method == BASE
+    return cell.phase, cell.is_base
