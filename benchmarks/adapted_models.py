@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 # Functions import torch, Megatron and NeMo themselves: after the number of threads is set, and after `prepare`.
@@ -25,9 +25,12 @@ __all__ = [
     "adapter_flops",
     "add_nemo",
     "add_ours",
+    "build_llama",
     "build_model",
     "build_variants",
+    "frozen",
     "frozen_flops",
+    "share_weights",
     "thin_products",
 ]
 
@@ -105,41 +108,88 @@ def build_model(sizes: Sizes, seed: int, base: GPTModel | None = None, *, sequen
     Backward reaches the embedding's output. With `base`, the model uses the memory of the base's weights.
     """
     import torch
-    from megatron.core import parallel_state, tensor_parallel
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core import tensor_parallel
 
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
-    model = GPTModel(
-        _transformer_config(sizes, sequence_parallel),
-        get_gpt_layer_local_spec(),
-        vocab_size=sizes.vocab,
-        max_sequence_length=sizes.sequence,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-        share_embeddings_and_output_weights=False,
-    )
+    config = {
+        "num_layers": sizes.layers,
+        "hidden_size": sizes.hidden,
+        "ffn_hidden_size": sizes.ffn,
+        "num_attention_heads": sizes.heads,
+        "sequence_parallel": sequence_parallel,
+    }
+    model = _gpt(config, "LayerNorm", vocab_size=sizes.vocab, max_sequence_length=sizes.sequence)
     if base is not None:
-        for parameter, shared in zip(model.parameters(), base.parameters(), strict=True):
-            parameter.data = shared.data
+        share_weights(model, base)
+    return frozen(model)
+
+
+def build_llama(cfg: Mapping[str, Any]) -> GPTModel:
+    """A Llama style GPT of NeMo's keys, frozen, in bfloat16 on the CPU, with random weights that cost little time to draw.
+
+    Backward reaches the embedding's output.
+    """
+    import torch
+
+    names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
+    config = {
+        **{name: cfg[name] for name in names},
+        "perform_initialization": False,
+        "params_dtype": torch.bfloat16,
+        "bf16": True,
+        "gated_linear_unit": True,
+        "add_bias_linear": False,
+        "normalization": "RMSNorm",
+        "activation_func": torch.nn.functional.silu,
+    }
+    sizes = {"vocab_size": cfg["override_vocab_size"], "max_sequence_length": cfg["encoder_seq_length"]}
+    model = _gpt(config, "RMSNorm", **sizes, position_embedding_type="rope", share_embeddings_and_output_weights=True)
+    numbers = torch.randn(1 << 20, generator=torch.Generator().manual_seed(1)).mul_(0.02).bfloat16()
+    for parameter in model.parameters():
+        flat = parameter.data.to(torch.bfloat16).view(-1)
+        for start in range(0, flat.numel(), numbers.numel()):
+            part = flat[start : start + numbers.numel()]
+            part.copy_(numbers[: part.numel()] if parameter.dim() > 1 else torch.ones(()))
+        parameter.data = flat.view(parameter.shape)
+    return frozen(model)
+
+
+def share_weights(model: GPTModel, base: GPTModel) -> None:
+    """Gives a model the memory of a base's weights."""
+    for parameter, shared in zip(model.parameters(), base.parameters(), strict=True):
+        parameter.data = shared.data
+
+
+def frozen(model: GPTModel) -> GPTModel:
+    """Freezes a model. Its backward reaches the embedding's output: without this a frozen model would have none."""
     model.requires_grad_(False)
-    # Without this the frozen model has no backward. With it, all three models have the same one.
     if model.pre_process:
         model.embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
     return model.train()
 
 
-def _transformer_config(sizes: Sizes, sequence_parallel: bool) -> TransformerConfig:
+def _gpt(config: Mapping[str, Any], normalization: str, **options: Any) -> GPTModel:
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    stages = {
+        "pre_process": parallel_state.is_pipeline_first_stage(),
+        "post_process": parallel_state.is_pipeline_last_stage(),
+    }
+    spec = get_gpt_layer_local_spec(normalization=normalization)
+    options = {"share_embeddings_and_output_weights": False, **stages, **options}
+    return GPTModel(_transformer_config(config), spec, **options)
+
+
+def _transformer_config(config: Mapping[str, Any]) -> TransformerConfig:
+    """The configuration on Megatron's current layout, without what needs a GPU, and without dropout."""
     import torch
     from megatron.core import parallel_state
     from megatron.core.transformer import TransformerConfig
 
     return TransformerConfig(
-        num_layers=sizes.layers,
-        hidden_size=sizes.hidden,
-        ffn_hidden_size=sizes.ffn,
-        num_attention_heads=sizes.heads,
         use_cpu_initialization=True,
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -151,7 +201,7 @@ def _transformer_config(sizes: Sizes, sequence_parallel: bool) -> TransformerCon
         tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
         pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
         pipeline_dtype=torch.float32,
-        sequence_parallel=sequence_parallel,
+        **config,
     )
 
 
@@ -220,11 +270,11 @@ def _nemo_layer(linear: Any, rank: int, config: TransformerConfig) -> ParallelLi
 
 def build_variants(sizes: Sizes, rank: int, seed: int) -> dict[str, GPTModel]:
     """The three models. Both adapters compute the same update."""
-    frozen = build_model(sizes, seed)
-    nemo, ours = build_model(sizes, seed, frozen), build_model(sizes, seed, frozen)
+    base = build_model(sizes, seed)
+    nemo, ours = build_model(sizes, seed, base), build_model(sizes, seed, base)
     add_ours(ours, rank, seed)
     add_nemo(nemo, rank, ours)
-    return dict(zip(VARIANTS, (frozen, nemo, ours), strict=True))
+    return dict(zip(VARIANTS, (base, nemo, ours), strict=True))
 
 
 def thin_products(sizes: Sizes, rank: int, seed: int) -> Callable[[], None]:

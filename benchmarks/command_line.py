@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 from pathlib import Path
 
 from adapted_models import Sizes
 
-__all__ = ["add_sizes", "count", "sizes_of", "write"]
+__all__ = ["add_sizes", "between_marks", "count", "sizes_of", "write"]
 
 
 def count(text: str) -> int:
@@ -30,6 +31,14 @@ def add_sizes(parser: argparse.ArgumentParser, defaults: Sizes) -> None:
 def sizes_of(options: argparse.Namespace) -> Sizes:
     """The sizes from the options of `add_sizes`."""
     return Sizes(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Sizes)})
+
+
+def between_marks(page: str, begin: str, end: str, text: str) -> str:
+    """A page with another text between two marks."""
+    pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.S)
+    if not pattern.search(page):
+        raise SystemExit(f"the page has no {begin} ... {end}")
+    return pattern.sub(lambda _: f"{begin}\n\n{text}\n\n{end}", page)
 
 
 def write(path: Path, text: str) -> None:

@@ -14,14 +14,14 @@ import ctypes
 import gc
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from command_line import count, write
+from adapted_models import build_llama
+from command_line import between_marks, count, write
 from provenance import provenance
 
 __all__ = ["main"]
@@ -40,7 +40,7 @@ BASES: dict[str, tuple[str, dict[str, Any]]] = {
     "1B": ("smollm2", ONE_BILLION),
 }
 SETTINGS = {"bf16": "null", "nf4": "nf4", "nf4 double": "{kind: nf4, double: true}", "int8": "int8"}
-BEGIN, END = "<!-- memory: by benchmarks/quantised_memory.py -->", "<!-- end of memory -->"
+MARKS = "<!-- memory: by benchmarks/quantised_memory.py -->", "<!-- end of memory -->"
 _MIB = 2**20
 
 
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
     if options.output:
         write(options.output, json.dumps(result, indent=1) + "\n")
     if options.page:
-        write(options.page, with_table(options.page.read_text(), table(found)))
+        write(options.page, between_marks(options.page.read_text(), *MARKS, table(found)))
     return 0
 
 
@@ -108,7 +108,7 @@ def measure(words: list[str], tokens: int) -> dict[str, Any]:
     _one_process()
     _warm_up()
     empty = _resident()
-    model = build(values["model"])
+    model = build_llama(values["model"])
     found: dict[str, Any] = {"base": _resident() - empty, "planned_base": memory["base"]}
     if quantization is not None:
         with _peak() as peak:
@@ -127,54 +127,6 @@ def measure(words: list[str], tokens: int) -> dict[str, Any]:
     found["kept_for_backward"] = _resident() - before
     loss.backward()
     return found
-
-
-def build(cfg: dict[str, Any]) -> Any:
-    """The model of NeMo's keys, frozen, in bfloat16 on the CPU, with random weights."""
-    import torch
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.transformer import TransformerConfig
-
-    config = TransformerConfig(
-        num_layers=cfg["num_layers"],
-        hidden_size=cfg["hidden_size"],
-        ffn_hidden_size=cfg["ffn_hidden_size"],
-        num_attention_heads=cfg["num_attention_heads"],
-        num_query_groups=cfg["num_query_groups"],
-        use_cpu_initialization=True,
-        perform_initialization=False,
-        params_dtype=torch.bfloat16,
-        bf16=True,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        gated_linear_unit=True,
-        add_bias_linear=False,
-        normalization="RMSNorm",
-        activation_func=torch.nn.functional.silu,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        persist_layer_norm=False,
-        gradient_accumulation_fusion=False,
-    )
-    model = GPTModel(
-        config,
-        get_gpt_layer_local_spec(normalization="RMSNorm"),
-        vocab_size=cfg["override_vocab_size"],
-        max_sequence_length=cfg["encoder_seq_length"],
-        position_embedding_type="rope",
-        share_embeddings_and_output_weights=True,
-    )
-    numbers = torch.randn(1 << 20, generator=torch.Generator().manual_seed(1)).mul_(0.02).bfloat16()
-    for parameter in model.parameters():
-        flat = parameter.data.to(torch.bfloat16).view(-1)
-        for start in range(0, flat.numel(), numbers.numel()):
-            part = flat[start : start + numbers.numel()]
-            part.copy_(numbers[: part.numel()])
-        parameter.data = flat.view(parameter.shape)
-        parameter.requires_grad_(False)
-    return model.train()
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
@@ -202,14 +154,6 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     return "\n".join(rows)
 
 
-def with_table(page: str, rows: str) -> str:
-    """The page with another table between its marks."""
-    pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.S)
-    if not pattern.search(page):
-        raise SystemExit(f"the page has no {BEGIN} ... {END}")
-    return pattern.sub(lambda _: f"{BEGIN}\n\n{rows}\n\n{END}", page)
-
-
 def _mib(number: float) -> str:
     return f"{number / _MIB:,.1f}"
 
@@ -233,7 +177,7 @@ def _warm_up() -> None:
     sizes = {"num_layers": 1, "hidden_size": 128, "ffn_hidden_size": 128, "num_attention_heads": 2}
     more = {"num_query_groups": 2, "override_vocab_size": 128, "encoder_seq_length": 64}
     for kind in ("nf4", "int8"):
-        model = build({**sizes, **more})
+        model = build_llama({**sizes, **more})
         quantize_base(model, kind)
         inject(model, TiedLoraConfig(rank=2))
         _loss(model, 16).backward()

@@ -13,6 +13,7 @@ from tests.harness.paths import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import quantised_memory
+from command_line import between_marks
 
 PAGE = ROOT / "docs" / "costs.md"
 
@@ -23,11 +24,11 @@ def test_the_table_has_a_row_for_each_measurement_and_replaces_the_pages_own() -
     table = quantised_memory.table({"tiny": {"bf16": {**one, "planned_base": 2 << 20}, "nf4": {**one, **codes}}})
     assert "| tiny | bf16 | 16 | 2.0 | 2.0 (+0.0%) | 0.0 | 0.5 | 0 |" in table
     assert "| tiny | nf4 | 4.250 | 1.0 | 1.0 (+0.0%) | 0.0 | 0.5 | 0.5 |" in table
-    page = quantised_memory.with_table(PAGE.read_text(), table)
+    page = between_marks(PAGE.read_text(), *quantised_memory.MARKS, table)
     assert page.count(table) == 1
     assert "SmolLM2-135M | nf4" not in page
     with pytest.raises(SystemExit, match="the page has no"):
-        quantised_memory.with_table("nothing", table)
+        between_marks("nothing", *quantised_memory.MARKS, table)
 
 
 def test_the_plan_agrees_with_every_measurement_of_the_page_within_5_percent() -> None:
