@@ -12,7 +12,7 @@ from typing import Any
 from nemo_tied_lora.tasks.evaluation import RESULTS_FILE
 from nemo_tied_lora.tasks.metrics import metrics_of
 
-__all__ = ["measured"]
+__all__ = ["item_checksum", "measured"]
 
 
 def measured(output: Path, items_file: Path, settings: Mapping[str, Any], marker: str | None) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def measured(output: Path, items_file: Path, settings: Mapping[str, Any], marker
     scores = {metric.name: float(f"{float(metric.value(statistics[metric.name].sum(0))):.6g}") for metric in metrics}
     return {
         "scores": scores,
-        "items": {"count": len(items), "ids": _checksum(items), **_groups(items)},
+        "items": {"count": len(items), "ids": item_checksum(items), **_groups(items)},
         "statistics": {name: columns.T.tolist() for name, columns in statistics.items()},
     }
 
@@ -51,7 +51,8 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file]
 
 
-def _checksum(items: Sequence[Mapping[str, Any]]) -> str:
+def item_checksum(items: Sequence[Mapping[str, Any]]) -> str:
+    """Differs if the items, or their order, differ."""
     return hashlib.sha256("\n".join(item["id"] for item in items).encode()).hexdigest()[:16]
 
 

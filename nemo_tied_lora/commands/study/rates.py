@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from nemo_tied_lora.commands.study.cells import SWEEP, Cell, base_cell, method_cell
 from nemo_tied_lora.commands.study.plan import Method, Study, StudyTask
 
-__all__ = ["Choice", "choose_rate", "headroom", "tasks_of"]
+__all__ = ["Choice", "choose_rate", "headroom", "next_rate", "tasks_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ def choose_rate(study: Study, method: Method, task: StudyTask, losses: Mapping[s
         at_edge = best in (grid[0], grid[-1])
         if not at_edge or not growths_left:
             break
-        grid = [_next(best, -1), *grid] if best == grid[0] else [*grid, _next(best, 1)]
+        grid = [next_rate(best, -1), *grid] if best == grid[0] else [*grid, next_rate(best, 1)]
     return Choice(cells=choice.cells, losses=known, rate=best, at_edge=at_edge)
 
 
@@ -77,7 +77,7 @@ def _gain(study: Study, task: StudyTask, losses: Mapping[str, float]) -> float |
     return base - choice.losses[choice.rate]
 
 
-def _next(rate: float, direction: int) -> float:
+def next_rate(rate: float, direction: int) -> float:
     """The neighbour of a rate among 1, 2 and 5 times the powers of ten."""
     exponent = math.floor(math.log10(rate) + 1e-9)
     place = (1, 2, 5).index(round(rate / 10**exponent)) + direction

@@ -16,7 +16,7 @@ from nemo_tied_lora.tasks.prepare import prepare
 from nemo_tied_lora.tasks.task import Task
 from nemo_tied_lora.tasks.training_order import line_length
 
-__all__ = ["TaskFiles", "check_tasks", "prepare_tasks", "task_words"]
+__all__ = ["TaskFiles", "check_tasks", "prepare_task", "prepare_tasks", "task_words"]
 
 _SHOWN = 16
 
@@ -51,7 +51,7 @@ def prepare_tasks(study: Study) -> dict[str, TaskFiles]:
         ConfigError: with the problems of all tasks.
     """
     problems = Problems()
-    found = {task.name: problems.attempt(_prepare, study, task) for task in study.tasks}
+    found = {task.name: problems.attempt(prepare_task, study, task) for task in study.tasks}
     problems.raise_if_any()
     return {name: files for name, files in found.items() if files is not None}
 
@@ -79,7 +79,12 @@ def _task(study: Study, task: StudyTask) -> Task:
     return found
 
 
-def _prepare(study: Study, task: StudyTask) -> TaskFiles:
+def prepare_task(study: Study, task: StudyTask) -> TaskFiles:
+    """Makes the files of one task, unless they are there.
+
+    Raises:
+        ConfigError: with all problems.
+    """
     found = _task(study, task)
     prepared = prepare(found)
     train, left_out = prepared.files["train"], 0

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes docs/forms.md and the sweep in docs/learning_rates.md, with their numbers and pictures, from results alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nemo_tied_lora.commands.study.results import read_results
+from nemo_tied_lora.files import write_atomically, write_json
+
+from . import forms_page, rates_page
+from .plan import FORMS, RATES, read_plan
+from .text import between_markers, paragraph, rounded
+
+__all__ = ["MARKER", "write"]
+
+MARKER = "sweep"
+"""The part of docs/learning_rates.md that is written here."""
+_LINE = f"<!-- {MARKER}: written by python -m benchmarks.forms page -->"
+_ABOUT = (
+    "A form of adapter at a rank has a best learning rate, and it differs much: in [study.md](study.md) it is 0.005 for LoRA "
+    "and 0.02 for TL6, both of rank 8. Here is measured which multipliers of `model.optim.lr` for each factor let one "
+    "learning rate serve all ranks and presets."
+)
+_NEW = f"# Learning rates\n\n{paragraph(_ABOUT)}\n\n## The sweep\n\n{_LINE}\n\n<!-- end of {MARKER} -->\n"
+
+
+def write(results: Path, docs: Path) -> int:
+    """Writes all files. Returns the exit code.
+
+    Raises:
+        ConfigError: results contradict each other, or the page lost its markers.
+    """
+    found = read_results(results)
+    rates, forms = read_plan(RATES), read_plan(FORMS)
+    page = docs / "learning_rates.md"
+    text = between_markers(
+        page.read_text() if page.exists() else _NEW, MARKER, rates_page.sweep_text(rates, found), page
+    )
+    rates_page.draw(docs / rates_page.PICTURE, rates, found)
+    forms_page.draw(docs / forms_page.PICTURE, forms, found)
+    files = [
+        write_atomically(page, text.encode()),
+        write_json(docs / "learning_rates.json", rounded(rates_page.sweep_values(rates, found))),
+        write_atomically(docs / "forms.md", forms_page.page_text(forms, found).encode()),
+        write_json(docs / "forms.json", rounded(forms_page.page_values(forms, found))),
+        docs / rates_page.PICTURE,
+        docs / forms_page.PICTURE,
+    ]
+    print("\n".join(f"wrote {file}" for file in files))
+    return 0

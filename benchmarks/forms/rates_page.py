@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sweep of the learning rates: its part of docs/learning_rates.md, its numbers and its picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from nemo_tied_lora.commands.study.results import Results
+from nemo_tied_lora.plots import panels
+from nemo_tied_lora.tables import markdown_table
+
+from .cells import base_cell
+from .plan import Plan
+from .schedule import schedule
+from .sweeping import Curve, OneRate, best_gains, best_rule, curves, one_rate
+from .text import paragraph
+
+__all__ = ["PICTURE", "draw", "sweep_text", "sweep_values"]
+
+PICTURE = "learning_rates.png"
+
+
+def sweep_values(plan: Plan, results: Results) -> dict[str, Any]:
+    """The sweep's numbers, for machines."""
+    found = curves(plan, results.losses())
+    best = best_gains(found)
+    return {
+        "runs": dict(zip(("done", "planned"), _counts(plan, results), strict=True)),
+        "curves": [
+            {
+                "preset": c.preset,
+                "rank": c.rank,
+                "rule": c.rule,
+                "gains": dict(c.gains),
+                "best": best[c.preset, c.rank],
+            }
+            for c in found
+        ],
+        "one_rate": [
+            {"preset": one.preset, "rule": one.rule, "rate": one.rate, "shares": dict(one.shares)}
+            for one in _one_rates(plan, found)
+        ],
+    }
+
+
+def sweep_text(plan: Plan, results: Results) -> str:
+    """The part of the page in Markdown."""
+    return "\n\n".join(part for part in _parts(plan, results) if part)
+
+
+def draw(path: Path, plan: Plan, results: Results) -> None:
+    """A panel for each preset and rule: the share of the best gain at each rate, a line for each rank."""
+    found = curves(plan, results.losses())
+    best = best_gains(found)
+    pairs = list(dict.fromkeys((curve.preset, curve.rule) for curve in found))
+    rows = max(1, -(-len(pairs) // 3))
+    title = "share of its own best gain that a preset reaches at each learning rate; the grey band is 5%"
+    with panels(path, rows, columns=3, width=13, height=2.8 * rows + 1, title=title) as axes:
+        for one, (preset, rule) in zip(axes, pairs, strict=False):
+            _panel(one, plan, preset, rule, found, best)
+        for one in axes[len(pairs) :]:
+            one.axis("off")
+
+
+def _panel(axes: Any, plan: Plan, preset: str, rule: str, found: Sequence[Curve], best: Any) -> None:
+    own = sorted((c for c in found if (c.preset, c.rule) == (preset, rule)), key=lambda c: c.rank)
+    for number, curve in enumerate(own):
+        shares = [max(0.5, gain / best[preset, curve.rank]) for gain in curve.gains.values()]
+        axes.plot(
+            list(curve.gains), shares, marker="osD^v"[number % 5], color=f"C{number}", label=f"rank {curve.rank}"
+        )
+    axes.axhspan(1 - plan.tolerance, 1.0, color="0.9")
+    axes.set_xscale("log")
+    axes.set_ylim(0.48, 1.02)
+    axes.set_xlabel("learning rate")
+    axes.set_title(f"{plan.candidate(preset).title}: {rule_text(plan, rule)}", fontsize="small")
+    axes.grid(visible=True, alpha=0.25)
+    axes.legend(fontsize="x-small", loc="lower center")
+
+
+def rule_text(plan: Plan, rule: str) -> str:
+    """ "A 0.25, B 1/r": the multipliers, relative to rank 8."""
+    names = {-1.0: "8/r", -0.5: "√(8/r)", 0.0: ""}
+    parts = []
+    for factor, (c, p) in plan.rules[rule].items():
+        power = names.get(p, f"(r/8)^{p:g}")
+        constant = f"{c:g}" if c != 1 or not power else ""
+        parts.append(f"{factor} {constant}{' ' if constant and power else ''}{power}")
+    return ", ".join(parts) or "one rate for all factors"
+
+
+def _parts(plan: Plan, results: Results) -> Iterator[str]:
+    (task,) = plan.tasks
+    losses = results.losses()
+    found = curves(plan, losses)
+    done, planned = _counts(plan, results)
+    yield paragraph(
+        f"**{done} of {planned} runs are done.** Task: {task.name}. Base: {plan.base}. Each run has {plan.sweep.steps} "
+        f"steps of {plan.training.batch} items, {plan.training.warmup_steps} of them warm-up, then a cosine, seed "
+        f"{plan.sweep.seed}, clipping at {plan.training.clip:g}, weight decay {plan.training.weight_decay:g}. The gain is "
+        f"the base's loss of the answers on {plan.sweep.items} validation items minus the run's. A grid whose best rate is "
+        f"at its edge grows there, at most {plan.sweep.growth} times."
+    )
+    if not found:
+        yield "No results yet."
+        return
+    base = losses[base_cell(plan, task, "validation").key]
+    yield paragraph(f"The base's loss is {base:.3f} nats per token.")
+    yield f"![share of the best gain at each rate]({PICTURE})"
+    yield "#### One rate for all ranks"
+    yield paragraph(
+        "For each preset and rule: the one rate that serves its ranks best, and the share of its own best gain that each "
+        f"rank reaches with it. The goal is at least {1 - plan.tolerance:.0%} everywhere."
+    )
+    rows = [["preset", "multipliers", "rate", "share at each rank", "worst"]]
+    for one in _one_rates(plan, found):
+        shares = ", ".join(f"r={rank}: {share:.1%}" for rank, share in one.shares.items())
+        name = plan.candidate(one.preset).title
+        rows.append([name, rule_text(plan, one.rule), f"{one.rate:g}", shares, f"{one.worst:.1%}"])
+    yield markdown_table(rows) if len(rows) > 1 else "No rate was tried at two ranks yet."
+    yield from _one_for_all(plan, found)
+    yield "#### Each curve"
+    rows = [["preset", "rank", "multipliers", "best rate", "gain at each rate"]]
+    for curve in found:
+        rate = max(curve.gains, key=lambda rate: curve.gains[rate])
+        edge = " (edge)" if rate in (min(curve.gains), max(curve.gains)) else ""
+        gains = ", ".join(f"{rate:g}: {_gain(gain)}" for rate, gain in curve.gains.items())
+        name = plan.candidate(curve.preset).title
+        rows.append([name, f"{curve.rank}", rule_text(plan, curve.rule), f"{rate:g}{edge}", gains])
+    yield markdown_table(rows)
+
+
+def _one_for_all(plan: Plan, found: Sequence[Curve]) -> Iterator[str]:
+    """The constants with which all presets have the same rate."""
+    best = [one for name in _presets(found) if (one := best_rule(found, name)) is not None]
+    if len(best) < 2:
+        return
+    rate = best[0].rate
+    rows = [["preset", "best rule", f"all its multipliers times this, at a learning rate of {rate:g}", "worst share"]]
+    for one in best:
+        name = plan.candidate(one.preset).title
+        rows.append([name, rule_text(plan, one.rule), f"{one.rate / rate:g}", f"{one.worst:.1%}"])
+    yield paragraph(
+        "A preset's multipliers times a constant, at its rate divided by the constant, are the same runs. So one learning rate "
+        "serves all presets too, with these constants:"
+    )
+    yield markdown_table(rows)
+
+
+def _presets(found: Sequence[Curve]) -> list[str]:
+    return list(dict.fromkeys(curve.preset for curve in found))
+
+
+def _one_rates(plan: Plan, found: Sequence[Curve]) -> list[OneRate]:
+    pairs = dict.fromkeys((curve.preset, curve.rule) for curve in found)
+    options = (one_rate(found, preset, rule) for preset, rule in pairs)
+    return [one for one in options if one is not None]
+
+
+def _gain(gain: float) -> str:
+    return "diverged" if gain == -float("inf") else f"{gain:.3f}"
+
+
+def _counts(plan: Plan, results: Results) -> tuple[int, int]:
+    found = schedule(plan, results.losses())
+    return sum(one.key in results.by_key for one in found.cells), len(found.cells) + found.waiting
