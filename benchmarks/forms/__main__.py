@@ -106,9 +106,10 @@ def _base(options: argparse.Namespace) -> int:
 
 
 def _step(options: argparse.Namespace) -> int:
+    from .pages import STEP_TIME
     from .step_time import measure
 
-    return measure(options.model, options.data)
+    return measure(options.model, options.data, Path("docs") / STEP_TIME)
 
 
 def _page(options: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from nemo_tied_lora.commands.study.results import Results
@@ -54,9 +55,14 @@ def page_values(plan: Plan, results: Results) -> dict[str, Any]:
     return {"base": plan.base, "runs": {"done": done, "planned": planned}, "budgets": budgets}
 
 
-def page_text(plan: Plan, results: Results) -> str:
-    """The page in Markdown."""
-    return "\n\n".join(part for part in _parts(plan, results) if part) + "\n"
+def page_text(plan: Plan, results: Results, steps: Mapping[str, Any] | None = None) -> str:
+    """The page in Markdown.
+
+    Args:
+        steps: what `step_time.measure` has written.
+    """
+    parts = [*_parts(plan, results), *(_steps(steps) if steps is not None else ())]
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def draw(path: Path, plan: Plan, results: Results) -> None:
@@ -250,6 +256,20 @@ def _measured(plan: Plan, results: Results) -> Iterator[str]:
 def _called(budget: str) -> str:
     """ "count of LoRA r=1" for lora_r1."""
     return budget.replace("lora_r", "count of LoRA r=")
+
+
+def _steps(values: Mapping[str, Any]) -> Iterator[str]:
+    steps = values["steps"]
+    ratio = median(step["transformers"] / step["here"] for step in steps)
+    here, theirs, tokens = (sum(step[name] for step in steps) for name in ("here", "transformers", "tokens"))
+    versions = ", ".join(f"{name} {version}" for name, version in values["versions"].items())
+    yield paragraph(
+        f"A training step ({values['form']}, batches of {values['task']}) takes {1000 * here / tokens:.1f} CPU milliseconds a "
+        f"token here, and {1000 * theirs / tokens:.1f} with transformers and a plain LoRA, padded and with all logits: "
+        f"{ratio:.1f} times as long (median of {len(steps)} batches, in turns on one thread; {versions}; load average "
+        f"{values['load_average']}). The trainer here computes logits for answers alone, lets only answers through the last "
+        "layer after its attention, does not pad its linears, and writes attention out."
+    )
 
 
 def _trained(plan: Plan, one: Entry) -> int:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from nemo_tied_lora.commands.study.results import read_results
@@ -12,10 +13,12 @@ from . import forms_page, rates_page
 from .plan import FORMS, RATES, read_plan
 from .text import between_markers, paragraph, rounded
 
-__all__ = ["MARKER", "write"]
+__all__ = ["MARKER", "STEP_TIME", "write"]
 
 MARKER = "sweep"
 """The part of docs/learning_rates.md that is written here."""
+STEP_TIME = "forms_step.json"
+"""What `python -m benchmarks.forms step` has measured, beside the page."""
 _LINE = f"<!-- {MARKER}: written by python -m benchmarks.forms page -->"
 _ABOUT = (
     "A form of adapter at a rank has a best learning rate, and it differs much: in [study.md](study.md) it is 0.005 for LoRA "
@@ -33,7 +36,8 @@ def write(results: Path, docs: Path) -> int:
     """
     found = read_results(results)
     rates, forms = read_plan(RATES), read_plan(FORMS)
-    page = docs / "learning_rates.md"
+    page, measured = docs / "learning_rates.md", docs / STEP_TIME
+    steps = json.loads(measured.read_text()) if measured.exists() else None
     text = between_markers(
         page.read_text() if page.exists() else _NEW, MARKER, rates_page.sweep_text(rates, found), page
     )
@@ -42,7 +46,7 @@ def write(results: Path, docs: Path) -> int:
     files = [
         write_atomically(page, text.encode()),
         write_json(docs / "learning_rates.json", rounded(rates_page.sweep_values(rates, found))),
-        write_atomically(docs / "forms.md", forms_page.page_text(forms, found).encode()),
+        write_atomically(docs / "forms.md", forms_page.page_text(forms, found, steps).encode()),
         write_json(docs / "forms.json", rounded(forms_page.page_values(forms, found))),
         docs / rates_page.PICTURE,
         docs / forms_page.PICTURE,

@@ -97,13 +97,13 @@ def outlook(plan: Plan, results: Results, workers: int) -> str:
     total = len(found.cells) + found.waiting
     done = sum(one.key in results.by_key for one in found.cells)
     seconds = _seconds_left(found, results)
-    left = "" if seconds is None else f", about {duration(seconds / workers)} left with {workers} at a time"
+    left = "" if seconds is None else f", about {duration(seconds / workers)} left on {workers} free cores"
     return f"{done} of {total} runs{left}"
 
 
 def _seconds_left(found: Schedule, results: Results) -> float | None:
-    """Of one worker: each missing run takes as long as the mean of those on its task and split, else of all."""
-    times = {one.key: sum(one.values["seconds"].values()) for one in results.by_key.values()}
+    """CPU seconds: each missing run takes as long as the mean of those on its task and split, else of all."""
+    times = {one.key: float(one.values["cpu_seconds"]) for one in results.by_key.values()}
     known = [(one, times[one.key]) for one in found.cells if one.key in times]
     if not known:
         return None

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import statistics
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ import torch
 from torch.nn import functional
 
 from nemo_tied_lora.commands.study.task_files import prepare_task
+from nemo_tied_lora.files import write_json
+from nemo_tied_lora.versions import installed_version
 
 from .batches import Encoder, Pair, training_batches, training_pairs
 from .factors import Factors
@@ -23,12 +25,16 @@ from .training import Recipe, train
 
 __all__ = ["PlainLoRA", "measure"]
 
-_STEPS = 5
+_STEPS = 7
 _TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def measure(folder: Path, data: str | None) -> int:
-    """Prints CPU seconds of each step, here and in transformers, and the median of the ratios. Returns the exit code."""
+def measure(folder: Path, data: str | None, output: Path) -> int:
+    """Measures CPU seconds of steps, here and in transformers in turns. Returns the exit code.
+
+    Args:
+        output: the JSON to write.
+    """
     torch.set_num_threads(1)
     plan, study, encoder = read_plan(RATES), study_of_items(data), Encoder(folder)
     task = plan.tasks[0]
@@ -40,16 +46,26 @@ def measure(folder: Path, data: str | None) -> int:
     factors = Factors(Form(rank=8, group=1), model.sizes.linears, model.sizes.layers, seed=1)
     recipe = Recipe(learning_rate=1e-3, multipliers={}, steps=40, warmup_steps=10)
     plain = PlainLoRA(folder, rank=8)
-    ratios = []
+    steps: list[dict[str, float]] = []
     for number, batch in enumerate(batches):
         began = time.process_time()
         train(model, factors, [batch], recipe)
         middle = time.process_time()
         plain.step(pairs[number * plan.training.batch : (number + 1) * plan.training.batch])
         here, theirs = middle - began, time.process_time() - middle
-        ratios.append(theirs / here)
+        steps.append({"tokens": len(batch.tokens), "here": round(here, 3), "transformers": round(theirs, 3)})
         print(f"{len(batch.tokens)} tokens: here {here:.2f} s, transformers {theirs:.2f} s", flush=True)
-    print(f"transformers takes {statistics.median(ratios):.2f} times as long (median of {_STEPS} steps, CPU seconds)")
+    values = {
+        "task": task.name,
+        "form": "LoRA r=8",
+        "clock": "process_time",
+        "threads": 1,
+        "load_average": round(os.getloadavg()[0], 1),
+        "versions": {name: installed_version(name) for name in ("torch", "transformers")},
+        "steps": steps[1:],  # the first one warms up
+    }
+    write_json(output, values)
+    print(f"wrote {output}")
     return 0
 
 

@@ -15,7 +15,7 @@ import pytest
 from forms import forms_page, rates_page
 from forms.analysis import verdicts
 from forms.cells import ACCURACY, LOSS, Cell
-from forms.pages import write
+from forms.pages import STEP_TIME, write
 from forms.plan import FORMS, RATES, Plan, read_plan
 from forms.schedule import entries, schedule
 from forms.sweeping import best_rule, curves, one_rate
@@ -249,7 +249,8 @@ def test_one_rate_is_the_one_whose_worst_share_is_largest(tmp_path: Path) -> Non
 
 def test_the_committed_pages_are_those_of_the_committed_results(tmp_path: Path) -> None:
     """`python -m benchmarks.forms page` writes them."""
-    (tmp_path / "learning_rates.md").write_text((ROOT / "docs" / "learning_rates.md").read_text())
+    for name in {"learning_rates.md", STEP_TIME} & {path.name for path in (ROOT / "docs").iterdir()}:
+        (tmp_path / name).write_text((ROOT / "docs" / name).read_text())
     assert write(RESULTS, tmp_path) == 0
     for name in ("forms.md", "learning_rates.md", "forms.json", "learning_rates.json"):
         assert (tmp_path / name).read_text() == (ROOT / "docs" / name).read_text(), (
