@@ -134,7 +134,7 @@ def _curves(plan: Plan, runs: Sequence[StageRun], losses: Losses) -> list[Curve]
     # At rank 8 a rule of powers alone is the plain one: its runs are shared.
     for (preset, rank, rule), gains in list(found.items()):
         if rank == 8 and _has_powers_alone(plan, rule):
-            for other in {r for p, _, r in found if p == preset and _has_powers_alone(plan, r)}:
+            for other in dict.fromkeys(r for p, _, r in found if p == preset and _has_powers_alone(plan, r)):
                 found.setdefault((preset, rank, other), {}).update(gains)
     return [Curve(*key, gains=dict(sorted(gains.items()))) for key, gains in found.items() if gains]
 
