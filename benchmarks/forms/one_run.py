@@ -7,15 +7,14 @@ import json
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from nemo_tied_lora.commands.study.measured import item_checksum
-from nemo_tied_lora.commands.study.plan import Study
-from nemo_tied_lora.commands.study.task_files import TaskFiles, prepare_task
+from nemo_tied_lora.commands.study.task_files import TaskFiles
 from nemo_tied_lora.versions import installed_version
 
 from .batches import Encoder, training_batches
@@ -38,13 +37,12 @@ class Bench:
     Args:
         folder: the Hugging Face folder.
         fingerprint: of the base, for the results.
-        study: where the tasks' files come from, so that items are those of `tied-lora compare`.
+        files: a task's name to its files.
     """
 
-    def __init__(self, folder: Path, fingerprint: str, study: Study) -> None:
+    def __init__(self, folder: Path, fingerprint: str, files: Callable[[str], TaskFiles]) -> None:
         self._model, self._encoder = FrozenLlama(folder), Encoder(folder)
-        self._fingerprint, self._study = fingerprint, study
-        self._files = lru_cache(maxsize=None)(lambda task: prepare_task(study, study.task(task)))
+        self._fingerprint, self._files = fingerprint, lru_cache(maxsize=None)(files)
 
     def result(self, cell: Cell) -> dict[str, Any]:
         """Trains and measures. Returns the values of `write_result`."""

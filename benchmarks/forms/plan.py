@@ -99,6 +99,16 @@ class Stage:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Check:
+    """A change of the recipe that is tried with each preset's best rate of the plain rule."""
+
+    presets: tuple[str, ...]
+    ranks: tuple[int, ...]
+    changes: tuple[Mapping[str, float], ...]
+    """Fields of `Training` to another value, each tried alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """A plan, checked."""
 
@@ -115,6 +125,7 @@ class Plan:
     resamples: int
     stages: tuple[Stage, ...]
     tolerance: float
+    checks: tuple[Check, ...]
 
     def candidate(self, name: str) -> Candidate:
         """The form of this name."""
@@ -144,6 +155,7 @@ def read_plan(path: Path) -> Plan:
     stages = [
         _part(problems, f"stages[{number}]", Stage, values) for number, values in enumerate(given.get("stages") or [])
     ]
+    checks = [_part(problems, f"checks[{n}]", Check, values) for n, values in enumerate(given.get("checks") or [])]
     tasks = [_part(problems, f"tasks.{name}", Task, {**v, "name": name}) for name, v in given["tasks"].items()]
     training = _part(problems, "training", Training, given["training"])
     sizes = _part(problems, "sizes", Sizes, given["sizes"])
@@ -153,7 +165,20 @@ def read_plan(path: Path) -> Plan:
         if one is not None and one.rule not in (*rules, *([BEST] if isinstance(one, Stage) else [])):
             problems.append(f"rule={one.rule}: no such rule; choose from {', '.join(rules)}")
     problems += [
-        f"stages: {name} is no candidate" for stage in stages if stage for name in stage.presets if name not in names
+        f"stages: {name} is no candidate"
+        for stage in (*stages, *checks)
+        if stage
+        for name in stage.presets
+        if name not in names
+    ]
+    recipe = [field.name for field in fields(Training)]
+    problems += [
+        f"checks: {name} is not a key of training"
+        for check in checks
+        if check
+        for change in check.changes
+        for name in change
+        if name not in recipe
     ]
     problems.raise_if_any()
     return Plan(
@@ -170,6 +195,7 @@ def read_plan(path: Path) -> Plan:
         resamples=given.get("resamples", 1000),
         stages=tuple(map(_there, stages)),
         tolerance=given.get("tolerance", 0.0),
+        checks=tuple(map(_there, checks)),
     )
 
 

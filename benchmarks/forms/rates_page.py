@@ -14,7 +14,7 @@ from nemo_tied_lora.tables import markdown_table
 from .cells import base_cell
 from .plan import Plan
 from .schedule import schedule
-from .sweeping import Curve, OneRate, best_gains, best_rule, curves, one_rate
+from .sweeping import Curve, OneRate, best_gains, best_rule, checked, curves, one_rate
 from .text import paragraph
 
 __all__ = ["PICTURE", "draw", "sweep_text", "sweep_values"]
@@ -121,6 +121,7 @@ def _parts(plan: Plan, results: Results) -> Iterator[str]:
         rows.append([name, rule_text(plan, one.rule), f"{one.rate:g}", shares, f"{one.worst:.1%}"])
     yield markdown_table(rows) if len(rows) > 1 else "No rate was tried at two ranks yet."
     yield from _one_for_all(plan, found)
+    yield from _checks(plan, results)
     yield "#### Each curve"
     rows = [["preset", "rank", "multipliers", "best rate", "gain at each rate"]]
     for curve in found:
@@ -149,6 +150,24 @@ def _one_for_all(plan: Plan, found: Sequence[Curve]) -> Iterator[str]:
     yield markdown_table(rows)
 
 
+def _checks(plan: Plan, results: Results) -> Iterator[str]:
+    """What warm-up, clipping and weight decay decide."""
+    losses = results.losses()
+    rows = [["preset", "rank", "learning rate", "change", "loss with the change", "usual loss"]]
+    for one in checked(plan, losses)[0]:
+        if one.cell.key in losses:
+            change = ", ".join(f"{name} {value:g}" for name, value in one.change.items())
+            name = plan.candidate(one.preset).title
+            loss = losses[one.cell.key]
+            rows.append([name, f"{one.rank}", f"{one.rate:g}", change, _loss(loss), f"{one.usual:.3f}"])
+    if len(rows) > 1:
+        yield "#### Warm-up, clipping, weight decay"
+        yield paragraph(
+            "One change at a time, with the preset's best rate and one rate for all factors. A clip of 0 means none."
+        )
+        yield markdown_table(rows)
+
+
 def _presets(found: Sequence[Curve]) -> list[str]:
     return list(dict.fromkeys(curve.preset for curve in found))
 
@@ -161,6 +180,10 @@ def _one_rates(plan: Plan, found: Sequence[Curve]) -> list[OneRate]:
 
 def _gain(gain: float) -> str:
     return "diverged" if gain == -float("inf") else f"{gain:.3f}"
+
+
+def _loss(loss: float) -> str:
+    return "diverged" if loss == float("inf") else f"{loss:.3f}"
 
 
 def _counts(plan: Plan, results: Results) -> tuple[int, int]:

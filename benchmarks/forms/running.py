@@ -10,10 +10,12 @@ import signal
 import time
 import traceback
 from pathlib import Path
+from statistics import mean
 
 from nemo_tied_lora.commands.study.claims import claim
 from nemo_tied_lora.commands.study.plan import Study
 from nemo_tied_lora.commands.study.results import Results, read_results, write_result
+from nemo_tied_lora.commands.study.task_files import prepare_task
 from nemo_tied_lora.errors import ConfigError
 from nemo_tied_lora.planning.composing.compose import compose_config, plain
 from nemo_tied_lora.tables import duration
@@ -102,22 +104,20 @@ def outlook(plan: Plan, results: Results, workers: int) -> str:
 
 
 def _seconds_left(found: Schedule, results: Results) -> float | None:
-    """CPU seconds: each missing run takes as long as the mean of those on its task and split, else of all."""
-    times = {one.key: float(one.values["cpu_seconds"]) for one in results.by_key.values()}
-    known = [(one, times[one.key]) for one in found.cells if one.key in times]
-    if not known:
+    """CPU seconds: as long for each training step as the runs on the same task took, else as all runs. None: there is none."""
+    rates: dict[str, list[float]] = {}
+    for one in results.by_key.values():
+        settings = one.values["settings"]
+        if settings["form"] is not None:
+            rates.setdefault(settings["task"], []).append(one.values["cpu_seconds"] / settings["steps"])
+    if not rates:
         return None
-    overall = sum(seconds for _, seconds in known) / len(known)
-    total = found.waiting * overall
-    for one in found.cells:
-        if one.key not in times:
-            alike = [seconds for other, seconds in known if _kind(other) == _kind(one)]
-            total += sum(alike) / len(alike) if alike else overall
-    return total
-
-
-def _kind(one: Cell) -> tuple[str, str, bool]:
-    return one.settings["task"], one.settings["split"], one.settings["form"] is None
+    overall = mean(rate for its in rates.values() for rate in its)
+    left = [one.settings for one in found.cells if one.key not in results.by_key and one.settings["form"] is not None]
+    steps = [settings["steps"] for settings in left]
+    each = [mean(rates.get(settings["task"], [overall])) for settings in left]
+    waiting = found.waiting * overall * (mean(steps) if steps else 0)
+    return sum(a * b for a, b in zip(steps, each, strict=True)) + waiting
 
 
 def _work(plan_path: Path, model: Path, results: Path, until: float | None, data: str | None, workers: int) -> None:
@@ -131,7 +131,8 @@ def _work(plan_path: Path, model: Path, results: Path, until: float | None, data
 
     torch.set_num_threads(1)
     plan, study = read_plan(plan_path), study_of_items(data)
-    bench = Bench(model, _fingerprint(model), study)
+    # The study's files, so that items are those of `tied-lora compare`.
+    bench = Bench(model, _fingerprint(model), lambda task: prepare_task(study, study.task(task)))
     claims = Path(study.folder, "forms")
     failed: set[str] = set()
     while until is None or time.monotonic() < until:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from .cells import Cell, base_cell, cell
 from .form import Form, fitted
 from .plan import Candidate, Plan, Task
-from .sweeping import Losses, Swept, grown, stage_runs
+from .sweeping import Losses, Swept, checked, grown, stage_runs
 
 __all__ = [
     "Entry",
@@ -54,11 +54,13 @@ def schedule(plan: Plan, losses: Losses) -> Schedule:
 
 
 def rates_schedule(plan: Plan, losses: Losses) -> Schedule:
-    """Stage after stage; in each preset after preset, rank after rank."""
+    """Stage after stage; in each preset after preset, rank after rank. Then the checks of the recipe."""
     (task,) = plan.tasks
     runs, waiting = stage_runs(plan, losses)
+    checks, more = checked(plan, losses)
     cells = [base_cell(plan, task, "validation"), *(one for run in runs for one in run.swept.cells)]
-    return Schedule(tuple({one.key: one for one in cells}.values()), waiting)
+    cells += [one.cell for one in checks]
+    return Schedule(tuple({one.key: one for one in cells}.values()), waiting + more)
 
 
 def entries(plan: Plan, budget: str) -> list[Entry]:

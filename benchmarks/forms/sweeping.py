@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from nemo_tied_lora.commands.study.rates import next_rate
 
@@ -14,6 +15,7 @@ from .form import Form
 from .plan import BEST, PLAIN, Plan, Stage
 
 __all__ = [
+    "Checked",
     "Curve",
     "Losses",
     "OneRate",
@@ -21,6 +23,7 @@ __all__ = [
     "Swept",
     "best_gains",
     "best_rule",
+    "checked",
     "curves",
     "grown",
     "one_rate",
@@ -194,3 +197,39 @@ def best_rule(found: Sequence[Curve], preset: str) -> OneRate | None:
     rules = dict.fromkeys(curve.rule for curve in found if curve.preset == preset)
     options = [one for rule in rules if (one := one_rate(found, preset, rule)) is not None]
     return max(options, key=lambda one: one.worst, default=None)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A preset with its best rate of the plain rule, and the same with one change of the recipe."""
+
+    preset: str
+    rank: int
+    change: Mapping[str, float]
+    rate: float
+    usual: float
+    """The loss with the usual recipe."""
+    cell: Cell
+
+
+def checked(plan: Plan, losses: Losses) -> tuple[list[Checked], int]:
+    """The checks of the recipe whose rate is known, and how many runs wait for theirs."""
+    (task,) = plan.tasks
+    runs, _ = stage_runs(plan, losses)
+    found: list[Checked] = []
+    waiting = 0
+    for check in plan.checks:
+        for preset in check.presets:
+            for rank in check.ranks:
+                swept = [r.swept for r in runs if (r.preset, r.rank, r.rule) == (preset, rank, PLAIN)]
+                if not swept or swept[0].rate is None:
+                    waiting += len(check.changes)
+                    continue
+                rate = swept[0].rate
+                for change in check.changes:
+                    other = replace(plan, training=replace(plan.training, **dict[str, Any](change)))
+                    name = "_".join([f"{preset}_r{rank}", *(f"{key}_{value:g}" for key, value in change.items())])
+                    form = Form.of({**plan.candidate(preset).form, "rank": rank})
+                    one = cell(other, task, "validation", name, form, multipliers={}, rate=rate, seed=plan.sweep.seed)
+                    found.append(Checked(preset, rank, change, rate, swept[0].losses[rate], one))
+    return found, waiting

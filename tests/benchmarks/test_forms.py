@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,12 @@ from forms.llama import Batch, FrozenLlama
 from forms.plan import FORMS, read_plan
 from forms.sizes import Sizes
 from forms.training import Recipe, learning_rate, train
-from safetensors.torch import save_file
 from torch.nn import functional
 
 from nemo_tied_lora import ConfigError, TiedLoraConfig, inject
 from tests.harness.hugging_face_models import save_model
-from tests.harness.ranks import single_process
-from tests.harness.tiny_gpt import VOCAB, build_gpt, full_tensor
+from tests.harness.tiny_gpt import build_gpt, full_tensor
+from tests.harness.twin_folders import TWIN, write_twin
 
 LAYERS = 4
 PLAN = read_plan(FORMS)
@@ -33,7 +31,6 @@ LINEARS = {
     "linear_fc1": Linear(6, 14),
     "linear_fc2": Linear(7, 6),
 }
-SIZES = {"num_layers": LAYERS, "hidden": 24, "heads": 4, "groups": 2, "ffn": 40}
 PAIRS = [([3, 1, 4, 1, 5], [9, 2, 6]), ([5, 3, 5], [8, 9]), ([7], [9, 3, 2, 3])]
 PRESETS: dict[str, dict[str, Any]] = {
     "lora": {"group": 1},
@@ -162,36 +159,10 @@ def test_a_form_that_could_not_start_at_the_base_is_refused() -> None:
 
 @pytest.fixture(scope="module")
 def twins(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, FrozenLlama]:
-    """A tiny megatron-core GPT, and the same weights in the form of a Hugging Face folder, read by this harness."""
-    single_process()
-    gpt = build_gpt(**SIZES, llama=True)
-    state, folder = gpt.state_dict(), tmp_path_factory.mktemp("twin")
-    save_file(hugging_face_names(state), folder / "model.safetensors")
-    config = {"num_hidden_layers": 4, "hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 4}
-    (folder / "config.json").write_text(json.dumps({**config, "num_key_value_heads": 2, "rms_norm_eps": 1e-5}))
+    """A tiny megatron-core GPT, and the same weights as this harness reads them."""
+    folder = tmp_path_factory.mktemp("twin")
+    gpt = write_twin(folder)
     return gpt, FrozenLlama(folder, torch.float64)
-
-
-def hugging_face_names(state: dict[str, Any]) -> dict[str, torch.Tensor]:
-    named = {
-        "model.embed_tokens.weight": state["embedding.word_embeddings.weight"],
-        "model.norm.weight": state["decoder.final_layernorm.weight"],
-        "lm_head.weight": state["output_layer.weight"],
-    }
-    for number in range(LAYERS):
-        old, new = f"decoder.layers.{number}.", f"model.layers.{number}."
-        named[f"{new}input_layernorm.weight"] = state[f"{old}input_layernorm.weight"]
-        named[f"{new}post_attention_layernorm.weight"] = state[f"{old}pre_mlp_layernorm.weight"]
-        grouped = state[f"{old}self_attention.linear_qkv.weight"].view(
-            2, 4, 6, 24
-        )  # 2 groups of 2 queries, key, value
-        for name, part in (("q", grouped[:, :2]), ("k", grouped[:, 2:3]), ("v", grouped[:, 3:])):
-            named[f"{new}self_attn.{name}_proj.weight"] = part.reshape(-1, 24).contiguous()
-        named[f"{new}self_attn.o_proj.weight"] = state[f"{old}self_attention.linear_proj.weight"]
-        gate, up = state[f"{old}mlp.linear_fc1.weight"].chunk(2)
-        named[f"{new}mlp.gate_proj.weight"], named[f"{new}mlp.up_proj.weight"] = gate.contiguous(), up.contiguous()
-        named[f"{new}mlp.down_proj.weight"] = state[f"{old}mlp.linear_fc2.weight"]
-    return named
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -208,7 +179,7 @@ def test_at_equal_seeds_the_losses_are_the_packages(twins: tuple[Any, FrozenLlam
 
 def package_losses(preset: str, recipe: Recipe) -> list[float]:
     """The losses of the package's own adapter on megatron-core, with the same optimizer."""
-    model = build_gpt(**SIZES, llama=True)
+    model = build_gpt(**TWIN)
     adapter = inject(model, TiedLoraConfig.preset(preset, rank=3))
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, betas=recipe.betas, weight_decay=0.0)
@@ -292,6 +263,3 @@ def test_a_multiplier_of_the_zero_factor_is_a_scale_of_the_update(twins: tuple[A
         results.append(train(model, factors, [Batch.of(PAIRS)] * 4, recipe))
     assert results[0] == pytest.approx(results[1], rel=1e-5)  # but for Adam's eps
     assert results[0] != pytest.approx(results[2], rel=1e-3)
-
-
-assert VOCAB > 9

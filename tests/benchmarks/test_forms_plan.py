@@ -133,6 +133,7 @@ def test_a_plan_with_a_wrong_name_is_refused(tmp_path: Path) -> None:
         ("rule: B_inverse", "rule: B_invers", "rule=B_invers: no such rule"),
         ("presets: [tl5]", "presets: [tl7]", "tl7 is no candidate"),
         ("  growth: 2", "  grow: 2", "sweep.grow: not a key"),
+        ("{clip: 0}", "{clips: 0}", "clips is not a key of training"),
         ("tolerance: 0.05", "tolerances: 0.05", "tolerances is not a key"),
     ):
         path.write_text(RATES.read_text().replace(old, new))
@@ -215,7 +216,8 @@ def test_the_page_can_be_read_after_any_stop(tmp_path: Path, most: int) -> None:
 def test_one_rate_is_the_one_whose_worst_share_is_largest(tmp_path: Path) -> None:
     plan = read_plan(RATES)
     stages = tuple(replace(stage, presets=("lora",)) for stage in plan.stages if "lora" in stage.presets)
-    plan = replace(plan, stages=stages)
+    checks = tuple(replace(check, presets=("lora",)) for check in plan.checks)
+    plan = replace(plan, stages=stages, checks=checks)
 
     def loss(settings: dict[str, Any]) -> float:
         form = settings["form"]
@@ -244,6 +246,7 @@ def test_one_rate_is_the_one_whose_worst_share_is_largest(tmp_path: Path) -> Non
     assert best_rule(found, "lora") == rule
     text = rates_page.sweep_text(plan, read_results(tmp_path))
     assert "| LoRA | B √(8/r) | 0.01 | r=1: 100.0%, r=2: 100.0%" in text
+    assert "| LoRA | 8 | 0.01 | warmup_steps 0 | 2.994 | 2.994 |" in text
     rates_page.draw(tmp_path / "rates.png", plan, read_results(tmp_path))
 
 
