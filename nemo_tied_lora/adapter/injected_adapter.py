@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,8 +15,10 @@ from nemo_tied_lora.adapter.agreement import raise_together
 from nemo_tied_lora.adapter.factor_names import expected_shapes
 from nemo_tied_lora.adapter.grad_allreduce import reduce_over_pipeline, reduce_over_tensor_parallel
 from nemo_tied_lora.adapter.injected_chunk import Chunk
+from nemo_tied_lora.adapter.lr_multipliers import factor_multipliers
 from nemo_tied_lora.adapter.merged_weights import changed_since_merge, merged_weights, version_of
 from nemo_tied_lora.adapter.param_count import parameter_counts
+from nemo_tied_lora.adapter.rate_groups import groups_by_multiplier, megatron_optimizer
 from nemo_tied_lora.adapter.shapes import LinearShape
 from nemo_tied_lora.adapter.tied_factors import own_frozen
 from nemo_tied_lora.config import TiedLoraConfig
@@ -61,14 +64,58 @@ class Adapter:
         """The trainable parameters of this rank, each once.
 
         A pipeline stage may have none: one without layers, if no tied factor is trained (presets lora and vera). torch's
-        optimizers refuse an empty list of parameters, but not an empty group:
-        ``torch.optim.AdamW([{"params": list(adapter.parameters())}], lr=1e-3)`` works on every stage.
+        optimizers refuse an empty list of parameters, but not an empty group: `parameter_groups` works on every stage.
         """
         return (parameter for _, parameter in self._named(self._present("parameters")))
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yields (name, parameter) of the trainable ones, as "layers.7.linear_qkv.u"; tied ones once per chunk."""
         return self._named(self._present("named_parameters"))
+
+    def parameter_groups(self, lr: float, lr_multipliers: Mapping[str, float] | None = None) -> list[dict[str, Any]]:
+        """Returns the trained parameters as groups for torch's optimizers, one for each learning rate.
+
+        ``torch.optim.AdamW(adapter.parameter_groups(1e-3, {"B": 4}))``. The number of groups is the same on every rank;
+        on a stage that trains none of their factors they are empty. torch's schedulers keep the ratios of the rates.
+
+        Args:
+            lr: the rate of a factor whose multiplier is 1.
+            lr_multipliers: any of A, B, u, v to a multiplier; see `factor_multipliers`. A factor that is not trained has
+                no effect.
+
+        Returns:
+            `{"params": [...], "lr": lr * m, "lr_mult": m}` for each multiplier m.
+
+        Raises:
+            ConfigError: a name is no factor, or a multiplier is not a finite number greater than 0.
+        """
+        multipliers = factor_multipliers(self.config, lr_multipliers)
+        groups = groups_by_multiplier(list(self.named_parameters()), multipliers)
+        return [{**group, "lr": lr * group["lr_mult"]} for group in groups]
+
+    def megatron_optimizer(
+        self,
+        config: Any,
+        model_chunks: Sequence[nn.Module],
+        lr_multipliers: Mapping[str, float] | None = None,
+        **more: Any,
+    ) -> Any:
+        """Returns Megatron's optimizer, with a parameter group for each learning rate. All ranks must call it.
+
+        `megatron.core.optimizer.get_megatron_optimizer` with the groups of `lr_multipliers`. Megatron's
+        `OptimizerParamScheduler` scales what it sets: the largest and the smallest rate, and the warm-up from 0.
+
+        Args:
+            config: Megatron's `OptimizerConfig`; its `lr` is the rate of a factor whose multiplier is 1.
+            model_chunks: the wrapped chunks, as for `get_megatron_optimizer`.
+            lr_multipliers: as for `parameter_groups`.
+            more: other arguments of `get_megatron_optimizer`.
+
+        Raises:
+            ConfigError: as `parameter_groups`.
+        """
+        multipliers = factor_multipliers(self.config, lr_multipliers)
+        return megatron_optimizer(list(self.named_parameters()), multipliers, config, model_chunks, **more)
 
     def num_parameters(self) -> dict[str, int]:
         """Trained parameters of the whole model per group, by the paper's formula."""

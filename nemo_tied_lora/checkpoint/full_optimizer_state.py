@@ -17,7 +17,7 @@ from torch import nn
 from nemo_tied_lora.adapter import full_state
 from nemo_tied_lora.adapter.factor_names import FactorName, expected_shapes
 from nemo_tied_lora.adapter.injected_adapter import Adapter
-from nemo_tied_lora.checkpoint.local_optimizer_state import LocalState
+from nemo_tied_lora.checkpoint.local_optimizer_state import LocalState, group_key
 
 __all__ = ["gather_options", "gather_tensors", "scatter_options", "scatter_slot"]
 
@@ -73,18 +73,21 @@ def scatter_slot(adapter: Adapter, whole: Mapping[str, torch.Tensor]) -> dict[nn
 def gather_options(adapter: Adapter, state: LocalState) -> tuple[list[dict[str, Any]], dict[str, dict[str, float]]]:
     """Returns (options per parameter group, {scalar: {parameter's name: value}}), the same on every rank.
 
-    All ranks must call it. A stage without parameters has stepped nothing, so the options come from the rank with the
-    most steps.
+    All ranks must call it. A stage without a group's parameters has stepped nothing, so the group's options come from the
+    rank with the most steps.
     """
     names = {parameter: name for name, parameter in adapter.named_parameters()}
     own = {key: {names[p]: value for p, value in held.items()} for key, held in state.scalars.items()}
-    steps = max((float(group.get("step") or 0.0) for group in state.options), default=0.0)
-    ranks = _all_gather((steps, state.options, own))
     scalars: dict[str, dict[str, float]] = {}
-    for _, _, held in ranks:
+    options: dict[Any, dict[str, Any]] = {}
+    for groups, held in _all_gather((state.options, own)):
         for key, values in held.items():
             scalars.setdefault(key, {}).update(values)
-    return max(ranks, key=lambda rank: rank[0])[1], scalars
+        for group in groups:
+            known = options.setdefault(group_key(group), group)
+            if not known or (group.get("step") or 0.0) > (known.get("step") or 0.0):
+                options[group_key(group)] = group
+    return list(options.values()), scalars
 
 
 def scatter_options(

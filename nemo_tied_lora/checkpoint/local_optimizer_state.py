@@ -3,7 +3,8 @@
 
 A slot is one kind of tensor that an optimizer keeps per parameter, in the parameter's (local) shape: "exp_avg",
 "exp_avg_sq", and "master", the float32 copy of a 16-bit parameter. A scalar is one number per parameter (torch's "step").
-Options belong to a parameter group: learning rate, betas, apex's "step".
+Options belong to a parameter group: learning rate, betas, apex's "step". Groups differ in their multipliers (`lr_mult`,
+megatron-core's `wd_mult`). Another layout may have other groups on a rank, so groups are found by `group_key`.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ from torch import nn
 
 from nemo_tied_lora.errors import ConfigError
 
-__all__ = ["LocalState", "read_optimizer", "write_optimizer"]
+__all__ = ["LocalState", "group_key", "read_optimizer", "write_optimizer"]
 
 MASTER = "master"
+_IDENTITY = {"lr_mult": 1.0, "wd_mult": 1.0, "is_expert_parallel": False}
+"""What tells groups apart, and its value in groups without the key."""
+_RATES = ("lr", "initial_lr", "max_lr", "min_lr")
 
 
 @dataclass
@@ -30,6 +34,11 @@ class LocalState:
     slots: dict[str, dict[nn.Parameter, torch.Tensor]] = field(default_factory=dict)
     scalars: dict[str, dict[nn.Parameter, float]] = field(default_factory=dict)
     options: list[dict[str, Any]] = field(default_factory=list)
+
+
+def group_key(options: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a parameter group is known by, on every layout."""
+    return tuple(options.get(name, default) for name, default in _IDENTITY.items())
 
 
 def read_optimizer(optimizer: Any, parameters: Iterable[nn.Parameter]) -> LocalState:
@@ -110,8 +119,18 @@ def _write_torch(optimizer: Any, model_of: Mapping[Any, nn.Parameter], state: Lo
             scalars = {key: torch.tensor(of[parameter]) for key, of in state.scalars.items() if parameter in of}
             if held or scalars:
                 tensors[index] = {**held, **scalars}
-    groups = [{**now, **then} for now, then in zip(numbered, state.options, strict=True)]
+    groups = [{**now, **_saved_options(now, state.options)} for now in numbered]
     optimizer.load_state_dict({"state": tensors, "param_groups": groups})
+
+
+def _saved_options(now: Mapping[str, Any], saved: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The saved options of a group of this run. Other multipliers keep their rates: the options are those of any group."""
+    saved = [options for options in saved if options]
+    same = next((options for options in saved if group_key(options) == group_key(now)), None)
+    if same is not None:
+        return dict(same)
+    left_out = (*_IDENTITY, *_RATES)
+    return {key: value for key, value in (saved[0] if saved else {}).items() if key not in left_out}
 
 
 def _parts(optimizer: Any) -> Sequence[Any]:
@@ -157,12 +176,10 @@ def _own_shard(optimizer: Any, parameter: nn.Parameter) -> dict[str, tuple[torch
 
 
 def _write_distributed(optimizer: Any, state: LocalState) -> None:
-    options = list(state.options)
     for part in _parts(optimizer):
-        groups, options = options[: len(part.param_groups)], options[len(part.param_groups) :]
         now = part.optimizer.state_dict()["param_groups"]
-        merged = [{**group, **saved} for group, saved in zip(now, groups, strict=True)]
-        if any("step" in group for group in groups):
+        merged = [{**group, **_saved_options(group, state.options)} for group in now]
+        if any("step" in group for group in state.options):
             part.load_state_dict({"optimizer": {"param_groups": merged}})
             # megatron-core (0.13, without apex) gives torch one tensor as the step count of all parameters. Each
             # parameter's step would then increase the count of all.

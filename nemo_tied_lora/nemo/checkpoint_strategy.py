@@ -190,9 +190,6 @@ class AdapterCheckpointStrategy(NLPDDPStrategy):
         state = LocalState(slots, scatter_options(adapter, saved["scalars"]), saved["options"])
         optimizer = self._optimizer()
         write_optimizer(optimizer, state)
-        for schedule in checkpoint.get("lr_schedulers", ()):
-            for group, rate in zip(optimizer.param_groups, schedule.get("_last_lr") or (), strict=False):
-                group["lr"] = rate
         self._restore_random_states(path, description["layout"])
 
     def remove_checkpoint(self, filepath: Any) -> None:
@@ -231,7 +228,8 @@ class AdapterCheckpointStrategy(NLPDDPStrategy):
                 logging.info(f"the learning rate's schedule: max_steps={new['max_steps']}, was {old['max_steps']}")
                 old = {**old, **{key: new[key] for key in _SCHEDULE_LENGTH if key in new}}
                 config.scheduler.load_state_dict(old)
-                old["_last_lr"] = list(config.scheduler.get_lr())  # the saved rate may be the old schedule's last
+                config.scheduler.get_lr()
+                old["unscaled"] = config.scheduler.unscaled  # the saved rate may be the old schedule's last
             schedules.append(old)
         return schedules
 

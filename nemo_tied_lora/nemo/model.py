@@ -26,7 +26,7 @@ from nemo_tied_lora.checkpoint.training_checkpoint import is_checkpoint, read_de
 from nemo_tied_lora.errors import ConfigError, Problems
 from nemo_tied_lora.nemo.answer_truncation import check_answers, special_token_problems
 from nemo_tied_lora.nemo.guarded_training import GuardedTrainingMixin
-from nemo_tied_lora.nemo.learning_rate_groups import learning_rate_groups
+from nemo_tied_lora.nemo.learning_rates import FactorRatesMixin
 from nemo_tied_lora.nemo.legacy_weights import tensors_only
 from nemo_tied_lora.nemo.peft_config import TiedLoraPEFTConfig, register
 from nemo_tied_lora.nemo.sft_datasets import leave_room_only_to_generate, own_datasets
@@ -40,7 +40,7 @@ __all__ = ["MegatronGPTTiedLoraModel", "TiedLoraModelMixin"]
 register()
 
 
-class TiedLoraModelMixin:
+class TiedLoraModelMixin(FactorRatesMixin):
     """A mixin in front of a NeMo model with `NLPAdapterModelMixin`: adds the scheme `tied_lora`, keeps all others.
 
     Gradients are complete before NeMo clips them. With `mcore_distributed_optim`, megatron-core sums the tied ones by
@@ -107,13 +107,6 @@ class TiedLoraModelMixin:
             self.tied_lora.remove()
             self.tied_lora, self.use_peft = None, False
 
-    def setup_optimizer_param_groups(self) -> None:
-        """Sets `learning_rate_groups` for an adapter, and NeMo's groups without one."""
-        if self.tied_lora is None:
-            super().setup_optimizer_param_groups()  # type: ignore[misc]
-            return
-        self._optimizer_param_groups = learning_rate_groups(self.tied_lora)
-
     def configure_optimizers(self) -> Any:
         """NeMo's, except that O2 sums over data-parallel ranks once, after the backward pass.
 
@@ -131,7 +124,7 @@ class TiedLoraModelMixin:
                 raise ConfigError([f"tied_lora.dtype={self.tied_lora.config.dtype}: {FLOAT32_UNDER_O2}"])
             with open_dict(self.cfg):  # type: ignore[attr-defined]
                 self.cfg.async_grad_allreduce = False  # type: ignore[attr-defined]
-        return super().configure_optimizers()  # type: ignore[misc]
+        return super().configure_optimizers()
 
     def training_step_fwd_bwd_step_call(self, dataloader_iter: Any, forward_only: bool) -> Any:
         """Runs forward and backward over the microbatches, then sums tied gradients over pipeline stages."""

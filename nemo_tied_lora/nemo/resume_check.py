@@ -13,7 +13,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_tied_lora.errors import ConfigError
 from nemo_tied_lora.files import write_json
+from nemo_tied_lora.planning.base_config import adapter_section
+from nemo_tied_lora.planning.nemo_model_config import recorded_config
 from nemo_tied_lora.planning.settings.base_quantization import BaseQuantization
+from nemo_tied_lora.planning.settings.factor_rates import resolved_multipliers
 
 __all__ = ["check_settings", "settings_of"]
 
@@ -80,8 +83,21 @@ def settings_of(cfg: DictConfig) -> dict[str, Any]:
     quantization = BaseQuantization.from_setting(model.pop("base_quantization", None))
     if quantization is not None:  # one name for each way to write it; a run from before the key has none
         model["base_quantization"] = quantization.precision
+    _resolve_multipliers(model)
     trainer = {key: cfg.trainer.get(key) for key in _OF_THE_TRAINER}
     return dict(_flat(json.loads(json.dumps({"model": model, "trainer": trainer}))))
+
+
+def _resolve_multipliers(model: dict[str, Any]) -> None:
+    """Replaces `optim.lr_multipliers` by those that are not 1: a default of another release is a change."""
+    optim, peft = model.get("optim") or {}, model.get("peft") or {}
+    if peft.get("peft_scheme") == "tied_lora":
+        start = peft.get("restore_from_path")
+        config = adapter_section(peft) if start is None else recorded_config(start)
+        multipliers = resolved_multipliers({"model": model}, config)
+        optim.pop("lr_multipliers", None)
+        if multipliers:
+            optim["lr_multipliers"] = multipliers
 
 
 def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

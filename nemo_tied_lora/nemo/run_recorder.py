@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from megatron.core import parallel_state
 
+from nemo_tied_lora.config import FACTORS
 from nemo_tied_lora.platform.devices import collective_device
 from nemo_tied_lora.plots import picture
 
@@ -59,7 +60,8 @@ class RunRecorder(Callback):
         tokens = (getattr(pl_module, "tokens_seen", 0) - self._tokens_before) * replicas
         pl_module.log("step_seconds", seconds, rank_zero_only=True, batch_size=1)
         pl_module.log("tokens_per_second", tokens / seconds, prog_bar=True, rank_zero_only=True, batch_size=1)
-        names = {"loss": "reduced_train_loss", "lr": "lr", "grad_norm": "grad_norm"}
+        rates = {name: name for name in ("lr", *(f"lr_{factor}" for factor in FACTORS))}
+        names = {"loss": "reduced_train_loss", **rates, "grad_norm": "grad_norm"}
         found: dict[str, Any] = {
             ours: float(trainer.callback_metrics[n]) for ours, n in names.items() if n in trainer.callback_metrics
         }

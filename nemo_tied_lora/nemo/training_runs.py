@@ -65,6 +65,7 @@ def finetune(cfg: DictConfig, rank: Rank | None = None) -> dict[str, Any]:
         trainer.test(model)
     facts = {
         "adapter": model.tied_lora.config.as_dict(),
+        "lr_multipliers": dict(model.lr_multipliers),
         "trained_parameters": sum(model.tied_lora.num_parameters().values()),
         "parameter_table": parameter_table(model.tied_lora, base),
         "lora_parameters": sum(lora_counts(model.tied_lora).values()),

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from nemo_tied_lora.config import TiedLoraConfig
 from nemo_tied_lora.errors import ConfigError
 from nemo_tied_lora.planning.foreign_models import not_a_nemo
 from nemo_tied_lora.planning.nemo_archive import NemoFiles, read_members
@@ -88,6 +89,16 @@ def adapter_problems(path: object, key: str) -> list[str]:
         remedy = f"tied-lora import from=lora path={path} makes a tied one of it"
         return [f"{key}={path}: is {kind}, not a Tied-LoRA adapter; {remedy}"]
     return []
+
+
+def recorded_config(path: str | os.PathLike) -> TiedLoraConfig:
+    """The configuration that a Tied-LoRA adapter's `.nemo` records.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    peft = nemo_config(Path(path), "adapter")[0].get("peft")
+    return TiedLoraConfig.from_mapping(peft["tied_lora"] if isinstance(peft, Mapping) else {})
 
 
 def recorded_precision(path: str | os.PathLike) -> str | None:

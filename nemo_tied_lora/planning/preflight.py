@@ -19,9 +19,10 @@ from nemo_tied_lora.planning.base_config import adapter_section, other_architect
 from nemo_tied_lora.planning.data.data_checks import batch_problems, data_problems
 from nemo_tied_lora.planning.data.data_files import unreadable
 from nemo_tied_lora.planning.data.prompt_template import template_problems
-from nemo_tied_lora.planning.nemo_model_config import adapter_problems
+from nemo_tied_lora.planning.nemo_model_config import adapter_problems, recorded_config
 from nemo_tied_lora.planning.parallel_layout import Layout, check, check_ranks
 from nemo_tied_lora.planning.settings.base_quantization import quantization_lines, quantization_problems
+from nemo_tied_lora.planning.settings.factor_rates import rate_lines, rate_problems
 from nemo_tied_lora.planning.settings.flag_checks import flag_problems, section_problems
 from nemo_tied_lora.planning.settings.monitor_checks import monitor_problems
 from nemo_tied_lora.planning.settings.number_checks import (
@@ -83,10 +84,12 @@ def check_finetuning(cfg: Mapping[str, Any], *, runs_here: bool = True) -> list[
         problems.append(f"model.peft.tied_lora ({', '.join(given)}): {fix}")
     problems += _layout_problems(cfg, {**(base or {}), **_layout_keys(model)} if base else None, config)
     problems += _quantization_problems(cfg, base, here=runs_here)
+    problems += rate_problems(cfg, adapter=True)
     problems += _run_problems(cfg, base, config, runs_here=runs_here)
     problems += _output_problems(cfg, [model.get("restore_from_path"), start])
     problems.raise_if_any()
-    return [*run_lines(cfg), *number_lines(cfg), *quantization_lines(model.get("base_quantization"))]
+    rates = rate_lines(cfg, adapter_section(model["peft"]) if start is None else recorded_config(start))
+    return [*run_lines(cfg), *rates, *number_lines(cfg), *quantization_lines(model.get("base_quantization"))]
 
 
 def check_pretraining(cfg: Mapping[str, Any]) -> list[str]:
@@ -104,6 +107,7 @@ def check_pretraining(cfg: Mapping[str, Any]) -> list[str]:
         )
     tokenizer = cfg["model"]["tokenizer"].get("model")
     problems.file("model.tokenizer.model", tokenizer, "name a sentencepiece model")
+    problems += rate_problems(cfg, adapter=False)
     problems += _layout_problems(cfg, cfg["model"], None)
     problems += _run_problems(cfg, cfg["model"], None)
     problems += _output_problems(cfg, [tokenizer])

@@ -23,7 +23,9 @@ __all__ = ["SCENARIOS", "SHARDED", "At", "checkpoint", "main", "run", "state", "
 PARAMS = "exp_manager.checkpoint_callback_params"
 # Microbatches of one sample: each sample has the same weight at every data-parallel size.
 SHARDED = ["model.optim.name=mcore_distributed_optim", "model.micro_batch_size=1"]
-COMMON = ["trainer.max_steps=4", "model.data.validation_ds.metric.name=loss", f"{PARAMS}.save_top_k=-1"]
+# u has its default, 1.
+MULTIPLIERS = "model.optim.lr_multipliers={A: 0.5, B: 2, v: 4}"
+COMMON = [MULTIPLIERS, "trainer.max_steps=4", "model.data.validation_ds.metric.name=loss", f"{PARAMS}.save_top_k=-1"]
 
 
 class At(Callback):
@@ -195,6 +197,10 @@ def resumed_and_tested() -> dict[str, bool]:
     return {"trained": same(state(Path("tested/adapter.nemo")), state(Path("tested_straight/adapter.nemo")))}
 
 
+def rates_of(step: dict[str, Any]) -> dict[str, float]:
+    return {name: rate for name, rate in step.items() if name.startswith("lr")}
+
+
 def resumes(name: str, *arguments: str, copy: str | None = None) -> dict[str, bool]:
     """Compares a stopped and resumed run with an uninterrupted one: the last checkpoint's contents, and the metrics.
 
@@ -210,7 +216,8 @@ def resumes(name: str, *arguments: str, copy: str | None = None) -> dict[str, bo
     kinds = sorted({key.split("/")[0] for key in tensors_in(theirs)})
     return {
         "losses": [s["loss"] for s in got["steps"]] == [s["loss"] for s in want["steps"]],
-        "rates": [s["lr"] for s in got["steps"]] == [s["lr"] for s in want["steps"]],
+        "rates": [rates_of(step) for step in got["steps"]] == [rates_of(step) for step in want["steps"]],
+        "a rate for each factor": [len(rates_of(step)) for step in got["steps"]] == [5] * 4,
         "steps": [s["step"] for s in got["steps"]] == [1, 2, 3, 4],
         "output": same(state(Path(name, "adapter.nemo")), state(Path(f"{name}_straight", "adapter.nemo"))),
         **{kind: same(tensors_in(ours, f"{kind}/"), tensors_in(theirs, f"{kind}/")) for kind in kinds},
@@ -309,6 +316,8 @@ def refused() -> dict[str, bool]:
     stopped("refused")
     settings, saved = Path("refused/checkpoints/settings.json"), "in the checkpoint"
     rate = refusal("refused", "model.optim.lr=1e-3")
+    factor = refusal("refused", "model.optim.lr_multipliers.B=4")
+    default = refusal("refused", "model.optim.lr_multipliers.A=null")
     data = refusal("refused", "model.data.train_ds.max_seq_length=24")
     precision = refusal("refused", "trainer.precision=bf16-mixed", "trainer.gradient_clip_val=0.5")
     rank = refusal("refused", "model.peft.tied_lora.rank=2")
@@ -328,6 +337,8 @@ def refused() -> dict[str, bool]:
     result = run("refused", *allowed)
     return {
         "learning rate": "model.optim.lr=0.001: the checkpoints in" in rate and "were made with 0.01" in rate,
+        "multiplier": "model.optim.lr_multipliers.B=4.0: the checkpoints in" in factor and "made with 2.0" in factor,
+        "multiplier left out": "model.optim.lr_multipliers.A=None: the checkpoints in" in default,
         "data": "model.data.train_ds.max_seq_length=24" in data,
         "precision": "trainer.precision='bf16-mixed'" in precision and "gradient_clip_val=0.5" in precision,
         "adapter": "model.peft.tied_lora.rank=2" in rank,

@@ -20,7 +20,7 @@ import torch
 from tests.harness.ranks import run_ranks
 from tests.harness.switched_off import switched_off
 
-__all__ = ["LOOPS", "UNGUARDED", "UNSUMMED", "Fit", "FitRecord", "fit_records", "make_data", "run_fits"]
+__all__ = ["LOOPS", "MULTIPLIERS", "UNGUARDED", "UNSUMMED", "Fit", "FitRecord", "fit_records", "make_data", "run_fits"]
 
 LOOPS: dict[str, tuple[str, ...]] = {
     "O1": ("model.optim.name=fused_adam",),
@@ -29,6 +29,9 @@ LOOPS: dict[str, tuple[str, ...]] = {
     "mcore": ("model.optim.name=mcore_distributed_optim", "+model.optim.average_in_collective=false"),
 }
 """Each loop of NeMo to its overrides."""
+
+MULTIPLIERS = {"A": 0.5, "B": 2, "v": 4}
+"""Of every fit; u has its default, 1."""
 
 _FULL = (
     "model.activations_checkpoint_granularity=full",
@@ -58,6 +61,7 @@ _TINY = [
     "model.optim.sched.warmup_steps=1",
     "model.optim.lr=1e-2",
     "model.optim.weight_decay=0.0",
+    *(f"model.optim.lr_multipliers.{factor}={multiplier}" for factor, multiplier in MULTIPLIERS.items()),
     "peft=tied_lora",
     "model.peft.tied_lora.rank=4",
     "trainer.precision=32",
@@ -111,6 +115,8 @@ class FitRecord:
     failure: str | None = None
     traceback: str = ""
     steps: list[dict[str, Any]] = field(default_factory=list)
+    first_step: dict[str, torch.Tensor] = field(default_factory=dict)
+    """The whole adapter after the first step, in float32."""
     start: dict[str, torch.Tensor] = field(default_factory=dict)
     state: dict[str, torch.Tensor] = field(default_factory=dict)
     local_bits: dict[str, bytes] = field(default_factory=dict)
@@ -324,6 +330,8 @@ def _watcher(fit: Fit, record: FitRecord) -> Any:
             metrics = {n: float(trainer.callback_metrics[n]) for n in _RECORDED if n in trainer.callback_metrics}
             skipped = None if module.skipped is None else str(module.skipped)
             record.steps.append({**metrics, "skipped": skipped})
+            if trainer.global_step == 1:
+                record.first_step = _whole(module.tied_lora)
             record.untouched.append(_everything(trainer, module) == self.before)
             if fit.drift is not None and fit.drift[:2] == (trainer.global_step, torch.distributed.get_rank()):
                 _flip(module.tied_lora, fit.drift[2])

@@ -11,6 +11,7 @@ relative error of an untrained tensor is 1, and that of a tensor trained on a pa
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +19,7 @@ import torch
 
 from nemo_tied_lora import ConfigError, check_ddp
 from nemo_tied_lora.planning.settings.training_loop_checks import check_loop
-from tests.nemo.nemo_fits import LOOPS, UNSUMMED, FitRecord, fit_records
+from tests.nemo.nemo_fits import LOOPS, MULTIPLIERS, UNSUMMED, FitRecord, fit_records
 from tests.parity.cells import NEMO_TOLERANCES
 
 OVERLAP_AND_FULL = "mcore dp2 overlap full recompute"
@@ -77,6 +78,28 @@ def test_without_the_sum_over_stages_the_adapter_differs(name: str) -> None:
     for record in ranks_of(f"{name}, unsummed"):
         different = {line.split(":")[0] for line in close(record, oracle(loop), loop)}
         assert different >= {name for name in record.state if not name.startswith("layers.")}
+
+
+@pytest.mark.parametrize("name", [*LOOPS, *(f"{loop} {layout}" for loop in LOOPS for layout in LAYOUTS)])
+def test_adams_first_step_has_the_size_of_each_factors_rate(name: str) -> None:
+    """Adam's first step moves an element by its rate, whatever its gradient is, unless that is 0."""
+    fit = oracle(name) if name in LOOPS else ranks_of(name)[0]
+    rate = 1e-2 / 2  # of the first of two steps of warm-up
+    for name_, tensor in fit.first_step.items():
+        factor = name_.rpartition(".")[2]
+        expected = rate * MULTIPLIERS.get(factor, 1)
+        moved = float((tensor - fit.start[name_]).abs().mean())
+        assert math.isclose(moved, expected, rel_tol=0.3 if name.startswith("O2") else 0.02), (name_, moved, expected)
+
+
+def test_the_log_has_the_schedules_rate_and_each_factors() -> None:
+    for name in LOOPS:
+        steps = oracle(name).summary["steps"]
+        for step in steps:
+            assert step["lr_u"] == step["lr"]
+            for factor, multiplier in MULTIPLIERS.items():
+                assert math.isclose(step[f"lr_{factor}"], step["lr"] * multiplier, rel_tol=1e-6)  # logged in float32
+        assert len({step["lr"] for step in steps}) > 3
 
 
 def test_distributed_optimizer_agrees_with_plain_adam() -> None:

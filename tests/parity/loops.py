@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig
 from torch import nn
 
 from nemo_tied_lora.adapter.injected_adapter import Adapter
@@ -23,6 +23,8 @@ __all__ = ["Loop", "MegatronLoop", "PlainLoop", "make_loop"]
 
 # eps is as large as the gradients: a smaller one would magnify the rounding of small gradients.
 LEARNING_RATE, EPS, BETAS = 1e-2, 1e-3, (0.9, 0.99)
+MULTIPLIERS = {"A": 0.5, "u": 2.0, "v": 0.25}
+"""Of the learning rate; that of B is 1."""
 # Below every run's norm. So each step is clipped, and a wrong norm causes wrong steps.
 MAX_NORM = 0.1
 
@@ -52,8 +54,8 @@ class PlainLoop:
     def __init__(self, chunks: list[nn.Module], adapter: Adapter, fault: str | None = None):
         self.models, self._adapter, self._fault = chunks, adapter, fault
         self._parameters = list(adapter.parameters())
-        # One group: a stage may have no parameters, and torch refuses an empty list.
-        self._optimizer = torch.optim.Adam([{"params": self._parameters}], lr=LEARNING_RATE, eps=EPS, betas=BETAS)
+        groups = adapter.parameter_groups(LEARNING_RATE, MULTIPLIERS)
+        self._optimizer = torch.optim.Adam(groups, eps=EPS, betas=BETAS)
 
     def start(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)
@@ -101,7 +103,8 @@ class MegatronLoop:
         if overlap:
             _overlap(config, self.models, aligned="aligned" in run.loop)
         self._adapter, self._parameters, self._distributed = adapter, list(adapter.parameters()), distributed
-        self._optimizer = get_megatron_optimizer(_optimizer_config(ddp, bfloat16=bfloat16), self.models)
+        settings = _optimizer_config(ddp, bfloat16=bfloat16)
+        self._optimizer = adapter.megatron_optimizer(settings, self.models, MULTIPLIERS)
 
     def start(self) -> None:
         for model in self.models:

@@ -34,7 +34,7 @@ RUNS += [(SHORT, "tp2"), (SHORT, "tp2 sp")]
 # Adam divides a gradient by its size, so it hides a factor of two, unless eps is as large as the gradient. The bounds are
 # below each step's norm, so that each step is clipped.
 VISIBLE = {
-    OWN: {"lr=1e-3": "lr=1e-2, eps=1e-3", "max_norm=1.0": "max_norm=0.05"},
+    OWN: {"(lr=1e-3), ": "(lr=1e-2), eps=1e-3, ", "max_norm=1.0": "max_norm=0.05"},
     MEGATRON: {"lr=1e-3": "lr=1e-2, adam_eps=1e-3", "clip_grad=1.0": "clip_grad=0.05"},
     SHORT: {"lr=1e-3": "lr=1e-2, eps=1e-3"},
 }
@@ -56,7 +56,7 @@ FAULTS = {
     "README without the sum": (SHORT, "tp2 sp", _SUM, "pass"),
     "Megatron does not sum": (MEGATRON, "pp2", "config.finalize_model_grads_func = ", "pass"),
     "torch's AdamW around Megatron's DDP": (
-        *(MEGATRON, "dp2", "optimizer = get_megatron_optimizer("),
+        *(MEGATRON, "dp2", "optimizer = adapter.megatron_optimizer("),
         "import torch; optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-2)",
     ),
 }
