@@ -41,9 +41,10 @@ def problems_of(check: Any, cfg: dict[str, Any]) -> list[str]:
     ("line", "parts"),
     [
         (f"{KEY}.B=0", [f"{KEY}.B=0: must be a finite number greater than 0", "leave it out of"]),
-        (f"{KEY}.v=.inf", [f"{KEY}.v=inf: must be"]),
+        (f"{KEY}.v=inf", [f"{KEY}.v=inf: must be"]),
         (f"{KEY}.u=fast", [f"{KEY}.u='fast': must be"]),
         (f"{KEY}={{b: 2}}", [f"{KEY}.b=2: b is no factor (did you mean B?); the factors are A, B, u, v"]),
+        (f"{KEY}.a=2", [f"{KEY}.a=2: a is no factor (did you mean A?); the factors are A, B, u, v"]),
         (f"+{KEY}.R=2", [f"{KEY}.R=2: R is no factor; the factors are A, B, u, v"]),
     ],
 )
@@ -64,7 +65,7 @@ def test_a_multiplier_without_an_adapter_is_refused() -> None:
 
 
 def test_one_line_says_each_factors_rate_and_none_if_all_are_the_same() -> None:
-    assert lines_of() == []
+    assert lines_of() == lines_of(f"{KEY}=null") == []
     assert lines_of(f"{KEY}={{A: 1, B: 1, u: 1, v: 1}}") == []
     assert lines_of(f"{KEY}.B=4", f"{KEY}.u=0.5") == [
         f"model.optim.lr=0.01: with {KEY}, the factors have A 0.01, B 0.04, u 0.005, v 0.01"
@@ -83,8 +84,8 @@ def test_a_factor_that_is_not_trained_is_named_and_has_no_effect() -> None:
 
 def test_a_presets_default_is_said_and_a_resumed_run_must_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(lr_multipliers.DEFAULTS, "tl6", {"B": ByRank(2.0, -0.5)})
-    (line,) = lines_of("model.peft.tied_lora.rank=32")
-    assert line.endswith("the factors have A 0.01, B 0.01, u 0.01, v 0.01")
+    (line,) = lines_of("model.peft.tied_lora.rank=128")
+    assert line.endswith("the factors have A 0.01, B 0.005, u 0.01, v 0.01")
     (line,) = lines_of("model.peft.tied_lora.rank=2")
     assert line.endswith("the factors have A 0.01, B 0.04, u 0.01, v 0.01")
     cfg = composed(f"{KEY}.v=3")

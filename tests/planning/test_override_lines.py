@@ -15,6 +15,13 @@ from nemo_tied_lora.planning.composing.compose import compose_config, compose_wi
 from nemo_tied_lora.planning.composing.yaml_sources import YamlSources
 from nemo_tied_lora.planning.preflight import check_finetuning
 
+_WITHOUT_SCHEDULE = {
+    "name": "fused_adam",
+    "lr": 1e-4,
+    "weight_decay": 0.01,
+    "betas": [0.9, 0.98],
+    "lr_multipliers": dict.fromkeys(("A", "B", "u", "v")),
+}
 # From NeMo's continuous integration, its tutorials for LoRA, the scripts' own docstrings, and public shell scripts.
 ACCEPTED: list[tuple[str, dict[str, Any]]] = [
     ("trainer.devices=2", {"trainer.devices": 2}),
@@ -131,11 +138,11 @@ ACCEPTED: list[tuple[str, dict[str, Any]]] = [
     ("model.optim.sched.min_lr=9e-6", {"model.optim.sched.min_lr": 9e-6}),
     (
         "~model.optim.sched",
-        {"model.optim": {"name": "fused_adam", "lr": 1e-4, "weight_decay": 0.01, "betas": [0.9, 0.98]}},
+        {"model.optim": _WITHOUT_SCHEDULE},
     ),
     (
         "model.optim.sched=null",
-        {"model.optim": {"name": "fused_adam", "lr": 1e-4, "weight_decay": 0.01, "betas": [0.9, 0.98]}},
+        {"model.optim": _WITHOUT_SCHEDULE},
     ),
     ("hydra.run.dir=.", {}),
     ("++model.my_own_key=3", {"model.my_own_key": 3}),

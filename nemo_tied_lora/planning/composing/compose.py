@@ -50,7 +50,13 @@ _PASSES_ON = {"quickstart": "overrides", "compare": "training.overrides"}
 _MAY_BE_DELETED = ("model.optim.sched",)
 # Sections of a study with one entry for each name.
 _ENTRIES = ("methods", "tasks", "claim.pairs")
-_MAY_BE_NULL = ("model.optim.sched", "model.peft.tied_lora", "exp_manager.wandb_logger_kwargs", "guards")
+_MAY_BE_NULL = (
+    "model.optim.sched",
+    "model.optim.lr_multipliers",
+    "model.peft.tied_lora",
+    "exp_manager.wandb_logger_kwargs",
+    "guards",
+)
 # Hydra raises ValueError for a number in place of a group, and NeMo, once imported, makes `trainer` a group.
 # A YAML whose defaults name itself: RecursionError.
 _NOT_COMPOSED = (HydraException, OmegaConfBaseException, ValueError, RecursionError)

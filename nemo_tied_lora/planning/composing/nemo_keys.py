@@ -136,6 +136,7 @@ _OPEN_SECTIONS = (
     "model.mcore_customization_config",
     "model.megatron_timer_kwargs",
     "model.nsys_profile",
+    "model.optim.lr_multipliers",  # this project's; `factor_rates` judges its keys
     "model.tokenizer",
     "model.ub_tp_comm_overlap_cfg",
     "model.peft.lora_tuning",
