@@ -27,6 +27,7 @@ from nemo_tied_lora.checkpoint.json_values import decode, encode
 from nemo_tied_lora.checkpoint.local_optimizer_state import LocalState, read_optimizer, write_optimizer
 from nemo_tied_lora.checkpoint.training_checkpoint import CheckpointError, CheckpointWriter
 from nemo_tied_lora.commands.convert_checkpoint import _find_checkpoint
+from nemo_tied_lora.platform.group_step_adam import GroupStepAdamW
 from tests.harness.ranks import run_ranks, single_process
 from tests.harness.relayout import relayout
 from tests.harness.tiny_gpt import build_gpt, full_tensor
@@ -35,6 +36,8 @@ from tests.harness.tiny_gpt import build_gpt, full_tensor
 ADAPTERS = {
     "tl6": {"preset": "tl6", "rank": 3},
     "vera": {"preset": "vera", "rank": 3},
+    # The first stage has a group with A and one with B, and empty ones for u and v.
+    "tl6 on the last layer": {"preset": "tl6", "rank": 3, "targets": ["linear_qkv"], "layers": [3]},
     "lora on the first layer": {"preset": "lora", "rank": 3, "targets": ["linear_qkv", "linear_fc1"], "layers": [0]},
 }
 
@@ -64,7 +67,13 @@ def gathered(adapter: Any, optimizer: torch.optim.Optimizer) -> tuple[dict[str, 
 def build(config: dict[str, Any]) -> tuple[Any, torch.optim.Optimizer]:
     adapter = inject(build_gpt(llama=True, groups=2), TiedLoraConfig.from_mapping(config))
     adapter.load_full_state({n: full_tensor(f"start {n}", shape) for n, shape in whole_shapes(adapter).items()})
-    return adapter, torch.optim.AdamW([{"params": list(adapter.parameters())}], lr=1e-2)
+    return adapter, fresh(adapter)
+
+
+def fresh(adapter: Any) -> torch.optim.Optimizer:
+    """An optimizer that has stepped nothing. One kind counts steps for each parameter, the other for each group."""
+    kind = torch.optim.AdamW if adapter.config.layers is None else GroupStepAdamW
+    return kind(adapter.parameter_groups(1e-2, {"A": 0.5, "B": 2, "v": 4}))
 
 
 def move(config: dict[str, Any], *, fault: bool = False) -> dict[str, Any]:
@@ -84,7 +93,7 @@ def move(config: dict[str, Any], *, fault: bool = False) -> dict[str, Any]:
         else:
             step(adapter, optimizer, 100)
         if fault and saved is not None:
-            optimizer = torch.optim.AdamW([{"params": list(adapter.parameters())}], lr=1e-2)
+            optimizer = fresh(adapter)
         step(adapter, optimizer, number)
         saved = gathered(adapter, optimizer)
     return saved[0]
