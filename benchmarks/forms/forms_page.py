@@ -18,6 +18,7 @@ from .cells import base_cell
 from .form import trained_parameters
 from .plan import Plan, Task
 from .schedule import Entry, entries, kept, schedule, sweep_entry
+from .sweeping import Losses
 from .text import interval_text, paragraph
 
 __all__ = ["PICTURE", "draw", "page_text", "page_values"]
@@ -69,31 +70,37 @@ def draw(path: Path, plan: Plan, results: Results) -> None:
     """A panel for each task: each form's gain over the base on test data, or on validation data where there is none."""
     columns = len(plan.tasks)
     title = "gain in the answers' loss over the base; filled: test, 95%; hollow: validation, best rate"
-    with panels(path, 1, columns=columns, width=1 + 5 * columns, height=7, title=title) as axes:
-        for one, task in zip(axes, plan.tasks, strict=True):
-            _panel(one, plan, task, results)
+    by_task = [
+        [score for budget in plan.budgets for score in scores(plan, task, entries(plan, budget), results)]
+        for task in plan.tasks
+    ]
+    shown = [n for n in range(len(by_task[0])) if any(its[n].validation is not None for its in by_task)]
+    height = 2.5 + 0.2 * len(shown)
+    with panels(path, 1, columns=columns, width=4 + 4 * columns, height=height, title=title) as axes:
+        for one, task, its in zip(axes, plan.tasks, by_task, strict=True):
+            _panel(one, plan, task, [its[n] for n in shown], results.losses())
+            labels = [its[n].entry.candidate.title for n in shown] if one is axes[0] else [""] * len(shown)
+            one.set_yticks(range(len(shown)), labels, fontsize="x-small")
+            one.set_ylim(max(1, len(shown)) - 0.5, -0.5)
 
 
-def _panel(axes: Any, plan: Plan, task: Task, results: Results) -> None:
-    losses = results.losses()
-    rows = [(budget, one) for budget in plan.budgets for one in scores(plan, task, entries(plan, budget), results)]
-    rows = [(budget, one) for budget, one in rows if one.validation is not None]
-    for place, (budget, one) in enumerate(reversed(rows)):
-        color = f"C{list(plan.budgets).index(budget)}"
-        split, marker = ("validation", "o") if one.loss is None else ("test", "o")
-        base = losses.get(base_cell(plan, task, split).key)
+def _panel(axes: Any, plan: Plan, task: Task, its: Sequence[Score], losses: Losses) -> None:
+    labels = {budget: f"at most {count:,} trained" for budget, count in plan.budgets.items()}
+    for place, one in enumerate(its):
+        base = losses.get(base_cell(plan, task, "validation" if one.loss is None else "test").key)
         if base is None or one.validation is None:
             continue
+        color, label = f"C{list(plan.budgets).index(one.entry.budget)}", labels.pop(one.entry.budget, None)
         if one.loss is None:
-            axes.plot([base - one.validation], [place], marker, color=color, fillstyle="none")
+            axes.plot([base - one.validation], [place], "o", color=color, fillstyle="none", label=label)
         else:
             sides = [[one.loss.high - one.loss.value], [one.loss.value - one.loss.low]]
-            axes.errorbar([base - one.loss.value], [place], xerr=sides, fmt=marker, color=color, capsize=3)
-    labels = [f"{one.entry.candidate.title} ({_called(budget)})" for budget, one in reversed(rows)]
-    axes.set_yticks(range(len(rows)), labels, fontsize="xx-small")
+            axes.errorbar([base - one.loss.value], [place], xerr=sides, fmt="o", color=color, capsize=3, label=label)
     axes.set_xlabel("nats per token")
     axes.set_title(f"{task.family}: {task.name}", fontsize="small")
     axes.grid(visible=True, alpha=0.25)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize="x-small")
 
 
 def _parts(plan: Plan, results: Results) -> Iterator[str]:
@@ -114,7 +121,7 @@ def _parts(plan: Plan, results: Results) -> Iterator[str]:
     yield from _verdict(plan, results)
     yield f"![gain of each form]({PICTURE})"
     for budget in plan.budgets:
-        yield f"## {_called(budget)}: at most {plan.budgets[budget]:,} parameters"
+        yield f"## At most {plan.budgets[budget]:,} parameters, the {_called(budget)}"
         yield from _budget(plan, budget, results)
     yield "## What did not stay"
     yield from _dropped(plan, results)
@@ -138,6 +145,8 @@ def _verdict(plan: Plan, results: Results) -> Iterator[str]:
     if len(rows) == 1:
         yield paragraph("No test runs of a candidate yet.")
         return
+    for budget in plan.budgets:
+        yield from _winners(plan, budget, results)
     yield markdown_table(rows)
     yield paragraph(
         "Loss of the candidate minus that of the form named beside it, in nats per token, on test items: below 0 the "
@@ -147,12 +156,40 @@ def _verdict(plan: Plan, results: Results) -> Iterator[str]:
     )
 
 
+def _winners(plan: Plan, budget: str, results: Results) -> Iterator[str]:
+    """Which candidates beat both on at least two tasks, by the rule of the plan."""
+    found = entries(plan, budget)
+    tried, winners, open_ones = 0, [], []
+    for one in found:
+        if one.candidate.reference:
+            continue
+        pairs = [its for _, its in _against(plan, one, found, results)]
+        if any(verdict.seeds for its in pairs for verdict in its):
+            tried += 1
+            both = [[verdict.beats for verdict in of_task] for of_task in zip(*pairs, strict=True)]
+            wins = sum(all(beats is True for beats in task) for task in both)
+            possible = sum(all(beats is not False for beats in task) for task in both)
+            winners += [one.candidate.title] if wins >= _ENOUGH else []
+            open_ones += [one.candidate.title] if wins < _ENOUGH <= possible else []
+    if tried:
+        names = ", ".join(f"**{name}**" for name in winners) or "no candidate"
+        rest = f" Not decided yet: {', '.join(open_ones)}." if open_ones else ""
+        yield paragraph(
+            f"At the {_called(budget)}, {tried} candidates have test runs. Both TL6 and LoRA are beaten on at least two tasks by "
+            f"{names}.{rest}"
+        )
+
+
+_ENOUGH = 2
+"""So many of the tasks."""
+
+
 def _word(its: Sequence[Verdict]) -> str:
     wins = sum(verdict.beats is True for verdict in its)
     open_ones = sum(verdict.beats is None for verdict in its)
-    if wins >= 2:
+    if wins >= _ENOUGH:
         return f"**better** on {wins}"
-    return "not decided yet" if wins + open_ones >= 2 else "not better"
+    return "not decided yet" if wins + open_ones >= _ENOUGH else "not better"
 
 
 def _against(plan: Plan, one: Entry, found: Sequence[Entry], results: Results) -> Iterator[tuple[str, list[Verdict]]]:

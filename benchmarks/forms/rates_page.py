@@ -74,10 +74,11 @@ def _panel(axes: Any, plan: Plan, preset: str, rule: str, found: Sequence[Curve]
     axes.axhspan(1 - plan.tolerance, 1.0, color="0.9")
     axes.set_xscale("log")
     axes.set_ylim(0.48, 1.02)
+    axes.set_xlim(5e-4, 0.3)
     axes.set_xlabel("learning rate")
     axes.set_title(f"{plan.candidate(preset).title}: {rule_text(plan, rule)}", fontsize="small")
     axes.grid(visible=True, alpha=0.25)
-    axes.legend(fontsize="x-small", loc="lower center")
+    axes.legend(fontsize="x-small", loc="lower left", ncols=2)
 
 
 def rule_text(plan: Plan, rule: str) -> str:

@@ -44,7 +44,7 @@ def loss_of(settings: dict[str, Any]) -> float:
     form = settings["form"]
     if form is None:
         return BASE
-    quality = {"blocks": 1.5, "free": 1.2, "none": 1.0}[form["v"]] - (0.3 if form["core"] == "full" else 0.0)
+    quality = {"blocks": 1.5, "free": 1.2}.get(form["v"], 1.0) - (0.3 if form["core"] == "full" else 0.0)
     octaves = abs(settings["learning_rate"] / BEST - 1)
     return BASE - quality + 0.05 * octaves
 
@@ -197,6 +197,7 @@ def test_the_page_says_who_wins_and_what_did_not_stay(finished: tuple[Plan, Path
     plan, folder, _ = finished
     page = forms_page.page_text(plan, read_results(folder))
     assert page.count("**better** on 3") == 4  # against TL6 and LoRA, at two budgets
+    assert "Both TL6 and LoRA are beaten on at least two tasks by **v for each 64 outputs**." in " ".join(page.split())
     assert "count of LoRA r=1, after the first task's sweep: core." in page
     assert "count of LoRA r=1, after the sweeps of all tasks: B diag(u) A." in page
     assert json.loads(json.dumps(rounded(forms_page.page_values(plan, read_results(folder)))))
