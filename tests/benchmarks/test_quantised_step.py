@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from typing import Any
 
@@ -16,6 +17,8 @@ from tests.harness.paths import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import quantised_step
+
+PAGE = (ROOT / "docs" / "costs.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -58,3 +61,10 @@ def test_the_bound_is_of_the_frozen_step_on_nf4(result: dict[str, Any]) -> None:
     assert quantised_step.within_bound(with_ratio("nf4", 1.6))
     assert not quantised_step.within_bound(with_ratio("nf4", 1.61))
     assert quantised_step.within_bound(with_ratio("int8", 1.61))
+
+
+def test_the_page_shows_a_measurement_of_all_layers_that_meets_the_bound() -> None:
+    begin, end = quantised_step.MARKS
+    shown = PAGE.split(begin)[1].split(end)[0]
+    assert len(re.findall(r"^\| (?:bf16|nf4|int8) \|", shown, re.M)) == 3
+    assert re.search(r"takes (\d\.\d\d)\s+times as long: met\. 30 layers of 576 x 1536, 512 tokens", shown)
