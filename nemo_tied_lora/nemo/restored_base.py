@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf, open_dict
-from torch.nn.parallel import DistributedDataParallel
 
 from nemo_tied_lora.adapter.quantized.decoder_linears import find_decoder_linears
 from nemo_tied_lora.adapter.quantized.kernels import dequantize, quantize
-from nemo_tied_lora.adapter.quantized.quantize_base import QuantizedBase, quantize_base
+from nemo_tied_lora.adapter.quantized.quantize_base import QuantizedBase, leave_to_ranks, quantize_base
 from nemo_tied_lora.adapter.quantized.quantized_weight import QuantizedWeight
 from nemo_tied_lora.adapter.target_modules import gpt_model
 from nemo_tied_lora.nemo.model import MegatronGPTTiedLoraModel
@@ -95,9 +94,7 @@ def _gpu(trainer: Trainer) -> torch.device | None:
 def _quantise(model: Any, quantization: BaseQuantization, device: torch.device | None) -> QuantizedBase:
     chunks = model._unwrap_model_list()
     report = quantize_base(chunks, **kernel_options(quantization), device=device)
-    # NeMo's O1 wraps the model in torch's DDP, which would broadcast each weight. All replicas have made the same codes.
-    codes = [name for name, weight in model.named_parameters() if isinstance(weight, QuantizedWeight)]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, codes)
+    leave_to_ranks(model)  # NeMo's O1 wraps the whole model in torch's DDP
     if device is not None:
         model.cuda()
         for chunk in chunks:  # from here on everything is built on the GPU, as NeMo does it without this flag

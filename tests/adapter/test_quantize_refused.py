@@ -15,6 +15,7 @@ from torch import nn
 from nemo_tied_lora import ConfigError, base_precision, inject, quantize_base
 from nemo_tied_lora.adapter.quantized import kernels
 from nemo_tied_lora.adapter.quantized import quantize_base as quantizing
+from tests.adapter.test_inject import logits, randomise
 from tests.adapter.test_quantize_base import CONFIG, MIXTURE, model
 from tests.harness.dequantized import quantized_weights
 from tests.harness.ranks import run_ranks, single_process
@@ -226,11 +227,37 @@ def on_a_rank() -> dict[str, Any]:
             patch.setattr(quantizing, "_quantized", lambda *_: 1 / 0)
         results["middle"] = outcome()
     results["none"] = outcome()
+    relayout()
+    results["torch's DDP"] = in_torchs_ddp()
     relayout(pp=2)
     gpt = model(pipeline_model_parallel_layout="Ett|L")
     report = quantize_base(gpt)
     results["stages"] = (report.precision, base_precision(gpt), len(report.linears))
     return results
+
+
+def in_torchs_ddp() -> dict[str, bool]:
+    """A step of a quantised model in torch's DDP, with other tokens on each rank, and one in which it does not skip codes."""
+    gpt = model(dtype=torch.float32)
+    quantize_base(gpt)
+    adapter = inject(gpt, CONFIG)
+    randomise(adapter)
+    results = []
+    for wrapped in (gpt, torch.nn.parallel.DistributedDataParallel(gpt)):
+        gpt.zero_grad()
+        logits(wrapped, seed=torch.distributed.get_rank()).square().mean().backward()
+        results.append([parameter.grad.clone() for parameter in adapter.parameters()])
+    own, together = results
+    for gradient in own:
+        torch.distributed.all_reduce(gradient)
+    pairs = list(zip(own, together, strict=True))
+    del gpt._ddp_params_and_buffers_to_ignore
+    with pytest.raises(NotImplementedError, match="not possible with a quantised weight"):
+        torch.nn.parallel.DistributedDataParallel(gpt)
+    return {
+        "the mean of the ranks": all(torch.allclose(one / 2, mean, rtol=1e-4, atol=1e-7) for one, mean in pairs),
+        "not the rank's own": any(not torch.allclose(one, mean, rtol=1e-2) for one, mean in pairs),
+    }
 
 
 def test_what_is_wrong_on_one_rank_raises_on_both_and_changes_neither() -> None:
@@ -255,6 +282,7 @@ def test_what_is_wrong_on_one_rank_raises_on_both_and_changes_neither() -> None:
     )
     assert second["middle"][0] == f"RuntimeError: {broken}"
     assert first["middle"][0] == f"RuntimeError: quantize_base: another rank failed: {broken}"
+    assert all(all(rank["torch's DDP"].values()) for rank in (first, second)), first
     # A stage without layers has the same precision.
     assert (first["stages"], second["stages"]) == (("nf4/64", "nf4/64", 8), ("nf4/64", "nf4/64", 0))
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from nemo_tied_lora.adapter.agreement import exchange, raise_together
 from nemo_tied_lora.adapter.experts import group_of, is_routed
@@ -29,7 +30,7 @@ from nemo_tied_lora.adapter.weight_checksums import keep_checksums
 from nemo_tied_lora.errors import ConfigError, Problems
 from nemo_tied_lora.platform.devices import collective_device
 
-__all__ = ["QuantizedBase", "base_precision", "quantize_base"]
+__all__ = ["QuantizedBase", "base_precision", "leave_to_ranks", "quantize_base"]
 
 _PRECISION = "base_precision"  # the attribute of a GPTModel that says what its linears were quantised to
 
@@ -124,7 +125,19 @@ def quantize_base(
     precision = next(filter(None, exchange(report.precision)))  # a stage may have no linears
     for body in bodies:
         setattr(body, _PRECISION, precision)
+    for chunk in {id(module): module for module in (*_chunks(model), *bodies)}.values():
+        leave_to_ranks(chunk)
     return replace(report, precision=precision)
+
+
+def leave_to_ranks(model: nn.Module) -> None:
+    """Makes torch's DDP, if it wraps this very module, leave the codes alone: each rank has made the same ones.
+
+    DDP would broadcast every parameter of rank 0, and codes have no memory of a weight to write into.
+    """
+    codes = [name for name, weight in model.named_parameters() if isinstance(weight, QuantizedWeight)]
+    known = [name for name in getattr(model, "_ddp_params_and_buffers_to_ignore", ()) if name not in codes]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [*known, *codes])
 
 
 def base_precision(model: nn.Module | Sequence[nn.Module]) -> str:
@@ -176,10 +189,13 @@ def _scan(model: nn.Module | Sequence[nn.Module]) -> tuple[list[Any], list[Decod
     known = next((getattr(body, _PRECISION) for body in bodies if hasattr(body, _PRECISION)), None)
     if known is not None:
         raise RuntimeError(f"model: its base is {known} already; load the base again to quantise it in another way")
-    chunks = [model] if isinstance(model, nn.Module) else list(model)
-    scans = [find_decoder_linears(chunk, body) for chunk, body in zip(chunks, bodies, strict=True)]
+    scans = [find_decoder_linears(chunk, body) for chunk, body in zip(_chunks(model), bodies, strict=True)]
     linears = list(itertools.chain.from_iterable(scan[0] for scan in scans))
     return bodies, linears, [problem for scan in scans for problem in scan[1]]
+
+
+def _chunks(model: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
+    return [model] if isinstance(model, nn.Module) else list(model)
 
 
 def _partial_blocks(linears: Iterable[DecoderLinear], block_size: int) -> list[str]:
