@@ -19,9 +19,13 @@ from nemo_tied_lora.planning.base_config import adapter_section, other_architect
 from nemo_tied_lora.planning.data.data_checks import batch_problems, data_problems
 from nemo_tied_lora.planning.data.data_files import unreadable
 from nemo_tied_lora.planning.data.prompt_template import template_problems
-from nemo_tied_lora.planning.nemo_model_config import adapter_problems, recorded_config
+from nemo_tied_lora.planning.nemo_model_config import adapter_problems, recorded_config, recorded_precision
 from nemo_tied_lora.planning.parallel_layout import Layout, check, check_ranks
-from nemo_tied_lora.planning.settings.base_quantization import quantization_lines, quantization_problems
+from nemo_tied_lora.planning.settings.base_quantization import (
+    continued_lines,
+    quantization_lines,
+    quantization_problems,
+)
 from nemo_tied_lora.planning.settings.factor_rates import rate_lines, rate_problems
 from nemo_tied_lora.planning.settings.flag_checks import flag_problems, section_problems
 from nemo_tied_lora.planning.settings.monitor_checks import monitor_problems
@@ -89,7 +93,11 @@ def check_finetuning(cfg: Mapping[str, Any], *, runs_here: bool = True) -> list[
     problems += _output_problems(cfg, [model.get("restore_from_path"), start])
     problems.raise_if_any()
     rates = rate_lines(cfg, adapter_section(model["peft"]) if start is None else recorded_config(start))
-    return [*run_lines(cfg), *rates, *number_lines(cfg), *quantization_lines(model.get("base_quantization"))]
+    lines = [*run_lines(cfg), *rates, *number_lines(cfg), *quantization_lines(model.get("base_quantization"))]
+    if start is not None:
+        recorded = recorded_precision(start)
+        lines += continued_lines("model.peft.restore_from_path", start, recorded, model.get("base_quantization"))
+    return lines
 
 
 def check_pretraining(cfg: Mapping[str, Any]) -> list[str]:

@@ -19,9 +19,11 @@ from nemo_tied_lora.planning.preflight import check_evaluation, check_finetuning
 from nemo_tied_lora.planning.quantised_memory import quantised_bytes
 from nemo_tied_lora.planning.settings.base_quantization import (
     BaseQuantization,
+    continued_lines,
     quantization_lines,
     quantization_problems,
 )
+from tests.harness.adapter_files import CONFIG, STATE, write_tar
 from tests.harness.base_files import write_base
 
 KEY = "model.base_quantization"
@@ -141,6 +143,50 @@ def test_double_quantisation_says_what_it_costs() -> None:
         "adapter, differ a little from one size to another; double: false does not"
     ]
     assert quantization_lines("nf4") == quantization_lines(None) == []
+
+
+@pytest.mark.parametrize(
+    ("recorded", "setting", "held", "remedy"),
+    [
+        ("nf4/64", None, "in nf4/64, this run's is not quantised", "nf4"),
+        (None, "int8", "not quantised, this run's is in int8/row", "null"),
+        ("bfloat16", "nf4", "not quantised, this run's is in nf4/64", "null"),
+        ("nf4/128 double", "nf4", "in nf4/128 double, this run's", "{kind: nf4, block_size: 128, double: true}"),
+    ],
+)
+def test_an_adapter_of_another_precision_is_named_before_its_training_continues(
+    recorded: str | None, setting: str | None, held: str, remedy: str
+) -> None:
+    [line] = continued_lines("model.peft.restore_from_path", "a.nemo", recorded, setting)
+    assert line.startswith(f"model.peft.restore_from_path=a.nemo: its training had a base that was {held}")
+    assert line.endswith(f"; {KEY}={remedy} gives the base of the adapter")
+
+
+@pytest.mark.parametrize(
+    ("recorded", "setting"),
+    [("nf4/64", {"kind": "nf4", "block_size": 64}), ("float32", None), (None, None), ("int8/row", "int8")],
+)
+def test_an_adapter_of_the_same_precision_continues_in_silence(recorded: str | None, setting: object) -> None:
+    assert continued_lines("model.peft.restore_from_path", "a.nemo", recorded, setting) == []
+
+
+def test_finetune_reads_the_precision_of_the_adapter_that_it_continues(tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"input": "a", "output": "b"}) + "\n")
+    config = b"peft: {peft_scheme: tied_lora}\ntargets: [linear_qkv]\nbase_precision: int8/row\n"
+    adapter = write_tar(tmp_path / "adapter.nemo", {CONFIG: config, STATE: b"-"})
+    words = [
+        f"model.restore_from_path={write_base(tmp_path / 'base.nemo', **SIZES, kv_channels=64)}",
+        "model.global_batch_size=8",
+    ]
+    words += [f"model.data.{section}.file_names=[{data}]" for section in ("train_ds", "validation_ds")]
+    words += ["model.data.train_ds.max_seq_length=16", "model.data.validation_ds.tokens_to_generate=4"]
+    words += [f"exp_manager.exp_dir={tmp_path}", f"model.peft.restore_from_path={adapter}"]
+    said = {}
+    for setting in ("null", "int8", "nf4"):
+        lines = check_finetuning(plain(compose_config("finetune", [*words, f"{KEY}={setting}"])))
+        said[setting] = [line for line in lines if f"model.peft.restore_from_path={adapter}: its training" in line]
+    assert {setting: len(lines) for setting, lines in said.items()} == {"null": 1, "int8": 0, "nf4": 1}
 
 
 @pytest.mark.parametrize("command", ["finetune", "generate", "evaluate"])

@@ -19,7 +19,15 @@ from nemo_tied_lora.errors import ConfigError, Problems
 from nemo_tied_lora.planning.architecture import Architecture, selected_linears
 from nemo_tied_lora.planning.parallel_layout import Layout
 
-__all__ = ["INSTALL", "KEY", "KINDS", "BaseQuantization", "quantization_lines", "quantization_problems"]
+__all__ = [
+    "INSTALL",
+    "KEY",
+    "KINDS",
+    "BaseQuantization",
+    "continued_lines",
+    "quantization_lines",
+    "quantization_problems",
+]
 
 KEY = "model.base_quantization"
 KINDS = ("nf4", "int8")
@@ -168,6 +176,27 @@ def quantization_lines(setting: object) -> list[str]:
     return [
         f"{KEY}.double=true: the statistics' codes depend on the tensor-parallel size, so the base, and with it losses and "
         "adapter, differ a little from one size to another; double: false does not"
+    ]
+
+
+def continued_lines(key: str, path: object, recorded: str | None, setting: object) -> list[str]:
+    """What a user should know if training continues an adapter on a base in another precision than it was trained on.
+
+    The dtypes of bases that are not quantised count as the same precision.
+
+    Args:
+        key: the key with the adapter's path.
+        recorded: the adapter's `base_precision`.
+        setting: the run's value of `model.base_quantization`, without problems.
+    """
+    trained, now = BaseQuantization.from_precision(recorded), BaseQuantization.from_setting(setting)
+    if trained == now:
+        return []
+    held = ["not quantised" if one is None else f"in {one.precision}" for one in (trained, now)]
+    value = "null" if trained is None else trained.setting
+    return [
+        f"{key}={path}: its training had a base that was {held[0]}, this run's is {held[1]}; the training continues on this one; "
+        f"{KEY}={value} gives the base of the adapter"
     ]
 
 
