@@ -19,8 +19,9 @@ from nemo_tied_lora.planning.data.data_files import checked_already, mark_checke
 from nemo_tied_lora.planning.layout_fits_cluster import launcher_problems
 from nemo_tied_lora.planning.parallel_layout import Layout
 from nemo_tied_lora.planning.rank_variables import is_rank
+from nemo_tied_lora.resilience.folder_claim import check_unclaimed
 from nemo_tied_lora.resilience.rank import STOPPED, Rank, run_as_rank
-from nemo_tied_lora.resilience.restarts import finished_already
+from nemo_tied_lora.resilience.restarts import finished_already, own_folder
 from nemo_tied_lora.resilience.stop_signals import STOP_SIGNALS
 
 __all__ = ["STOPPED", "run_command"]
@@ -85,6 +86,11 @@ def run_command(
     if finished is not None:
         print(f"tied-lora {command}: {finished}")
         return 0
+    folder = own_folder(values)
+    if folder is not None:
+        problems.attempt(check_unclaimed, folder)
+    if problems:
+        return report(command, ConfigError(problems))
     layout = Layout.from_config(values)
     if layout.num_nodes > 1:
         problem = "trainer.num_nodes: several nodes need a launcher; start one process per rank with srun or torchrun"

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_tied_lora.errors import ConfigError, TrainingStopped, report
 from nemo_tied_lora.planning.rank_variables import BROKEN_PIPE, INTERRUPTED, another_rank_failed
-from nemo_tied_lora.planning.settings.run_settings import run_folder
+from nemo_tied_lora.resilience.folder_claim import claim_folder
 from nemo_tied_lora.resilience.leaving import end_all, leave_together
 from nemo_tied_lora.resilience.other_output import OtherOutput
-from nemo_tied_lora.resilience.restarts import Preempted, fingerprint, finished_already, restarted
+from nemo_tied_lora.resilience.restarts import Preempted, fingerprint, finished_already, own_folder, restarted
 from nemo_tied_lora.resilience.status_file import ENDED, RunStatus, read_status
 from nemo_tied_lora.resilience.stop_signals import answered_by, interrupted_by
 from nemo_tied_lora.resilience.unforeseen import describe, keep_traceback, say
@@ -166,6 +166,9 @@ class Rank:
         message = self._from_rank_0("finished", lambda: finished_already(self._values))
         if message is not None:
             raise Finished(message)
+        folder = own_folder(self._values)
+        if folder is not None:
+            self._from_rank_0("folder", lambda: claim_folder(folder))
 
     def _begin(self) -> None:
         """Starts the status file and, on several ranks, the watchdog and the process group."""
@@ -173,8 +176,7 @@ class Rank:
         from nemo_tied_lora.resilience.rendezvous import node_name
 
         values, preemption = self._values, self._preemption
-        is_a_run = "preemption" in values and values["preflight"] != "only"
-        folder = run_folder(values) if is_a_run else None
+        folder = own_folder(values)
         facts: dict[str, Any] = {"node": node_name(), "pid": os.getpid()}
         if preemption:
             limit = preemption["max_restarts"]

@@ -14,7 +14,7 @@ from nemo_tied_lora.errors import ConfigError
 from nemo_tied_lora.planning.settings.run_settings import run_folder
 from nemo_tied_lora.resilience.status_file import STATUS_FILE, read_status
 
-__all__ = ["Preempted", "fingerprint", "finished_already", "finished_before", "restarted"]
+__all__ = ["Preempted", "fingerprint", "finished_already", "finished_before", "own_folder", "restarted"]
 
 
 # Settings that change neither the training nor the place of the result.
@@ -47,14 +47,18 @@ def finished_before(folder: Path | None, settings: str) -> str | None:
     return str(output) if output.exists() and output.with_name("metrics.json").exists() else None
 
 
+def own_folder(values: Mapping[str, Any]) -> Path | None:
+    """The folder of this run. None: it is no run, or its folder is a new one each time."""
+    return None if values.get("preflight") == "only" or "preemption" not in values else run_folder(values)
+
+
 def finished_already(values: Mapping[str, Any]) -> str | None:
     """The message to print if this very run has finished before; a finished run is not repeated. None: it has not."""
-    if values.get("preflight") == "only" or "preemption" not in values:
-        return None
-    output = finished_before(run_folder(values), fingerprint(values))
+    folder = own_folder(values)
+    output = None if folder is None else finished_before(folder, fingerprint(values))
     if output is None:
         return None
-    return f"finished already: {output}; for another run, change the settings, name=, or remove {run_folder(values)}"
+    return f"finished already: {output}; for another run, change the settings, name=, or remove {folder}"
 
 
 def restarted(folder: Path | None, settings: str, allowed: int) -> dict[str, int]:

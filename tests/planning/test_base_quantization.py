@@ -173,7 +173,7 @@ def test_an_adapter_of_the_same_precision_continues_in_silence(recorded: str | N
 def test_finetune_reads_the_precision_of_the_adapter_that_it_continues(tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text(json.dumps({"input": "a", "output": "b"}) + "\n")
-    config = b"peft: {peft_scheme: tied_lora}\ntargets: [linear_qkv]\nbase_precision: int8/row\n"
+    config = b"peft: {peft_scheme: tied_lora, tied_lora: {rank: 4}}\nbase_precision: int8/row\n"
     adapter = write_tar(tmp_path / "adapter.nemo", {CONFIG: config, STATE: b"-"})
     words = [
         f"model.restore_from_path={write_base(tmp_path / 'base.nemo', **SIZES, kv_channels=64)}",
