@@ -63,8 +63,9 @@ class FactorRatesMixin:
             raise ConfigError([f"model.optim.{_KEY}={given}: there is no adapter to scale; leave it out"])
         with split_megatron_groups(multiplier_of):
             made = super().setup_optimization(optim, optim_kwargs)  # type: ignore[misc]
-        with open_dict(self.cfg):  # type: ignore[attr-defined]
-            self.cfg.optim[_KEY] = given  # type: ignore[attr-defined]
+        if self.tied_lora is not None:  # a base's .nemo holds this section, and stock NeMo would fail with the key
+            with open_dict(self.cfg):  # type: ignore[attr-defined]
+                self.cfg.optim[_KEY] = given  # type: ignore[attr-defined]
         return made
 
     def configure_optimizers(self) -> Any:

@@ -19,7 +19,7 @@ from nemo_tied_lora.adapter.lr_multipliers import ByRank, factor_multipliers, wi
 from nemo_tied_lora.adapter.rate_groups import groups_by_multiplier
 from nemo_tied_lora.config import FACTORS, PRESETS
 from tests.harness.ranks import single_process
-from tests.harness.tiny_gpt import build_gpt, full_tensor
+from tests.harness.tiny_gpt import SEQUENCE, VOCAB, build_gpt, full_tensor
 
 GIVEN = {"A": 0.5, "B": 2, "v": 4}
 LR = 0.01
@@ -167,3 +167,32 @@ def test_megatrons_groups_and_its_scheduler_scale_each_factor(distributed: bool,
         (g["wd_mult"], g["lr_mult"], g["is_expert_parallel"], g["is_decoupled_lr"]) for g in optimizer.param_groups
     ]
     assert len(keys) == len(set(keys))
+
+
+@pytest.mark.parametrize(("preset", "zero"), [("tl6", "v"), ("vera", "v"), ("lora", "B"), ("tl5", "B")])
+def test_under_adam_alpha_is_a_multiplier_of_the_factor_that_starts_at_0(preset: str, zero: str) -> None:
+    """float64, and a small epsilon: it is what Adam adds to the size of a gradient, which the scale changes."""
+    plain = trained(preset, {zero: 2.0})
+    for fields in ({"alpha": 6.0}, {"alpha": 2 * math.sqrt(3), "alpha_rule": "sqrt"}):
+        scaled = trained(preset, {}, **fields)
+        for name, tensor in plain.items():
+            factor = 2.0 if name.endswith(f".{zero}") else 1.0
+            assert torch.allclose(scaled[name] * factor, tensor, rtol=1e-6, atol=1e-9), name
+    name = "linear_qkv.B" if preset == "tl5" else f"layers.1.linear_qkv.{zero}"
+    assert not torch.allclose(trained(preset, {})[name], plain[name], rtol=1e-3)
+
+
+def trained(preset: str, multipliers: dict[str, float], **fields: Any) -> dict[str, torch.Tensor]:
+    """The adapter after three steps from its own start, where the zero factor is 0."""
+    single_process()
+    model = build_gpt(num_layers=2)
+    adapter = inject(model, TiedLoraConfig.preset(preset, rank=3, targets=["linear_qkv"], **fields))
+    optimizer = torch.optim.AdamW(adapter.parameter_groups(LR, multipliers), eps=1e-14, weight_decay=0.0)
+    tokens = torch.arange(2 * SEQUENCE).view(2, SEQUENCE) % VOCAB
+    positions = torch.arange(SEQUENCE).expand(2, -1)
+    mask = torch.ones(1, 1, SEQUENCE, SEQUENCE).triu(1).bool()
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(tokens, positions, mask, labels=tokens.roll(-1, 1)).mean().backward()
+        optimizer.step()
+    return adapter.full_state()

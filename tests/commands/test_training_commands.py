@@ -16,6 +16,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from nemo_tied_lora.checkpoint.read_nemo_adapter import AdapterFile, read_adapter
+from nemo_tied_lora.planning.base_config import base_model_config
 from nemo_tied_lora.resilience.status_file import read_status
 from tests.harness.command_runs import SHORT, console_script, finetune, finetune_arguments, tied_lora, user_environment
 from tests.harness.forks import free_port
@@ -62,17 +63,29 @@ def test_training_moves_the_adapter_and_records_what_it_did(
     assert list((workshop / "single").glob("events.out.tfevents.*"))
 
 
-def test_a_short_run_validates_at_its_end_and_says_what_its_learning_rate_does(workshop: Path) -> None:
+def test_a_short_run_validates_at_its_end_and_says_what_its_learning_rates_do(workshop: Path) -> None:
     words = ["trainer.max_steps=3", "trainer.val_check_interval=200", "model.optim.sched.constant_steps=1"]
+    words += ["preset=lora", "model.optim.lr_multipliers={B: 4, v: 2}"]
     _, metrics, printed = finetune(workshop, "short", *words, "trainer.logger=true")
     assert [validation["step"] for validation in metrics["validations"]] == [3]
     assert [step["lr"] for step in metrics["steps"]][:2] == [0, pytest.approx(1e-2, rel=1e-6)]  # float32
+    assert [step["lr_B"] for step in metrics["steps"]] == [4 * step["lr"] for step in metrics["steps"]]
+    assert metrics["lr_multipliers"] == {"B": 4.0, "A": 1.0}
+    (events,) = (workshop / "short").glob("events.out.tfevents.*")
+    assert [name for name in (b"lr_A", b"lr_B", b"lr_v") if name in events.read_bytes()] == [b"lr_A", b"lr_B"]
     for line in (
+        "model.optim.lr=0.01: with model.optim.lr_multipliers, the factors have A 0.01, B 0.04",
+        "model.optim.lr_multipliers.v=2: has no effect, because v is not trained",
         "trainer.val_check_interval=200: more than trainer.max_steps=3; validates once, after the last step",
         "model.optim.sched.constant_steps=1: NeMo's warmup then starts at 0, so step 1 changes nothing",
         "trainer.logger=true: taken as false, because exp_manager makes its own",
     ):
         assert printed.count(f"tied-lora finetune: {line}\n") == 1
+
+
+def test_a_bases_file_has_no_key_of_the_optimizer_with_which_stock_nemo_would_fail(workshop: Path) -> None:
+    optim = base_model_config(workshop / "base.nemo")["optim"]
+    assert {"name", "lr", "betas"} <= set(optim) <= {"name", "lr", "betas", "weight_decay", "sched"}
 
 
 def test_a_run_resumes_where_it_stopped(workshop: Path, single: tuple[AdapterFile, dict, str]) -> None:

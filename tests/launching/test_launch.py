@@ -241,6 +241,8 @@ def test_a_sweep_has_every_combination_in_order_and_its_index_can_be_read() -> N
     lines = list(read_index(index_file("runs/x", runs)))
     assert lines[3] == ("runs/x/3_rank-8_preset-tl6", ["model.peft.tied_lora.rank=8", "preset=tl6"])
     assert [point.name for point in points([])] == ["0"]
+    rates = points(split_sweep([f"model.optim.lr_multipliers.{factor}=1,4" for factor in "AB"])[1])
+    assert [run.name for run in rates] == ["0_A-1_B-1", "1_A-1_B-4", "2_A-4_B-1", "3_A-4_B-4"]
     names = [run.name for run in points([[f"r={n}" for n in range(11)]])]
     assert names == sorted(names)
 
