@@ -12,7 +12,7 @@ from nemo_tied_lora.planning.settings.lr_schedule import _SCHEDULES
 from tests.harness.ranks import run_ranks
 
 LR, STEPS, STOPPED = 0.01, 12, 5
-MULTIPLIERS = (1.0, 4.0, 0.3)
+MULTIPLIERS = (4.0, 1.0, 0.3)
 OWN: dict[str, dict[str, Any]] = {
     "NoamAnnealing": {"d_model": 8},
     "NoamHoldAnnealing": {"hold_steps": 3},
