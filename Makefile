@@ -6,6 +6,9 @@ PYTHON ?=
 VENV ?= .venv
 # A second environment: the other tested release of megatron-core, without NeMo.
 VENV_MCORE016 ?= .venv-mcore016
+# A third environment: Megatron-Bridge and its megatron-core, 0.19.2. It needs Python 3.12: PYTHON312 names one.
+VENV_BRIDGE ?= .venv-bridge
+PYTHON312 ?=
 # The extras of this project that $(VENV) gets (see pyproject.toml).
 EXTRAS ?= laptop,dev
 # Options for the installation of torch, such as the --index-url of PyTorch's CPU builds.
@@ -25,15 +28,19 @@ MODEL ?=
 BASE ?=
 
 CANDIDATES := $(if $(PYTHON),$(PYTHON),python3.11 python3.12 python3.10 python3)
+CANDIDATES312 := $(if $(PYTHON312),$(PYTHON312),python3.12 python3 $(lastword $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python)))
 BIN := $(VENV)/bin
 # Tests that share what is expensive to make stay together: tests/harness/schedule.py.
 AT_ONCE := --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder
 CELLS := tests/parity/test_layouts.py tests/parity/test_refusals.py tests/adapter/test_experts.py
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PIP_BRIDGE := $(VENV_BRIDGE)/bin/python -m pip --disable-pip-version-check --quiet
 TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 # The folder is in the key because a virtual environment does not survive being moved.
 KEY := $(shell { pwd; cat pyproject.toml constraints.txt; } | cksum | tr ' ' '-')
 STAMP := $(VENV)/.installed-$(KEY)
+KEY_BRIDGE := $(shell { pwd; cat requirements-bridge.txt; } | cksum | tr ' ' '-')
+STAMP_BRIDGE := $(VENV_BRIDGE)/.installed-$(KEY_BRIDGE)
 # Exists during an installation. An interrupted installation is deleted, because its state is unknown.
 UNFINISHED := $(VENV)/.unfinished
 
@@ -41,7 +48,7 @@ UNFINISHED := $(VENV)/.unfinished
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-mcore016 test test-fast test-mcore016 test-parity parallelism-page test-slurm lint typecheck format quickstart compare study study-quantised study-page benchmark benchmark-communication benchmark-guards benchmark-generation clean clean-venv
+.PHONY: help setup setup-mcore016 setup-bridge test test-fast test-mcore016 test-bridge test-parity parallelism-page test-slurm lint typecheck format quickstart compare study study-quantised study-page benchmark benchmark-communication benchmark-guards benchmark-generation clean clean-venv
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-24s %s\n", $$1, $$2}' Makefile
@@ -83,8 +90,35 @@ $(STAMP):
 setup-mcore016: ## build .venv-mcore016: megatron-core 0.16.1 without NeMo (about 2 minutes, once)
 	@$(MAKE) --no-print-directory setup VENV=$(VENV_MCORE016) EXTRAS=megatron,test
 
+setup-bridge: $(STAMP_BRIDGE) ## build .venv-bridge: Megatron-Bridge, for Python 3.12 (about 4 minutes, once)
+	@echo "make setup-bridge: $(VENV_BRIDGE) is ready"
+
+# Every version is pinned, and nothing is resolved: Bridge asks for packages that need a GPU to build.
+$(STAMP_BRIDGE):
+	@set -eu; \
+	fail() { echo "make setup-bridge: $$1" >&2; exit 1; }; \
+	python=; \
+	for name in $(CANDIDATES312); do \
+		"$$name" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null || continue; \
+		python=$$name; break; \
+	done; \
+	test -n "$$python" || fail "Megatron-Bridge needs Python 3.12, and there is none with venv (tried: $(CANDIDATES312)): install it, or name it: make setup-bridge PYTHON312=/path/to/python3.12"; \
+	if test -e $(VENV_BRIDGE) && ! ls $(VENV_BRIDGE)/.made-here >/dev/null 2>&1; then \
+		fail "$(VENV_BRIDGE) is there, and this Makefile did not make it: remove it, or name another: make setup-bridge VENV_BRIDGE=.venv-other"; \
+	fi; \
+	rm -rf $(VENV_BRIDGE); mkdir -p $(VENV_BRIDGE); touch $(VENV_BRIDGE)/.made-here; \
+	"$$python" -m venv $(VENV_BRIDGE)
+	@echo "make setup-bridge: installing $(TORCH) and Megatron-Bridge"
+	@$(PIP_BRIDGE) install --constraint requirements-bridge.txt --upgrade pip
+	@$(PIP_BRIDGE) install --constraint requirements-bridge.txt $(TORCH) $(TORCH_OPTIONS)
+	@$(PIP_BRIDGE) install --no-deps --requirement requirements-bridge.txt
+	@PYTHONWARNINGS=ignore $(PIP_BRIDGE) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
 MAIN_TESTS := $(BIN)/python -m pytest $(AT_ONCE) $(PYTEST_OPTIONS)
 MCORE016_TESTS := PARITY_RESULTS=runs/parity-mcore016.json $(VENV_MCORE016)/bin/python -m pytest $(AT_ONCE) $(PYTEST_OPTIONS)
+BRIDGE_FOLDERS := tests/bridge tests/parity tests/adapter tests/checkpoint tests/platform tests/planning/test_megatron_version.py
+BRIDGE_TESTS := NEMO_PYTHON=$(BIN)/python PARITY_RESULTS=runs/parity-mcore019.json $(VENV_BRIDGE)/bin/python -m pytest $(AT_ONCE) $(BRIDGE_FOLDERS) $(PYTEST_OPTIONS)
 SLURM_TESTS := $(BIN)/python -m pytest -m slurm $(AT_ONCE) tests/slurm $(PYTEST_OPTIONS)
 RUFF := $(BIN)/python -m ruff check . && $(BIN)/python -m ruff format --check .
 IMPORTS := $(BIN)/lint-imports --no-logo
@@ -96,7 +130,7 @@ test: $(STAMP) setup-mcore016 ## the linter, the type checker and all tests, tho
 	$(SLURM_TESTS) >runs/slurm.log 2>&1 & slurm=$$!; \
 	trap 'kill $$slurm; exit 130' INT TERM; \
 	nice -n 15 sh -c '$(TYPES) & types=$$!; $(RUFF) && $(IMPORTS) && wait $$types' || { kill $$slurm; exit 1; }; \
-	nice -n 15 sh -ec '$(MAIN_TESTS); $(MCORE016_TESTS); $(BIN)/python -m tests.parity.table --check'; code=$$?; \
+	nice -n 15 sh -ec '$(MAIN_TESTS); $(MCORE016_TESTS); $(BIN)/python -m tests.parity.table --check parity.json parity-mcore016.json'; code=$$?; \
 	wait $$slurm || code=$$?; \
 	cat runs/slurm.log; \
 	exit $$code
@@ -109,11 +143,18 @@ test-mcore016: setup-mcore016 ## the tests that need megatron-core and no NeMo, 
 	rm -f runs/parity-mcore016.json
 	$(MCORE016_TESTS)
 
+# Adapters travel between its environment and the one of NeMo, so it needs both.
+test-bridge: $(STAMP) $(STAMP_BRIDGE) ## the tests on Megatron-Bridge, and of the core on megatron-core 0.19.2 (about 3 minutes)
+	@rm -f runs/parity-mcore019.json
+	$(BRIDGE_TESTS)
+	$(VENV_BRIDGE)/bin/python -m tests.parity.table --check parity-mcore019.json
+
 test-parity: $(STAMP) ## only the tests of the parallel layouts, against the single-process run
 	$(BIN)/python -m pytest tests/parity $(PYTEST_OPTIONS)
 
-parallelism-page: $(STAMP) setup-mcore016 ## docs/parallelism.md, from the results of the tests that its cells name
+parallelism-page: $(STAMP) $(STAMP_BRIDGE) setup-mcore016 ## docs/parallelism.md, from the results of the tests that its cells name
 	PARITY_RESULTS=runs/parity-mcore016.json $(VENV_MCORE016)/bin/python -m pytest $(CELLS)
+	PARITY_RESULTS=runs/parity-mcore019.json $(VENV_BRIDGE)/bin/python -m pytest tests/parity
 	$(BIN)/python -m pytest $(CELLS) tests/nemo/test_nemo_loops.py
 	$(BIN)/python -m tests.parity.table
 
@@ -166,9 +207,9 @@ benchmark-generation: $(STAMP) ## greedy generation beside transformers and NeMo
 	@mkdir -p $(dir $(GENERATION))
 	$(BIN)/python benchmarks/generation_speed.py --transformers "$(MODEL)" --base "$(BASE)" --output $(GENERATION)
 
-clean: ## remove builds and caches; .venv, .venv-mcore016 and runs/ stay
+clean: ## remove builds and caches; the environments and runs/ stay
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -path './.venv*' -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
-clean-venv: ## remove .venv and .venv-mcore016
-	rm -rf $(VENV) $(VENV_MCORE016)
+clean-venv: ## remove .venv, .venv-mcore016 and .venv-bridge
+	rm -rf $(VENV) $(VENV_MCORE016) $(VENV_BRIDGE)

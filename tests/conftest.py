@@ -15,7 +15,7 @@ import pytest
 
 from tests.parity import recording
 
-__all__ = ["ALLOWED_SKIPS", "NEED_NEMO"]
+__all__ = ["ALLOWED_SKIPS", "NEED_BRIDGE", "NEED_NEMO"]
 
 pytest_plugins = ["tests.harness.schedule"]
 
@@ -35,7 +35,13 @@ NEED_NEMO = (
 )
 """The folders and files that `make test-mcore016` leaves out. All others run on both releases of megatron-core."""
 
-collect_ignore = [] if importlib.util.find_spec("nemo") else list(NEED_NEMO)
+NEED_BRIDGE = ("bridge",)
+"""The folders that need Megatron-Bridge: only `make test-bridge` runs them."""
+
+collect_ignore = [
+    *([] if importlib.util.find_spec("nemo") else NEED_NEMO),
+    *([] if importlib.util.find_spec("megatron.bridge") else NEED_BRIDGE),
+]
 
 _Report = TypeVar("_Report", pytest.TestReport, pytest.CollectReport)
 

@@ -13,7 +13,9 @@ from nemo_tied_lora.versions import git, installed_version
 
 
 def test_the_version_of_a_package_that_is_installed() -> None:
-    assert installed_version("torch") == torch.__version__
+    installed = installed_version("torch")
+    assert installed is not None
+    assert torch.__version__.startswith(installed)  # a build for CUDA adds its kind, as in 2.13.0+cu130
     assert installed_version("Megatron_Core") == installed_version("megatron-core")
 
 

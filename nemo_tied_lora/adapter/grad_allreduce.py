@@ -34,7 +34,7 @@ __all__ = ["add_zero_gradients", "mark_parameters", "reduce_over_pipeline", "red
 def mark_parameters(
     chunk: ChunkFactors, shapes: dict[str, LinearShape], *, first: bool, sequence_parallel: bool
 ) -> None:
-    """Sets the attributes of parameters that megatron-core (0.13 to 0.16) and NeMo read.
+    """Sets the attributes of parameters that megatron-core (0.13 to 0.19) and NeMo read.
 
     Args:
         chunk: one chunk's factors.

@@ -242,7 +242,7 @@ class Adapter:
             module.weight.data = weight
             chunk.versions[module] = version_of(module.weight)
             module.tied_lora.enabled = False
-        self._merged = True
+        self._set_merged(True)
 
     def unmerge(self) -> None:
         """Restores the base's own weights, bit for bit, and enables the adapter again. Does nothing if it is not merged.
@@ -267,7 +267,7 @@ class Adapter:
                 module.tied_lora.enabled = True  # type: ignore[union-attr]
             chunk.originals.clear()
             chunk.versions.clear()
-        self._merged = False
+        self._set_merged(False)
 
     @property
     def attached(self) -> bool:
@@ -308,6 +308,11 @@ class Adapter:
             chunk.originals.clear()
             chunk.detach()
         self._chunks = None
+
+    def _set_merged(self, merged: bool) -> None:
+        self._merged = merged
+        for chunk in self._chunks or ():
+            chunk.factors.merged = merged
 
     def _present(self, call: str) -> list[Chunk]:
         if self._chunks is None:

@@ -16,7 +16,7 @@ from torch import nn
 
 from nemo_tied_lora.adapter.factor_names import FactorName
 
-__all__ = ["groups_by_multiplier", "megatron_optimizer", "split_megatron_groups"]
+__all__ = ["groups_by_multiplier", "megatron_optimizer", "megatron_overrides", "split_megatron_groups"]
 
 
 def groups_by_multiplier(
@@ -56,7 +56,7 @@ def megatron_optimizer(
     if "config_overrides" in inspect.signature(megatron.get_megatron_optimizer).parameters:
         own = more.pop("config_overrides", None)
         overrides = megatron.get_standard_config_overrides(config) if own is None else dict(own)
-        overrides |= _overrides(multiplier_of, config)
+        overrides |= megatron_overrides(multiplier_of, config)
         return megatron.get_megatron_optimizer(config, model_chunks, config_overrides=overrides, **more)
     with split_megatron_groups(multiplier_of):
         made = megatron.get_megatron_optimizer(config, model_chunks, **more)
@@ -95,8 +95,8 @@ def split_megatron_groups(multiplier_of: Mapping[nn.Parameter, float]) -> Iterat
         megatron._get_param_groups = build
 
 
-def _overrides(multiplier_of: Mapping[nn.Parameter, float], config: Any) -> dict[Any, Any]:
-    """`config_overrides` of megatron-core 0.16.
+def megatron_overrides(multiplier_of: Mapping[nn.Parameter, float], config: Any) -> dict[Any, Any]:
+    """`config_overrides` of megatron-core from 0.16 on, for the parameters whose multiplier is not 1.
 
     Its scheduler reads `max_lr` and `min_lr`. Its checkpoints tell groups apart by `lr_mult`, among others.
     """

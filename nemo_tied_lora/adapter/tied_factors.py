@@ -76,6 +76,9 @@ class ChunkFactors(nn.Module):
         super().__init__()
         self._shapes, self._chunk_rank, self._experts = dict(shapes), chunk_rank, config.experts
         self._keeps_dtype = config.dtype is not None
+        self.adapter_config = config
+        self.merged = False
+        """Whether the base's weights hold the update. `Adapter` sets it, also on a stage without a linear."""
 
         def build(layer: int | None, linear: str, shape: LinearShape) -> Factors:
             tensors = {}

@@ -63,7 +63,8 @@ def describe_base(
     Returns:
         The same on every rank.
     """
-    rows = (tokenizer or {}).get("vocab_size")
+    # Bridge's models know how many rows are not padding. It pads otherwise than NeMo.
+    rows = (tokenizer or {}).get("vocab_size") or getattr(chunks[0].config, "vocab_size", None)
     return {
         **({"name": name} if name else {}),
         "architecture": _describe_architecture(chunks[0]),

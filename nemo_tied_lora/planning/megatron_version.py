@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lists the differences between the tested releases of megatron-core, 0.13.1 and 0.16.1, that matter to this package.
+"""Lists the differences between the tested releases of megatron-core that matter to this package: 0.13.1, 0.16.1, 0.19.2.
 
 No other module compares versions. The releases agree on the flags on parameters (see `adapter.grad_allreduce`),
-`finalize_model_grads`, `sharded_state_dict` and the signatures of linears. The patches in `platform` accept both.
+`finalize_model_grads`, `sharded_state_dict` and the signatures of linears. The patches in `platform` accept all three; 0.19
+adds streams in every sum of DDP. For this package 0.19 has the abilities of 0.16.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes Megatron and NeMo run on machines without a GPU, apex, Transformer Engine or NVIDIA's container.
 
-Call `prepare` before any NeMo or Megatron model is built. It throws one switch per missing part, each in its own module.
+Call `prepare` before any NeMo, Megatron or Bridge model is built. It throws one switch per missing part, each in its own module.
 A switch does nothing if the machine has the part. No other room of the package knows what a machine lacks.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nemo_tied_lora.platform import detect, no_apex, no_container, no_gpu, no_transformer_engine
+from nemo_tied_lora.platform import detect, no_apex, no_bridge_kernels, no_container, no_gpu, no_transformer_engine
 
 __all__ = ["PlatformReport", "prepare"]
 
@@ -28,20 +28,23 @@ class PlatformReport:
     """The upstream names that this call replaced; empty if an earlier call replaced them."""
 
 
-def prepare(*, nemo: bool = False) -> PlatformReport:
+def prepare(*, nemo: bool = False, bridge: bool = False) -> PlatformReport:
     """Makes Megatron run on this machine.
 
     Call it once per process, including child processes, before a model is built. A second call does nothing.
 
     Args:
         nemo: whether to do the same for NeMo. This imports NeMo.
+        bridge: whether to do the same for Megatron-Bridge. This does not import Bridge itself.
 
     Raises:
-        ImportError: megatron-core, or NeMo if asked for, is not installed.
+        ImportError: megatron-core, or NeMo or Bridge's megatron-core if asked for, is not installed.
     """
     replaced: tuple[str, ...] = ()
     for switch in (no_gpu, no_apex, no_transformer_engine, no_container):
         replaced += switch.enable(nemo=nemo)
+    if bridge:
+        replaced += no_gpu.enable_bridge() + no_bridge_kernels.enable()
     return PlatformReport(
         gpu=detect.has_gpu(),
         apex=detect.has_apex(),

@@ -2,8 +2,8 @@
 """The switch for a machine without a GPU: Megatron and NeMo then run on the CPU, over gloo.
 
 It changes nothing if torch finds a GPU. In torch itself it replaces only names that raise without a GPU; everything else
-is replaced in the module of Megatron or NeMo that fails. Checked with megatron-core 0.13.1 and 0.16.1, and with NeMo
-2.4.1.
+is replaced in the module of Megatron or NeMo that fails. Checked with megatron-core 0.13.1, 0.16.1 and 0.19.2, and with
+NeMo 2.4.1.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from nemo_tied_lora.platform import detect, no_gpu_rng
 from nemo_tied_lora.platform.no_gpu_torch import no_gpu_torch, no_streams, stand_in, with_cuda_type_names
 from nemo_tied_lora.platform.patching import Patch, apply
 
-__all__ = ["MEGATRON_PATCHES", "NEMO_PATCHES", "TORCH_PATCHES", "enable"]
+__all__ = ["BRIDGE_PATCHES", "MEGATRON_PATCHES", "NEMO_PATCHES", "TORCH_PATCHES", "enable", "enable_bridge"]
 
 _CPU = torch.device("cpu")
 
@@ -32,6 +32,15 @@ def enable(*, nemo: bool) -> tuple[str, ...]:
         return ()
     done = apply(TORCH_PATCHES) + apply(MEGATRON_PATCHES)
     return done + apply(NEMO_PATCHES) if nemo else done
+
+
+def enable_bridge() -> tuple[str, ...]:
+    """Makes Megatron-Bridge run without a GPU. Imports the part of megatron-core that wraps Bridge's models.
+
+    Returns:
+        The names that were replaced; empty if there is a GPU.
+    """
+    return () if detect.has_gpu() else apply(BRIDGE_PATCHES)
 
 
 def _always(value: Any) -> Callable[[Any], Any]:
@@ -163,6 +172,12 @@ MEGATRON_PATCHES: tuple[Patch, ...] = (
         reason="warns at every use that the CPU's generator has changed, which is intended here",
     ),
     Patch(
+        owner="megatron.core.distributed.param_and_grad_buffer",
+        name="torch",
+        make=no_streams,
+        reason="from 0.19 on DDP asks for the current stream before every sum of gradients",
+    ),
+    Patch(
         owner="megatron.core.transformer.moe.token_dispatcher",
         name="torch",
         make=no_streams,
@@ -173,6 +188,15 @@ MEGATRON_PATCHES: tuple[Patch, ...] = (
         name="init_data",
         make=lambda init_data: lambda self, device, *args, **kwargs: init_data(self, _CPU, *args, **kwargs),
         reason='called with "cuda" when shards are exchanged between ranks (dist_checkpointing/exchange_utils.py)',
+    ),
+)
+
+BRIDGE_PATCHES: tuple[Patch, ...] = (
+    Patch(
+        owner="megatron.training.models.dist_utils",
+        name="torch",
+        make=no_streams,
+        reason="Bridge's models are wrapped in DDP on a stream of their own; from megatron-core 0.19 on",
     ),
 )
 

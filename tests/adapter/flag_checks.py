@@ -149,7 +149,7 @@ def saved_more_or_less_than_once(off: Off) -> list[str]:
     try:
         validate_sharding_integrity(determine_global_metadata(state)[1])
     except CheckpointingException as error:
-        return [str(error).split(" for ")[0]]
+        return [str(error).split(" for ")[0].split("Errors: ")[-1]]  # 0.19 lists the errors of all tensors
     return []
 
 

@@ -58,7 +58,10 @@ def run_ranks(
         for child in children:
             child.start()
         try:
-            return _collect(results, children, timeout)
+            answers = _collect(results, children, timeout)
+            for child in children:  # by itself, so that it ends its own processes: dist_checkpointing starts one
+                child.join(timeout=30)
+            return answers
         finally:
             for child in children:
                 if child.is_alive():

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.conftest import NEED_NEMO
-from tests.parity.layouts import LAYOUTS
+from tests.parity.layouts import LAYOUTS, tested_layouts
 from tests.parity.runs import EXPERT_LAYOUTS, FLOAT32_LAYOUTS, INT8_LAYOUTS, TOLERANCES, Run, runs_of
 
-__all__ = ["GPU", "NEWER", "OLDER", "Cell", "Table", "tables"]
+__all__ = ["GPU", "NEWER", "NEWEST", "OLDER", "Cell", "Table", "tables"]
 
-OLDER, NEWER = (0, 13), (0, 16)
-"""The tested releases of megatron-core: the older with NeMo, the newer without."""
+OLDER, NEWER, NEWEST = (0, 13), (0, 16), (0, 19)
+"""The tested releases of megatron-core: the oldest with NeMo, the newest with Bridge."""
 
 _FOLDER = "tests/parity"
 _REPRODUCES = f"{_FOLDER}/test_layouts.py::test_the_layout_reproduces_the_single_process_run"
@@ -48,15 +48,18 @@ class Cell:
     """A cell of the support table.
 
     text: shown on the page. evidence: pytest's names of the tests that prove it. newer: the tests on the newer release;
-    None: the same tests.
+    None: the same tests. newest: the tests on the newest release, which proves only the table of its own.
     """
 
     text: str
     evidence: tuple[str, ...] = ()
     newer: tuple[str, ...] | None = None
+    newest: tuple[str, ...] = ()
 
     def proof(self, release: tuple[int, ...]) -> tuple[str, ...]:
         """The tests that must pass on a release. On the newer release, tests that need NeMo are left out."""
+        if release == NEWEST:
+            return self.newest
         if release == OLDER:
             return self.evidence
         tests = self.evidence if self.newer is None else self.newer
@@ -84,6 +87,7 @@ def tables() -> Iterator[Table]:
     yield _stages()
     yield _experts()
     yield _nemo()
+    yield _newest()
 
 
 _FEATURES: list[tuple[str, str, dict[str, str]]] = [
@@ -297,5 +301,20 @@ def _nemo() -> Table:
         "Five steps of `tied-lora finetune`'s model, in float32 except O2. The bounds are for the change of a tensor in these "
         "steps. Interleaved pipelines are refused in NeMo.",
         tuple(ROWS[layout] for layout in columns),
+        rows,
+    )
+
+
+def _newest() -> Table:
+    rows = {}
+    for layout in tested_layouts(NEWEST):
+        runs = runs_of(layout, NEWEST)
+        best = _short(min(TOLERANCES[run.dtype] for run in runs.values()))
+        rows[ROWS[layout]] = (Cell(f"tested, {best}", newest=_tests(runs, layout)),)
+    return Table(
+        "megatron-core 0.19",
+        "`make test-bridge` runs every loop, recomputation, model, precision, preset and quantised base of the tables above, on "
+        "these layouts. It also trains at TP 2 x PP 2 through [Megatron-Bridge](bridge.md).",
+        ("every run of the layout",),
         rows,
     )

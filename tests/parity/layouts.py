@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["LAYOUTS", "Layout"]
+__all__ = ["LAYOUTS", "Layout", "tested_layouts"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,3 +46,11 @@ LAYOUTS: dict[str, Layout] = {
     "pp2 dp2": Layout(pp=2, dp=2),
     "tp2 sp pp2 dp2": Layout(tp=2, pp=2, dp=2, sequence_parallel=True),
 }
+
+
+def tested_layouts(release: tuple[int, ...]) -> list[str]:
+    """The layouts that the suite runs on a release of megatron-core: from 0.19 on, those of one and two ranks.
+
+    There, `make test-bridge` is short. TP 2 x PP 2 is in tests/bridge.
+    """
+    return [name for name, layout in LAYOUTS.items() if release < (0, 19) or layout.world_size <= 2]

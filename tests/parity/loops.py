@@ -131,8 +131,7 @@ class MegatronLoop:
         assert not self._optimizer.prepare_grads()
         norm = 0.0
         for optimizer in getattr(self._optimizer, "chained_optimizers", [self._optimizer]):
-            counted, group = optimizer.get_main_grads_for_grad_norm(), optimizer.get_grad_stats_parallel_group()
-            norm = float64_norm(counted, group)
+            norm = float64_norm(_counted(optimizer), optimizer.get_grad_stats_parallel_group())
             assert abs(optimizer.get_grad_norm() / norm - 1) < 1e-6  # megatron-core's kernel sums in float32
         clip([parameter.grad for parameter in self._parameters], norm)
         self._optimizer.step_with_ready_grads()
@@ -144,6 +143,12 @@ class MegatronLoop:
             model.grad_accs.clear()
             if model.remove_forward_pre_hook_handles:
                 model.disable_forward_pre_hook(param_sync=False)
+
+
+def _counted(optimizer: Any) -> list[torch.Tensor]:
+    """The gradients that an optimizer of megatron-core counts in its norm. 0.19 has another name for the method."""
+    names = ("get_grads_for_grad_norm", "get_main_grads_for_grad_norm")
+    return next(getattr(optimizer, name) for name in names if hasattr(optimizer, name))()
 
 
 def float64_norm(gradients: list[torch.Tensor], group: Any) -> float:

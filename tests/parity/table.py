@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes docs/parallelism.md, if the results of both releases' tests prove every cell.
+"""Writes docs/parallelism.md, if the results of all releases' tests prove every cell.
 
-python -m tests.parity.table [--check]
+python -m tests.parity.table [--check [FILE ...]]
 
-With --check it writes nothing, and reports a page that differs. `make test` runs it so.
+With --check it writes nothing, and reports a page that differs. FILE is the name of a file of results; the others are not
+read then. `make test` and `make test-bridge` run it so.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from collections.abc import Mapping
 
 from nemo_tied_lora.tables import markdown_table
 from tests.harness.paths import ROOT
-from tests.parity.cells import NEWER, OLDER, Table, tables
+from tests.parity.cells import NEWER, NEWEST, OLDER, Table, tables
 from tests.parity.recording import RUNS
 
 __all__ = ["PAGE", "main", "page", "unproven"]
 
 PAGE = ROOT / "docs" / "parallelism.md"
-RESULTS = {"parity.json": OLDER, "parity-mcore016.json": NEWER}
+RESULTS = {"parity.json": OLDER, "parity-mcore016.json": NEWER, "parity-mcore019.json": NEWEST}
 """Files of results, and the release that each must have tested."""
 
 _HEAD = """\
@@ -51,9 +52,10 @@ Three bounds are used:
   rounds other sums. For u the same holds as in float32.
 
 The suite runs on two releases: megatron-core 0.13.1 with NeMo 2.4.1, and 0.16.1 without NeMo. A cell that names no
-release holds for both; *NeMo 2.4's loops* hold for 0.13.1. `make test` runs both and keeps each test's result in
-`runs/parity.json` and `runs/parity-mcore016.json`. It fails if they do not prove a cell, or if this page differs from
-the cells.
+release holds for both; *NeMo 2.4's loops* hold for 0.13.1. A part of the suite runs on a third release: the last table
+is for 0.19.2. `make test` runs the first two, `make test-bridge` the third. They keep each test's result in
+`runs/parity.json`, `runs/parity-mcore016.json` and `runs/parity-mcore019.json`. They fail if these do not prove a cell,
+or if this page differs from the cells.
 
 megatron-core's own attention for the CPU refuses context parallelism ("only supported by TEDotProductAttention"). The
 suite uses its own attention instead, which gathers keys and values. Everything else is the code of megatron-core and
@@ -97,14 +99,15 @@ def _problems(name: str, release: tuple[int, ...]) -> list[str]:
 
 def main() -> None:
     """Writes the page, or checks it. Exits with all problems if the results do not prove it."""
-    problems = [line for name, release in RESULTS.items() for line in _problems(name, release)]
-    if "--check" in sys.argv[1:] and PAGE.read_text() != page():
+    check, names = "--check" in sys.argv[1:], [name for name in sys.argv[1:] if name != "--check"]
+    problems = [line for name in names or RESULTS for line in _problems(name, RESULTS[name])]
+    if check and PAGE.read_text() != page():
         problems.append(f"{PAGE}: differs from the cells; make parallelism-page writes it again")
     if problems:
         sys.exit("\n".join(problems))
-    if "--check" not in sys.argv[1:]:
+    if not check:
         PAGE.write_text(page())
-    print(f"{PAGE}: every cell proven")
+    print(f"{PAGE}: every cell of {', '.join(names or RESULTS)} proven")
 
 
 if __name__ == "__main__":

@@ -13,11 +13,12 @@ import pytest
 from nemo_tied_lora.planning.megatron_version import megatron_version
 from tests.conftest import NEED_NEMO
 from tests.parity import table
-from tests.parity.cells import GPU, NEWER, OLDER, tables
+from tests.parity.cells import GPU, NEWER, NEWEST, OLDER, tables
 from tests.parity.table import PAGE, page, unproven
 
 EVERY_CELL = [cell for table in tables() for row in table.rows.values() for cell in row]
-PROOF = {release: {test for cell in EVERY_CELL for test in cell.proof(release)} for release in (OLDER, NEWER)}
+RELEASES = (OLDER, NEWER, NEWEST)
+PROOF = {release: {test for cell in EVERY_CELL for test in cell.proof(release)} for release in RELEASES}
 
 
 def test_the_page_shows_the_cells() -> None:
@@ -28,7 +29,7 @@ def test_a_cell_is_tested_or_refused_or_needs_a_gpu() -> None:
     for cell in EVERY_CELL:
         known = ("tested, ", "equal bits, ", "refused: ", "tested on 0.16.1, ")
         assert cell.text.startswith(known) or cell.text in (GPU, "")
-        assert bool(cell.evidence) is (cell.text not in (GPU, ""))
+        assert bool(cell.evidence or cell.newest) is (cell.text not in (GPU, ""))
 
 
 @pytest.mark.slow  # `make test-fast` does not collect all of a file's tests
@@ -42,7 +43,7 @@ def test_every_test_that_a_cell_names_exists(request: pytest.FixtureRequest) -> 
     ] == []
 
 
-@pytest.mark.parametrize("release", [OLDER, NEWER])
+@pytest.mark.parametrize("release", RELEASES)
 def test_a_cell_without_a_passed_test_is_not_proven(release: tuple[int, ...]) -> None:
     passed = dict.fromkeys(PROOF[release], "passed")
     assert unproven(passed, release) == []
@@ -68,23 +69,30 @@ def test_the_newer_release_must_prove_every_cell_except_nemos_loops() -> None:
     assert "nemo" in NEED_NEMO
 
 
-def test_the_check_needs_the_complete_results_of_both_releases(
+def test_the_check_needs_the_complete_results_of_every_release(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(table, "RUNS", tmp_path)
     monkeypatch.setattr("sys.argv", ["table", "--check"])
     with pytest.raises(SystemExit, match=r"parity\.json: not found\n.*parity-mcore016\.json: not found"):
         table.main()
-    files = {"parity.json": ("0.13.1", OLDER), "parity-mcore016.json": ("0.16.1", NEWER)}
+    files = {
+        "parity.json": ("0.13.1", OLDER),
+        "parity-mcore016.json": ("0.16.1", NEWER),
+        "parity-mcore019.json": ("0.19.2", NEWEST),
+    }
     results = {name: _results(version, PROOF[release]) for name, (version, release) in files.items()}
     _write(tmp_path, results)
     table.main()
-    assert "every cell proven" in capsys.readouterr().out
+    assert "every cell of parity.json, parity-mcore016.json, parity-mcore019.json proven" in capsys.readouterr().out
     missing = min(PROOF[NEWER])
     del results["parity-mcore016.json"]["tests"][missing]
     _write(tmp_path, results)
     with pytest.raises(SystemExit, match=re.escape(f"{missing}: not run")):
         table.main()
+    monkeypatch.setattr("sys.argv", ["table", "--check", "parity-mcore019.json"])
+    table.main()
+    monkeypatch.setattr("sys.argv", ["table", "--check"])
     _write(tmp_path, dict.fromkeys(files, results["parity.json"]))
     with pytest.raises(SystemExit, match=r"parity-mcore016\.json: was made with megatron-core 0\.13\.1"):
         table.main()

@@ -16,6 +16,7 @@ from nemo_tied_lora.platform import (
     detect,
     group_step_adam,
     no_apex,
+    no_bridge_kernels,
     no_container,
     no_gpu,
     no_gpu_torch,
@@ -58,6 +59,17 @@ def test_a_switch_changes_nothing_if_the_machine_has_the_part(
     assert counted == []
 
 
+def test_bridges_switches_change_nothing_if_the_machine_has_the_parts(
+    counted: list[patching.Patch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finders = list(sys.meta_path)
+    monkeypatch.setattr(detect, "has_gpu", lambda: True)
+    monkeypatch.setattr(detect, "has_transformer_engine", lambda: True)
+    assert no_gpu.enable_bridge() == no_bridge_kernels.enable() == ()
+    assert counted == []
+    assert sys.meta_path == finders
+
+
 @pytest.mark.parametrize("question", ["has_gpu", "has_apex"])
 def test_a_switch_acts_if_the_machine_lacks_the_part(
     question: str, counted: list[patching.Patch], monkeypatch: pytest.MonkeyPatch
@@ -75,7 +87,13 @@ def test_no_apex_does_not_assume_a_machine_without_a_gpu() -> None:
 
 
 def test_every_patch_gives_its_reason() -> None:
-    tables = (no_gpu.TORCH_PATCHES, no_gpu.MEGATRON_PATCHES, no_gpu.NEMO_PATCHES, no_apex.NEMO_PATCHES)
+    tables = (
+        no_gpu.TORCH_PATCHES,
+        no_gpu.MEGATRON_PATCHES,
+        no_gpu.BRIDGE_PATCHES,
+        no_gpu.NEMO_PATCHES,
+        no_apex.NEMO_PATCHES,
+    )
     assert all(len(patch.reason) > 10 for table in tables for patch in table)
 
 

@@ -39,6 +39,14 @@ def broken(folder: Path) -> list[str]:
     return found
 
 
+def bridges_importers(package: Path) -> list[str]:
+    """The modules that import Megatron-Bridge. import-linter does not tell `megatron.bridge` from `megatron.core`."""
+    statement = re.compile(r"^ *(?:from|import) megatron\.bridge\b", re.MULTILINE)
+    return sorted(
+        str(path.relative_to(package)) for path in package.rglob("*.py") if statement.search(path.read_text())
+    )
+
+
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("package")
@@ -65,6 +73,12 @@ def test_a_forbidden_import_breaks_the_contract(copy: Path, contract: str) -> No
         assert contract in broken(copy)
     finally:
         path.write_text(before)
+
+
+def test_one_module_imports_megatron_bridge(tmp_path: Path) -> None:
+    assert bridges_importers(ROOT / "nemo_tied_lora") == ["bridge/plugin.py"]
+    (tmp_path / "new.py").write_text("def f():\n    from megatron.bridge.peft import base\n")
+    assert bridges_importers(tmp_path) == ["new.py"]
 
 
 def test_the_linter_refuses_a_check_for_gpus_outside_platform(tmp_path: Path) -> None:

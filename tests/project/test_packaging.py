@@ -132,9 +132,32 @@ def test_make_test_includes_the_other_release_of_megatron(tmp_path: Path) -> Non
     assert any(f"{other}/bin/python -m pytest" in line for line in made.splitlines())
 
 
+def test_setup_bridge_installs_pinned_versions_and_resolves_nothing(tmp_path: Path) -> None:
+    lines = (ROOT / "requirements-bridge.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert pins["megatron-bridge"] == "0.6.2"
+    assert pins["megatron-core"] == "0.19.2"
+    assert f"torch=={pins['torch']}" in (ROOT / "constraints.txt").read_text().splitlines()
+    other = tmp_path / "bridge"
+    made = _run("make", "--dry-run", "--directory", str(ROOT), f"VENV_BRIDGE={other}", "setup-bridge")
+    installs = [line for line in made.splitlines() if f"{other}/bin/python -m pip" in line]
+    assert "--constraint requirements-bridge.txt torch==" in installs[1]
+    assert all("--no-deps" in line for line in installs[2:])
+
+
+def test_setup_bridge_without_python_3_12_says_how_to_name_one(tmp_path: Path) -> None:
+    command = ["make", "--directory", str(ROOT), f"VENV_BRIDGE={tmp_path / 'bridge'}", f"PYTHON312={tmp_path / 'no'}"]
+    done = subprocess.run([*command, "setup-bridge"], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "needs Python 3.12" in done.stderr
+    assert "make setup-bridge PYTHON312=/path/to/python3.12" in done.stderr
+    assert not (tmp_path / "bridge").exists()
+
+
 def test_ci_runs_make_test() -> None:
     lines = (ROOT / ".ci" / "run").read_text().splitlines()
-    assert lines[-1] == "make test"
+    assert lines[-2] == "make test"
+    assert lines[-1].startswith("make test-bridge")
     assert any(line.startswith("export CI=true") for line in lines), "without it a missing SLURM is a skip"
 
 

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One process: Bridge loads a Hugging Face model, and writes a model with an adapter only if the adapter is merged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models
+
+from nemo_tied_lora import ConfigError
+from nemo_tied_lora.bridge import TiedLoRA
+from tests.bridge.hugging_face_model import load_through_bridge
+from tests.harness.ranks import single_process
+
+WORDS = 64
+
+
+class Bridged:
+    """A tiny Llama of transformers, and Bridge's model of it with a random adapter."""
+
+    def __init__(self, folder: Path):
+        self.base, self.peft = save_llama(folder), TiedLoRA(rank=3)
+        self.bridge, self.model = load_through_bridge(folder, self.peft)
+        generator = torch.Generator().manual_seed(5)
+        for parameter in self.peft.adapter.parameters():
+            parameter.data.normal_(std=0.3, generator=generator)
+
+    def logits(self) -> torch.Tensor:
+        batch = tokens()
+        length = batch.shape[1]
+        positions, mask = torch.arange(length).expand(len(batch), -1), torch.ones(length, length, dtype=torch.bool)
+        with torch.no_grad():
+            return self.model[0](batch, positions, mask.triu(1)[None, None])[..., :WORDS]
+
+
+@pytest.fixture(scope="module")
+def bridged(tmp_path_factory: pytest.TempPathFactory) -> Bridged:
+    single_process()
+    return Bridged(tmp_path_factory.mktemp("llama"))
+
+
+def test_a_registered_adapter_comes_after_the_base_and_off_the_model_is_transformers(bridged: Bridged) -> None:
+    with bridged.peft.disable_adapter(bridged.model):
+        assert difference(bridged.logits(), bridged.base) < 1e-4
+    assert difference(bridged.logits(), bridged.base) > 1e-1
+
+
+def test_an_unmerged_adapter_is_not_written_and_nothing_is(bridged: Bridged, tmp_path: Path) -> None:
+    remedy = r"not merged, .*call peft\.adapter\.merge\(\) first"
+    with pytest.raises(ConfigError, match=remedy):
+        bridged.bridge.save_hf_pretrained(bridged.model, tmp_path / "model")
+    with pytest.raises(ConfigError, match=remedy):
+        next(iter(bridged.bridge.export_hf_weights(bridged.model)))
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_merged_adapter_is_in_the_model_that_bridge_writes(bridged: Bridged, tmp_path: Path) -> None:
+    adapted = bridged.logits()
+    bridged.peft.adapter.merge()
+    try:
+        bridged.bridge.save_hf_pretrained(bridged.model, tmp_path)
+    finally:
+        bridged.peft.adapter.unmerge()
+    assert difference(adapted, load(tmp_path)) < 1e-4
+
+
+def test_with_the_adapter_off_bridge_writes_the_base(bridged: Bridged, tmp_path: Path) -> None:
+    with bridged.peft.disable_adapter(bridged.model):
+        bridged.bridge.save_hf_pretrained(bridged.model, tmp_path)
+    written, base = load(tmp_path).state_dict(), bridged.base.state_dict()
+    assert all(torch.equal(written[name], tensor) for name, tensor in base.items())
+
+
+def save_llama(folder: Path) -> Any:
+    config = transformers.LlamaConfig(
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=WORDS,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    generator = torch.Generator().manual_seed(4)
+    for name, parameter in model.named_parameters():
+        parameter.data.normal_(1.0 if "norm" in name else 0.0, 0.2, generator=generator)
+    model.save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(WORDS)}, unk_token="w0"))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder)
+    return model
+
+
+def load(folder: Path) -> Any:
+    return transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(0, WORDS, (2, 9), generator=torch.Generator().manual_seed(6))
+
+
+def difference(logits: torch.Tensor, model: Any) -> float:
+    """The largest difference of logits, relative to the largest logit."""
+    with torch.no_grad():
+        expected = model(tokens()).logits
+    return ((logits - expected).abs().max() / expected.abs().max()).item()
