@@ -32,6 +32,10 @@ NEED_NEMO = (
     *("planning/test_nemo_generation_keys.py", "planning/test_values_of_another_kind.py"),
     *("planning/test_data_files.py", "planning/test_data_lines.py", "planning/test_data_page.py"),
     *("planning/test_override_lines.py", "planning/test_prompt_template.py", "planning/test_run_numbers.py"),
+    # What does not depend on megatron-core, and takes seconds: it would be the same test twice.
+    *("planning/test_layout_fits_cluster.py", "planning/test_shipped_configs.py"),
+    *("checkpoint/test_nemo_file_damaged.py", "checkpoint/test_nemo_file_durability.py"),
+    "resilience/test_ranks_in_trouble.py",
 )
 """The folders and files that `make test-mcore016` leaves out. All others run on both releases of megatron-core."""
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The whole commands as a user types them: the installed script, which starts its ranks.
 
-tests/slurm has `launch`, `report` and `status`; tests/commands/test_demo.py has quickstart and compare, in forked processes.
+tests/slurm has `launch`, `report` and `status`. Forked processes have pretrain, which makes the base of these tests
+(tests/harness/command_runs.py), quickstart and compare (tests/commands/test_demo.py).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import pytest
 
 from nemo_tied_lora.checkpoint.read_nemo_adapter import read_adapter
 from nemo_tied_lora.commands.main import COMMANDS
-from tests.harness.command_runs import PRETRAIN, console_script, finetune_arguments, tied_lora
+from tests.harness.command_runs import console_script, finetune_arguments, tied_lora
 
 
 @pytest.fixture(scope="module")
@@ -107,12 +108,6 @@ def test_show_status_export_import_and_convert_checkpoint_read_what_finetune_wro
     console_script("convert-checkpoint", "checkpoint=run", "output=converted.nemo", folder=folder)
     states = [read_adapter(folder / name).state for name in ("run/adapter.nemo", "converted.nemo")]
     assert all(states[0][name].equal(tensor) for name, tensor in states[1].items())
-
-
-def test_pretrain_makes_a_base(folder: Path) -> None:
-    words = ["output=typed.nemo", "name=typed", "trainer.max_steps=1", "trainer.val_check_interval=1"]
-    console_script("pretrain", *PRETRAIN, *words, folder=folder)
-    assert (folder / "typed.nemo").stat().st_size > 10_000
 
 
 def test_plan_counts_the_papers_parameters(tmp_path: Path) -> None:

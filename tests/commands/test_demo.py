@@ -16,7 +16,7 @@ from nemo_tied_lora.planning.composing.compose import compose_config
 from tests.harness.command_runs import tied_lora
 
 PLACE = Path("runs", "quickstart")
-EXAMPLES = 20
+EXAMPLES = 10
 """Test examples: of the 200, the first ones. Generation takes most of the time."""
 SHORT = ["trainer.max_steps=2", "trainer.val_check_interval=2"]
 

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole command on a tiny model: real NeMo, real ranks, real files."""
+"""The whole command on a tiny model: real NeMo, real ranks, real files.
+
+That each layout gives the same adapter is in tests/nemo: test_quantised_base.py, on codes, and test_resume.py.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -11,7 +15,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from omegaconf import OmegaConf
 
@@ -27,25 +30,6 @@ from tests.harness.paths import ROOT
 @pytest.fixture(scope="module")
 def single(workshop: Path) -> tuple[AdapterFile, dict, str]:
     return finetune(workshop, "single")
-
-
-@pytest.mark.parametrize("layout", ["tp2", "pp2"])
-def test_the_same_adapter_comes_out_of_every_layout(
-    workshop: Path, single: tuple[AdapterFile, dict, str], layout: str
-) -> None:
-    got, metrics, printed = finetune(workshop, layout, f"layout={layout}")
-    want = single[0]
-    assert got.config == want.config
-    assert got.shapes == want.shapes
-    assert got.state.keys() == want.state.keys()
-    for name, tensor in got.state.items():
-        # float32; Adam divides by small second moments, so reordered sums show in the last digits.
-        assert torch.allclose(tensor, want.state[name], rtol=2e-3, atol=2e-5), name
-    losses = [[step["loss"] for step in run["steps"]] for run in (metrics, single[1])]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    norms = [[step["grad_norm"] for step in run["steps"]] for run in (metrics, single[1])]
-    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
-    assert "Tied-LoRA rank 4: trained v B u A, tied A B" in printed
 
 
 def test_training_moves_the_adapter_and_records_what_it_did(
@@ -146,6 +130,26 @@ def test_a_sweep_of_a_users_own_yaml_runs_on_this_machine_and_is_reported(worksh
         assert f"{metrics['validations'][-1]['validation_loss']:.4f}" in line
         assert line.endswith("| finished |")
     assert (workshop / "sweep" / "report.png").exists()
+
+
+def test_a_second_run_in_the_folder_of_a_running_one_is_refused_and_changes_nothing(workshop: Path) -> None:
+    """By the command, and by a rank that srun has started."""
+    folder = workshop / "taken"
+    folder.mkdir()
+    (folder / "status.json").write_text('{"pid": 77, "node": "n1", "state": "training", "step": 40}')
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    holder = os.open(folder, os.O_RDONLY)
+    fcntl.flock(holder, fcntl.LOCK_EX)
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29471"}
+    try:
+        for variables in ({}, alone):
+            done = tied_lora("finetune", *finetune_arguments("taken"), folder=workshop, ok=False, planted=variables)
+            assert done.returncode == 2
+            line = "exp_manager: another run works in taken (process 77 on node n1, training, step 40); wait for it"
+            assert done.stderr.count(line) == 1, done.stderr
+            assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    finally:
+        os.close(holder)
 
 
 def test_the_recipe_for_large_bases_trains(workshop: Path) -> None:

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Short fine-tuning runs in one process that check NeMo's checkpoint options. `main` prints a JSON object last."""
+"""Short fine-tuning runs in one process that check NeMo's checkpoint options. `main` prints a JSON object last.
+
+That dropout masks after a resume are those of the uninterrupted run is checked by test_resume.py, on two ranks.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
 import os
 import shutil
@@ -18,7 +22,7 @@ import torch
 from lightning.pytorch import Callback
 from safetensors.torch import load_file
 
-__all__ = ["SCENARIOS", "SHARDED", "At", "checkpoint", "main", "run", "state", "tensors_in"]
+__all__ = ["COMMON", "SCENARIOS", "SHARDED", "At", "checkpoint", "main", "run", "state", "tensors_in"]
 
 PARAMS = "exp_manager.checkpoint_callback_params"
 # Microbatches of one sample: each sample has the same weight at every data-parallel size.
@@ -107,6 +111,12 @@ def nemo(name: str) -> Path:
     return Path(name, "checkpoints", "tied_lora.nemo")
 
 
+@functools.cache
+def straight(steps: int = 4) -> dict[str, Any]:
+    """The uninterrupted run without any option, in the folder straight_STEPS. Scenarios share it."""
+    return run(f"straight_{steps}", f"trainer.max_steps={steps}")
+
+
 def at_the_end() -> dict[str, bool]:
     """save_nemo_on_train_end: writes the last adapter's .nemo into the checkpoints' folder."""
     run("at_the_end", f"{PARAMS}.save_nemo_on_train_end=true")
@@ -158,19 +168,19 @@ def always_best() -> dict[str, bool]:
     early = At(6, lambda _: state(nemo("always_best")))
     best_so_far = [f"{PARAMS}.always_save_nemo=true", f"{PARAMS}.save_best_model=true", *FIRST_IS_BEST]
     run("always_best", "trainer.max_steps=6", *best_so_far, callbacks=(early,))
-    run("always_best_straight", "trainer.max_steps=6")
+    straight(6)
     first = adapter_in(checkpoint("always_best", 2))
     return {
         "the best so far": same(early.result, first),
         "the best": same(state(nemo("always_best")), first),
         "not the last": not same(first, adapter_in(checkpoint("always_best", 6))),
-        "the run": same(*(adapter_in(checkpoint(name, 6)) for name in ("always_best", "always_best_straight"))),
+        "the run": same(*(adapter_in(checkpoint(name, 6)) for name in ("always_best", "straight_6"))),
     }
 
 
 def preempted() -> dict[str, bool]:
     """The preemption callback: SIGTERM ends the run after the step with a "-last" checkpoint. The run resumes from it."""
-    want = run("uninterrupted", "trainer.max_steps=6")
+    want = straight(6)
     signalled = At(3, lambda _: os.kill(os.getpid(), signal.SIGTERM))
     code = None
     try:
@@ -184,17 +194,17 @@ def preempted() -> dict[str, bool]:
         "after the step": len(left) == 1 and "-step=3-" in left[0],
         "resumes": [s["loss"] for s in got["steps"]] == [s["loss"] for s in want["steps"]],
         "same validations": got["validations"] == want["validations"],
-        "same adapter": same(state(Path("preempted/adapter.nemo")), state(Path("uninterrupted/adapter.nemo"))),
+        "same adapter": same(state(Path("preempted/adapter.nemo")), state(Path("straight_6/adapter.nemo"))),
     }
 
 
 def resumed_and_tested() -> dict[str, bool]:
     """A resumed run with a test set saves the trained adapter, not the one that it resumed from."""
     tested = ["model.data.test_ds.file_names=[validation.jsonl]", "model.data.test_ds.metric.name=loss"]
-    run("tested_straight")
+    straight()
     stopped("tested")
     run("tested", *tested)
-    return {"trained": same(state(Path("tested/adapter.nemo")), state(Path("tested_straight/adapter.nemo")))}
+    return {"trained": same(state(Path("tested/adapter.nemo")), state(Path("straight_4/adapter.nemo")))}
 
 
 def rates_of(step: dict[str, Any]) -> dict[str, float]:
@@ -223,12 +233,6 @@ def resumes(name: str, *arguments: str, copy: str | None = None) -> dict[str, bo
         **{kind: same(tensors_in(ours, f"{kind}/"), tensors_in(theirs, f"{kind}/")) for kind in kinds},
         "moments": {"exp_avg", "exp_avg_sq"} <= set(kinds),
     }
-
-
-def dropout() -> dict[str, bool]:
-    """After the resume, dropout masks are those of the uninterrupted run."""
-    masks = ["model.peft.tied_lora.dropout=0.1", "model.hidden_dropout=0.1", "model.attention_dropout=0.1"]
-    return resumes("dropout", *masks)
 
 
 def plain_torch() -> dict[str, bool]:
@@ -280,7 +284,7 @@ def full_disk() -> dict[str, bool]:
     def no_space(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    run("full_disk_straight")
+    straight()
     try:
         run("full_disk", callbacks=(At(3, lambda _: setattr(CheckpointWriter, "add", no_space)),))
     except OSError as error:
@@ -292,7 +296,7 @@ def full_disk() -> dict[str, bool]:
     return {
         "reason": "No space left" in (message or ""),
         "earlier checkpoints": left == ["2", "2"],
-        "resumes": same(state(Path("full_disk/adapter.nemo")), state(Path("full_disk_straight/adapter.nemo"))),
+        "resumes": same(state(Path("full_disk/adapter.nemo")), state(Path("straight_4/adapter.nemo"))),
     }
 
 
@@ -373,7 +377,6 @@ SCENARIOS: dict[str, Callable[[], dict[str, bool]]] = {
         o2,
         distributed_optimizer,
         refused,
-        dropout,
         pruned,
         full_disk,
         unwritable,

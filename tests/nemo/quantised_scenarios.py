@@ -17,7 +17,7 @@ from tests.harness.command_runs import PRETRAIN
 from tests.nemo import checkpoint_scenarios
 from tests.nemo.checkpoint_scenarios import refusal, run, same, state, stopped
 
-__all__ = ["SCENARIOS", "main"]
+__all__ = ["NF4", "ON_WIDE", "SCENARIOS", "main"]
 
 WIDE, DEQUANTISED = "wide.nemo", "dequantised.nemo"
 ON_WIDE, NF4 = f"model.restore_from_path={WIDE}", "model.base_quantization=nf4"
@@ -25,12 +25,12 @@ PROMPT = [5, 6, 7, 8, 9, 10, 11, 12]
 
 
 def made() -> dict[str, bool]:
-    """A base whose inputs are whole blocks, and one whose weights are what the codes of the first stand for."""
+    """A base whose inputs are whole blocks on two tensor-parallel ranks too, and one with the weights that its codes stand for."""
     from nemo_tied_lora.nemo.restored_base import dequantise
     from nemo_tied_lora.nemo.training_runs import pretrain
     from nemo_tied_lora.planning.composing.compose import compose_config
 
-    sizes = ["model.hidden_size=64", "model.ffn_hidden_size=128", "trainer.max_steps=1", "model.num_layers=2"]
+    sizes = ["model.hidden_size=128", "model.ffn_hidden_size=128", "trainer.max_steps=1", "model.num_layers=2"]
     pretrain(compose_config("pretrain", [*PRETRAIN, *sizes, f"output={WIDE}", "name=wide"]))
     model = loaded(WIDE, "nf4")
     chunks = model._unwrap_model_list()

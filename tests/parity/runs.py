@@ -231,7 +231,12 @@ def _fitted(run: Run, layout: Layout, release: tuple[int, ...]) -> Run:
     model, features = dict(run.model), run.features
     if layout.vp is not None:
         model.setdefault("num_layers", layout.pp * layout.vp)
-    elif layout.tp == 4 and "without" not in model and "layers" not in run.config:
+    elif (
+        layout.tp > 1
+        and layout.pp == 1
+        and not {"without", "num_moe_experts"} & model.keys()
+        and "layers" not in run.config
+    ):
         model.setdefault("num_layers", 2)  # gloo's collectives are slow on few cores
     if model.get("llama"):
         model.setdefault("groups", 2)

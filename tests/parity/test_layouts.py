@@ -61,9 +61,9 @@ def test_a_replica_with_another_bit_is_noticed_whether_whole_or_a_shard() -> Non
     ranks = copy.deepcopy(verdicts("tp2", "plain"))
     whole = {name: tuple(tensor.shape) for name, tensor in oracle(runs_of("tp2")["plain"]).state.items()}
     assert unequal_replicas(ranks, LAYOUTS["tp2"], whole) == []
-    ranks[1].bits[0][0, "linear_qkv.A"] = ranks[1].bits[0][0, "layers.2.linear_fc2.v"] = "other"
+    ranks[1].bits[0][0, "linear_qkv.A"] = ranks[1].bits[0][0, "layers.1.linear_fc2.v"] = "other"
     ranks[1].bits[1][0, "linear_qkv.B"] = "another shard"
-    found = {"step 0: layers.2.linear_fc2.v (shard None)", "step 0: linear_qkv.A (shard None)"}
+    found = {"step 0: layers.1.linear_fc2.v (shard None)", "step 0: linear_qkv.A (shard None)"}
     assert set(unequal_replicas(ranks, LAYOUTS["tp2"], whole)) == found
     pipeline = replace(LAYOUTS["tp2"], tp=1, pp=2)
     assert "step 1: linear_qkv.A (shard None)" not in unequal_replicas(ranks, pipeline, whole)

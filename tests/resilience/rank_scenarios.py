@@ -31,7 +31,7 @@ from nemo_tied_lora.resilience.rank import Rank, run_as_rank
 from nemo_tied_lora.resilience.rendezvous import Rendezvous
 
 TIMEOUT_S = 6.0
-CONTROL_S = 40.0
+CONTROL_S = 30.0
 APART_S = 0.8
 """Seconds between the starts of scenarios. A start takes two cores for half a second; ranks wait TIMEOUT_S for each other."""
 
