@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.conftest import NEED_NEMO
-from tests.parity.layouts import LAYOUTS, tested_layouts
+from tests.parity.layouts import LAYOUTS, layouts_on
 from tests.parity.runs import EXPERT_LAYOUTS, FLOAT32_LAYOUTS, INT8_LAYOUTS, TOLERANCES, Run, runs_of
 
 __all__ = ["GPU", "NEWER", "NEWEST", "OLDER", "Cell", "Table", "tables"]
@@ -307,7 +307,7 @@ def _nemo() -> Table:
 
 def _newest() -> Table:
     rows = {}
-    for layout in tested_layouts(NEWEST):
+    for layout in layouts_on(NEWEST):
         runs = runs_of(layout, NEWEST)
         best = _short(min(TOLERANCES[run.dtype] for run in runs.values()))
         rows[ROWS[layout]] = (Cell(f"tested, {best}", newest=_tests(runs, layout)),)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["LAYOUTS", "Layout", "tested_layouts"]
+__all__ = ["LAYOUTS", "Layout", "layouts_on"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ LAYOUTS: dict[str, Layout] = {
 }
 
 
-def tested_layouts(release: tuple[int, ...]) -> list[str]:
+def layouts_on(release: tuple[int, ...]) -> list[str]:
     """The layouts that the suite runs on a release of megatron-core: from 0.19 on, those of one and two ranks.
 
     There, `make test-bridge` is short. TP 2 x PP 2 is in tests/bridge.

@@ -11,11 +11,11 @@ import pytest
 
 from nemo_tied_lora.planning.megatron_version import megatron_version
 from tests.parity.comparison import unequal_replicas, worst
-from tests.parity.layouts import LAYOUTS, tested_layouts
+from tests.parity.layouts import LAYOUTS, layouts_on
 from tests.parity.runs import FAULTS, runs_of
 from tests.parity.suite import all_runs, oracle, verdicts
 
-CASES = [(layout, run) for layout in tested_layouts(megatron_version()) for run in runs_of(layout)]
+CASES = [(layout, run) for layout in layouts_on(megatron_version()) for run in runs_of(layout)]
 QUANTISED = [(layout, run) for layout, run in CASES if runs_of(layout)[run].base is not None]
 PLANTED = [(layout, fault) for layout, faults in FAULTS.items() for fault in faults]
 
