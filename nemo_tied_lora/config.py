@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ __all__ = [
     "NEMO_TARGETS",
     "PRESETS",
     "TARGETS",
+    "RankBudget",
     "TiedLoraConfig",
 ]
 
@@ -47,12 +48,14 @@ NEMO_TARGETS: dict[str, tuple[str, ...]] = {
 """NeMo's names for the same linears (its `model.peft.lora_tuning.target_modules`)."""
 
 
-# Which of v, B, u, A is trained and which of A, B is tied (the paper's table of configurations).
-PRESETS: dict[str, dict[str, tuple[str, ...]]] = {
+# Which of v, B, u, A is trained and which of A, B is tied (the paper's table of configurations). adalora also has a start
+# of its own (arXiv 2303.10512): u, its Lambda, is 0.
+PRESETS: dict[str, dict[str, Any]] = {
     "lora": {"trained": ("B", "A"), "tied": ()},
     "vera": {"trained": ("v", "u"), "tied": ("A", "B")},
     "tl5": {"trained": ("B", "A"), "tied": ("A", "B")},
     "tl6": {"trained": ("v", "B", "u", "A"), "tied": ("A", "B")},
+    "adalora": {"trained": ("B", "u", "A"), "tied": (), "init_A": "normal", "init_B": "normal", "init_u": 0.0},
 }
 
 
@@ -75,6 +78,64 @@ _FOREIGN_KEYS = {
     "position_embedding_strategy": "remove it: u and v tell the layers apart",
     "weight_tying": "NeMo's option is dead (its config raises TypeError since 2.0); write tied: [A, B], the default",
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankBudget:
+    """AdaLoRA's budget (arXiv 2303.10512) on u: training prunes entries of u by their importance; see docs/rank_budget.md.
+
+    `TiedLoraConfig` checks the values.
+    """
+
+    target_rank: float
+    """The entries of u that a linear keeps, as a mean over all linears, in 1 .. rank. It need not be a whole number."""
+    start_step: int | None = None
+    """The number of optimizer steps before the first one that may prune, at least 1. None: a sixth of the run."""
+    final_step: int | None = None
+    """From this optimizer step on, the mean is target_rank and the choice is fixed. None: two thirds of the run."""
+    every: int = 10
+    """Chooses anew after so many optimizer steps."""
+
+    def problems(self, rank: object, trained: object) -> Iterator[str]:
+        """Yields one line per value that is out of bounds."""
+        found, target = Problems(), self.target_rank
+        if not _is_finite(target) or target < 1:
+            found.append(
+                f"rank_budget.target_rank={target!r}: must be a number of at least 1, the mean rank at the end"
+            )
+        elif is_whole_number(rank) and target > rank:
+            found.append(f"rank_budget.target_rank={target!r}: more than rank={rank}, with which training starts")
+        if self.start_step is not None:
+            note = "; in the first step u or its gradient is 0, so no entry is more important than another"
+            found.whole_number("rank_budget.start_step", self.start_step, note=note)
+        if self.final_step is not None:
+            first = self.start_step if is_whole_number(self.start_step) else 1
+            note = f"; pruning begins after step {first}"
+            found.whole_number("rank_budget.final_step", self.final_step, first + 1, note)
+        found.whole_number("rank_budget.every", self.every)
+        if isinstance(trained, tuple) and "u" not in trained:
+            shown = ", ".join(map(str, trained))
+            found.append(
+                f"rank_budget: prunes entries of u, and trained=[{shown}] has no u; add it, or remove rank_budget"
+            )
+        yield from found
+
+    @classmethod
+    def from_value(cls, value: object) -> RankBudget | None:
+        """Reads the key's value: a budget, a mapping of its fields, or None. None in a mapping means the default.
+
+        Raises:
+            ConfigError: not a mapping, an unknown key, or no target_rank.
+        """
+        if value is None or isinstance(value, RankBudget):
+            return value
+        problems, known = Problems(), [field.name for field in dataclasses.fields(cls)]
+        given = problems.known_keys("rank_budget", problems.section("rank_budget", value), known)
+        given = {key: each for key, each in given.items() if each is not None}
+        if given and "target_rank" not in given:
+            problems.append("rank_budget.target_rank: missing; name the mean rank that is left at the end")
+        problems.raise_if_any()
+        return cls(**given) if given else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,15 +190,19 @@ class TiedLoraConfig:
     dtype: str | None = None
     """float32: the factors, their gradients and the update's arithmetic are float32, also on a bfloat16 base. None: they
     have the base's dtype."""
+    rank_budget: RankBudget | Mapping[str, Any] | None = None
+    """Prunes entries of u during training: a `RankBudget`, or a mapping of its fields. None: every entry stays."""
 
     def __post_init__(self) -> None:
+        unread = Problems()
+        object.__setattr__(self, "rank_budget", unread.attempt(RankBudget.from_value, self.rank_budget))
         for name in ("targets", "trained", "tied", "layers"):
             value = getattr(self, name)
             if isinstance(value, (str, int)) and not isinstance(value, bool):
                 value = (value,)
             if value is not None and isinstance(value, Iterable):
                 object.__setattr__(self, name, tuple(value))
-        self._problems().raise_if_any()
+        Problems([*self._problems(), *unread]).raise_if_any()
         expanded = {name for target in self.targets for name in NEMO_TARGETS.get(target, (target,))}
         object.__setattr__(self, "targets", tuple(t for t in TARGETS if t in expanded))
         object.__setattr__(self, "trained", tuple(f for f in FACTORS if f in self.trained))
@@ -148,7 +213,7 @@ class TiedLoraConfig:
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> TiedLoraConfig:
-        """Returns the named configuration (lora, vera, tl5, tl6), with any field overridden.
+        """Returns the named configuration (lora, vera, tl5, tl6, adalora), with any field overridden.
 
         Raises:
             ConfigError: the preset or a field is unknown, or a value is out of bounds.
@@ -174,13 +239,21 @@ class TiedLoraConfig:
             value = given.pop(key)
             if not (key == "weight_tying" and value is False):
                 problems.append(_unknown_key(key, value, known))
-        chosen = PRESETS[preset] if isinstance(preset, str) and preset in PRESETS else {}
+        chosen = dict(PRESETS[preset]) if isinstance(preset, str) and preset in PRESETS else {}
+        if preset == "adalora":
+            given["rank_budget"] = _adaloras_budget(given.get("rank_budget"), given.get("rank", cls.rank))
         return problems.build(cls, **{**chosen, **given})
 
     def as_dict(self) -> dict[str, Any]:
         """Returns plain values for YAML or JSON; ``from_mapping`` reads them."""
         values = dataclasses.asdict(self)
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+    @property
+    def budget(self) -> RankBudget | None:
+        """`rank_budget`, which is a `RankBudget` or None once the configuration exists."""
+        assert self.rank_budget is None or isinstance(self.rank_budget, RankBudget)
+        return self.rank_budget
 
     @property
     def scale(self) -> float:
@@ -253,6 +326,8 @@ class TiedLoraConfig:
             if getattr(self, name) is not None:
                 problems.one_of(name, getattr(self, name), INIT_METHODS)
         problems += self._fill_problems()
+        if isinstance(self.rank_budget, RankBudget):
+            problems += self.rank_budget.problems(self.rank, self.trained)
         return problems
 
     def _layer_problems(self) -> Iterable[str]:
@@ -285,6 +360,14 @@ class TiedLoraConfig:
         elif not starts_at_zero:
             zero = self.zero_factor
             yield f"init_{zero}={self.init_of(zero)!r}: the update would not start at 0; leave it unset, or set it to 0"
+
+
+def _adaloras_budget(value: object, rank: object) -> object:
+    """Adds the paper's target_rank to a value of `rank_budget` that has none: training starts with 1.5 times as many."""
+    if not isinstance(value, (Mapping, type(None))) or not is_whole_number(rank):
+        return value
+    given = {key: each for key, each in (value or {}).items() if each is not None}
+    return {"target_rank": max(1, round(rank / 1.5)), **given}
 
 
 def _is_finite(value: object) -> bool:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ import pytest
 from nemo_tied_lora.adapter.factor_names import expected_shapes
 from nemo_tied_lora.adapter.param_count import factor_numel, parameter_counts
 from nemo_tied_lora.adapter.shapes import LinearShape
-from nemo_tied_lora.config import FACTORS, INIT_METHODS, PRESETS, TARGETS, TiedLoraConfig
+from nemo_tied_lora.config import FACTORS, INIT_METHODS, PRESETS, TARGETS, RankBudget, TiedLoraConfig
 from nemo_tied_lora.errors import ConfigError
 
 SUBSETS = [c for n in range(5) for c in itertools.combinations("vBuA", n)]
@@ -135,6 +136,7 @@ def test_alpha_rule_sqrt_divides_alpha_by_the_square_root_of_the_rank() -> None:
         ("vera", ("v", "u"), ("A", "B")),
         ("tl5", ("B", "A"), ("A", "B")),
         ("tl6", ("v", "B", "u", "A"), ("A", "B")),
+        ("adalora", ("B", "u", "A"), ()),
     ],
 )
 def test_presets_mean_what_the_paper_says(name: str, trained: tuple[str, ...], tied: tuple[str, ...]) -> None:
@@ -145,7 +147,7 @@ def test_presets_mean_what_the_paper_says(name: str, trained: tuple[str, ...], t
 def test_a_preset_can_be_overridden() -> None:
     config = TiedLoraConfig.preset("tl6", tied=["A"], trained=["A", "B"])
     assert (config.trained, config.tied) == (("B", "A"), ("A",))
-    assert set(PRESETS) == {"lora", "vera", "tl5", "tl6"}
+    assert set(PRESETS) == {"lora", "vera", "tl5", "tl6", "adalora"}
 
 
 @pytest.mark.parametrize(
@@ -181,6 +183,8 @@ def test_lists_are_sorted_without_repetitions() -> None:
         TiedLoraConfig(tied=(), trained=("A",), init_B="xavier", init_std=0.5, targets=("mlp",)),
         TiedLoraConfig(init_v=1, init_B="zero", init_u=0.5, init_A="normal"),
         TiedLoraConfig(alpha=16, alpha_rule="sqrt"),
+        TiedLoraConfig(rank_budget={"target_rank": 2.5, "every": 3}),
+        TiedLoraConfig.preset("adalora", rank=6),
     ],
 )
 def test_as_dict_and_from_mapping_are_inverse(config: TiedLoraConfig) -> None:
@@ -268,6 +272,54 @@ def test_an_update_that_does_not_start_at_zero_or_cannot_leave_it_is_refused(
     assert reason in problems[0]
 
 
+def test_adaloras_start_is_its_papers_lambda_of_zero_with_a_budget_of_two_thirds() -> None:
+    config = TiedLoraConfig.preset("adalora", rank=12)
+    assert [config.init_of(factor) for factor in ("B", "u", "A")] == ["normal", 0, "normal"]
+    assert config.budget == RankBudget(target_rank=8)
+    chosen = TiedLoraConfig.preset("adalora", rank=12, rank_budget={"target_rank": 3, "start_step": None, "every": 5})
+    assert chosen.budget == RankBudget(target_rank=3, every=5)
+    assert TiedLoraConfig.preset("adalora", rank=12, rank_budget={"every": 5}).budget == RankBudget(
+        target_rank=8, every=5
+    )
+
+
+def test_a_budget_of_nulls_is_none() -> None:
+    keys = [field.name for field in dataclasses.fields(RankBudget)]
+    assert TiedLoraConfig.from_mapping({"rank_budget": dict.fromkeys(keys)}).budget is None
+
+
+@pytest.mark.parametrize(
+    ("budget", "problem"),
+    [
+        ({"target_rank": 9}, "rank_budget.target_rank=9: more than rank=8"),
+        ({"target_rank": 0.5}, "rank_budget.target_rank=0.5: must be a number of at least 1"),
+        ({"target_rank": math.nan}, "rank_budget.target_rank=nan: must be a number"),
+        ({"target_rank": "4"}, "rank_budget.target_rank='4': must be a number"),
+        (
+            {"target_rank": 2, "start_step": 0},
+            "rank_budget.start_step=0: must be a whole number of at least 1; in the first",
+        ),
+        (
+            {"target_rank": 2, "start_step": 9, "final_step": 9},
+            "rank_budget.final_step=9: must be a whole number of at least 10",
+        ),
+        ({"target_rank": 2, "final_step": 1}, "rank_budget.final_step=1: must be a whole number of at least 2"),
+        ({"target_rank": 2, "every": 0}, "rank_budget.every=0: must be a whole number of at least 1"),
+        ({"every": 5}, "rank_budget.target_rank: missing; name the mean rank"),
+        ({"target_r": 5}, "rank_budget.target_r: not a key of rank_budget; choose from target_rank, start_step"),
+        (4, "rank_budget=4: must be a section of keys"),
+    ],
+)
+def test_a_bad_budget_is_named_with_its_bound(budget: Any, problem: str) -> None:
+    found = problems_of(rank_budget=budget)
+    assert [line.startswith(problem) for line in found] == [True], found
+
+
+def test_a_budget_needs_a_trained_u() -> None:
+    (problem,) = problems_of_mapping({"preset": "tl5", "rank_budget": {"target_rank": 2}})
+    assert problem.startswith("rank_budget: prunes entries of u, and trained=[B, A] has no u; add it")
+
+
 def test_another_factor_may_be_the_one_at_zero() -> None:
     config = TiedLoraConfig(init_v=1, init_B="zero")
     assert [config.init_of(factor) for factor in FACTORS] == [1, "zero", 1.0, "xavier"]
@@ -310,7 +362,7 @@ def test_nemos_weight_tying_may_stay_if_it_is_off() -> None:
 @pytest.mark.parametrize("preset", ["tl7", "TL6", "", ["tl6"], 6])
 def test_an_unknown_preset_is_refused_with_the_choices(preset: object) -> None:
     (problem,) = problems_of_mapping({"preset": preset})
-    assert problem == f"preset={preset!r}: unknown; choose one of lora, vera, tl5, tl6"
+    assert problem == f"preset={preset!r}: unknown; choose one of lora, vera, tl5, tl6, adalora"
 
 
 def test_all_problems_are_reported_together() -> None:

@@ -12,12 +12,13 @@ from torch import nn
 
 from nemo_tied_lora.adapter import full_state, grad_norm
 from nemo_tied_lora.adapter.agreement import raise_together
-from nemo_tied_lora.adapter.factor_names import expected_shapes
+from nemo_tied_lora.adapter.factor_names import each_linear, expected_shapes
 from nemo_tied_lora.adapter.grad_allreduce import reduce_over_pipeline, reduce_over_tensor_parallel
 from nemo_tied_lora.adapter.injected_chunk import Chunk
 from nemo_tied_lora.adapter.lr_multipliers import factor_multipliers
 from nemo_tied_lora.adapter.merged_weights import changed_since_merge, merged_weights, version_of
 from nemo_tied_lora.adapter.param_count import parameter_counts
+from nemo_tied_lora.adapter.rank_budget.pruning import RankPruning
 from nemo_tied_lora.adapter.rate_groups import groups_by_multiplier, megatron_optimizer
 from nemo_tied_lora.adapter.shapes import LinearShape
 from nemo_tied_lora.adapter.tied_factors import own_frozen
@@ -43,6 +44,12 @@ class Adapter:
         self.shapes = dict(shapes)
         self._chunks: list[Chunk] | None = list(chunks)
         self._merged = False
+        self.pruning: RankPruning | None = None
+        """The rank budget; None without one."""
+        if config.budget is not None:
+            self.pruning = RankPruning(config, self.shapes, [chunk.factors for chunk in chunks])
+            for chunk in chunks:
+                chunk.before_training = self.pruning.check_followed
 
     @property
     def chunks(self) -> list[Chunk]:
@@ -121,6 +128,35 @@ class Adapter:
         """Trained parameters of the whole model per group, by the paper's formula."""
         self._present("num_parameters")
         return parameter_counts(self.shapes, self.config)
+
+    def follow_optimizer(self, optimizer: Any, max_steps: int) -> None:
+        """Lets the rank budget observe each step of the optimizer. Without a budget, does nothing.
+
+        Call it once, on all ranks, after the optimizer is made. From then on, each step that the optimizer makes updates the
+        importance of u's entries, and prunes when the schedule says so; a step that it skips does not count. Without this
+        call, a forward pass that trains raises RuntimeError. A later call replaces the optimizer and keeps the rest.
+
+        Args:
+            optimizer: a torch optimizer of `parameters()`, or what megatron-core's `get_megatron_optimizer` returns.
+            max_steps: the optimizer steps of the whole run. They decide the start_step and the final_step that the
+                configuration leaves open, at the first call: a resumed run keeps its schedule.
+
+        Raises:
+            ConfigError: the run is too short for the budget, the optimizer does not hold u, or is of an unknown kind.
+        """
+        self._present("follow_optimizer")
+        if self.pruning is not None:
+            self.pruning.follow(optimizer, max_steps)
+
+    def ranks(self) -> dict[str, int]:
+        """The entries of u that each linear of the whole model has left, as {"layers.7.linear_qkv": 3}.
+
+        The same on every rank. Without a rank budget, each linear has the configuration's rank.
+        """
+        self._present("ranks")
+        if self.pruning is None:
+            return {f"layers.{layer}.{name}": self.config.rank for layer, name, _ in each_linear(self.shapes)}
+        return {name.removesuffix(".u"): int(mask.sum()) for name, mask in self.pruning.masks().items()}
 
     def reduce_gradients(self, grad_attr: str | None = None, *, tensor_parallel: bool = True) -> None:
         """Does the sums of gradients that a training loop does not do itself (see `grad_allreduce`).
@@ -212,6 +248,8 @@ class Adapter:
         full_state.check_state(state, expected_shapes(self.config, self.shapes))
         for chunk in chunks:
             own_frozen(chunk.factors)
+        if self.pruning is not None:
+            self.pruning.forget_versions()
         full_state.load(self.config, self.shapes, [chunk.factors for chunk in chunks], state)
 
     def merge(self) -> None:
@@ -307,6 +345,8 @@ class Adapter:
         for chunk in reversed(self._present("remove")):
             chunk.originals.clear()
             chunk.detach()
+        if self.pruning is not None:
+            self.pruning.stop()
         self._chunks = None
 
     def _set_merged(self, merged: bool) -> None:

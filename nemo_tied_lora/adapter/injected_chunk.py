@@ -7,6 +7,7 @@ be restored like one that is attached.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,7 @@ class Chunk:
 
     outer: the module that the caller passed. body: the GPTModel in it. adapters: of each linear's module.
     originals: the weights of the base that `Adapter.merge` has replaced. versions: torch's counters of changes in place
-    of the merged weights, just after the merge.
+    of the merged weights, just after the merge. before_training: called before each forward pass that trains.
     """
 
     outer: nn.Module
@@ -44,6 +45,7 @@ class Chunk:
     adapters: dict[nn.Module, LinearAdapter]
     originals: dict[nn.Module, torch.Tensor] = field(default_factory=dict)
     versions: dict[nn.Module, int] = field(default_factory=dict)
+    before_training: Callable[[], None] | None = None
     _undo: ExitStack = field(default_factory=ExitStack)
 
     @property
@@ -90,7 +92,7 @@ class Chunk:
     def _add_hooks(self) -> None:
         """Lets gradients reach adapters behind a frozen, recomputed base, and keeps DDP's gathers and sums right."""
         body, undo = self.body, self._undo
-        undo.callback(body.decoder.register_forward_pre_hook(lambda *_: self.factors()).remove)
+        undo.callback(body.decoder.register_forward_pre_hook(self._before_forward).remove)
         pipelined = parallel_state.get_pipeline_model_parallel_world_size() > 1
         # A checkpointed region gives no gradients unless an input requires one. And the pipeline's backward needs an
         # output that requires one, even if the stage has no linear of the adapter.
@@ -103,6 +105,11 @@ class Chunk:
             undo.callback(
                 body.decoder.register_forward_hook(lambda *call: add_zero_gradients(call[-1], unused)).remove
             )
+
+    def _before_forward(self, decoder: nn.Module, _: Any) -> None:
+        self.factors()
+        if self.before_training is not None and decoder.training and torch.is_grad_enabled():
+            self.before_training()
 
     def _tied_without_a_linear(self) -> list[nn.Parameter]:
         """The trained tied tensors that no linear of this chunk uses. The chunk holds them for the sums over stages."""

@@ -37,12 +37,30 @@ class Factors(nn.Module):
     Args:
         tensors: factor ("A", "B", "u", "v") to this rank's part (local shapes as in `shapes`).
         trained: the factors that get gradients; the others are frozen parameters.
+        prunes: whether a rank budget prunes entries of u; then `u_mask` (r,) says which entries stay. A buffer, because
+            optimizers overwrite a parameter with their own copy; not in the state dict (see `rank_budget`).
     """
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor], trained: Sequence[str]):
+    u_mask: torch.Tensor | None
+    pruned_return: bool = False
+    """Whether pruned entries get a gradient, so that a later choice may take them back."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], trained: Sequence[str], *, prunes: bool = False):
         super().__init__()
         for factor, tensor in tensors.items():
             self.register_parameter(factor, nn.Parameter(tensor, requires_grad=factor in trained))
+        u = tensors.get("u") if prunes else None
+        self.register_buffer("u_mask", None if u is None else torch.ones_like(u, dtype=torch.bool), persistent=False)
+
+    def masked_u(self) -> torch.Tensor | None:
+        """u (r,) with 0 for the pruned entries; None without u.
+
+        The gradient of a pruned entry is 0, or, if it may return, that of the entry if it were 0.
+        """
+        u: torch.Tensor | None = getattr(self, "u", None)
+        if u is None or self.u_mask is None:
+            return u
+        return torch.where(self.u_mask, u, u - u.detach() if self.pruned_return else torch.zeros_like(u))
 
     def forward(self) -> None:
         """Computes nothing. Exists for the hooks that Megatron's DDP registers on the forward of modules."""
@@ -87,7 +105,7 @@ class ChunkFactors(nn.Module):
                     name = FactorName(layer, linear, factor)
                     full = initial_tensor(name, shape.factor_shape(factor, config.rank), config, device)
                     tensors[factor] = shard(full, factor, shape, tp_rank, tp_size).to(device=device, dtype=dtype)
-            return Factors(tensors, config.trained)
+            return Factors(tensors, config.trained, prunes=config.budget is not None)
 
         for group, shape in shapes.items():
             for linear in tied_names(group, shape.num_experts, config.experts):

@@ -45,6 +45,7 @@ from megatron.core.tensor_parallel import (
 from torch import nn
 from torch.nn import functional
 
+from nemo_tied_lora.adapter.tied_factors import Factors
 from nemo_tied_lora.config import TiedLoraConfig
 
 __all__ = ["LinearAdapter", "TiedLoraMixin", "attach_to_linear", "detach_from_linear", "linear_kind"]
@@ -70,15 +71,17 @@ class LinearAdapter:
 
     config: TiedLoraConfig
     kind: str
-    tied: nn.Module
-    own: nn.Module
+    tied: Factors
+    own: Factors
     tp_size: int
     sequence_parallel: bool
     expert: bool = False
     enabled: bool = True
 
     def factor(self, name: str) -> torch.Tensor | None:
-        """Returns this rank's part of A, B, u or v; None for a u or v that is frozen at 1."""
+        """Returns this rank's part of A, B, u or v; None for a u or v that is frozen at 1. A rank budget masks u."""
+        if name == "u":
+            return self.own.masked_u()
         holder = self.tied if name in self.config.tied else self.own
         return getattr(holder, name, None)
 

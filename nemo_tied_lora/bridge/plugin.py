@@ -74,6 +74,8 @@ class TiedLoRA(PEFT):
     seed: int = 1234
     frozen_factors: str = "tensor"
     dtype: str | None = None
+    rank_budget: dict[str, Any] | None = None
+    """Refused: Bridge's checkpoints would not hold what is pruned. A pruned adapter's file can be trained further."""
     restore_from_path: str | None = None
     """An adapter's `.nemo` file, from any training framework and layout: training starts from its tensors. A field that is
     not at its default must then have the file's value."""
@@ -110,6 +112,13 @@ class TiedLoRA(PEFT):
         Raises:
             ConfigError: lists every field that is out of bounds.
         """
+        if self.rank_budget:
+            raise ConfigError(
+                [
+                    f"rank_budget={self.rank_budget!r}: not with Megatron-Bridge, whose checkpoints would not hold what is pruned; "
+                    "train on plain megatron-core or NeMo, and restore the file here"
+                ]
+            )
         return TiedLoraConfig(**{one.name: getattr(self, one.name) for one in dataclasses.fields(TiedLoraConfig)})
 
     def transform(self, module: nn.Module, name: str | None = None, prefix: str | None = None) -> nn.Module:

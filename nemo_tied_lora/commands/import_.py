@@ -156,6 +156,10 @@ def _check_lora(cfg: Mapping[str, Any]) -> TiedLoraConfig:
     problems.whole_number("max_iterations", cfg["max_iterations"])
     if not isinstance(cfg["fit_tolerance"], (int, float)) or cfg["fit_tolerance"] < 0:
         problems.append(f"fit_tolerance={cfg['fit_tolerance']}: must be at least 0")
+    if _preset(cfg) == "adalora":
+        problems.append(
+            "preset=adalora: a LoRA says nothing about what its training would prune; choose lora, tl5, tl6 or vera"
+        )
     fields = {"preset": _preset(cfg), "rank": cfg["rank"], "seed": cfg["seed"]}
     return problems.build(TiedLoraConfig.from_mapping, fields)
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nemo_tied_lora.adapter.rank_budget.schedule import length_problems
 from nemo_tied_lora.config import TiedLoraConfig
 from nemo_tied_lora.errors import ConfigError, Problems, is_whole_number
 from nemo_tied_lora.planning import layout_fits_cluster
@@ -82,7 +83,7 @@ def check_finetuning(cfg: Mapping[str, Any], *, runs_here: bool = True) -> list[
     problems += [*flag_problems("finetune", cfg), *text_problems("finetune", cfg)]
     if start is not None:
         problems += adapter_problems(start, "model.peft.restore_from_path")
-    given = [key for key, value in (model["peft"].get("tied_lora") or {}).items() if value is not None]
+    given = [key for key, value in (model["peft"].get("tied_lora") or {}).items() if _is_given(value)]
     if start is not None and given:
         fix = "the adapter of restore_from_path has its own; remove these keys"
         problems.append(f"model.peft.tied_lora ({', '.join(given)}): {fix}")
@@ -209,8 +210,19 @@ def _run_problems(
     problems += data_problems(cfg, runs_here=runs_here)
     problems += _logger_problems(cfg.get("exp_manager") or {})
     problems += layout_fits_cluster.folder_problems(cfg)
+    steps = cfg["trainer"].get("max_steps")
+    if config is not None and config.budget is not None and is_whole_number(steps):
+        problems += length_problems(config.budget, steps, "trainer.max_steps")
+        problems.append(
+            "rank_budget: not yet in NeMo's loops; train in a loop of your own, with adapter.follow_optimizer"
+        )
     problems += _allocation_problems(cfg, base, config)
     return problems
+
+
+def _is_given(value: object) -> bool:
+    """Whether a key of the adapter has a value. A section of nulls has none."""
+    return any(map(_is_given, value.values())) if isinstance(value, Mapping) else value is not None
 
 
 def _layout_keys(model: Mapping[str, Any]) -> dict[str, Any]:

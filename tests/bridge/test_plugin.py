@@ -57,6 +57,13 @@ def test_wrong_fields_are_refused_together_and_foreign_keys_say_what_to_write() 
     assert len(refused.value.problems) == 2
 
 
+def test_a_rank_budget_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"rank_budget=\{'target_rank': 2\}: not with Megatron-Bridge"):
+        TiedLoRA(rank_budget={"target_rank": 2})
+    with pytest.raises(ConfigError, match=r"rank_budget=.*: not with Megatron-Bridge"):
+        TiedLoRA.preset("adalora")
+
+
 def test_a_recipe_can_copy_and_pickle_it() -> None:
     peft = TiedLoRA(rank=3, layers=[1, 2])
     assert copy.deepcopy(peft) == pickle.loads(pickle.dumps(peft)) == dataclasses.replace(peft) == peft

@@ -141,7 +141,7 @@ def test_the_table_shows_the_numbers_of_the_json(capsys: pytest.CaptureFixture[s
         (["model.peft.tied_lora.adapter_dim=8"], ["adapter_dim=8", "write rank"]),
         (["model.peft.tied_lora.weight_tying=true"], ["weight_tying=True", "tied: [A, B]"]),
         (["+model.peft.tied_lora.rnk=8"], ["rnk=8", "did you mean rank?"]),
-        (["model.peft.tied_lora.preset=tl9"], ["preset='tl9'", "lora, vera, tl5, tl6"]),
+        (["model.peft.tied_lora.preset=tl9"], ["preset='tl9'", "lora, vera, tl5, tl6, adalora"]),
         (["model.peft.tied_lora=8"], ["model.peft.tied_lora=8", "section"]),
         (["trainer=8"], ["trainer=8", "section"]),
         (["model.hidden_size=???"], ["hidden_size"]),
@@ -200,6 +200,7 @@ def test_adapters_of_llama2_7b_counted_by_hand(capsys: pytest.CaptureFixture[str
         "vera": (u_and_v, A_and_B),
         "tl5": (A_and_B, 0),
         "tl6": (u_and_v + A_and_B, 0),
+        "adalora": (32 * A_and_B + 32 * 4 * 8 * 2, 0),
     }
     assert list(several["adapters"]) == list(wanted)
     for name, (own, shared) in wanted.items():
@@ -227,7 +228,7 @@ def test_the_table_shows_several_adapters(capsys: pytest.CaptureFixture[str]) ->
     assert head.split()[-3:] == ["1", "10", "1,000"]
     (row,) = [line for line in lines if line.startswith("per rank: this adapter")]
     assert row.split()[-6:] == ["3.60", "MiB", "26.96", "MiB", "2.54", "GiB"]
-    assert sum(line.startswith("all ranks: ") for line in lines) == 5
+    assert sum(line.startswith("all ranks: ") for line in lines) == 6
 
 
 @pytest.mark.parametrize("numbers", ["null", "[]", "[0]", "[1.5]", "12", "[true]", "some"])

@@ -88,7 +88,7 @@ def test_all_problems_of_a_study_are_reported_together(values: Values) -> None:
         Study.from_config(values)
     text = str(refused.value)
     for part in (
-        "methods.lora.preset='dora': unknown; choose one of lora, vera, tl5, tl6",
+        "methods.lora.preset='dora': unknown; choose one of lora, vera, tl5, tl6, adalora",
         "methods.tl6.rates=[0.03, 0.02]: must ascend",
         "methods.tl6.seeds=0: must be a whole number of at least 1",
         "methods.tl6.colour: not a key of methods.tl6; choose from preset, rank",

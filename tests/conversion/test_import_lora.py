@@ -222,6 +222,8 @@ class Evil:
 
 def test_the_command_reports_every_problem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wrong = ["path=nowhere", "output=x.pt", "rank=0", "model.peft.tied_lora.preset=tl9", "max_iterations=0"]
+    assert main(["import", "from=lora", *wrong[:2], "preset=adalora"]) == 2
+    assert "preset=adalora: a LoRA says nothing about what its training would prune" in capsys.readouterr().err
     assert main(["import", "from=lora", *wrong]) == 2
     printed = capsys.readouterr().err
     for part in ("path=nowhere", "output=x.pt", "rank=0", "preset='tl9'", "max_iterations=0"):

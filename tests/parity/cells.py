@@ -84,6 +84,7 @@ def tables() -> Iterator[Table]:
         yield Table(title, intro, tuple(columns.values()), rows)
     yield _float32_adapter()
     yield _quantised_base()
+    yield _rank_budget()
     yield _stages()
     yield _experts()
     yield _nemo()
@@ -192,6 +193,23 @@ def _quantised_base() -> Table:
         tuple(columns.values()),
         rows,
     )
+
+
+def _rank_budget() -> Table:
+    loops = {
+        label: {"plain": "ours", "ddp": "DDP"}.get(runs_of(layout, OLDER)["rank budget"].loop, "distributed optimizer")
+        for layout, label in ROWS.items()
+    }
+    rows = {}
+    for layout, label in ROWS.items():
+        cell = _cell(layout, "rank budget")
+        rows[label] = (Cell(f"{cell.text}, {loops[label]}", cell.evidence, cell.newer),)
+    intro = (
+        "A [rank budget](rank_budget.md) prunes entries of u, in four steps: two choices, a step with pruned entries that may "
+        "return, and one whose choice is fixed. After each step every rank has the single process's masks, entry by entry. "
+        "The distributed optimizer overlaps its sums and gathers."
+    )
+    return Table("A rank budget", intro, ("`tl6`",), rows)
 
 
 def _quantised_cell(layout: str, feature: str) -> Cell:

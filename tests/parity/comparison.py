@@ -41,6 +41,8 @@ def compare(record: Record, expected: Record, tolerance: float) -> Verdict:
         assert len(got) == len(want), f"{kind}: {len(got)} steps instead of {len(want)}"
         for step, (g, w) in enumerate(zip(got, want, strict=True)):
             _judge(verdict, kind, f"step {step}: {kind} {g} != {w}", abs(g / w - 1), tolerance)
+    pairs = zip(record.masks, expected.masks, strict=True)
+    verdict.problems += [f"step {step}: mask" for step, (got, want) in enumerate(pairs) if got != want]
     steps = enumerate(zip(record.gradients, expected.gradients, strict=True))
     tensors = [("gradient", f"step {step}: gradient", *pair) for step, pair in steps]
     for kind, where, got_, want_ in [*tensors, ("adapter", "adapter", record.state, expected.state)]:

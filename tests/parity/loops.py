@@ -44,18 +44,19 @@ class Loop(Protocol):
 def make_loop(run: Run, chunks: list[nn.Module], adapter: Adapter) -> Loop:
     """Makes the run's loop for an adapted model."""
     if run.loop == "plain":
-        return PlainLoop(chunks, adapter, run.fault)
+        return PlainLoop(run, chunks, adapter)
     return MegatronLoop(run, chunks, adapter)
 
 
 class PlainLoop:
     """Sums gradients in `grad` with `reduce_gradients`, and takes the mean over data-parallel ranks itself."""
 
-    def __init__(self, chunks: list[nn.Module], adapter: Adapter, fault: str | None = None):
-        self.models, self._adapter, self._fault = chunks, adapter, fault
+    def __init__(self, run: Run, chunks: list[nn.Module], adapter: Adapter):
+        self.models, self._adapter, self._fault = chunks, adapter, run.fault
         self._parameters = list(adapter.parameters())
         groups = adapter.parameter_groups(LEARNING_RATE, MULTIPLIERS)
         self._optimizer = torch.optim.Adam(groups, eps=EPS, betas=BETAS)
+        adapter.follow_optimizer(self._optimizer, run.steps)
 
     def start(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)
@@ -105,6 +106,7 @@ class MegatronLoop:
         self._adapter, self._parameters, self._distributed = adapter, list(adapter.parameters()), distributed
         settings = _optimizer_config(ddp, bfloat16=bfloat16)
         self._optimizer = adapter.megatron_optimizer(settings, self.models, MULTIPLIERS)
+        adapter.follow_optimizer(self._optimizer, run.steps)
 
     def start(self) -> None:
         for model in self.models:

@@ -24,6 +24,8 @@ __all__ = [
 ]
 
 TL6 = {"preset": "tl6", "rank": 3, "alpha": 5.0}
+# The first choice comes after the second step, so the third and the fourth train with a mask.
+BUDGET = {**TL6, "rank_budget": {"target_rank": 1.5, "start_step": 1, "final_step": 3, "every": 1}}
 ONE_STAGE = {"preset": "tl6", "rank": 3, "layers": [3], "targets": ["linear_qkv", "linear_fc2"]}
 LLAMA = {"llama": True, "hidden": 32, "heads": 8}
 
@@ -42,8 +44,8 @@ class Run:
     microbatches: number in the global batch. Data-parallel ranks share them.
     base: options of `quantize_base`; None: a base that is not quantised.
     plain: whether the quantised weights are replaced by plain ones with the dequantised values.
-    fault: a planted error: "no sum", "summed twice", "stepped twice", "another code", or a flag of all parameters, like
-        "shared=False".
+    fault: a planted error: "no sum", "summed twice", "stepped twice", "another code", "own products" (each stage ranks its
+        own entries of u alone), or a flag of all parameters, like "shared=False".
     features: columns of the support table that the run tests, besides those that follow from the other fields.
     """
 
@@ -152,6 +154,10 @@ FLOAT32_ADAPTER = {
         config={**TL6, "dtype": "float32"}, dtype="bfloat16", loop="distributed", features=("float32 adapter",)
     ),
 }
+RANK_BUDGET = {
+    "rank budget": Run(config=BUDGET, loop="ddp", steps=4, features=("rank budget",)),
+}
+BUDGET_IN_OUR_LOOP = ("single", "tp2 sp", "pp2", "tp4", "pp4 vp2")
 INT8_LAYOUTS, EXPERT_LAYOUTS = ("tp2", "pp2"), ("tp2 sp", "pp2")
 FLOAT32_LAYOUTS = ("tp2", "tp2 sp", "pp2", "dp2")
 # Every layout has blocks of 32 in each rank's in-features.
@@ -215,7 +221,7 @@ def runs_of(name: str, release: tuple[int, ...] | None = None) -> dict[str, Run]
         more = {**more, **EXPERTS}
     if counts_repeated_gradients(release):
         more = {**more, "overlap and full": OVERLAP_AND_FULL}
-    return {key: _fitted(run, layout, release) for key, run in {**RUNS, **more}.items()}
+    return {key: _fitted(run, layout, release) for key, run in {**RUNS, **RANK_BUDGET, **more}.items()}
 
 
 def oracle_of(run: Run) -> Run:
@@ -244,6 +250,12 @@ def _fitted(run: Run, layout: Layout, release: tuple[int, ...]) -> Run:
             model["groups"] = layout.tp
             features = tuple(feature for feature in features if feature != "one query group")
     microbatches = 4 if layout.vp is not None or layout.dp > 1 else 2
+    if "rank budget" in features:
+        model.setdefault("num_layers", max(2, layout.pp))
+        if layout.dp > 1:
+            run = dataclasses.replace(run, dtype="float32", loop="distributed overlap")
+        elif layout in [LAYOUTS[name] for name in BUDGET_IN_OUR_LOOP]:
+            run = dataclasses.replace(run, loop="plain")
     if run.base is not None:
         model.setdefault("num_layers", 4 if "num_moe_experts" in model else max(2, layout.pp))
         if layout.dp > 1:
@@ -255,6 +267,7 @@ FAULTS: dict[str, dict[str, Run]] = {
     "pp2": {
         **{fault: Run(config=TL6, fault=fault) for fault in ("no sum", "summed twice", "stepped twice")},
         "shared=False": Run(config=TL6, fault="shared=False"),
+        "own products": Run(config=BUDGET, model={"num_layers": 2}, steps=4, microbatches=2, fault="own products"),
         "pipeline_parallel=False": Run(config=TL6, loop="ddp", fault="pipeline_parallel=False"),
     },
     "tp2": {

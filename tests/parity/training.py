@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from megatron.core import parallel_state
@@ -39,6 +40,7 @@ class Record:
     losses: of the global batch; empty on stages without a loss.
     gradients: whole tensors, after all sums, before clipping.
     norms: the norms before clipping.
+    masks: of a rank budget, by the name of each u; empty without one.
     state: the whole adapter after the last step.
     bits: a digest of every tensor that this rank holds, by (chunk, name).
     shapes: the shapes of these tensors.
@@ -49,6 +51,7 @@ class Record:
     losses: list[float] = field(default_factory=list)
     gradients: list[dict[str, torch.Tensor]] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
+    masks: list[dict[str, list[bool]]] = field(default_factory=list)
     state: dict[str, torch.Tensor] = field(default_factory=dict)
     bits: list[dict[tuple[int, str], str]] = field(default_factory=list)
     shapes: dict[tuple[int, str], tuple[int, ...]] = field(default_factory=dict)
@@ -79,6 +82,8 @@ def train(run: Run, *, sequence_parallel: bool = False) -> Record:
         for parameter in adapter.parameters():
             setattr(parameter, flag, value == "True")
     loop = make_loop(run, chunks, adapter)
+    if run.fault == "own products":
+        _choose_by_own_products(adapter)
     for step in range(run.steps):
         loop.start()
         losses = _forward_backward(loop.models, run, step, forward_only=False)
@@ -87,6 +92,8 @@ def train(run: Run, *, sequence_parallel: bool = False) -> Record:
             record.losses.append(_global_loss(losses) / run.microbatches)
         record.gradients.append(_whole_gradients(adapter, loop.gradients()))
         record.norms.append(loop.clip_and_step())
+        if adapter.pruning is not None:
+            record.masks.append({name: mask.tolist() for name, mask in adapter.pruning.masks().items()})
         if run.fault is None:
             check_ties(adapter, f"after step {step + 1}: ")
         record.bits.append(_digests(adapter))
@@ -111,6 +118,16 @@ def build_chunks(run: Run, sequence_parallel: bool = False) -> list[nn.Module]:
         options |= {"recompute_method": "uniform", "recompute_num_layers": 1}
     num_chunks = parallel_state.get_virtual_pipeline_model_parallel_world_size()
     return [build_gpt(**options, vp_stage=stage) for stage in ([None] if num_chunks is None else range(num_chunks))]
+
+
+def _choose_by_own_products(adapter: Adapter) -> None:
+    def products() -> torch.Tensor:
+        with mock.patch.object(torch.distributed, "all_reduce"):
+            return summed()
+
+    summed = adapter.pruning._summed_products
+    adapter.pruning._checked = True  # else the owners of the entries would be missed
+    adapter.pruning._summed_products = products  # type: ignore[method-assign]
 
 
 def _change_a_code(chunk: nn.Module) -> None:

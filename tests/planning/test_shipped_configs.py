@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from nemo_tied_lora.commands.main import COMMANDS
-from nemo_tied_lora.config import PRESETS, TiedLoraConfig
+from nemo_tied_lora.config import PRESETS, RankBudget, TiedLoraConfig
 from nemo_tied_lora.errors import ConfigError
 from nemo_tied_lora.planning import config_folder as config_folder_module
 from nemo_tied_lora.planning.architecture import Architecture
@@ -97,7 +97,8 @@ def test_the_peft_section_lists_every_field_and_leaves_the_defaults_to_the_datac
     section = dict(peft.tied_lora)
     assert (peft.peft_scheme, peft.restore_from_path) == ("tied_lora", None)
     assert section.keys() == {"preset"} | {field.name for field in dataclasses.fields(TiedLoraConfig)}
-    assert set(section.values()) == {None}
+    assert section["rank_budget"].keys() == {field.name for field in dataclasses.fields(RankBudget)}
+    assert {*section.pop("rank_budget").values(), *section.values()} == {None}
 
 
 @pytest.mark.parametrize("preset", PRESETS)

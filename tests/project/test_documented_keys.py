@@ -22,7 +22,14 @@ from tests.harness.paths import ROOT
 NEMOS = {"trainer", "exp_manager", "model"}
 # The page explains what null means.
 DERIVED = {"preset": "`tl6`", "alpha": "rank", "targets": "all four", "layers": "all"}
-DERIVED |= {"dtype": "the base's", "init_A": "`xavier`", "init_B": "`xavier`", "init_u": "1", "init_v": "0"}
+DERIVED |= {
+    "rank_budget": "none",
+    "dtype": "the base's",
+    "init_A": "`xavier`",
+    "init_B": "`xavier`",
+    "init_u": "1",
+    "init_v": "0",
+}
 
 
 def table(heading: str, page: str = "configuration.md") -> dict[str, str]:

@@ -252,7 +252,7 @@ _MISTAKEN = {
     "model.peft.dim": f"{ADAPTER}.rank",
     "model.peft.lora.rank": f"{ADAPTER}.rank",
     "rank": f"{ADAPTER}.rank (rank= is short for it in tied-lora launch)",
-    "peft_scheme": "preset=lora, vera, tl5 or tl6",
+    "peft_scheme": "preset=lora, vera, tl5, tl6 or adalora",
 }
 _TOP_LEVEL = ("optim", "data", "peft", "train_ds", "validation_ds", "test_ds")
 
