@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from nemo_tied_lora.adapter.rank_budget.masks import by_name
 from nemo_tied_lora.adapter.shapes import LinearShape
 from nemo_tied_lora.checkpoint.nemo_adapter_packing import order_of_writing
 from nemo_tied_lora.checkpoint.training_checkpoint import CheckpointError, read_description, read_tensors
@@ -76,7 +77,9 @@ def write_adapter_of(
         shapes = {group: LinearShape.from_dict(stored) for group, stored in description["targets"].items()}
         tensors = read_tensors(checkpoint, "adapter")
         arriving = ((name, tensors[name]) for name in progress(order_of_writing(config, shapes)))
-        write_adapter(output, config, shapes, arriving, description["facts"])
+        budget = read_tensors(checkpoint, "rank_budget")
+        masks = by_name(budget["mask"], shapes) if budget else None
+        write_adapter(output, config, shapes, arriving, description["facts"], masks)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError([f"{checkpoint}: damaged: {type(error).__name__}: {error}"]) from error
     return description

@@ -17,8 +17,8 @@ import yaml
 
 from nemo_tied_lora.checkpoint.nemo_adapter_packing import (
     CONFIG_MEMBER,
-    FORMAT_VERSION,
     MAX_WRITTEN_CONFIG_BYTES,
+    PRUNED_VERSION,
     Packed,
     data_bytes,
     state_header,
@@ -130,7 +130,7 @@ def unseal(content: bytes) -> dict[str, Any]:
     if not isinstance(description, dict):
         raise ValueError(f"{CONFIG_MEMBER} holds no keys")
     version = description.get("format_version")
-    if not sealed and isinstance(version, int) and 1 < version <= FORMAT_VERSION:
+    if not sealed and isinstance(version, int) and 1 < version <= PRUNED_VERSION:
         raise ValueError(f"{CONFIG_MEMBER} has no checksum")
     description.pop("checksum", None)
     return description

@@ -3,7 +3,8 @@
 
 `adapter.safetensors` holds each tied tensor once, under its name. It stacks what belongs to layers or experts:
 `linear_qkv.u` (layers, r) holds the u of every selected layer in their order. So the header stays small for any number
-of layers. (Version 1 held each layer's tensors apart.)
+of layers. (Version 1 held each layer's tensors apart.) Version 3 is that of adapters with a rank budget: it adds masks, and
+leaves dead atoms out of tied tensors; see `pruned_tensors`.
 
 Imports no torch: `tied-lora plan` computes the file's size with the functions that write it.
 """
@@ -27,10 +28,13 @@ __all__ = [
     "FORMAT_VERSION",
     "MAX_CONFIG_BYTES",
     "MAX_WRITTEN_CONFIG_BYTES",
+    "PRUNED_VERSION",
     "STATE_MEMBER",
     "Packed",
     "data_bytes",
     "largest_file",
+    "mask_name",
+    "most_tensors",
     "order_of_writing",
     "pack",
     "state_header",
@@ -38,6 +42,7 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 2
+PRUNED_VERSION = 3
 CONFIG_MEMBER = "model_config.yaml"
 STATE_MEMBER = "adapter.safetensors"
 MAX_CONFIG_BYTES = 256 * 1024
@@ -73,10 +78,37 @@ def pack(tensors: Mapping[str, tuple[int, ...]]) -> list[Packed]:
     ]
 
 
-def tensors_in_file(config: TiedLoraConfig, shapes: Mapping[str, LinearShape]) -> dict[str, tuple[int, ...]]:
-    """Name to whole shape of the state's tensors that the file holds: all except those it holds as their seed."""
-    seeded = {str(name) for name in factor_names(config, shapes) if name.factor in config.seeded}
-    return {name: shape for name, shape in expected_shapes(config, shapes).items() if name not in seeded}
+def mask_name(name: str) -> str:
+    """The name of the mask of a u: "layers.7.linear_qkv.mask" for "layers.7.linear_qkv.u"."""
+    return f"{name.removesuffix('u')}mask"
+
+
+def tensors_in_file(
+    config: TiedLoraConfig, shapes: Mapping[str, LinearShape], live: Mapping[str, int] | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Name to whole shape of the tensors that the file holds: the state's, except those that it holds as their seed.
+
+    Args:
+        live: of a pruned adapter: the name of the linears' tied tensors, as "linear_qkv", to the atoms that are left. The
+            file also holds the masks then.
+    """
+    held, masks = {}, {}
+    for name in factor_names(config, shapes):
+        shape = shapes[name.group].factor_shape(name.factor, config.rank)
+        if live is not None and name.layer is None:
+            atoms = 0 if name.factor == "A" else 1
+            shape = tuple(live[name.linear] if dim == atoms else n for dim, n in enumerate(shape))
+        if name.factor not in config.seeded:
+            held[str(name)] = shape
+        if name.factor == "u" and live is not None:
+            masks[mask_name(str(name))] = shape
+    return held | masks
+
+
+def most_tensors(config: TiedLoraConfig, shapes: Mapping[str, LinearShape]) -> dict[str, tuple[int, ...]]:
+    """`tensors_in_file`, with masks and no dead atom if the configuration has a rank budget."""
+    linears = (name.linear for name in factor_names(config, shapes))
+    return tensors_in_file(config, shapes, None if config.budget is None else dict.fromkeys(linears, config.rank))
 
 
 def order_of_writing(config: TiedLoraConfig, shapes: Mapping[str, LinearShape]) -> list[str]:
@@ -108,7 +140,7 @@ def state_header(packed: Iterable[Packed], dtype: str) -> bytes:
 
 def largest_file(config: TiedLoraConfig, shapes: Mapping[str, LinearShape], element_bytes: int) -> int:
     """The size of an adapter's file that holds as many facts as it may: an upper bound, at most 64 KiB too high."""
-    packed = pack(tensors_in_file(config, shapes))
+    packed = pack(most_tensors(config, shapes))
     dtype = max((name for name, size in DTYPE_BYTES.items() if size == element_bytes), key=len)
     state = len(state_header(packed, dtype)) + data_bytes(packed, element_bytes)
     return tar_bytes([state, MAX_WRITTEN_CONFIG_BYTES])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,13 +26,15 @@ from nemo_tied_lora.checkpoint.nemo_adapter_packing import (
     DTYPE_BYTES,
     FORMAT_VERSION,
     MAX_CONFIG_BYTES,
+    PRUNED_VERSION,
     STATE_MEMBER,
     Packed,
     data_bytes,
+    most_tensors,
     order_of_writing,
     pack,
-    tensors_in_file,
 )
+from nemo_tied_lora.checkpoint.pruned_tensors import PrunedTensors, masks_in
 from nemo_tied_lora.checkpoint.seeded_factors import FrozenFactors
 from nemo_tied_lora.checkpoint.tar import Member, TarError, find_members, has_member
 from nemo_tied_lora.config import TiedLoraConfig
@@ -63,6 +65,13 @@ class AdapterFile:
     """Whole tensors by name."""
     yaml: dict[str, Any]
     """All of `model_config.yaml`."""
+    masks: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Of a rank budget: the name of each u to its mask, (rank,) bool. Empty if nothing was pruned. `state` has 0 where the
+    mask has."""
+
+    def ranks(self) -> dict[str, int]:
+        """The entries that each linear has left, as {"layers.7.linear_qkv": 3}; empty without masks."""
+        return {name.removesuffix(".u"): int(mask.sum()) for name, mask in self.masks.items()}
 
 
 def read_adapter(path: str | os.PathLike) -> AdapterFile:
@@ -106,32 +115,40 @@ def _read(file: IO[bytes]) -> AdapterFile:
         raise TarError(f"member {CONFIG_MEMBER!r} claims {members[CONFIG_MEMBER].size} bytes")
     description = unseal(_content(file, members[CONFIG_MEMBER]))
     version = description.get("format_version")
-    if version not in (1, FORMAT_VERSION) or isinstance(version, bool):
-        raise TarError(f"format_version {version!r} is unknown; this version reads 1 and {FORMAT_VERSION}")
+    if version not in (1, FORMAT_VERSION, PRUNED_VERSION) or isinstance(version, bool):
+        raise TarError(f"format_version {version!r} is unknown; this version reads 1 to {PRUNED_VERSION}")
     config = TiedLoraConfig.from_mapping(description["peft"]["tied_lora"])
     shapes = {group: LinearShape.from_dict(stored) for group, stored in description["targets"].items()}
     _check_shapes(config, shapes)
-    frozen, held = FrozenFactors(config, shapes), tensors_in_file(config, shapes)
-    packed = pack(held) if version > 1 else [Packed(name, shape, (name,)) for name, shape in held.items()]
-    tensors = _read_tensors(file, members[STATE_MEMBER], packed, description.get("state"), version)
+    content = _state_content(file, members[STATE_MEMBER], pack(most_tensors(config, shapes)))
+    tensors = load_safetensors(content)
+    masks = masks_in(shapes, config.rank, tensors) if version == PRUNED_VERSION else {}
+    pruned = PrunedTensors(config, shapes, masks)
+    packed = pack(pruned.shapes) if version > 1 else [Packed(n, shape, (n,)) for n, shape in pruned.shapes.items()]
+    _check_tensors(content, tensors, packed, description.get("state"), version)
     dtype = next(iter(tensors.values())).dtype
-    state = unpack(tensors, packed)
+    state = {name: pruned.restored(name, tensor) for name, tensor in unpack(tensors, packed).items()}
+    frozen = FrozenFactors(config, shapes)
     for name in order_of_writing(config, shapes):
         if name in frozen.names:
             state[name] = frozen.draw(name, dtype)
     frozen.compare(description.get("frozen_factors"))
-    return AdapterFile(config, shapes, {name: state[name] for name in expected_shapes(config, shapes)}, description)
+    whole = {name: state[name] for name in expected_shapes(config, shapes)}
+    return AdapterFile(config, shapes, whole, description, masks)
 
 
-def _read_tensors(
-    file: IO[bytes], member: Member, packed: Sequence[Packed], recorded: object, version: int
-) -> dict[str, torch.Tensor]:
-    """Reads the file's tensors, after comparing their size with what the configuration needs."""
-    largest = data_bytes(packed, max(DTYPE_BYTES.values())) + _MAX_STATE_HEADER_BYTES
+def _state_content(file: IO[bytes], member: Member, most: Sequence[Packed]) -> bytes:
+    """Reads the member, after comparing its size with what the configuration needs at most."""
+    largest = data_bytes(most, max(DTYPE_BYTES.values())) + _MAX_STATE_HEADER_BYTES
     if member.size > largest:
         raise TarError(f"member {STATE_MEMBER!r} claims {member.size} bytes; the configuration asks for fewer")
-    content = _content(file, member)
-    tensors = load_safetensors(content)
+    return _content(file, member)
+
+
+def _check_tensors(
+    content: bytes, tensors: Mapping[str, torch.Tensor], packed: Sequence[Packed], recorded: object, version: int
+) -> None:
+    """Checks the tensors' names, shapes, dtypes and values, and the member's checksum."""
     problems: list[str] = []
     try:
         check_state(tensors, {part.name: part.shape for part in packed})
@@ -144,7 +161,6 @@ def _read_tensors(
         problems.append(f"{STATE_MEMBER} does not have the checksum that {CONFIG_MEMBER} names: damaged")
     if problems:
         raise ConfigError(problems)
-    return tensors
 
 
 def _check_shapes(config: TiedLoraConfig, shapes: Mapping[str, LinearShape]) -> None:

@@ -66,7 +66,8 @@ def save_adapter(
     failure: Exception | None = None
     if _is_first_rank():
         try:
-            write_adapter(path, adapter.config, adapter.shapes, tensors, facts)
+            masks = None if adapter.pruning is None else adapter.pruning.masks()
+            write_adapter(path, adapter.config, adapter.shapes, tensors, facts, masks)
         except Exception as error:
             failure = error
     for _ in tensors:  # every rank takes part in gathering every tensor, even a rank 0 that failed
@@ -83,6 +84,8 @@ def load_adapter(
     tokenizer: Mapping[str, Any] | None = None,
 ) -> Adapter:
     """Injects the file's adapter into a base model on any layout. All ranks must call it.
+
+    What a rank budget has pruned stays pruned, also if the adapter is trained further.
 
     Args:
         model: as for `inject`.
@@ -118,6 +121,8 @@ def load_adapter(
         adapter.remove()
         raise AdapterFileError("\n".join(differences))
     adapter.load_full_state(file.state)
+    if adapter.pruning is not None:
+        adapter.pruning.fix(file.masks)
     return adapter
 
 

@@ -3,6 +3,7 @@
 
     checkpoint.json             description of the run, counters, schedules, single numbers
     linear_qkv.safetensors      one file per group, whole tensors: "adapter/linear_qkv.A", "exp_avg/linear_qkv.A", ...
+    rank_budget.safetensors     of a rank budget: "rank_budget/mask", ..., vectors of all u's entries
     random_states.safetensors   per rank: "3/torch", ...
 
 The folder is written under a hidden name and then renamed; before it is removed, it is hidden again. So a run that is
@@ -143,12 +144,13 @@ def read_tensors(path: str | os.PathLike, prefix: str) -> dict[str, torch.Tensor
 
 
 def slots(path: str | os.PathLike) -> list[str]:
-    """The optimizer's slots in the checkpoint: the prefixes of its tensors, except "adapter" and the ranks' numbers."""
+    """The optimizer's slots in the checkpoint: the prefixes of its tensors, except "adapter", "rank_budget" and the ranks'
+    numbers."""
     found: set[str] = set()
     for file in sorted(Path(path).glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             found |= {key.split("/")[0] for key in tensors.keys()}  # noqa: SIM118  not a dictionary
-    return sorted(name for name in found if name != "adapter" and not name.isdigit())
+    return sorted(name for name in found if name not in ("adapter", "rank_budget") and not name.isdigit())
 
 
 def remove(path: Path) -> None:

@@ -14,11 +14,12 @@ from nemo_tied_lora.checkpoint.nemo_adapter_format import StateWriter, seal
 from nemo_tied_lora.checkpoint.nemo_adapter_packing import (
     CONFIG_MEMBER,
     FORMAT_VERSION,
+    PRUNED_VERSION,
     STATE_MEMBER,
     order_of_writing,
     pack,
-    tensors_in_file,
 )
+from nemo_tied_lora.checkpoint.pruned_tensors import PrunedTensors
 from nemo_tied_lora.checkpoint.seeded_factors import FrozenFactors
 from nemo_tied_lora.checkpoint.tar import end_tar, member_header, pad_member
 from nemo_tied_lora.config import TiedLoraConfig
@@ -33,6 +34,7 @@ def write_adapter(
     shapes: Mapping[str, LinearShape],
     tensors: Iterator[tuple[str, torch.Tensor]] | Mapping[str, torch.Tensor],
     facts: Mapping[str, Any],
+    masks: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
     """Writes an adapter's file from its parts; see `save_adapter`.
 
@@ -40,6 +42,7 @@ def write_adapter(
         shapes: group to whole shape.
         tensors: the whole state, or an iterator over it in the file's order (`order_of_writing`).
         facts: plain values for the YAML.
+        masks: of a rank budget: the name of each u to its mask, (rank,) bool.
 
     Returns:
         The path.
@@ -50,7 +53,7 @@ def write_adapter(
     names = order_of_writing(config, shapes)
     arriving = ((name, tensors[name]) for name in names) if isinstance(tensors, Mapping) else tensors
     try:
-        return replace_file(path, lambda file: _write(file, config, shapes, arriving, facts))
+        return replace_file(path, lambda file: _write(file, config, shapes, arriving, facts, masks or {}))
     except OSError as error:
         reason = f"{error.strerror or error}; the adapter could not be written; an older file is unchanged"
         raise OSError(error.errno, reason, str(path)) from error
@@ -62,22 +65,26 @@ def _write(
     shapes: Mapping[str, LinearShape],
     tensors: Iterator[tuple[str, torch.Tensor]],
     facts: Mapping[str, Any],
+    masks: Mapping[str, torch.Tensor],
 ) -> None:
     """Writes the tar: the tensors as they arrive, then the YAML, which holds their checksum."""
-    frozen = FrozenFactors(config, shapes)
+    frozen, pruned = FrozenFactors(config, shapes), PrunedTensors(config, shapes, masks)
     state: StateWriter | None = None
     for name, tensor in tensors:
+        dtype = tensor.dtype
         if state is None:
-            state = StateWriter(file, pack(tensors_in_file(config, shapes)), tensor.dtype)
+            state = StateWriter(file, pack(pruned.shapes), tensor.dtype)
             file.write(member_header(STATE_MEMBER, state.size))
             state.begin()
         if name in frozen.names:
             frozen.check(name, tensor)
         else:
-            state.add(name, tensor)
+            state.add(name, pruned.packed(name, tensor))
     assert state is not None
+    for name, mask in pruned.mask_tensors(dtype):
+        state.add(name, mask)
     format_keys = {
-        "format_version": FORMAT_VERSION,
+        "format_version": PRUNED_VERSION if masks else FORMAT_VERSION,
         "peft": {"peft_scheme": "tied_lora", "tied_lora": config.as_dict()},
         "targets": {group: shape.to_dict() for group, shape in shapes.items()},
         "state": state.end(),

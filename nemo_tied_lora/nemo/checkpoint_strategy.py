@@ -138,10 +138,15 @@ class AdapterCheckpointStrategy(NLPDDPStrategy):
             "optimizer": encode({"options": options, "scalars": scalars}, "optimizer"),
             "lightning": {k: encode(v, k) for k, v in whole_steps(checkpoint).items() if k not in _NOT_IN_JSON},
         }
+        vectors: dict[str, torch.Tensor] = {}
+        if adapter.pruning is not None:
+            description["rank_budget"], vectors = adapter.pruning.state()
         path = _dir(filepath)
         write = _RankZeroWriter(path, is_rank_zero=self.is_global_zero)
         for target, tensors in gather_tensors(adapter, state):
             write.add(target, tensors)
+        if vectors:
+            write.add("rank_budget", {f"rank_budget/{name}": vector for name, vector in vectors.items()})
         write.add(_RANDOM, self._gather_random_states())
         write.finish(description)
         self._record(path, time.perf_counter() - started)
@@ -174,6 +179,9 @@ class AdapterCheckpointStrategy(NLPDDPStrategy):
             super().load_model_state_dict(checkpoint, strict)
         else:
             adapter.load_full_state(training_checkpoint.read_tensors(path, "adapter"))
+            if adapter.pruning is not None:
+                values = training_checkpoint.read_description(path)["rank_budget"]
+                adapter.pruning.load(values, training_checkpoint.read_tensors(path, "rank_budget"))
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Loads this rank's part of the optimizer's state, and the random states if the layout is unchanged."""

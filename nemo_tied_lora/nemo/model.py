@@ -108,7 +108,7 @@ class TiedLoraModelMixin(FactorRatesMixin):
             self.tied_lora, self.use_peft = None, False
 
     def configure_optimizers(self) -> Any:
-        """NeMo's, except that O2 sums over data-parallel ranks once, after the backward pass.
+        """NeMo's; a rank budget follows the optimizer. O2 sums over data-parallel ranks once, after the backward pass.
 
         By default NeMo's O2 starts an all-reduce whenever a gradient arrives, during the backward pass, and waits for
         none. With several microbatches, one may still run when the next gradient is added. NeMo also counts arrivals.
@@ -124,7 +124,10 @@ class TiedLoraModelMixin(FactorRatesMixin):
                 raise ConfigError([f"tied_lora.dtype={self.tied_lora.config.dtype}: {FLOAT32_UNDER_O2}"])
             with open_dict(self.cfg):  # type: ignore[attr-defined]
                 self.cfg.async_grad_allreduce = False  # type: ignore[attr-defined]
-        return super().configure_optimizers()
+        configured = super().configure_optimizers()
+        if self.tied_lora is not None:
+            self.tied_lora.follow_optimizer(self._optimizer, self.trainer.max_steps)  # type: ignore[attr-defined]
+        return configured
 
     def training_step_fwd_bwd_step_call(self, dataloader_iter: Any, forward_only: bool) -> Any:
         """Runs forward and backward over the microbatches, then sums tied gradients over pipeline stages."""

@@ -22,6 +22,7 @@ from nemo_tied_lora.nemo.model import MegatronGPTTiedLoraModel
 from nemo_tied_lora.nemo.parameter_table import base_parameter_count, lora_counts, parameter_table
 from nemo_tied_lora.nemo.peft_config import TiedLoraPEFTConfig
 from nemo_tied_lora.nemo.process_groups import ensure_process_groups
+from nemo_tied_lora.nemo.rank_record import RankRecord, budget_facts, budget_line
 from nemo_tied_lora.nemo.restored_base import restore_base
 from nemo_tied_lora.nemo.resume_check import check_settings
 from nemo_tied_lora.nemo.resuming import launch_kept, remove_leftover_checkpoints, skip_one_validation
@@ -71,7 +72,11 @@ def finetune(cfg: DictConfig, rank: Rank | None = None) -> dict[str, Any]:
         "lora_parameters": sum(lora_counts(model.tied_lora).values()),
         "base_parameters": base,
         "base_precision": base_precision(model._unwrap_model_list()),
+        "rank_budget": budget_facts(model.tied_lora),
     }
+    line = budget_line(model.tied_lora)
+    if line is not None and trainer.global_rank == 0:
+        print(line, flush=True)
     return _finish(model, trainer, recorder, Path(cfg.output or folder / "adapter.nemo"), facts, cfg)
 
 
@@ -97,7 +102,7 @@ def _prepare(cfg: DictConfig, rank: Rank | None) -> tuple[Trainer, RunRecorder, 
     _adjust(cfg)
     recorder = RunRecorder()
     callbacks = [] if rank is None else [StatusCallback(rank), StopCallback(rank)]
-    trainer = TiedLoraTrainerBuilder(cfg).create_trainer(callbacks=[recorder, *callbacks])
+    trainer = TiedLoraTrainerBuilder(cfg).create_trainer(callbacks=[recorder, RankRecord(), *callbacks])
     remove_leftover_checkpoints(cfg)
     with launch_kept(cfg):
         folder = exp_manager(trainer, cfg.exp_manager)

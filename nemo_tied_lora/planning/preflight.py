@@ -213,9 +213,6 @@ def _run_problems(
     steps = cfg["trainer"].get("max_steps")
     if config is not None and config.budget is not None and is_whole_number(steps):
         problems += length_problems(config.budget, steps, "trainer.max_steps")
-        problems.append(
-            "rank_budget: not yet in NeMo's loops; train in a loop of your own, with adapter.follow_optimizer"
-        )
     problems += _allocation_problems(cfg, base, config)
     return problems
 

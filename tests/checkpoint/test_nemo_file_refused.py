@@ -106,7 +106,7 @@ BAD_MEMBERS: dict[str, tuple[Callable[[Members], Members], str]] = {
     "a yaml that is none": (with_member(YAML, b"{: ["), "damaged"),
     "a yaml that is a list": (with_member(YAML, b"[1, 2]"), "damaged"),
     "a huge yaml": (with_member(YAML, b"#" * ((1 << 18) + 1)), "claims 262145 bytes"),
-    "a later version": (with_yaml(lambda d: d.update(format_version=3)), "format_version 3 is unknown"),
+    "a later version": (with_yaml(lambda d: d.update(format_version=4)), "format_version 4 is unknown"),
     "no version": (with_yaml(lambda d: d.pop("format_version")), "format_version"),
     "a bad config": (with_yaml(lambda d: d["peft"]["tied_lora"].update(rank=-1)), "rank=-1: must be a whole number"),
     "an unknown key": (with_yaml(lambda d: d["peft"]["tied_lora"].update(ranc=8)), "did you mean rank?"),

@@ -25,8 +25,11 @@ from safetensors.torch import load_file
 __all__ = ["COMMON", "SCENARIOS", "SHARDED", "At", "checkpoint", "main", "run", "state", "tensors_in"]
 
 PARAMS = "exp_manager.checkpoint_callback_params"
+_BUDGET = "model.peft.tied_lora.rank_budget"
 # Microbatches of one sample: each sample has the same weight at every data-parallel size.
 SHARDED = ["model.optim.name=mcore_distributed_optim", "model.micro_batch_size=1"]
+# Resumed at step 3, between the first choice and the last.
+SHARDED += [f"{_BUDGET}.target_rank=2", f"{_BUDGET}.start_step=1", f"{_BUDGET}.final_step=4", f"{_BUDGET}.every=1"]
 # u has its default, 1.
 MULTIPLIERS = "model.optim.lr_multipliers={A: 0.5, B: 2, v: 4}"
 COMMON = [MULTIPLIERS, "trainer.max_steps=4", "model.data.validation_ds.metric.name=loss", f"{PARAMS}.save_top_k=-1"]
@@ -124,17 +127,48 @@ def at_the_end() -> dict[str, bool]:
 
 
 def never() -> dict[str, bool]:
-    """No option: there is no .nemo in the checkpoints' folder, and a run without resume_if_exists starts again."""
-    first = run("never")
-    second = run("never", "exp_manager.resume_if_exists=false")
-    again = run("never", "trainer.max_steps=6")
+    """No option: there is no .nemo in the checkpoints' folder, and a run without resume_if_exists starts again.
+
+    Its rank budget leaves open when to prune: the first run's length decides that, and the longer run keeps it.
+    """
+    budget = [f"{_BUDGET}.target_rank=2.5", f"{_BUDGET}.every=1"]
+    first = run("never", *budget)
+    second = run("never", *budget, "exp_manager.resume_if_exists=false")
+    again = run("never", *budget, "trainer.max_steps=6")
     losses = [step["loss"] for step in first["steps"]]
     return {
         "no .nemo": not list(Path("never/checkpoints").glob("*.nemo")),
         "starts again": [step["loss"] for step in second["steps"]] == losses and second["steps"][0]["step"] == 1,
         "resumed": [step["step"] for step in again["steps"]] == [1, 2, 3, 4, 5, 6],
+        **_budgets(first, again),
         "the rate of a longer run": again["steps"][4]["lr"] == pytest.approx(3.4549e-3, rel=1e-3),
     }
+
+
+def _budgets(first: dict[str, Any], again: dict[str, Any]) -> dict[str, bool]:
+    from nemo_tied_lora.checkpoint.read_nemo_adapter import read_adapter
+
+    found, kept = (each["rank_budget"] for each in (first, again))
+    stored = read_adapter(Path("never/adapter.nemo"))
+    return {
+        "decided by the first run": kept["schedule"] == found["schedule"] and kept["schedule"]["final"] == 3,
+        "the target": (kept["mean_rank"], kept["steps_observed"], found["steps_observed"]) == (2.5, 6, 4),
+        "fixed since step 3": kept["ranks"] == found["ranks"] == stored.ranks(),
+        "in TensorBoard": _logged(Path("never"))
+        == {"rank/mean": 2.5} | {f"rank/{n}": r for n, r in found["ranks"].items()},
+    }
+
+
+def _logged(folder: Path) -> dict[str, float]:
+    """The last value of each rank in TensorBoard's files."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found: dict[str, float] = {}
+    for file in sorted(folder.rglob("events.out.tfevents*"), key=lambda path: path.stat().st_mtime):
+        events = EventAccumulator(str(file)).Reload()
+        names = [name for name in events.Tags()["scalars"] if name.startswith("rank/")]
+        found |= {name: events.Scalars(name)[-1].value for name in names}
+    return found
 
 
 def always() -> dict[str, bool]:

@@ -39,6 +39,10 @@ _FULL = (
     "model.activations_checkpoint_num_layers=1",
 )
 _HALF = ("model.megatron_amp_O2=true", "trainer.precision=bf16")
+_BUDGET = tuple(
+    f"model.peft.tied_lora.rank_budget.{key}={value}"
+    for key, value in {"target_rank": 2, "start_step": 1, "final_step": 4, "every": 1}.items()
+)
 _CHECK_LOOP = "nemo_tied_lora.planning.settings.training_loop_checks:check_loop"
 _OVERLAP = ("+model.optim.overlap_grad_sync=true", "+model.optim.overlap_param_sync=true")
 
@@ -120,6 +124,10 @@ class FitRecord:
     start: dict[str, torch.Tensor] = field(default_factory=dict)
     state: dict[str, torch.Tensor] = field(default_factory=dict)
     local_bits: dict[str, bytes] = field(default_factory=dict)
+    masks: dict[str, list[bool]] = field(default_factory=dict)
+    """Of a rank budget, at the end."""
+    observed: int = 0
+    """The steps that the budget has observed."""
     untouched: list[bool] = field(default_factory=list)
     """For each step: whether every parameter, moment and step count, and the learning rate, are unchanged."""
     global_step: int = 0
@@ -136,6 +144,7 @@ def fits_of(world_size: int) -> dict[str, Fit]:
         float32 = (*_HALF, "model.peft.tied_lora.dtype=float32")
         return fits | {
             "interleaved": Fit(overrides=interleaved),
+            "O1 budget": Fit(overrides=(*LOOPS["O1"], *_BUDGET), steps=5),
             "float32 adapter": Fit(overrides=(*LOOPS["mcore"], *float32), steps=2),
             "float32 adapter in O2, unchecked": Fit(overrides=(*LOOPS["O1"], *float32), off=_CHECK_LOOP),
         }
@@ -158,11 +167,15 @@ def fits_of(world_size: int) -> dict[str, Fit]:
     fits |= {f"{name}, unsummed": replace(fits[name], off=unsummed) for name in UNSUMMED}
     loop = "mcore dp2 overlap full recompute"
     fits[f"{loop}, unguarded"] = replace(fits[loop], off=_CHECK_LOOP)
+    budgets = {"O1": "pp2", "O2": "tp2", "mcore": "dp2"}
+    for loop, layout in budgets.items():
+        fits[f"{loop} {layout} budget"] = Fit(overrides=(*layouts[layout], *LOOPS[loop], *_BUDGET), steps=5)
     # The guards.
     skip = ("guards.nonfinite_gradients=skip",)
     poison = (2, 1, "layers.3.linear_fc1.u")
     for loop, overrides in LOOPS.items():
         fits[f"skip {loop}"] = Fit(overrides=("layout=pp2", *overrides, *skip), poison=poison)
+    fits["skip budget"] = Fit(overrides=("layout=pp2", *LOOPS["O1"], *skip, *_BUDGET), steps=5, poison=poison)
     fits["skip dp2"] = Fit(overrides=(*LOOPS["mcore"], *skip), poison=(2, 0, "linear_qkv.A"))
     fits["stop"] = Fit(overrides=("layout=tp2",), poison=(2, 0, "layers.1.linear_proj.v"), save_at_end=True)
     fits["ten in a row"] = Fit(overrides=("layout=pp2", *skip, "model.optim.lr=1e30"), steps=14)
@@ -307,6 +320,9 @@ def _run(fit: Fit, name: str, record: FitRecord) -> None:
         written = [f"{name}.nemo", "checkpoint"]
         record.files = [file for file in written if Path(file).exists()]
     record.state = _whole(adapter)
+    if adapter.pruning is not None:
+        record.masks = {name: mask.tolist() for name, mask in adapter.pruning.masks().items()}
+        record.observed = adapter.pruning.done
     record.local_bits = {
         f"{index} {key}": _bits(parameter)
         for index, chunk in enumerate(adapter.chunks)

@@ -32,6 +32,7 @@ def spread() -> dict[str, Any]:
     return {
         "spread": bool(shard < sum(tensor.numel() for tensor in got.values())),
         "same tensors": saved_again.result.keys() == left.keys(),
+        "budget": {f"rank_budget/{slot}" for slot in ("importance", "uncertainty", "mask")} <= left.keys(),
         "bits": [name for name in left if not torch.equal(left[name], saved_again.result[name])] or True,
         # float32; Adam divides by small second moments, so reordered sums show in the last digits.
         "resumes": all(torch.allclose(got[name], tensor, rtol=5e-3, atol=5e-5) for name, tensor in want.items()),

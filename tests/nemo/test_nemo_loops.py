@@ -134,6 +134,31 @@ def test_replicas_hold_the_same_bits(name: str) -> None:
     assert [n for n in replicated if first.local_bits[f"0 {n}"] != second.local_bits[f"0 {n}"]] == []
 
 
+@pytest.mark.parametrize("name", ["O1 pp2", "mcore dp2"])
+def test_a_rank_budget_chooses_the_single_process_entries(name: str) -> None:
+    """The scores are those of clipped gradients: in each of the loops, clipping comes at another place."""
+    want = oracle("O1 budget")
+    assert sum(map(sum, want.masks.values())) == 2 * 16
+    for record in ranks_of(f"{name} budget"):
+        assert record.masks == want.masks
+        assert record.observed == 5
+        assert close(record, want, name.split()[0]) == []
+
+
+def test_in_o2_the_ranks_choose_alike() -> None:
+    """bfloat16 rounds other sums on another layout, so the entries need not be the single process's."""
+    first, second = ranks_of("O2 tp2 budget")
+    assert first.masks == second.masks
+    assert sum(map(sum, first.masks.values())) == 2 * 16
+
+
+def test_a_rank_budget_does_not_see_a_skipped_step() -> None:
+    for record in ranks_of("skip budget"):
+        assert [step["skipped"] is not None for step in record.steps] == [False, True, False, False, False]
+        assert record.observed == 4
+        assert sum(map(sum, record.masks.values())) == 2 * 16
+
+
 REFUSED = {
     "distributed_fused_adam": ({"optim": {"name": "distributed_fused_adam"}}, "use mcore_distributed_optim"),
     "O2 with context parallelism": (

@@ -391,3 +391,18 @@ def test_only_rank_0_asks_squeue_for_the_time_left(
 )
 def test_slurms_times_are_parsed(text: str, seconds: float | None) -> None:
     assert layout_fits_cluster._seconds(text) == seconds
+
+
+def test_a_rank_budget_that_the_run_does_not_reach_is_refused(sound: dict[str, Any]) -> None:
+    """A section of nulls is no budget, also beside the adapter of another file."""
+    budget = {"target_rank": 2, "start_step": None, "final_step": 900, "every": None}
+    (problem,) = refusals(sound, {"model.peft.tied_lora.rank_budget": budget, "trainer.max_steps": 800})
+    assert problem == (
+        "rank_budget.final_step=900: trainer.max_steps=800 ends the run before the budget is reached; set it to at most 800"
+    )
+    (problem,) = refusals(sound, {"model.peft.tied_lora.rank_budget": {"target_rank": 9}})
+    assert problem.startswith("rank_budget.target_rank=9: more than rank=8")
+    found = refusals(sound, {"model.peft.restore_from_path": "none.nemo"})
+    assert [line for line in found if "rank_budget" in line] == []
+    found = refusals(sound, {"model.peft.restore_from_path": "none.nemo", "model.peft.tied_lora.rank_budget": budget})
+    assert [line for line in found if "model.peft.tied_lora (rank_budget)" in line]

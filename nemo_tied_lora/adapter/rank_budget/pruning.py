@@ -26,8 +26,8 @@ import torch
 from megatron.core import parallel_state
 from torch import nn
 
-from nemo_tied_lora.adapter.factor_names import FactorName, each_linear
 from nemo_tied_lora.adapter.rank_budget.importance import Importance
+from nemo_tied_lora.adapter.rank_budget.masks import by_name, u_names
 from nemo_tied_lora.adapter.rank_budget.schedule import BudgetSchedule
 from nemo_tied_lora.adapter.rank_budget.stepped import call_at_each_step, is_distributed, slices_of
 from nemo_tied_lora.adapter.shapes import LinearShape
@@ -52,9 +52,9 @@ class RankPruning:
 
     def __init__(self, config: TiedLoraConfig, shapes: Mapping[str, LinearShape], chunks: Sequence[ChunkFactors]):
         self._config, self._shapes = config, dict(shapes)
-        places = {str(FactorName(layer, name, "u")): i for i, (layer, name, _) in enumerate(each_linear(self._shapes))}
-        self.names = tuple(places)
+        self.names = u_names(self._shapes)
         """The u of every linear, in the order of the vectors."""
+        places = {name: index for index, name in enumerate(self.names)}
         self._own: list[tuple[int, Factors, nn.Parameter]] = []
         for chunk in chunks:
             for path, parameter in chunk.named_parameters():
@@ -130,17 +130,16 @@ class RankPruning:
 
     def masks(self) -> dict[str, torch.Tensor]:
         """Name of each u of the whole model to its mask, (r,) bool on the CPU."""
-        rows = self._importance.mask.cpu().view(-1, self._config.rank)
-        return dict(zip(self.names, rows, strict=True))
+        return by_name(self._importance.mask, self._shapes)
 
     def fix(self, masks: Mapping[str, torch.Tensor]) -> None:
         """Takes the masks of a finished adapter. They no longer change.
 
         Args:
-            masks: as `masks` returns them.
+            masks: as `masks` returns them. Empty: every entry stays.
         """
-        mask = torch.cat([masks[name] for name in self.names]).bool()
-        self._importance.mask = mask
+        if masks:
+            self._importance.mask = torch.cat([masks[name] for name in self.names])
         self._fixed = True
         self.stop()
         self._apply()
