@@ -116,6 +116,10 @@ def _tables(result: Mapping[str, Any]) -> str:
     )
     tied = " ".join(adapter["tied"]) or "nothing"
     trained = f"adapter  rank {adapter['rank']}, trained {' '.join(adapter['trained'])}, tied {tied}"
+    if adapter["rank_budget"] is not None:
+        trained += (
+            f", pruned to a mean rank of {adapter['rank_budget']['target_rank']:g}; the numbers are those before"
+        )
     rows = [("", "this adapter", f"LoRA rank {adapter['rank']}", "share of LoRA"), *_rows(result)]
     tables = [text_table(rows), _memory_table(result["memory"], layout["pp_size"]), _several_table(result["several"])]
     notes = [f"- {line}" for line in [*result["assumptions"], *_MEMORY_NOTES]]

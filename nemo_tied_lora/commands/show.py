@@ -92,6 +92,7 @@ def _as_json(path: Path, file: AdapterFile, layers: Sequence[LayerFacts], pictur
         "trained_parameters": sum(counts.values()),
         "targets": {t: {**s.to_dict(), "trained_parameters": counts[t]} for t, s in file.shapes.items()},
         "layers": [dataclasses.asdict(facts) for facts in layers],
+        "ranks": file.ranks() or None,
         "picture": None if picture is None else str(picture),
     }
 
@@ -105,13 +106,27 @@ def _as_text(path: Path, file: AdapterFile, layers: Sequence[LayerFacts]) -> str
     lines = [
         f"adapter   {path} ({path.stat().st_size:,} bytes, {dtype}, format version {file.yaml['format_version']})",
         f"config    {_title(file)}, {alpha}, dropout {config.dropout:g}, seed {config.seed}",
+        *_rank_lines(file),
         *_base_lines(file.yaml),
         "",
         text_table(_parameter_rows(file), total=True),
         "",
-        text_table(_layer_rows(layers)),
+        text_table(_layer_rows(layers, file.ranks())),
     ]
     return "\n".join(lines)
+
+
+def _rank_lines(file: AdapterFile) -> list[str]:
+    """What a rank budget has left; no line without one."""
+    ranks = file.ranks().values()
+    if not ranks:
+        return []
+    from nemo_tied_lora.adapter.rank_budget.masks import live_atoms
+
+    live = live_atoms(file.config, file.masks).values() if file.config.tied else ()
+    atoms = f"; {sum(int(a.sum()) for a in live)} of {sum(map(len, live))} shared atoms are in use" if live else ""
+    mean = sum(ranks) / len(ranks)
+    return [f"ranks     {min(ranks)} to {max(ranks)} after pruning, mean {mean:.2f} of {file.config.rank}{atoms}"]
 
 
 def _base_lines(description: Mapping[str, Any]) -> list[str]:
@@ -148,11 +163,16 @@ def _parameter_rows(file: AdapterFile) -> list[tuple[str, ...]]:
     return [*rows, ("total", "", "", "", f"{sum(counts.values()):,}")]
 
 
-def _layer_rows(layers: Sequence[LayerFacts]) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = [("layer", "linear", "|u|", "|v|", "|A|", "|B|", "|update|", "effective rank")]
+def _layer_rows(layers: Sequence[LayerFacts], ranks: Mapping[str, int]) -> list[tuple[str, ...]]:
+    """ranks: after pruning, as {"layers.7.linear_qkv": 3}; empty: no such column."""
+    left = ("rank",) if ranks else ()
+    rows: list[tuple[str, ...]] = [
+        ("layer", "linear", *left, "|u|", "|v|", "|A|", "|B|", "|update|", "effective rank")
+    ]
     for facts in layers:
         norms = [f"{facts.norms[f]:.4g}" if f in facts.norms else "1 each" for f in "uvAB"]
+        kept = [str(ranks[f"layers.{facts.layer}.{facts.target}"])] if ranks else []
         rows.append(
-            (str(facts.layer), facts.target, *norms, f"{facts.update_norm:.4g}", f"{facts.effective_rank:.2f}")
+            (str(facts.layer), facts.target, *kept, *norms, f"{facts.update_norm:.4g}", f"{facts.effective_rank:.2f}")
         )
     return rows

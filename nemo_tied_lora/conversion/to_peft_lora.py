@@ -4,6 +4,10 @@
 adapter_config.json           rank, alpha, target modules, layers
 adapter_model.safetensors     base_model.model.<linear>.lora_A.weight (r, in) and .lora_B.weight (out, r)
 README.md                     the model card
+
+Of an adapter with a rank budget, each linear has the rank that is left, at least 1 (of rank 0: one row of zeros, because peft
+and vLLM refuse it). rank_pattern and alpha_pattern give each its own, so that every scale is 1; lora_B holds alpha / r. So
+readers that ignore the patterns compute the same.
 """
 
 from __future__ import annotations
@@ -17,9 +21,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from nemo_tied_lora.adapter.factor_names import FactorName, each_linear
 from nemo_tied_lora.checkpoint.read_nemo_adapter import AdapterFile
 from nemo_tied_lora.conversion.hf_families import BaseSizes, Family, family_of_base, join_rows, split_rows
-from nemo_tied_lora.conversion.untie_to_lora import expand, layers_of, plain_alpha
+from nemo_tied_lora.conversion.untie_to_lora import PlainLora, expand, layers_of, plain_alpha
 from nemo_tied_lora.conversion.verify_export import Difference, largest_difference
 from nemo_tied_lora.errors import ConfigError, Problems
 from nemo_tied_lora.files import replace_folder
@@ -66,14 +71,16 @@ def check_hf_peft(folder: Path, file: AdapterFile, base: Mapping[str, Any]) -> D
     """Reads the folder back and compares its updates with the tied formula."""
     family, sizes = _fitting(file, base)
     config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-    scale = config["lora_alpha"] / config["r"]
+    ranks, alphas = config["rank_pattern"], config["alpha_pattern"]
     with safe_open(folder / _STATE, framework="pt") as tensors:
 
         def update(layer: int, target: str, x: torch.Tensor) -> torch.Tensor:
             """peft's update of the target's output, with rows in Megatron's order."""
             outputs = []
             for part in family.targets[target]:
-                name = f"{_PREFIX}.{family.layer(layer)}.{part.name}"
+                linear = f"{family.layer(layer)}.{part.name}"
+                scale = alphas.get(linear, config["lora_alpha"]) / ranks.get(linear, config["r"])
+                name = f"{_PREFIX}.{linear}"
                 lora_A, lora_B = (tensors.get_tensor(f"{name}.lora_{f}.weight").to(x.dtype) for f in "AB")
                 outputs.append(scale * (lora_B @ (lora_A @ x)))
             return join_rows(outputs, target, family.targets[target], sizes)
@@ -85,12 +92,20 @@ def adapter_config(file: AdapterFile, family: Family, num_layers: int, base_mode
     """The content of adapter_config.json. It names the layers only if some have no adapter."""
     layers = layers_of(file.shapes)
     all_layers = len(layers) == num_layers
+    ranks = {key: max(1, rank) for key, rank in file.ranks().items()}
+    widest = max(ranks.values(), default=file.config.rank)
+    pattern = {
+        f"{family.layer(layer)}.{part.name}": ranks[f"layers.{layer}.{target}"]
+        for layer, target, _ in each_linear(file.shapes)
+        for part in family.targets[target]
+        if ranks and ranks[f"layers.{layer}.{target}"] != widest
+    }
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
-        "r": file.config.rank,
-        "lora_alpha": plain_alpha(file.config),
+        "r": widest,
+        "lora_alpha": widest if ranks else plain_alpha(file.config),
         "lora_dropout": 0.0,
         "target_modules": family.target_modules(tuple(file.shapes)),
         "layers_to_transform": None if all_layers else list(layers),
@@ -100,8 +115,8 @@ def adapter_config(file: AdapterFile, family: Family, num_layers: int, base_mode
         "inference_mode": True,
         "init_lora_weights": True,
         "modules_to_save": None,
-        "rank_pattern": {},
-        "alpha_pattern": {},
+        "rank_pattern": pattern,
+        "alpha_pattern": pattern,
         "use_rslora": False,
         "use_dora": False,
     }
@@ -122,13 +137,25 @@ def _fitting(file: AdapterFile, base: Mapping[str, Any]) -> tuple[Family, BaseSi
 
 
 def _tensors(file: AdapterFile, family: Family, sizes: BaseSizes) -> Iterator[tuple[str, torch.Tensor]]:
-    for lora in expand(file.config, file.shapes, file.state):
+    for lora in expand(file.config, file.shapes, file.state, alpha=file.config.rank if file.masks else None):
+        lora = _without_pruned(lora, file)
         parts = family.targets[lora.target]
         for part, rows in zip(parts, split_rows(lora.lora_B, lora.target, parts, sizes), strict=True):
             name = f"{_PREFIX}.{family.layer(lora.layer)}.{part.name}"
             # A copy for each linear, as in peft's own files: safetensors refuses tensors that share memory.
             yield f"{name}.lora_A.weight", lora.lora_A.clone()
             yield f"{name}.lora_B.weight", rows.contiguous()
+
+
+def _without_pruned(lora: PlainLora, file: AdapterFile) -> PlainLora:
+    """The LoRA without the rows of pruned entries; with one row of zeros if none is left."""
+    if not file.masks:
+        return lora
+    kept = file.masks[str(FactorName(lora.layer, lora.target, "u"))].nonzero().flatten()
+    if not len(kept):
+        zeros = lora.lora_A.new_zeros(1, lora.lora_A.shape[1]), lora.lora_B.new_zeros(len(lora.lora_B), 1)
+        return PlainLora(lora.layer, lora.target, *zeros)
+    return PlainLora(lora.layer, lora.target, lora.lora_A[kept], lora.lora_B[:, kept])
 
 
 def _card(file: AdapterFile, config: Mapping[str, Any], base_model: str | None) -> str:
@@ -140,6 +167,7 @@ def _card(file: AdapterFile, config: Mapping[str, Any], base_model: str | None) 
     base = (file.yaml.get("base") or {}).get("name") or "unknown"
     facts = [
         ("rank", tied.rank),
+        *_ranks_left(file),
         (
             "alpha",
             f"{tied.alpha:g}, over the square root of the rank" if tied.alpha_rule == "sqrt" else tied.alpha_by_rank,
@@ -178,6 +206,11 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{where}"
 {table}
 """
     )
+
+
+def _ranks_left(file: AdapterFile) -> list[tuple[str, str]]:
+    left = file.ranks().values()
+    return [("ranks after pruning", f"{min(left)} to {max(left)}, mean {sum(left) / len(left):.2f}")] if left else []
 
 
 def _recipe(precision: object, where: str) -> str:

@@ -221,6 +221,15 @@ def test_adapters_over_stages_and_tensor_parallel_ranks_counted_by_hand(capsys: 
     assert entry["bytes"] == [2 * (2 * shared + 3 * 3 * a_layer)]
 
 
+def test_the_plan_names_a_rank_budget(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["model=llama2_7b", "model.peft.tied_lora.rank_budget.target_rank=2.5"]) == 0
+    assert "tied A B, pruned to a mean rank of 2.5; the numbers are those before" in capsys.readouterr().out
+    found = planned(capsys, "model=llama2_7b", "preset=adalora", "model.peft.tied_lora.rank=12")["adapter"][
+        "rank_budget"
+    ]
+    assert found == {"target_rank": 8, "start_step": None, "final_step": None, "every": 10}
+
+
 def test_the_table_shows_several_adapters(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["model=llama2_7b", "preset=vera", "model.peft.tied_lora.rank=8"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -19,6 +19,7 @@ import pytest
 import torch
 import yaml
 
+from nemo_tied_lora.adapter.rank_budget.masks import u_names
 from nemo_tied_lora.adapter.update_statistics import inspect_layers
 from nemo_tied_lora.checkpoint.read_nemo_adapter import read_adapter
 from nemo_tied_lora.checkpoint.write_nemo_adapter import write_adapter
@@ -84,6 +85,20 @@ def test_show_names_the_precision_of_the_base_in_training(
     words = ["output=null", "format=json"]
     assert json.loads(run(capsys, ["show", f"adapter={path}", *words], 0))["base_precision"] == "nf4/64"
     assert json.loads(run(capsys, ["show", f"adapter={adapter}", *words], 0))["base_precision"] is None
+
+
+def test_show_lists_the_ranks_that_a_budget_has_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = read_adapter(tiny_adapter(tmp_path / "whole.nemo", rank_budget={"target_rank": 2}, targets=["linear_qkv"]))
+    masks = {name: torch.arange(3) < index for index, name in enumerate(u_names(file.shapes))}
+    path = write_adapter(tmp_path / "pruned.nemo", file.config, file.shapes, file.state, {}, masks)
+    assert main(["show", f"adapter={path}", "output=null"]) == 0
+    text = capsys.readouterr().out
+    assert "ranks     0 to 3 after pruning, mean 1.50 of 3; 3 of 3 shared atoms are in use" in text
+    rows = [line.split() for line in text.splitlines() if " linear_qkv " in line and line.split()[0].isdigit()]
+    assert [row[:3] for row in rows] == [[str(i), "linear_qkv", str(i)] for i in range(4)]
+    assert main(["show", f"adapter={path}", "output=null", "format=json"]) == 0
+    ranks = json.loads(capsys.readouterr().out)["ranks"]
+    assert ranks == {f"layers.{i}.linear_qkv": i for i in range(4)}
 
 
 def test_show_as_json_agrees_with_the_formula(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import tarfile
@@ -17,6 +18,7 @@ import transformers
 import yaml
 from safetensors import safe_open
 
+from nemo_tied_lora.adapter.rank_budget.masks import u_names
 from nemo_tied_lora.checkpoint.read_nemo_adapter import AdapterFile
 from nemo_tied_lora.checkpoint.write_nemo_adapter import write_adapter
 from nemo_tied_lora.commands.main import main
@@ -42,6 +44,16 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "gpt2, one c_proj of two": (GPT2, {"preset": "tl6", "layers": [2], "targets": ["linear_proj", "mlp_fc1"]}),
     "gpt2, the other c_proj": (GPT2, {"preset": "tl6", "targets": ["linear_fc2"]}),
 }
+
+
+def pruned(file: AdapterFile) -> AdapterFile:
+    """The adapter with a rank budget's masks: linears of every rank from 0 to the whole one."""
+    generator = torch.Generator().manual_seed(6)
+    masks, state = {}, dict(file.state)
+    for index, name in enumerate(u_names(file.shapes)):
+        mask = torch.rand(file.config.rank, generator=generator) < (0.0, 0.5, 1.0)[index % 3]
+        masks[name], state[name] = mask, state[name] * mask
+    return dataclasses.replace(file, state=state, masks=masks)
 
 
 def hugging_face_model(base: dict[str, Any]) -> Any:
@@ -101,6 +113,34 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("case", ["tl6, alpha 5", "tl6, alpha / sqrt(rank)", "gpt2"])
+def test_peft_loads_a_pruned_adapter_by_its_patterns_with_the_same_logits(tmp_path: Path, case: str) -> None:
+    base, fields = CASES[case]
+    file = pruned(random_adapter(base, **fields))
+    folder = write_hf_peft(file, base, tmp_path / "peft", None)
+    expected = logits(with_deltas(base, file))
+    assert (expected - logits(hugging_face_model(base))).abs().max() > 0.1
+    loaded = peft.PeftModel.from_pretrained(hugging_face_model(base), str(folder))
+    assert torch.allclose(logits(loaded), expected, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(logits(loaded.merge_and_unload()), expected, rtol=1e-4, atol=1e-4)
+    assert check_hf_peft(folder, file, base).relative < 1e-6
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["rank_pattern"] == config["alpha_pattern"] != {}
+    assert config["r"] == config["lora_alpha"] == file.config.rank
+    ranks = {}
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as tensors:
+        for key in (key for key in tensors.keys() if "lora_A" in key):  # noqa: SIM118  not a dictionary
+            linear = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            A, B = tensors.get_tensor(key), tensors.get_tensor(key.replace("lora_A", "lora_B"))
+            ranks[linear] = config["rank_pattern"].get(linear, config["r"])
+            assert len(A) == B.shape[1] == ranks[linear]
+    assert set(ranks.values()) == set(config["rank_pattern"].values()) | {config["r"]} >= {1, 3}
+    assert 0 in file.ranks().values()
+    without = {**config, "rank_pattern": {}, "alpha_pattern": {}}
+    (folder / "adapter_config.json").write_text(json.dumps({**without, "lora_alpha": 2 * config["r"]}))
+    assert check_hf_peft(folder, file, base).relative > 0.5, "the check reads the scale"
 
 
 @pytest.mark.parametrize("case", CASES)
