@@ -96,6 +96,7 @@ class Adapter:
         Raises:
             ConfigError: a name is no factor, or a multiplier is not a finite number greater than 0.
         """
+        self._present("parameter_groups")
         multipliers = factor_multipliers(self.config, lr_multipliers)
         groups = groups_by_multiplier(list(self.named_parameters()), multipliers)
         return [{**group, "lr": lr * group["lr_mult"]} for group in groups]
@@ -121,6 +122,7 @@ class Adapter:
         Raises:
             ConfigError: as `parameter_groups`.
         """
+        self._present("megatron_optimizer")
         multipliers = factor_multipliers(self.config, lr_multipliers)
         return megatron_optimizer(list(self.named_parameters()), multipliers, config, model_chunks, **more)
 

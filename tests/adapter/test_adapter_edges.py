@@ -40,7 +40,12 @@ def weights_of(model: Any) -> dict[str, torch.Tensor]:
 # Removed
 
 
-ARGUMENTS: dict[str, tuple[Any, ...]] = {"load_full_state": ({},), "clip_gradients": (1.0,)}
+ARGUMENTS: dict[str, tuple[Any, ...]] = {
+    "load_full_state": ({},),
+    "clip_gradients": (1.0,),
+    "parameter_groups": (1e-3,),
+    "megatron_optimizer": (None, []),
+}
 
 
 def public_calls() -> list[str]:
