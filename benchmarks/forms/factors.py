@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 
@@ -44,6 +45,8 @@ class Factors:
         self._seed, self._dtype, self._directions = seed, dtype, directions
         self.tensors: dict[tuple[str, str], torch.Tensor] = {}
         """(target, factor) to tensor; factors are A, B, R (u, if it is diagonal), v and V."""
+        self.masks: dict[str, torch.Tensor] = {}
+        """Target to 1 where u (L, r) stays and 0 where it is pruned; without a mask all stay."""
         self._names_of_A = form.names_of_A(linears)
         for target in form.targets:
             self._add(target, layers)
@@ -77,7 +80,8 @@ class Factors:
         B = (self.tensors[target, "B"].transpose(1, 2) * form.scale).contiguous().unbind()
         down, up = [A[group] for group in self._groups], [B[group] for group in self._groups]
         if form.core == "diagonal":
-            down = [u[:, None] * a for u, a in zip(self.tensors[target, "u"].unbind(), down, strict=True)]
+            us = self.tensors[target, "u"] * self.masks.get(target, 1.0)
+            down = [u[:, None] * a for u, a in zip(us.unbind(), down, strict=True)]
         elif form.core == "full":
             down = [R @ a for R, a in zip(self.tensors[target, "R"].unbind(), down, strict=True)]
         if form.v != "none":
@@ -115,7 +119,8 @@ class Factors:
         form, linear = self.form, self._linears[target]
         start = form.start_A if factor == "A" else form.start_B
         shape = (form.rank, linear.in_features) if factor == "A" else (linear.out_features, form.rank)
-        config = TiedLoraConfig(rank=form.rank, seed=self._seed)
+        init: dict[str, Any] = {f"init_{factor}": "normal"} if start == "normal" else {}
+        config = TiedLoraConfig(rank=form.rank, seed=self._seed, **init)
         for group in range(self._groups[-1] + 1):
             layer = None if form.group is None else self._groups.index(group)
             if start == "zero":
@@ -125,7 +130,7 @@ class Factors:
                 yield self._directions(target, group)[0 if factor == "A" else 1]
             else:
                 drawn = initial_tensor(FactorName(layer, target, factor), shape, config)
-                yield drawn if start == "xavier" else _orthogonal(drawn)
+                yield _orthogonal(drawn) if start == "orthogonal" else drawn
 
 
 def _orthogonal(drawn: torch.Tensor) -> torch.Tensor:

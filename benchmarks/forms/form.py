@@ -9,6 +9,7 @@ one number for each block of outputs, or V c_l with k directions V (out, k) that
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -18,7 +19,7 @@ from nemo_tied_lora.errors import ConfigError, Problems, is_whole_number
 
 __all__ = ["CORES", "STARTS", "VECTORS", "Form", "Linear", "fitted", "trained_parameters"]
 
-STARTS = ("xavier", "orthogonal", "gradient", "zero")
+STARTS = ("xavier", "normal", "orthogonal", "gradient", "zero")
 """How A or B starts. orthogonal: orthogonal rows of A, columns of B, of xavier's length. gradient: the leading directions
 of the loss's gradient with respect to W, pooled over the group's layers, of length 1."""
 CORES = ("none", "diagonal", "full")
@@ -63,6 +64,8 @@ class Form:
     """Targets with equally many inputs share A."""
     scale: float = 1.0
     """s."""
+    keep: int | None = None
+    """AdaLoRA: so many entries of u stay at the end, as a mean over all linears. `rank` is the rank at the start."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", tuple(self.targets))
@@ -73,6 +76,8 @@ class Form:
             problems.whole_number(name, getattr(self, name))
         if self.group is not None and not is_whole_number(self.group):
             problems.append(f"group={self.group!r}: must be a whole number of at least 1, or null for all layers")
+        if self.keep is not None and (self.core != "diagonal" or self.group != 1 or not 1 <= self.keep <= self.rank):
+            problems.append(f"keep={self.keep}: needs an untied form with a diagonal core, and at most the rank")
         problems += [f"targets: {target!r} is unknown" for target in self.targets if target not in TARGETS]
         zeros = [
             name
@@ -102,8 +107,9 @@ class Form:
         return cls(**values)
 
     def settings(self) -> dict[str, Any]:
-        """All fields as JSON values."""
-        return {**asdict(self), "targets": list(self.targets)}
+        """All fields as JSON values. What a form without pruning does not have is left out."""
+        values = {**asdict(self), "targets": list(self.targets)}
+        return values if self.keep is not None else {k: v for k, v in values.items() if k != "keep"}
 
     def groups(self, layers: int) -> list[int]:
         """The group of each layer, from 0."""
@@ -127,7 +133,12 @@ class Form:
 
 
 def trained_parameters(form: Form, linears: Mapping[str, Linear], layers: int) -> int:
-    """How many numbers are trained, on all layers and targets."""
+    """How many numbers are trained, on all layers and targets.
+
+    Of a form with `keep`: how many are left, if all linears keep equally many; u is folded into B.
+    """
+    if form.keep is not None:
+        return layers * form.keep * sum(linears[t].in_features + linears[t].out_features for t in form.targets)
     groups, total = max(form.groups(layers)) + 1, 0
     own_A = set(form.names_of_A(linears).values())
     core = {"none": 0, "diagonal": form.rank, "full": form.rank**2}[form.core]
@@ -141,13 +152,20 @@ def trained_parameters(form: Form, linears: Mapping[str, Linear], layers: int) -
 
 
 def fitted(
-    values: Mapping[str, Any], linears: Mapping[str, Linear], layers: int, budget: int, largest: int | None = None
+    values: Mapping[str, Any],
+    linears: Mapping[str, Linear],
+    layers: int,
+    budget: int,
+    *,
+    largest: int | None = None,
+    prunes: float | None = None,
 ) -> Form:
     """The form with the largest rank that trains at most `budget` parameters.
 
     Args:
         values: the form's fields without rank.
         largest: a bound on the rank; None: the smallest side of its targets.
+        prunes: the rank at the start, times the one that is kept.
 
     Raises:
         ConfigError: rank 1 is too much already.
@@ -156,7 +174,8 @@ def fitted(
     sides = [side for target in targets for side in (linears[target].in_features, linears[target].out_features)]
     best = None
     for rank in range(1, min(*sides, largest or min(sides)) + 1):
-        form = Form.of({**values, "rank": rank})
+        ranks = {"rank": rank} if prunes is None else {"rank": math.ceil(prunes * rank), "keep": rank}
+        form = Form.of({**values, **ranks})
         if trained_parameters(form, linears, layers) > budget:
             break
         best = form

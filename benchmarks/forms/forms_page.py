@@ -233,7 +233,7 @@ def _budget(plan: Plan, budget: str, results: Results) -> Iterator[str]:
 
 
 def _rank(one: Entry) -> str:
-    return f"{one.form.rank}"
+    return f"{one.form.rank}" + ("" if one.form.keep is None else f" to {one.form.keep}")
 
 
 def _rate(score: Score) -> str:

@@ -51,11 +51,8 @@ class Bench:
         values: dict[str, Any] = {"diverged": False, "trained_parameters": 0, "training_loss": None}
         apply = self._model.plain
         if settings["form"] is not None:
-            factors, losses = self._trained(settings, files)
+            factors, losses, count = self._trained(settings, files)
             apply = factors.apply
-            count = sum(tensor.numel() for tensor in factors.trained.values())
-            sizes = self._model.sizes
-            assert count == trained_parameters(factors.form, sizes.linears, sizes.layers)
             values |= {"trained_parameters": count, "training_loss": _parts(losses)}
             values["diverged"] = not math.isfinite(losses[-1])
         trained = time.monotonic()
@@ -76,7 +73,8 @@ class Bench:
             "load": round(os.getloadavg()[0], 1),
         }
 
-    def _trained(self, settings: Any, files: TaskFiles) -> tuple[Factors, list[float]]:
+    def _trained(self, settings: Any, files: TaskFiles) -> tuple[Factors, list[float], int]:
+        """The trained factors, the losses, and how many parameters they are."""
         form, model = Form.of(settings["form"]), self._model
         longest, steps = settings["max_seq_length"], settings["steps"]
         batches = training_batches(
@@ -94,9 +92,18 @@ class Bench:
             weight_decay=settings["weight_decay"],
             clip=settings["clip"],
         )
-        losses = train(model, factors, batches, recipe)
+        if form.keep is None:
+            count = sum(tensor.numel() for tensor in factors.trained.values())
+            assert count == trained_parameters(form, model.sizes.linears, model.sizes.layers)
+            losses = train(model, factors, batches, recipe)
+        else:
+            from .pruning import Pruning
+
+            pruning = Pruning(factors, model.sizes.linears, model.sizes.layers, steps)
+            losses = train(model, factors, batches, recipe, pruning.observe)
+            count = pruning.kept()
         factors.prepare()
-        return factors, losses
+        return factors, losses, count
 
     def _measured(self, settings: Any, files: TaskFiles, apply: Any) -> dict[str, Any]:
         items = _lines(files.items[settings["split"]])

@@ -84,6 +84,8 @@ class Candidate:
     rule: str = PLAIN
     reference: bool = False
     largest: int | None = None
+    prunes: float | None = None
+    """AdaLoRA: the rank at the start, times the one that is kept."""
     idea: str = ""
 
 

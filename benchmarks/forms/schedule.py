@@ -66,7 +66,18 @@ def rates_schedule(plan: Plan, losses: Losses) -> Schedule:
 def entries(plan: Plan, budget: str) -> list[Entry]:
     """All forms at a budget."""
     return [
-        Entry(one, budget, fitted(one.form, plan.sizes.linears, plan.sizes.layers, plan.budgets[budget], one.largest))
+        Entry(
+            one,
+            budget,
+            fitted(
+                one.form,
+                plan.sizes.linears,
+                plan.sizes.layers,
+                plan.budgets[budget],
+                largest=one.largest,
+                prunes=one.prunes,
+            ),
+        )
         for one in plan.candidates
     ]
 

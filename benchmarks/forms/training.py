@@ -45,12 +45,12 @@ def train(
     factors: Factors,
     batches: Sequence[Batch],
     recipe: Recipe,
-    after: Callable[[int], None] = lambda step: None,
+    before: Callable[[], None] = lambda: None,
 ) -> list[float]:
     """Trains one step on each batch. Returns the losses; the last one is not finite if the run diverged.
 
     Args:
-        after: called after each step with its number.
+        before: called before each step of the optimizer, when all gradients are there.
     """
     optimizer = _optimizer(factors, recipe)
     rates = [group["lr"] for group in optimizer.param_groups]
@@ -68,8 +68,8 @@ def train(
         loss.backward()
         if recipe.clip:
             torch.nn.utils.clip_grad_norm_(trained, recipe.clip)
+        before()
         optimizer.step()
-        after(step)
     return losses
 
 

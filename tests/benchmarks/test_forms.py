@@ -14,11 +14,13 @@ from forms.form import Form, Linear, fitted, trained_parameters
 from forms.gradient_start import GradientDirections
 from forms.llama import Batch, FrozenLlama
 from forms.plan import FORMS, read_plan
+from forms.pruning import Pruning
 from forms.sizes import Sizes
 from forms.training import Recipe, learning_rate, train
 from torch.nn import functional
 
 from nemo_tied_lora import ConfigError, TiedLoraConfig, inject
+from nemo_tied_lora.config import TARGETS
 from tests.harness.hugging_face_models import save_model
 from tests.harness.tiny_gpt import build_gpt, full_tensor
 from tests.harness.twin_folders import TWIN, write_twin
@@ -37,6 +39,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tl5": {},
     "tl6": {"core": "diagonal", "v": "free", "start_B": "xavier"},
     "vera": {"core": "diagonal", "v": "free", "start_B": "xavier", "train_A": False, "train_B": False},
+}
+ADALORA: dict[str, Any] = {
+    "group": 1,
+    "core": "diagonal",
+    "start_core": 0.0,
+    "start_A": "normal",
+    "start_B": "normal",
+    "keep": 2,
 }
 FORM_NAMES = [one.name for one in PLAN.candidates]
 
@@ -141,8 +151,9 @@ def test_budgets_are_met_by_the_largest_rank_that_fits() -> None:
     assert trained_parameters(Form.of({**PRESETS["tl6"], "rank": 8}), linears, layers) == 224_064  # docs/study.md
     for budget in PLAN.budgets.values():
         for one in PLAN.candidates:
-            form = fitted(one.form, linears, layers, budget, one.largest)
-            larger = Form.of({**one.form, "rank": form.rank + 1})
+            form = fitted(one.form, linears, layers, budget, largest=one.largest, prunes=one.prunes)
+            more = {"rank": form.rank + 2, "keep": (form.keep or 0) + 1} if one.prunes else {"rank": form.rank + 1}
+            larger = Form.of({**one.form, **more})
             assert trained_parameters(form, linears, layers) <= budget
             assert form.rank == one.largest or trained_parameters(larger, linears, layers) > budget
     with pytest.raises(ConfigError, match="trains more at rank 1"):
@@ -153,6 +164,8 @@ def test_a_form_that_could_not_start_at_the_base_is_refused() -> None:
     for wrong in ({"start_B": "xavier"}, {"core": "diagonal", "v": "free"}, {"train_B": False}):
         with pytest.raises(ConfigError, match=r"start|train_B"):
             Form.of({"rank": 2, **wrong})
+    with pytest.raises(ConfigError, match="keep=2: needs an untied form"):
+        Form.of({"rank": 2, "core": "diagonal", "keep": 2})
     with pytest.raises(ConfigError, match="not a field"):
         Form.of({"rank": 2, "alpha": 3})
 
@@ -165,24 +178,45 @@ def twins(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, FrozenLlama]:
     return gpt, FrozenLlama(folder, torch.float64)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", [*PRESETS, "adalora"])
 def test_at_equal_seeds_the_losses_are_the_packages(twins: tuple[Any, FrozenLlama], preset: str) -> None:
     _, model = twins
-    recipe = Recipe(learning_rate=0.05, multipliers={}, steps=4, warmup_steps=1, clip=1.0)
-    factors = Factors(Form.of({**PRESETS[preset], "rank": 3}), model.sizes.linears, LAYERS, 1234, torch.float64)
-    found = train(model, factors, [Batch.of(PAIRS)] * 4, recipe)
+    recipe = Recipe(learning_rate=0.05, multipliers={}, steps=7, warmup_steps=1, clip=1.0)
+    form = Form.of({**(ADALORA if preset == "adalora" else PRESETS[preset]), "rank": 3})
+    found = harness_losses(model, form, 1234, recipe)
     expected = package_losses(preset, recipe)
     assert found == pytest.approx(expected, rel=1e-7)  # RoPE is float32 in both; sums are in another order
-    other = Factors(Form.of({**PRESETS[preset], "rank": 3}), model.sizes.linears, LAYERS, 1235, torch.float64)
-    assert train(model, other, [Batch.of(PAIRS)] * 4, recipe) != pytest.approx(expected, rel=1e-5)
+    assert harness_losses(model, form, 1235, recipe) != pytest.approx(expected, rel=1e-5)
+    if form.keep is not None:
+        whole = Form.of({**form.settings(), "keep": 3})
+        unpruned = harness_losses(model, whole, 1234, recipe)
+        assert unpruned[:5] == pytest.approx(expected[:5], rel=1e-7)  # pruning is done after step 5 of 7
+        assert unpruned[5:] != pytest.approx(expected[5:], rel=1e-7)
+
+
+def harness_losses(model: FrozenLlama, form: Form, seed: int, recipe: Recipe) -> list[float]:
+    factors = Factors(form, model.sizes.linears, LAYERS, seed, torch.float64)
+    batches = [Batch.of(PAIRS)] * recipe.steps
+    if form.keep is None:
+        return train(model, factors, batches, recipe)
+    pruning = Pruning(factors, model.sizes.linears, LAYERS, recipe.steps)
+    losses = train(model, factors, batches, recipe, pruning.observe)
+    kept = {target: int(mask.sum()) for target, mask in factors.masks.items()}
+    assert sum(kept.values()) == form.keep * LAYERS * len(TARGETS)
+    sizes = {target: linear.in_features + linear.out_features for target, linear in model.sizes.linears.items()}
+    assert pruning.kept() == sum(kept[target] * sizes[target] for target in TARGETS)
+    return losses
 
 
 def package_losses(preset: str, recipe: Recipe) -> list[float]:
     """The losses of the package's own adapter on megatron-core, with the same optimizer."""
     model = build_gpt(**TWIN)
-    adapter = inject(model, TiedLoraConfig.preset(preset, rank=3))
+    more: dict[str, Any] = {"rank_budget": {"target_rank": 2}} if preset == "adalora" else {}
+    adapter = inject(model, TiedLoraConfig.preset(preset, rank=3, **more))
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, betas=recipe.betas, weight_decay=0.0)
+    if more:
+        adapter.follow_optimizer(optimizer, max_steps=recipe.steps)
     losses = []
     for step in range(recipe.steps):
         optimizer.param_groups[0]["lr"] = recipe.learning_rate * learning_rate(recipe, step)
