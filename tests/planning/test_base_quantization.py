@@ -132,7 +132,7 @@ def test_a_missing_bitsandbytes_is_refused_with_the_install_line(monkeypatch: py
     assert problems("nf4") == []
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     [line] = problems("nf4")
-    install = "pip install nemo_tied_lora[quantized]"
+    install = "pip install 'nemo_tied_lora[quantized]'"
     assert line == f"{KEY}=nf4: needs bitsandbytes, which is not installed: {install}; int8 does without it"
     assert problems("nf4", here=False) == problems("int8") == problems(None) == []
 

@@ -31,7 +31,7 @@ __all__ = [
 
 KEY = "model.base_quantization"
 KINDS = ("nf4", "int8")
-INSTALL = "pip install nemo_tied_lora[quantized]"
+INSTALL = "pip install 'nemo_tied_lora[quantized]'"
 _BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """Those of bitsandbytes."""
 _STATISTICS = ("bfloat16", "float32")
