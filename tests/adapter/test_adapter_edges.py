@@ -45,6 +45,7 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "clip_gradients": (1.0,),
     "parameter_groups": (1e-3,),
     "megatron_optimizer": (None, []),
+    "follow_optimizer": (None, 1),
 }
 
 
