@@ -17,8 +17,12 @@ from nemo_tied_lora.planning.base_config import adapter_section
 from nemo_tied_lora.planning.nemo_model_config import recorded_config
 from nemo_tied_lora.planning.settings.base_quantization import BaseQuantization
 from nemo_tied_lora.planning.settings.factor_rates import resolved_multipliers
+from nemo_tied_lora.planning.settings.resumed_step import resumed_checkpoints
+from nemo_tied_lora.planning.settings.run_settings import checkpoint_folder
 
-__all__ = ["check_settings", "settings_of"]
+__all__ = ["check_settings", "record_settings", "settings_of"]
+
+_RECORD = "settings.json"  # in the checkpoints' folder, which exp_manager leaves alone
 
 # Settings that do not affect what is learned. They may change when a run resumes.
 _FREE = (
@@ -47,34 +51,39 @@ _FREE_NAMES = (
 _OF_THE_TRAINER = ("precision", "gradient_clip_val")
 
 
-def check_settings(cfg: DictConfig, trainer: Trainer) -> None:
-    """Writes the settings beside the checkpoints of a new run, and compares them when the run resumes.
+def check_settings(cfg: DictConfig) -> None:
+    """Compares the settings with those of the checkpoints from which the run would resume.
 
-    Layout, micro-batch size, recomputation and the number of steps may change.
+    Layout, micro-batch size, recomputation and the number of steps may change. Call it before exp_manager, which moves
+    the files of a resumed run's folder, its adapter among them.
 
     Raises:
-        ConfigError: the run would resume from checkpoints of other settings. Lists each setting that differs.
+        ConfigError: lists each setting that differs.
     """
-    callback: Any = trainer.checkpoint_callback
-    if callback is None:
+    folder = checkpoint_folder(cfg)
+    if folder is None or not (folder / _RECORD).exists():
         return
-    # In the checkpoints' folder, because exp_manager moves the files beside that folder away when a run resumes.
-    record, settings = Path(callback.dirpath) / "settings.json", settings_of(cfg)
-    resumed = trainer.ckpt_path is not None and Path(trainer.ckpt_path).resolve().is_relative_to(
-        Path(callback.dirpath).resolve()
-    )
-    if resumed and record.exists():
-        saved = json.loads(record.read_text())
-        fix = "undo the change, or set name= or exp_manager.explicit_log_dir= to another folder"
-        problems = [
-            f"{key}={settings.get(key)!r}: the checkpoints in {record.parent} were made with {saved.get(key)!r}; {fix}"
-            for key in sorted({*saved, *settings})
-            if saved.get(key) != settings.get(key)
-        ]
-        if problems:
-            raise ConfigError(problems)
-    if not resumed and trainer.global_rank == 0:
-        write_json(record, settings)
+    if not any(path.resolve().is_relative_to(folder.resolve()) for path in resumed_checkpoints(cfg)):
+        return
+    saved, settings = json.loads((folder / _RECORD).read_text()), settings_of(cfg)
+    fix = "undo the change, or set name= or exp_manager.explicit_log_dir= to another folder"
+    problems = [
+        f"{key}={settings.get(key)!r}: the checkpoints in {folder} were made with {saved.get(key)!r}; {fix}"
+        for key in sorted({*saved, *settings})
+        if saved.get(key) != settings.get(key)
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def record_settings(cfg: DictConfig, trainer: Trainer) -> None:
+    """Writes the settings of a new run beside its checkpoints. Call it after exp_manager."""
+    callback: Any = trainer.checkpoint_callback
+    if callback is None or trainer.global_rank != 0:
+        return
+    folder = Path(callback.dirpath)
+    if trainer.ckpt_path is None or not Path(trainer.ckpt_path).resolve().is_relative_to(folder.resolve()):
+        write_json(folder / _RECORD, settings_of(cfg))
 
 
 def settings_of(cfg: DictConfig) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from omegaconf import DictConfig
 
 from nemo_tied_lora.checkpoint import rng_state, training_checkpoint
 from nemo_tied_lora.files import write_atomically
-from nemo_tied_lora.planning.settings.run_settings import run_folder
+from nemo_tied_lora.planning.settings.run_settings import checkpoint_folder, run_folder
 
 __all__ = ["KeepRandomStates", "launch_kept", "remove_leftover_checkpoints", "skip_one_validation", "whole_steps"]
 
@@ -47,11 +46,8 @@ class KeepRandomStates(Callback):
 
 def remove_leftover_checkpoints(cfg: DictConfig) -> None:
     """Removes leftovers of a killed run (see `training_checkpoint.remove_leftovers`). Call it before exp_manager."""
-    run, params = run_folder(cfg), cfg.exp_manager.get("checkpoint_callback_params") or {}
-    if run is None:
-        return
-    checkpoints = Path(params.get("dirpath") or run / "checkpoints")
-    if cfg.exp_manager.get("resume_if_exists") and checkpoints.is_dir():
+    checkpoints = checkpoint_folder(cfg)
+    if checkpoints is not None and cfg.exp_manager.get("resume_if_exists") and checkpoints.is_dir():
         training_checkpoint.remove_leftovers(checkpoints, first=is_global_rank_zero())
 
 

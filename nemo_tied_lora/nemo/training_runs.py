@@ -24,7 +24,7 @@ from nemo_tied_lora.nemo.peft_config import TiedLoraPEFTConfig
 from nemo_tied_lora.nemo.process_groups import ensure_process_groups
 from nemo_tied_lora.nemo.rank_record import RankRecord, budget_facts, budget_line
 from nemo_tied_lora.nemo.restored_base import restore_base
-from nemo_tied_lora.nemo.resume_check import check_settings
+from nemo_tied_lora.nemo.resume_check import check_settings, record_settings
 from nemo_tied_lora.nemo.resuming import launch_kept, remove_leftover_checkpoints, skip_one_validation
 from nemo_tied_lora.nemo.run_recorder import RunRecorder, draw_losses, peak_memory_bytes
 from nemo_tied_lora.nemo.status_callback import StatusCallback
@@ -104,6 +104,7 @@ def _prepare(cfg: DictConfig, rank: Rank | None) -> tuple[Trainer, RunRecorder, 
     callbacks = [] if rank is None else [StatusCallback(rank), StopCallback(rank)]
     trainer = TiedLoraTrainerBuilder(cfg).create_trainer(callbacks=[recorder, RankRecord(), *callbacks])
     remove_leftover_checkpoints(cfg)
+    check_settings(cfg)
     with launch_kept(cfg):
         folder = exp_manager(trainer, cfg.exp_manager)
     if trainer.ckpt_path is None:  # else the run has checkpoints of its own
@@ -112,7 +113,7 @@ def _prepare(cfg: DictConfig, rank: Rank | None) -> tuple[Trainer, RunRecorder, 
         restore_status_file(trainer, rank)
     skip_one_validation(trainer)
     logging.info(f"run folder: {folder}")
-    check_settings(cfg, trainer)
+    record_settings(cfg, trainer)
     for section in (cfg.model.data[name] for name in SECTIONS):
         if section.get("index_mapping_dir") is None:  # the folder of the data may not be writable
             section.index_mapping_dir = str(Path(folder) / "data_index")

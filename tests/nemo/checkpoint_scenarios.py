@@ -353,12 +353,14 @@ def refused() -> dict[str, bool]:
     """Another learning rate, data, adapter or base is refused; more steps or other workers are allowed."""
     stopped("refused")
     settings, saved = Path("refused/checkpoints/settings.json"), "in the checkpoint"
+    Path("refused/adapter.nemo").write_text("of the run before")
     rate = refusal("refused", "model.optim.lr=1e-3")
     factor = refusal("refused", "model.optim.lr_multipliers.B=4")
     default = refusal("refused", "model.optim.lr_multipliers.A=null")
     data = refusal("refused", "model.data.train_ds.max_seq_length=24")
     precision = refusal("refused", "trainer.precision=bf16-mixed", "trainer.gradient_clip_val=0.5")
     rank = refusal("refused", "model.peft.tied_lora.rank=2")
+    kept = Path("refused/adapter.nemo").exists()
     settings.rename("settings.json")
     rank_by_itself = refusal("refused", "model.peft.tied_lora.rank=2")
     Path("settings.json").rename(settings)
@@ -380,6 +382,7 @@ def refused() -> dict[str, bool]:
         "data": "model.data.train_ds.max_seq_length=24" in data,
         "precision": "trainer.precision='bf16-mixed'" in precision and "gradient_clip_val=0.5" in precision,
         "adapter": "model.peft.tied_lora.rank=2" in rank,
+        "the adapter of the run before": kept,
         "adapter, by the checkpoint": f"model.peft.tied_lora.rank: 4 {saved}, 2 in this run" in rank_by_itself,
         "base": f"num_layers: 5 {saved}, 4 in this run" in base and f": '0123' {saved}" in base,
         "allowed": [step["step"] for step in result["steps"]] == [1, 2, 3, 4, 5],

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_tied_lora.planning.settings.run_length import as_whole_number
-from nemo_tied_lora.planning.settings.run_settings import run_folder
+from nemo_tied_lora.planning.settings.run_settings import checkpoint_folder
 
-__all__ = ["resumed_step", "resumed_step_problems"]
+__all__ = ["resumed_checkpoints", "resumed_step", "resumed_step_problems"]
 
 _STEP = re.compile(r"step=(\d+)")
 _DESCRIPTION, _OF_NEMO = "checkpoint.json", ("metadata.json", ".metadata", "common.pt")
@@ -47,10 +47,14 @@ def resumed_step_problems(cfg: Mapping[str, Any]) -> Iterator[str]:
 
 def resumed_step(cfg: Mapping[str, Any]) -> tuple[int, Path] | None:
     """The step and the path of the checkpoint from which the run would resume. None: there is none, or no step is known."""
-    named = [(cfg.get(section) or {}).get("resume_from_checkpoint") for section in ("exp_manager", "model")]
-    places = _own(cfg) or [Path(str(path)) for path in named if path is not None][:1]
-    steps = [(step, path) for path in places if (step := _step_of(path)) is not None]
+    steps = [(step, path) for path in resumed_checkpoints(cfg) if (step := _step_of(path)) is not None]
     return max(steps, default=None, key=lambda found: found[0])
+
+
+def resumed_checkpoints(cfg: Mapping[str, Any]) -> list[Path]:
+    """The checkpoints of which the run would resume from the newest: its own, else the one that the settings name."""
+    named = [(cfg.get(section) or {}).get("resume_from_checkpoint") for section in ("exp_manager", "model")]
+    return _own(cfg) or [Path(str(path)) for path in named if path is not None][:1]
 
 
 def _is_checkpoint(path: Path) -> bool:
@@ -59,11 +63,9 @@ def _is_checkpoint(path: Path) -> bool:
 
 def _own(cfg: Mapping[str, Any]) -> list[Path]:
     """The run's own "-last" checkpoints, which come before a named one."""
-    manager, folder = cfg.get("exp_manager") or {}, run_folder(cfg)
-    if folder is None or not manager.get("resume_if_exists"):
+    checkpoints = checkpoint_folder(cfg)
+    if checkpoints is None or not (cfg.get("exp_manager") or {}).get("resume_if_exists"):
         return []
-    dirpath = (manager.get("checkpoint_callback_params") or {}).get("dirpath")
-    checkpoints = Path(str(dirpath)) if dirpath else folder / "checkpoints"
     return [path for path in _entries(checkpoints) if re.search(r"-last(\.ckpt)?$", path.name)]
 
 

@@ -12,7 +12,14 @@ from typing import Any
 
 from nemo_tied_lora.errors import Problems
 
-__all__ = ["MOST_SKIPPED_IN_A_ROW", "NONFINITE_POLICIES", "GuardSettings", "run_folder", "survival_problems"]
+__all__ = [
+    "MOST_SKIPPED_IN_A_ROW",
+    "NONFINITE_POLICIES",
+    "GuardSettings",
+    "checkpoint_folder",
+    "run_folder",
+    "survival_problems",
+]
 
 
 NONFINITE_POLICIES = ("stop", "skip")
@@ -86,3 +93,9 @@ def run_folder(cfg: Mapping[str, Any]) -> Path | None:
         return None
     version = manager.get("version") or os.environ.get("NEMO_EXPM_VERSION") or ""
     return Path(str(manager.get("exp_dir") or "nemo_experiments")) / str(manager.get("name") or "default") / version
+
+
+def checkpoint_folder(cfg: Mapping[str, Any]) -> Path | None:
+    """Returns the folder of the run's checkpoints. None: it is a new one each time."""
+    run, params = run_folder(cfg), (cfg.get("exp_manager") or {}).get("checkpoint_callback_params") or {}
+    return None if run is None else Path(str(params.get("dirpath") or run / "checkpoints"))
