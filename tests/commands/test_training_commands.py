@@ -140,7 +140,8 @@ def test_a_second_run_in_the_folder_of_a_running_one_is_refused_and_changes_noth
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     holder = os.open(folder, os.O_RDONLY)
     fcntl.flock(holder, fcntl.LOCK_EX)
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29471"}
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    alone["MASTER_PORT"] = str(free_port())
     try:
         for variables in ({}, alone):
             done = tied_lora("finetune", *finetune_arguments("taken"), folder=workshop, ok=False, planted=variables)

@@ -428,8 +428,10 @@ def main(argv: list[str], scenarios: dict[str, Callable[[], dict[str, bool]]] = 
     from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
 
     from nemo_tied_lora.platform import prepare
+    from tests.harness.forks import free_port
 
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29473"}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}  # other scenarios run at the same time
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", **place}
     os.environ.update({key: value for key, value in alone.items() if key not in os.environ})
     prepare(nemo=True)
     os.chdir(argv[0])
