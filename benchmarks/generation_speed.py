@@ -23,7 +23,7 @@ from generation_workers import Contender, Turn, nemo_model, transformers_model
 from provenance import provenance
 from tqdm import tqdm
 
-from nemo_tied_lora.versions import installed_version
+from nemo_tied_lora.planning.versions import installed_version
 
 __all__ = ["benchmark", "main", "random_prompts", "summarize"]
 

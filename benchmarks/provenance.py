@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from nemo_tied_lora.versions import git, installed_version
+from nemo_tied_lora.planning.versions import git, installed_version
 
 __all__ = ["provenance"]
 

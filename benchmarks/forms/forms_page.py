@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from nemo_tied_lora.commands.study.paragraphs import interval_text, paragraph
 from nemo_tied_lora.commands.study.results import Results
 from nemo_tied_lora.plots import panels
 from nemo_tied_lora.tables import markdown_table
@@ -19,7 +20,6 @@ from .form import trained_parameters
 from .plan import Plan, Task
 from .schedule import Entry, entries, kept, schedule, sweep_entry
 from .sweeping import Losses
-from .text import interval_text, paragraph
 
 __all__ = ["PICTURE", "draw", "page_text", "page_values"]
 
@@ -138,7 +138,7 @@ def _verdict(plan: Plan, results: Results) -> Iterator[str]:
                 continue
             for other, its in _against(plan, one, found, results):
                 if any(verdict.seeds for verdict in its):
-                    cells = [interval_text(verdict.difference, signed=True) for verdict in its]
+                    cells = [interval_text(verdict.difference, signed=True, digits=3) for verdict in its]
                     rows.append(
                         [_called(budget), one.candidate.title, plan.candidate(other).title, *cells, _word(its)]
                     )
@@ -221,7 +221,7 @@ def _budget(plan: Plan, budget: str, results: Results) -> Iterator[str]:
         f"items where no test run is done. The base's: {', '.join(bases)}."
     )
     accuracies = [
-        f"{score.entry.candidate.title} {interval_text(score.accuracy, digits=1)}"
+        f"{score.entry.candidate.title} {interval_text(score.accuracy)}"
         for its in by_task.values()
         for score in its
         if score.accuracy is not None
@@ -242,7 +242,7 @@ def _rate(score: Score) -> str:
 
 def _loss(score: Score) -> str:
     if score.loss is not None:
-        return interval_text(score.loss)
+        return interval_text(score.loss, digits=3)
     return "" if score.validation is None else f"({score.validation:.3f})"
 
 

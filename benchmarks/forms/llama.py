@@ -2,8 +2,8 @@
 """A frozen Llama of a Hugging Face folder, with Megatron's four linears, for training adapters on few CPU cores.
 
 The maths is that of transformers' `LlamaForCausalLM`; a test compares the logits. What makes it cheap: tokens of all
-sequences lie one after the other, without padding, except in attention; the last layer goes on with answer positions
-alone, and only they get logits; Q, K and V are one product, gate and up another. linear_qkv's rows are in Megatron's
+sequences follow each other without padding, except in attention; after the last attention only answer positions
+are computed, and get logits; Q, K and V are one product, gate and up another. linear_qkv's rows are in Megatron's
 order, so factors that a seed draws are those of the package.
 """
 

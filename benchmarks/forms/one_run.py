@@ -15,7 +15,7 @@ from typing import Any
 
 from nemo_tied_lora.commands.study.measured import item_checksum
 from nemo_tied_lora.commands.study.task_files import TaskFiles
-from nemo_tied_lora.versions import installed_version
+from nemo_tied_lora.planning.versions import installed_version
 
 from .batches import Encoder, training_batches
 from .cells import ACCURACY, LOSS, Cell

@@ -6,12 +6,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from nemo_tied_lora.commands.study.paragraphs import paragraph, rounded
 from nemo_tied_lora.commands.study.results import read_results
 from nemo_tied_lora.files import write_atomically, write_json
 
 from . import forms_page, rates_page
 from .plan import FORMS, RATES, read_plan
-from .text import between_markers, paragraph, rounded
+from .text import between_markers
 
 __all__ = ["MARKER", "STEP_TIME", "write"]
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from nemo_tied_lora.commands.study.paragraphs import paragraph
 from nemo_tied_lora.commands.study.results import Results
 from nemo_tied_lora.plots import panels
 from nemo_tied_lora.tables import markdown_table
@@ -15,7 +16,6 @@ from .cells import base_cell
 from .plan import Plan
 from .schedule import schedule
 from .sweeping import Curve, OneRate, best_gains, best_rule, checked, curves, one_rate
-from .text import paragraph
 
 __all__ = ["PICTURE", "draw", "sweep_text", "sweep_values"]
 

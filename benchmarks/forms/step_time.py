@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from nemo_tied_lora.commands.study.task_files import prepare_task
 from nemo_tied_lora.files import write_json
-from nemo_tied_lora.versions import installed_version
+from nemo_tied_lora.planning.versions import installed_version
 
 from .batches import Encoder, Pair, training_batches, training_pairs
 from .factors import Factors

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from nemo_tied_lora.files import write_atomically, write_json
 from nemo_tied_lora.launching.cluster_config import looks_secret
-from nemo_tied_lora.versions import git, installed_version
+from nemo_tied_lora.planning.versions import git, installed_version
 
 __all__ = ["git_commit", "resolved_yaml", "versions", "write_record"]
 

@@ -33,7 +33,7 @@ from nemo_tied_lora.nemo.sft_datasets import leave_room_only_to_generate, own_da
 from nemo_tied_lora.nemo.stored_tokenizer import StoredTokenizerMixin
 from nemo_tied_lora.nemo.token_rows import rowless_note
 from nemo_tied_lora.planning.settings.training_loop_checks import FLOAT32_UNDER_O2, check_loop
-from nemo_tied_lora.versions import installed_version
+from nemo_tied_lora.planning.versions import installed_version
 
 __all__ = ["MegatronGPTTiedLoraModel", "TiedLoraModelMixin"]
 

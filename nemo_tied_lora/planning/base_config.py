@@ -18,7 +18,7 @@ from nemo_tied_lora.planning.architecture import Architecture
 from nemo_tied_lora.planning.base_weights import weight_problems
 from nemo_tied_lora.planning.nemo_archive import NemoFiles
 from nemo_tied_lora.planning.nemo_model_config import adapter_kind, nemo_config
-from nemo_tied_lora.versions import installed_version
+from nemo_tied_lora.planning.versions import installed_version
 
 __all__ = ["adapter_section", "base_model_config", "other_architecture", "recorded_model_keys", "usable_base"]
 

@@ -8,7 +8,7 @@ adds streams in every sum of DDP. For this package 0.19 has the abilities of 0.1
 
 from __future__ import annotations
 
-from nemo_tied_lora.versions import installed_version
+from nemo_tied_lora.planning.versions import installed_version
 
 __all__ = ["counts_repeated_gradients", "megatron_version", "splits_query_groups"]
 

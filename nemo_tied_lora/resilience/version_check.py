@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_tied_lora.errors import Problems
+from nemo_tied_lora.planning.versions import installed_version
 from nemo_tied_lora.resilience.rendezvous import Rendezvous, name_ranks, node_name
-from nemo_tied_lora.versions import installed_version
 
 __all__ = ["compare", "differences", "software"]
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from nemo_tied_lora.versions import installed_version
+from nemo_tied_lora.planning.versions import installed_version
 
 __all__ = [
     "bleu_statistics",

@@ -17,6 +17,7 @@ from nemo_tied_lora.config import TiedLoraConfig
 from nemo_tied_lora.errors import ConfigError, Problems
 from nemo_tied_lora.files import write_json
 from nemo_tied_lora.planning.nemo_model_config import nemo_config
+from nemo_tied_lora.planning.versions import installed_version
 from nemo_tied_lora.tasks.adapters import adapter_names
 from nemo_tied_lora.tasks.checksums import file_checksum
 from nemo_tied_lora.tasks.metrics import metrics_of
@@ -24,7 +25,6 @@ from nemo_tied_lora.tasks.predictions import Predictions, check_settings, write_
 from nemo_tied_lora.tasks.prepare import Prepared
 from nemo_tied_lora.tasks.results import measured
 from nemo_tied_lora.tasks.task import Task
-from nemo_tied_lora.versions import installed_version
 
 __all__ = ["RESULTS_FILE", "Evaluation"]
 

@@ -19,9 +19,10 @@ from forms.pages import STEP_TIME, write
 from forms.plan import FORMS, RATES, Plan, read_plan
 from forms.schedule import entries, schedule
 from forms.sweeping import best_rule, curves, one_rate
-from forms.text import between_markers, rounded
+from forms.text import between_markers
 
 from nemo_tied_lora import ConfigError
+from nemo_tied_lora.commands.study.paragraphs import rounded
 from nemo_tied_lora.commands.study.results import read_results, write_result
 from nemo_tied_lora.config import PRESETS, TARGETS
 from nemo_tied_lora.planning.composing.compose import compose_config, plain

@@ -6,7 +6,6 @@ That dropout masks after a resume are those of the uninterrupted run is checked 
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import functools
 import json
@@ -20,30 +19,24 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
-from safetensors.torch import load_file
 
-__all__ = ["COMMON", "SCENARIOS", "SHARDED", "At", "checkpoint", "main", "run", "state", "tensors_in"]
+from tests.nemo.checkpoint_runs import (
+    BUDGET,
+    PARAMS,
+    SHARDED,
+    At,
+    adapter_in,
+    checkpoint,
+    nemo,
+    refusal,
+    run,
+    same,
+    state,
+    stopped,
+    tensors_in,
+)
 
-PARAMS = "exp_manager.checkpoint_callback_params"
-_BUDGET = "model.peft.tied_lora.rank_budget"
-# Microbatches of one sample: each sample has the same weight at every data-parallel size.
-SHARDED = ["model.optim.name=mcore_distributed_optim", "model.micro_batch_size=1"]
-# Resumed at step 3, between the first choice and the last.
-SHARDED += [f"{_BUDGET}.target_rank=2", f"{_BUDGET}.start_step=1", f"{_BUDGET}.final_step=4", f"{_BUDGET}.every=1"]
-# u has its default, 1.
-MULTIPLIERS = "model.optim.lr_multipliers={A: 0.5, B: 2, v: 4}"
-COMMON = [MULTIPLIERS, "trainer.max_steps=4", "model.data.validation_ds.metric.name=loss", f"{PARAMS}.save_top_k=-1"]
-
-
-class At(Callback):
-    """Calls a function before the given training step, and keeps its result."""
-
-    def __init__(self, step: int, do: Callable[[Any], Any]) -> None:
-        self.step, self.do, self.result = step, do, None
-
-    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
-        if trainer.global_step + 1 == self.step:
-            self.result = self.do(trainer)
+__all__ = ["SCENARIOS", "main"]
 
 
 class Preempted(Callback):
@@ -53,65 +46,6 @@ class Preempted(Callback):
         from nemo.utils.callbacks.preemption import PreemptionCallback
 
         trainer.callbacks.append(PreemptionCallback(trainer.checkpoint_callback))
-
-
-def run(name: str, *arguments: str, callbacks: tuple[Callback, ...] = ()) -> dict[str, Any]:
-    """Runs `tied-lora finetune` in this process, with the test's callbacks."""
-    from nemo_tied_lora.nemo import training_runs
-    from nemo_tied_lora.nemo.checkpoint_strategy import TiedLoraTrainerBuilder
-    from nemo_tied_lora.planning.composing.compose import compose_config
-    from tests.harness.command_runs import finetune_arguments
-
-    class Builder(TiedLoraTrainerBuilder):
-        def _callbacks(self, ours: Any) -> Any:
-            return [*super()._callbacks(ours), *callbacks]
-
-    training_runs.TiedLoraTrainerBuilder = Builder  # type: ignore[misc]
-    return training_runs.finetune(compose_config("finetune", [*finetune_arguments(name), *COMMON, *arguments]))
-
-
-def stopped(name: str, *arguments: str, step: int = 3) -> None:
-    """Runs until that step, and ends there without any clean-up, like a power cut."""
-
-    class PowerCut(BaseException):
-        pass
-
-    def cut(_: Any) -> None:
-        raise PowerCut
-
-    with contextlib.suppress(PowerCut):
-        run(name, *arguments, callbacks=(At(step, cut),))
-
-
-def state(path: Path) -> dict[str, torch.Tensor]:
-    from nemo_tied_lora.checkpoint.read_nemo_adapter import read_adapter
-
-    return read_adapter(path).state
-
-
-def checkpoint(name: str, step: int) -> Path:
-    found = [p for p in Path(name, "checkpoints").glob(f"*-step={step}-*") if not p.name.endswith("-last")]
-    assert len(found) == 1, found
-    return found[0]
-
-
-def adapter_in(folder: Path) -> dict[str, torch.Tensor]:
-    return tensors_in(folder, "adapter/")
-
-
-def tensors_in(folder: Path, prefix: str = "") -> dict[str, torch.Tensor]:
-    """Reads a folder with safetensors' own reader."""
-    files = [load_file(file) for file in sorted(folder.glob("*.safetensors"))]
-    found = {key: tensor for tensors in files for key, tensor in tensors.items()}
-    return {key.removeprefix(prefix): tensor for key, tensor in found.items() if key.startswith(prefix)}
-
-
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def nemo(name: str) -> Path:
-    return Path(name, "checkpoints", "tied_lora.nemo")
 
 
 @functools.cache
@@ -131,7 +65,7 @@ def never() -> dict[str, bool]:
 
     Its rank budget leaves open when to prune: the first run's length decides that, and the longer run keeps it.
     """
-    budget = [f"{_BUDGET}.target_rank=2.5", f"{_BUDGET}.every=1"]
+    budget = [f"{BUDGET}.target_rank=2.5", f"{BUDGET}.every=1"]
     first = run("never", *budget)
     second = run("never", *budget, "exp_manager.resume_if_exists=false")
     again = run("never", *budget, "trainer.max_steps=6")
@@ -387,17 +321,6 @@ def refused() -> dict[str, bool]:
         "base": f"num_layers: 5 {saved}, 4 in this run" in base and f": '0123' {saved}" in base,
         "allowed": [step["step"] for step in result["steps"]] == [1, 2, 3, 4, 5],
     }
-
-
-def refusal(name: str, *changes: str) -> str:
-    """Returns the message of the refusal, or "nothing"."""
-    from nemo_tied_lora.errors import ConfigError
-
-    try:
-        run(name, *changes)
-    except ConfigError as error:
-        return str(error)
-    return "nothing"
 
 
 SCENARIOS: dict[str, Callable[[], dict[str, bool]]] = {

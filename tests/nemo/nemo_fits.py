@@ -19,6 +19,7 @@ import torch
 
 from tests.harness.ranks import run_ranks
 from tests.harness.switched_off import switched_off
+from tests.nemo.training_state import bits_of, everything, flip_a_bit
 
 __all__ = ["LOOPS", "MULTIPLIERS", "UNGUARDED", "UNSUMMED", "Fit", "FitRecord", "fit_records", "make_data", "run_fits"]
 
@@ -324,7 +325,7 @@ def _run(fit: Fit, name: str, record: FitRecord) -> None:
         record.masks = {name: mask.tolist() for name, mask in adapter.pruning.masks().items()}
         record.observed = adapter.pruning.done
     record.local_bits = {
-        f"{index} {key}": _bits(parameter)
+        f"{index} {key}": bits_of(parameter)
         for index, chunk in enumerate(adapter.chunks)
         for key, parameter in chunk.factors.named_parameters()
     }
@@ -340,7 +341,7 @@ def _watcher(fit: Fit, record: FitRecord) -> Any:
 
     class Watcher(Callback):
         def on_train_batch_start(self, trainer: Any, module: Any, *_: Any) -> None:
-            self.before = _everything(trainer, module)
+            self.before = everything(trainer, module)
 
         def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
             metrics = {n: float(trainer.callback_metrics[n]) for n in _RECORDED if n in trainer.callback_metrics}
@@ -348,9 +349,9 @@ def _watcher(fit: Fit, record: FitRecord) -> Any:
             record.steps.append({**metrics, "skipped": skipped})
             if trainer.global_step == 1:
                 record.first_step = _whole(module.tied_lora)
-            record.untouched.append(_everything(trainer, module) == self.before)
+            record.untouched.append(everything(trainer, module) == self.before)
             if fit.drift is not None and fit.drift[:2] == (trainer.global_step, torch.distributed.get_rank()):
-                _flip(module.tied_lora, fit.drift[2])
+                flip_a_bit(module.tied_lora, fit.drift[2])
             if fit.checkpoint_at == trainer.global_step:
                 trainer.save_checkpoint("checkpoint")
 
@@ -358,35 +359,6 @@ def _watcher(fit: Fit, record: FitRecord) -> Any:
 
 
 _RECORDED = ("reduced_train_loss", "grad_norm")
-
-
-def _everything(trainer: Any, module: Any) -> list[Any]:
-    """Parameters, moments, step counts and learning rate, as bytes and numbers."""
-    optimizer = trainer.optimizers[0]
-    inner = getattr(optimizer, "mcore_optimizer", getattr(optimizer, "optimizer", optimizer))
-    inner = getattr(inner, "chained_optimizers", [inner])
-    states = [value for each in inner for _, values in _states(each) for value in values]
-    lr = [group["lr"] for group in optimizer.param_groups]
-    return [_bits(p) for p in module.tied_lora.parameters()] + states + lr
-
-
-def _states(optimizer: Any) -> Iterator[tuple[int, list[Any]]]:
-    optimizer = getattr(optimizer, "optimizer", optimizer)
-    groups = [] if optimizer is None else optimizer.param_groups
-    for index, parameter in enumerate(p for group in groups for p in group["params"]):
-        state = optimizer.state.get(parameter, {})
-        yield index, [_bits(v) if isinstance(v, torch.Tensor) else v for _, v in sorted(state.items())]
-
-
-def _bits(tensor: torch.Tensor) -> bytes:
-    return tensor.detach().clone().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def _flip(adapter: Any, name: str) -> None:
-    for chunk in adapter.chunks:
-        parameter = dict(chunk.factors.named_parameters()).get(name)
-        if parameter is not None:
-            parameter.data.view(torch.uint8).view(-1)[0] ^= 1
 
 
 def _planted(cls: type, fit: Fit) -> Callable[..., Any]:

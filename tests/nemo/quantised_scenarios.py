@@ -15,7 +15,7 @@ import torch
 
 from tests.harness.command_runs import PRETRAIN
 from tests.nemo import checkpoint_scenarios
-from tests.nemo.checkpoint_scenarios import refusal, run, same, state, stopped
+from tests.nemo.checkpoint_runs import refusal, run, same, state, stopped
 
 __all__ = ["NF4", "ON_WIDE", "SCENARIOS", "main"]
 

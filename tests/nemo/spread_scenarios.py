@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tests.nemo import checkpoint_scenarios
-from tests.nemo.checkpoint_scenarios import SHARDED, At, checkpoint, run, state, tensors_in
+from tests.nemo.checkpoint_runs import SHARDED, At, checkpoint, run, state, tensors_in
 
 __all__ = ["main", "spread"]
 

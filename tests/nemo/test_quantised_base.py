@@ -14,7 +14,7 @@ from nemo_tied_lora.checkpoint.read_nemo_adapter import read_adapter
 from tests.harness.command_runs import TIMEOUT, finetune, user_environment
 from tests.harness.forks import fork_module, run_forked
 from tests.nemo import quantised_scenarios
-from tests.nemo.checkpoint_scenarios import COMMON
+from tests.nemo.checkpoint_runs import COMMON
 from tests.nemo.quantised_scenarios import NF4, ON_WIDE
 
 

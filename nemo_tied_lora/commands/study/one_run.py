@@ -19,9 +19,9 @@ from nemo_tied_lora.commands.study.task_files import TaskFiles
 from nemo_tied_lora.errors import ConfigError
 from nemo_tied_lora.files import write_atomically, write_json
 from nemo_tied_lora.planning.nemo_model_config import nemo_config
+from nemo_tied_lora.planning.versions import installed_version
 from nemo_tied_lora.resilience.rank import STOPPED
 from nemo_tied_lora.tasks.training_order import file_lines, training_items
-from nemo_tied_lora.versions import installed_version
 
 __all__ = ["evaluate_arguments", "finetune_arguments", "folder_of", "run_cell"]
 

@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from nemo_tied_lora.commands.study.comparison import Difference, Scores, TaskSummary, summarise
 from nemo_tied_lora.commands.study.listing import done_rows, totals
+from nemo_tied_lora.commands.study.paragraphs import interval_text, paragraph, rounded
 from nemo_tied_lora.commands.study.picture import draw
 from nemo_tied_lora.commands.study.plan import BASE, Study
 from nemo_tied_lora.commands.study.rates import choose_rate, headroom
@@ -19,7 +19,6 @@ from nemo_tied_lora.commands.study.rules import beyond_rule, headroom_rule, rate
 from nemo_tied_lora.commands.study.schedule import schedule
 from nemo_tied_lora.files import write_atomically, write_json
 from nemo_tied_lora.tables import markdown_table
-from nemo_tied_lora.tasks.intervals import Interval
 from nemo_tied_lora.tasks.metrics import METRICS
 
 __all__ = ["page_text", "page_values", "write_page"]
@@ -54,7 +53,7 @@ def page_values(study: Study, summaries: Sequence[TaskSummary], results: Results
         for task in study.tasks
     }
     done, total = totals(schedule(study, losses), results)
-    return _rounded(
+    return rounded(
         {
             "name": study.name,
             "base": study.base.name,
@@ -89,16 +88,16 @@ def page_text(
     state = "" if done == total else f" **{done} of {total} runs are done; [the rest is missing](#what-is-missing).**"
     parts = [
         f"# {study.title}",
-        *(_paragraph(text) for text in study.about[:-1]),
-        _paragraph((study.about[-1:] or ("",))[0] + state),
+        *(paragraph(text) for text in study.about[:-1]),
+        paragraph((study.about[-1:] or ("",))[0] + state),
     ]
     parts += ["## The verdict", *_verdicts(study, summaries)]
     parts += [f"![quality against trained parameters]({picture})"]
-    parts += [_paragraph(text) for text in _reading(study)]
+    parts += [paragraph(text) for text in _reading(study)]
     parts += ["## Each family", *(text for summary in summaries for text in _family(study, summary))]
     parts += ["## Learning rates", *_rates(study, results)]
     parts += ["## What is missing", *_missing(study, done, total, markdown_table(done_rows(study, plan, results)))]
-    parts += ["## Limits", *(_item(text) for text in study.limits)] if study.limits else []
+    parts += ["## Limits", *(paragraph(f"- {text}") for text in study.limits)] if study.limits else []
     own = [found for cell in plan.cells if (found := results.of(cell)) is not None]
     parts += ["## How it was made", *_made(study, own, numbers, command)]
     return "\n\n".join(part for part in _joined_items(parts) if part) + "\n"
@@ -112,7 +111,7 @@ def _verdicts(study: Study, summaries: Sequence[TaskSummary]) -> Iterator[str]:
         if method in known and other in known:
             yield _comparison_table(study, summaries, method, other)
     if claim.rival is not None:
-        yield _paragraph(
+        yield paragraph(
             f"{study.title_of(claim.candidate)} against {study.title_of(claim.rival)}, the rival with about as few parameters:"
         )
         yield _comparison_table(study, summaries, claim.candidate, claim.rival)
@@ -121,7 +120,7 @@ def _verdicts(study: Study, summaries: Sequence[TaskSummary]) -> Iterator[str]:
 def _comparison_table(study: Study, summaries: Sequence[TaskSummary], first: str, second: str) -> str:
     found = [(s, d) for s in summaries for d in s.differences if (d.method, d.other) == (first, second)]
     if not any(d.seeds for _, d in found):
-        return _paragraph(f"{study.title_of(first)} against {study.title_of(second)}: no results yet.")
+        return paragraph(f"{study.title_of(first)} against {study.title_of(second)}: no results yet.")
     titles = [f"{study.title_of(name)} ({_trained(found, name)})" for name in (second, first)]
     head = ["family", "metric", BASE, *titles]
     rows = [[*head, "difference, 95%", "margin", "verdict"]]
@@ -132,7 +131,7 @@ def _comparison_table(study: Study, summaries: Sequence[TaskSummary], first: str
                 summary.task.family,
                 METRICS[summary.task.primary].title,
                 *(_value(one) for one in scores),
-                _interval(difference.primary, signed=True),
+                interval_text(difference.primary, signed=True),
                 "" if difference.margin is None else f"±{difference.margin:.1f}",
                 _verdict(difference),
             ]
@@ -194,7 +193,7 @@ def _family(study: Study, summary: TaskSummary) -> Iterator[str]:
                 share,
                 "" if scores.rate is None else f"{scores.rate:g}",
                 "" if scores.method in study.bases else _seeds(scores),
-                _interval(scores.primary),
+                interval_text(scores.primary),
                 ", ".join(f"{value:.1f}" for value in scores.each) if scores.method not in study.bases else "",
                 *(f"{scores.groups[name]:.1f}" if name in scores.groups else "" for name in groups),
                 *(f"{scores.others[name]:.1f}" if name in scores.others else "" for name in task.also),
@@ -209,9 +208,9 @@ def _differences(study: Study, summary: TaskSummary) -> Iterator[str]:
     rows = [["comparison", f"{METRICS[summary.task.primary].title}, 95%", "verdict", "answer loss, 95%"]]
     for one in summary.differences:
         if one.seeds:
-            loss = _interval(one.loss, signed=True, digits=3)
+            loss = interval_text(one.loss, signed=True, digits=3)
             names = f"{study.title_of(one.method)} minus {study.title_of(one.other)}"
-            rows.append([names, _interval(one.primary, signed=True), _verdict(one), loss])
+            rows.append([names, interval_text(one.primary, signed=True), _verdict(one), loss])
     if len(rows) > 1:
         yield markdown_table(rows)
 
@@ -225,9 +224,9 @@ def _rates(study: Study, results: Results) -> Iterator[str]:
     losses = results.losses()
     swept = [method for method in study.methods if len(method.rates) > 1]
     if not swept:
-        yield _paragraph("The study's YAML fixes them; there is no sweep.")
+        yield paragraph("The study's YAML fixes them; there is no sweep.")
         return
-    yield _paragraph(rate_rule(study))
+    yield paragraph(rate_rule(study))
     rows = [["task", "method", "rate", "answer loss on validation data at each rate"]]
     for task in study.tasks:
         for method in swept:
@@ -241,7 +240,7 @@ def _rates(study: Study, results: Results) -> Iterator[str]:
         yield markdown_table(rows)
     if rule := headroom_rule(study):
         gains = ", ".join(f"{name} {gain:.2f}" for name, gain in headroom(study, losses).items() if gain is not None)
-        yield _paragraph(rule + (f" In nats per token: {gains}." if gains else ""))
+        yield paragraph(rule + (f" In nats per token: {gains}." if gains else ""))
 
 
 def _at_rate(rate: float, loss: float) -> str:
@@ -250,15 +249,15 @@ def _at_rate(rate: float, loss: float) -> str:
 
 def _missing(study: Study, done: int, total: int, table: str) -> Iterator[str]:
     if done == total:
-        yield _paragraph(f"Nothing: all {total} runs are done.")
+        yield paragraph(f"Nothing: all {total} runs are done.")
     else:
-        yield _paragraph(f"{done} of {total} runs are done. The table shows how many of each.")
+        yield paragraph(f"{done} of {total} runs are done. The table shows how many of each.")
     yield table
 
 
 def _made(study: Study, results: Sequence[Result], numbers: str, command: str) -> Iterator[str]:
     training = study.training
-    yield _paragraph(
+    yield paragraph(
         f"Base: {study.base.name}. Each run is `tied-lora finetune` on NeMo, in {training.precision} with the adapter in "
         f"float32: {training.batch} items a step, {training.warmup_steps} steps of warm-up, then a cosine schedule, weight "
         f"decay {training.weight_decay:g}. Then `tied-lora evaluate` measures it on test data, greedily."
@@ -281,12 +280,12 @@ def _made(study: Study, results: Sequence[Result], numbers: str, command: str) -
             ]
         )
     yield markdown_table(rows)
-    yield _paragraph(
+    yield paragraph(
         "Longer training items are left out for all methods alike. The last column shows the beginning of the data's checksums."
     )
     if versions := _versions(results):
-        yield _paragraph(f"Versions: {versions}. Time of all runs together: {_hours(results)} hours on one core each.")
-    yield _paragraph(
+        yield paragraph(f"Versions: {versions}. Time of all runs together: {_hours(results)} hours on one core each.")
+    yield paragraph(
         f"The numbers are in [{numbers}]({numbers}), the results of each run in `{study.results}`. This page is written from "
         f"them alone by `{command}`."
     )
@@ -306,32 +305,6 @@ def _hours(results: Sequence[Result]) -> str:
 
 def _value(scores: Scores) -> str:
     return "" if scores.primary is None else f"{scores.primary.value:.1f}"
-
-
-def _interval(found: Interval | None, *, signed: bool = False, digits: int = 1) -> str:
-    if found is None:
-        return ""
-    sign = "+" if signed else ""
-    value, low, high = (f"{number:{sign}.{digits}f}" for number in (found.value, found.low, found.high))
-    return f"{value} [{low}, {high}]"
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if abs(value) != float("inf") else None
-    if isinstance(value, Mapping):
-        return {str(key): _rounded(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_rounded(one) for one in value]
-    return value
-
-
-def _paragraph(text: str) -> str:
-    return textwrap.fill(text, 119, break_long_words=False, break_on_hyphens=False)
-
-
-def _item(text: str) -> str:
-    return textwrap.fill(f"- {text}", 119, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def _joined_items(parts: Sequence[str]) -> Iterator[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_tied_lora.versions import git, installed_version
+from nemo_tied_lora.planning.versions import git, installed_version
 
 
 def test_the_version_of_a_package_that_is_installed() -> None:
