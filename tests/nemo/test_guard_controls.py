@@ -95,7 +95,7 @@ CONTROLS = {
     ),
     "SLURM's tasks and nodes": (
         "nemo_tied_lora.planning.layout_fits_cluster:launcher_problems()",
-        "planning/test_layout_fits_cluster.py::test_ranks_that_slurm_did_not_start_are_named",
+        "planning/test_ranks_under_slurm.py::test_ranks_that_slurm_did_not_start_are_named",
         "assert 0 == 1",
     ),
     "settings of the guards": (
