@@ -154,9 +154,10 @@ def test_setup_bridge_without_python_3_12_says_how_to_name_one(tmp_path: Path) -
     assert not (tmp_path / "bridge").exists()
 
 
-def test_ci_runs_make_test() -> None:
+def test_ci_runs_make_test_and_then_test_bridge() -> None:
     lines = (ROOT / ".ci" / "run").read_text().splitlines()
-    assert lines[-1] == "make test"
+    assert lines[-2] == "make test"
+    assert lines[-1].startswith("make test-bridge")
     assert any(line.startswith("export CI=true") for line in lines), "without it a missing SLURM is a skip"
 
 
