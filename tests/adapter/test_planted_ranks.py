@@ -32,7 +32,8 @@ def planted(seed: int, *, returns: bool = True) -> tuple[int, float, int]:
     truth = torch.zeros(LAYERS, WIDTH, WIDTH)
     for layer, rank in enumerate(ranks.tolist()):
         used, sizes = torch.randperm(8, generator=generator)[:rank], torch.rand(rank, generator=generator) + 0.7
-        truth[layer] = (true_B[:, used] * sizes) @ true_A[:, used].t()
+        signs = torch.randint(0, 2, (rank,), generator=generator) * 2 - 1
+        truth[layer] = (true_B[:, used] * sizes * signs) @ true_A[:, used].t()
     shapes = {"linear_qkv": LinearShape("column", WIDTH, WIDTH, 1, tuple(range(LAYERS)))}
     config = TiedLoraConfig(
         rank=12,
@@ -71,9 +72,9 @@ def planted(seed: int, *, returns: bool = True) -> tuple[int, float, int]:
     return int((masks.sum(1) - ranks).abs().sum()), float(error.detach()), int(masks.any(0).sum())
 
 
-@pytest.mark.parametrize("seed", [0, 2])
+@pytest.mark.parametrize("seed", [0, 1, 2])
 def test_planted_ranks_are_found_again(seed: int) -> None:
-    """Five of the seeds 0 to 6 find them all; the other two miss two ranks in all. These two are among the five."""
+    """46 of the seeds 0 to 59 find them all. The others end with 2 to 6 wrong ranks in all."""
     single_process()
     wrong, error, directions = planted(seed)
     assert wrong == 0
