@@ -16,7 +16,7 @@ from nemo_tied_lora.planning.adapter_cost import Precision, check_numbers, plan,
 from nemo_tied_lora.planning.architecture import Architecture
 from nemo_tied_lora.planning.base_config import adapter_section
 from nemo_tied_lora.planning.gpu_memory import Activations, stage_memory
-from nemo_tied_lora.planning.parallel_layout import Layout, check
+from nemo_tied_lora.planning.parallel_layout import Layout, check, fsdp_problems
 from nemo_tied_lora.planning.settings.base_quantization import (
     BaseQuantization,
     quantization_lines,
@@ -84,6 +84,7 @@ def plan_of(cfg: Mapping[str, Any]) -> dict[str, Any]:
     numbers = problems.attempt(check_numbers, cfg.get("adapters"))
     if arch is not None and layout is not None:
         problems += check(arch, layout, config)
+    problems += fsdp_problems(model)
     setting = model.get("base_quantization")
     problems += quantization_problems(setting, model, arch, layout, here=False)
     problems.raise_if_any()

@@ -17,11 +17,15 @@ from nemo_tied_lora.errors import ConfigError
 from nemo_tied_lora.planning.foreign_models import not_a_nemo
 from nemo_tied_lora.planning.nemo_archive import NemoFiles, read_members
 
-__all__ = ["adapter_kind", "adapter_problems", "nemo_config", "recorded_precision"]
+__all__ = ["adapter_kind", "adapter_problems", "nemo_config", "recorded_config", "recorded_precision"]
 
 _CONFIG, _MAX_CONFIG_BYTES = "model_config.yaml", 4 << 20
 _TIED_STATE, _WEIGHTS = "adapter.safetensors", "model_weights.ckpt"
 _HEAD_BYTES = 1 << 20
+_NO_SECTION = (
+    f"its {_CONFIG} has no peft.tied_lora, which says what the adapter is; name the file as tied-lora finetune wrote it, or "
+    "write it again: tied-lora convert-checkpoint"
+)
 
 
 def nemo_config(path: Path, key: str) -> tuple[dict[str, Any], NemoFiles]:
@@ -88,17 +92,19 @@ def adapter_problems(path: object, key: str) -> list[str]:
     if _TIED_STATE not in files.sizes:
         remedy = f"tied-lora import from=lora path={path} makes a tied one of it"
         return [f"{key}={path}: is {kind}, not a Tied-LoRA adapter; {remedy}"]
-    return []
+    return [f"{key}={path}: {_NO_SECTION}"] if _section(config) is None else []
 
 
 def recorded_config(path: str | os.PathLike) -> TiedLoraConfig:
     """The configuration that a Tied-LoRA adapter's `.nemo` records.
 
     Raises:
-        ConfigError: the file cannot be read.
+        ConfigError: the file cannot be read, or records none.
     """
-    peft = nemo_config(Path(path), "adapter")[0].get("peft")
-    return TiedLoraConfig.from_mapping(peft["tied_lora"] if isinstance(peft, Mapping) else {})
+    section = _section(nemo_config(Path(path), "adapter")[0])
+    if section is None:
+        raise ConfigError([f"adapter={path}: {_NO_SECTION}"])
+    return TiedLoraConfig.from_mapping(section)
 
 
 def recorded_precision(path: str | os.PathLike) -> str | None:
@@ -109,6 +115,13 @@ def recorded_precision(path: str | os.PathLike) -> str | None:
     """
     precision = nemo_config(Path(path), "adapter")[0].get("base_precision")
     return precision if isinstance(precision, str) else None
+
+
+def _section(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The adapter's configuration in its file's; None if it is missing."""
+    peft = config.get("peft")
+    section = peft.get("tied_lora") if isinstance(peft, Mapping) else None
+    return section if isinstance(section, Mapping) else None
 
 
 def _content(path: Path) -> bytes:

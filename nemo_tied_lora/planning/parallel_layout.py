@@ -18,7 +18,7 @@ from nemo_tied_lora.config import TiedLoraConfig
 from nemo_tied_lora.errors import Problems
 from nemo_tied_lora.planning.architecture import Architecture, divisors, selected_linears
 
-__all__ = ["Architecture", "Layout", "check", "check_ranks", "selected_linears", "stage_layers"]
+__all__ = ["Architecture", "Layout", "check", "check_ranks", "fsdp_problems", "selected_linears", "stage_layers"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +148,15 @@ _UNEQUAL_STAGES = (
     "num_layers_in_last_pipeline_stage",
     "pipeline_model_parallel_layout",
 )
+
+
+def fsdp_problems(model: Mapping[str, Any]) -> Iterator[str]:
+    """Yields one line if the section `model` asks for FSDP, by itself or in a layout's YAML."""
+    if model.get("fsdp"):
+        yield (
+            f"model.fsdp={str(model['fsdp']).lower()}: not possible; FSDP would shard what all layers share; use tensor or "
+            "pipeline parallel"
+        )
 
 
 def _world_problems(layout: Layout) -> Iterator[str]:

@@ -21,7 +21,7 @@ from nemo_tied_lora.planning.data.data_checks import batch_problems, data_proble
 from nemo_tied_lora.planning.data.data_files import unreadable
 from nemo_tied_lora.planning.data.prompt_template import template_problems
 from nemo_tied_lora.planning.nemo_model_config import adapter_problems, recorded_config, recorded_precision
-from nemo_tied_lora.planning.parallel_layout import Layout, check, check_ranks
+from nemo_tied_lora.planning.parallel_layout import Layout, check, check_ranks, fsdp_problems
 from nemo_tied_lora.planning.settings.base_quantization import (
     continued_lines,
     quantization_lines,
@@ -70,10 +70,7 @@ def check_finetuning(cfg: Mapping[str, Any], *, runs_here: bool = True) -> list[
             "for plain LoRA: preset=lora"
         )
     problems += loop_problems(model)
-    if model.get("fsdp"):
-        problems.append(
-            "model.fsdp=true: not possible; FSDP would shard what all layers share; use tensor or pipeline parallel"
-        )
+    problems += fsdp_problems(model)
     problems += tokenizer_problems(model.get("tokenizer"))
     problems += _checkpoint_problems(cfg.get("exp_manager") or {})
     problems += _optimizer_problems(model["optim"].get("name"))

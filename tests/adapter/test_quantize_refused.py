@@ -15,6 +15,7 @@ from torch import nn
 from nemo_tied_lora import ConfigError, base_precision, inject, quantize_base
 from nemo_tied_lora.adapter.quantized import kernels
 from nemo_tied_lora.adapter.quantized import quantize_base as quantizing
+from nemo_tied_lora.planning.settings.base_quantization import BaseQuantization
 from tests.adapter.test_inject import logits, randomise
 from tests.adapter.test_quantize_base import CONFIG, MIXTURE, model
 from tests.harness.dequantized import quantized_weights
@@ -63,7 +64,7 @@ REFUSED: dict[str, tuple[Callable[[Any], None], str]] = {
     ),
     "grouped experts": (
         grouped,
-        "moe_grouped_gemm=True: layer 1 mlp.experts: a Module multiplies all experts at once, .* with moe_grouped_gemm=False",
+        "layer 1 mlp.experts: moe_grouped_gemm=True: a Module multiplies all experts at once, .* with moe_grouped_gemm=False",
     ),
     "a shared weight": (
         same_memory,
@@ -109,7 +110,9 @@ def test_a_model_in_a_wrapper_that_sums_or_shards_is_refused() -> None:
     refused(torch.compile(gpt), "torch.compile: the model is compiled")
     wrapped = DistributedDataParallel(gpt.config, DistributedDataParallelConfig(), gpt)
     refused(wrapped, "is wrapped in DistributedDataParallel already; quantise first, then inject, then wrap it")
-    refused(gpt, "layer 0 self_attention.linear_.*: its weight has a gradient")  # DDP's main_grad
+    refused(
+        gpt, "layer 0 self_attention.linear_.* and 7 others: its weight has a gradient", number=1
+    )  # DDP's main_grad
 
 
 @pytest.mark.parametrize(
@@ -117,19 +120,68 @@ def test_a_model_in_a_wrapper_that_sums_or_shards_is_refused() -> None:
     [
         ({"kind": "fp4"}, "^kind='fp4': unknown; choose one of nf4, int8$"),
         ({"block_size": 48}, "^block_size=48: unknown; choose one of 32, 64, 128"),
-        ({"double": 3}, "^double=3: must be true or false$"),
-        ({"kind": "int8", "double": True}, "^double=True with kind='int8': only nf4 has it; leave it out$"),
+        ({"double": 1}, "^double=1: must be true or false$"),
         ({"statistics": "float16"}, "^statistics='float16': unknown; choose one of bfloat16, float32$"),
-        ({"statistics": "float32", "double": True}, "double quantises the statistics; choose one of them$"),
+        (
+            {"statistics": "float32", "double": True},
+            "^statistics=float32: double=true quantises the statistics; leave",
+        ),
+        (
+            {"device": "xyz"},
+            "^device='xyz': torch has no such device; write 'cpu', 'cuda' or 'cuda:1', or leave it out",
+        ),
+        (
+            {"device": "cuda:99"},
+            r"^device='cuda:99': torch cannot use it on this machine \(.+\); leave it out, and the codes",
+        ),
+        ({"device": "meta"}, "^device='meta': it holds no numbers, so no codes either; leave it out"),
         (
             {"block_size": 128},
             r"^linear_proj: its 64 in-features on a rank \(tensor_model_parallel_size=1\) are not a multiple of "
-            "block_size=128, so a block would cross rows or ranks; choose another block_size or tensor_model_parallel_size",
+            "block_size=128, so a block would cross rows or ranks; use block_size=32 or 64, or kind='int8'$",
         ),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options: dict[str, Any], message: str) -> None:
     refused(model(), message, **options)
+
+
+@pytest.mark.parametrize("options", [{"block_size": 128}, {"statistics": "float32"}, {"double": True}])
+def test_int8_has_no_options_of_nf4_in_the_librarys_words_and_in_the_keys(options: dict[str, Any]) -> None:
+    [(name, value)] = options.items()
+    line = f"{name}={value}: only nf4 has it; leave it out, or choose kind nf4"
+    refused(model(), f"^{line}$", kind="int8", **options)
+    with pytest.raises(ConfigError, match=rf"^model\.base_quantization\.{line}$"):
+        BaseQuantization.from_setting({"kind": "int8", **options})
+
+
+def test_options_and_device_are_reported_together() -> None:
+    with pytest.raises(ConfigError) as error:
+        quantize_base(model(), "int8", block_size=128, device="xyz")
+    assert [problem.split("=")[0] for problem in error.value.problems] == ["block_size", "device"]
+
+
+def test_loading_weights_over_codes_is_refused_in_one_line_and_loads_nothing() -> None:
+    gpt, other = model(), model()
+    for parameter in other.parameters():
+        parameter.data += 1
+    weights = other.state_dict()
+    quantize_base(gpt)
+    embedding = gpt.embedding.word_embeddings.weight.clone()
+    with pytest.raises(RuntimeError) as error:
+        gpt.load_state_dict(weights)
+    assert str(error.value).count("\n") == 0
+    assert (
+        "load_state_dict: 8 of these weights are codes in this model, which cannot be written over (the first is"
+        in str(error.value)
+    )
+    assert "decoder.layers.0.self_attention.linear_" in str(error.value)
+    assert torch.equal(gpt.embedding.word_embeddings.weight, embedding)
+    with pytest.raises(RuntimeError, match="8 of these weights are codes"):
+        nn.Sequential(gpt).load_state_dict({f"0.{name}": weight for name, weight in weights.items()})
+    name = "embedding.word_embeddings.weight"
+    gpt.load_state_dict({name: weights[name]}, strict=False)
+    assert torch.equal(gpt.embedding.word_embeddings.weight, weights[name])
 
 
 def test_several_problems_are_reported_together() -> None:
@@ -267,10 +319,12 @@ def test_what_is_wrong_on_one_rank_raises_on_both_and_changes_neither() -> None:
     )
     nan = "ConfigError: layer 0 mlp.linear_fc2: its weight holds NaN or infinity; repair the base's file"
     options = "ConfigError: quantize_base: rank 1 has other options than rank 0; pass the same ones on all ranks"
+    fits = "so a block would cross rows or ranks; use block_size=32 or 64, or tensor_model_parallel_size=1, or kind='int8'"
     adapter = "RuntimeError: model: it has an adapter; call quantize_base before inject, or adapter.remove() first"
     for rank in (first, second):
         assert all(unchanged for text, unchanged in (rank[name] for name in ("blocks", "NaN", "options", "adapter")))
         assert rank["blocks"][0].startswith(blocks)
+        assert rank["blocks"][0].endswith(fits)
         assert (rank["NaN"][0], rank["options"][0]) == (nan, options)
         assert rank["none"] == ("nothing", False)
     assert second["adapter"][0] == adapter
@@ -287,11 +341,15 @@ def test_what_is_wrong_on_one_rank_raises_on_both_and_changes_neither() -> None:
     assert (first["stages"], second["stages"]) == (("nf4/64", "nf4/64", 8), ("nf4/64", "nf4/64", 0))
 
 
-def refused(gpt: nn.Module, message: str, **options: Any) -> None:
-    """Checks that `quantize_base` raises a ConfigError with a problem that matches, and changes no parameter."""
+def refused(gpt: nn.Module, message: str, number: int | None = None, **options: Any) -> None:
+    """Checks that `quantize_base` raises a ConfigError with a problem that matches, and changes no parameter.
+
+    number: of all problems; None: any.
+    """
     before = dict(gpt.named_parameters())
     with pytest.raises(ConfigError) as error:
         quantize_base(gpt, **options)
     assert [problem for problem in error.value.problems if re.search(message, problem)], error.value.problems
+    assert number in (None, len(error.value.problems)), error.value.problems
     assert all(parameter is before[name] for name, parameter in gpt.named_parameters())
     assert base_precision(gpt) == "bfloat16"

@@ -14,6 +14,8 @@ from nemo_tied_lora.commands.main import main
 from nemo_tied_lora.errors import ConfigError
 from nemo_tied_lora.planning.architecture import Architecture
 from nemo_tied_lora.planning.composing.compose import compose_config, plain
+from nemo_tied_lora.planning.composing.yaml_sources import YamlSources
+from nemo_tied_lora.planning.nemo_model_config import adapter_problems, recorded_config
 from nemo_tied_lora.planning.parallel_layout import Layout
 from nemo_tied_lora.planning.preflight import check_evaluation, check_finetuning, check_generation
 from nemo_tied_lora.planning.quantised_memory import quantised_bytes
@@ -82,6 +84,8 @@ def test_no_quantization_is_read_of_other_precisions(precision: str | None) -> N
             {"kind": "int8", "double": True, "block_size": 128},
             [f"{KEY}.block_size=128: only nf4", f"{KEY}.double=True"],
         ),
+        ({"kind": "nf4", "double": 1}, [f"{KEY}.double=1: must be true or false"]),
+        ({"kind": "nf4", "block_size": 64.0}, [f"{KEY}.block_size=64.0: unknown; choose one of 32, 64"]),
     ],
 )
 def test_a_wrong_setting_is_refused_with_all_its_problems(setting: object, expected: list[str]) -> None:
@@ -189,6 +193,19 @@ def test_finetune_reads_the_precision_of_the_adapter_that_it_continues(tmp_path:
     assert {setting: len(lines) for setting, lines in said.items()} == {"null": 1, "int8": 0, "nf4": 1}
 
 
+@pytest.mark.parametrize(
+    "config", [b"base_precision: nf4/64\n", b"peft: {peft_scheme: tied_lora}\n", b"peft: {tied_lora: 4}\n"]
+)
+def test_an_adapters_file_without_its_configuration_is_refused_by_name(config: bytes, tmp_path: Path) -> None:
+    adapter = write_tar(tmp_path / "adapter.nemo", {CONFIG: config, STATE: b"-"})
+    [line] = adapter_problems(adapter, "model.peft.restore_from_path")
+    assert line.startswith(f"model.peft.restore_from_path={adapter}: its model_config.yaml has no peft.tied_lora")
+    with pytest.raises(
+        ConfigError, match=r"adapter\.nemo: its model_config\.yaml has no peft\.tied_lora, .*; name the file"
+    ):
+        recorded_config(adapter)
+
+
 @pytest.mark.parametrize("command", ["finetune", "generate", "evaluate"])
 def test_each_command_reports_it_beside_its_other_problems(command: str, tmp_path: Path) -> None:
     base = write_base(tmp_path / "base.nemo", **SIZES, transformer_engine=True)
@@ -206,9 +223,47 @@ def test_each_command_reports_it_beside_its_other_problems(command: str, tmp_pat
         assert text.count(part) == 1, text
 
 
-def test_pretrain_has_no_such_key() -> None:
-    with pytest.raises(ConfigError, match="base_quantization"):
-        compose_config("pretrain", [f"{KEY}=nf4"])
+@pytest.mark.parametrize(
+    ("command", "reason"),
+    [
+        ("merge", "works on the base's file, which is not quantised; leave it out: the check measures"),
+        ("export", "an adapter's file records what its base was held in, and export reads no more; leave it out"),
+        ("show", "an adapter's file records what its base was held in, and show prints it; leave it out"),
+        ("pretrain", "pretrain trains all weights, and a quantised weight is frozen; leave it out"),
+        ("compare", "it belongs to a method of the study; write methods.NAME.base_quantization=nf4"),
+        ("quickstart", f"a key of finetune; write \"overrides=['{KEY}=nf4']\""),
+        ("import", "import holds no base; leave it out, and give it to finetune, generate, evaluate or plan"),
+    ],
+)
+@pytest.mark.parametrize("typed", [f"{KEY}=nf4", f"++{KEY}=nf4", "base_quantization=nf4"])
+def test_a_command_without_the_key_says_why(command: str, reason: str, typed: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        compose_config(command, [typed])
+    [line] = refused.value.problems
+    assert line.startswith(f"{typed}: ")
+    assert reason in line
+
+
+def test_a_method_of_a_study_takes_the_key_and_a_yaml_of_pretrain_does_not(tmp_path: Path) -> None:
+    study = compose_config("compare", ["study=tiny", "methods.tl6.base_quantization=nf4"])
+    assert study.methods.tl6.base_quantization == "nf4"
+    own = tmp_path / "own.yaml"
+    own.write_text("model: {base_quantization: {kind: nf4}}\ntrainer: {max_steps: 1}\n")
+    with pytest.raises(ConfigError, match=r"own.yaml: model.base_quantization.kind=nf4: pretrain trains all weights"):
+        compose_config("pretrain", [], YamlSources(own=own))
+
+
+@pytest.mark.parametrize("setting", ["nf4", "null"])
+def test_plan_and_finetune_refuse_fsdp_with_the_same_words(setting: str, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "layout").mkdir()
+    (tmp_path / "layout" / "sharded.yaml").write_text("# @package _global_\nmodel: {fsdp: true}\n")
+    words = ["layout=sharded", f"{KEY}={setting}"]
+    assert main(["plan", "--config-dir", str(tmp_path), "model=llama2_7b", *words]) == 2
+    [line] = [line.strip() for line in capsys.readouterr().err.splitlines() if "fsdp" in line]
+    with pytest.raises(ConfigError) as refused:
+        check_finetuning(plain(compose_config("finetune", words, YamlSources(config_dir=tmp_path))))
+    assert line in refused.value.problems
+    assert line.startswith("model.fsdp=true: not possible; FSDP would shard what all layers share")
 
 
 def planned(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:

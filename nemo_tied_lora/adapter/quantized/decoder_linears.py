@@ -67,23 +67,30 @@ def find_decoder_linears(chunk: nn.Module, body: Any) -> tuple[list[DecoderLinea
         The linears, and one line per problem: of the model, and of linears that cannot be quantised. None is skipped.
     """
     linears: list[DecoderLinear] = []
-    problems = [*_of_wrappers(chunk), *_of_config(body.config)]
+    places: dict[str, list[str]] = {}  # by reason
     for layer in body.decoder.layers:
         number = layer.layer_number - 1
         for path, module in layer.named_modules():
             place = f"layer {number} {path}"
             if path.endswith("experts") and linear_of(path) == "experts" and not hasattr(module, "local_experts"):
-                problems.append(_grouped(place, module))
+                places.setdefault(_grouped(module), []).append(place)
             name = name_at(path) if linear_of(path) in TARGETS else None
             if name is None or type(module).__name__.startswith("Identity"):
                 continue
-            problem = _of_linear(place, module)
-            if problem is None:
+            reason = _of_linear(module)
+            if reason is None:
                 kind = "column" if isinstance(module, ColumnParallelLinear) else "row"
                 linears.append(DecoderLinear(layer=number, short_name=name, module=module, kind=kind))
             else:
-                problems.append(problem)
-    return linears, [*problems, *_shared(body, linears)]
+                places.setdefault(reason, []).append(place)
+    reasons = [f"{_named(found)}: {reason}" for reason, found in places.items()]
+    return linears, [*_of_wrappers(chunk), *_of_config(body.config), *reasons, *_shared(body, linears)]
+
+
+def _named(places: Sequence[str]) -> str:
+    """The first place, and the number of others."""
+    more = len(places) - 1
+    return places[0] + (f" and {more} other{'s' if more > 1 else ''}" if more else "")
 
 
 def _of_wrappers(chunk: nn.Module) -> Iterator[str]:
@@ -113,30 +120,30 @@ def _of_config(config: Any) -> Iterator[str]:
             yield f"{key}={value!r}: a CUDA graph keeps the memory of every dequantised weight; set it to {off!r}"
 
 
-def _grouped(place: str, module: nn.Module) -> str:
+def _grouped(module: nn.Module) -> str:
     return (
-        f"moe_grouped_gemm=True: {place}: a {type(module).__name__} multiplies all experts at once, in which codes cannot be "
+        f"moe_grouped_gemm=True: a {type(module).__name__} multiplies all experts at once, in which codes cannot be "
         "dequantised one by one; build the model with moe_grouped_gemm=False"
     )
 
 
-def _of_linear(place: str, module: Any) -> str | None:
+def _of_linear(module: Any) -> str | None:
     """The reason why a linear cannot be quantised; None if it can."""
     cls = type(module).__name__
     if not isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
         owner = "Transformer Engine's " if linear_kind(module) or cls.startswith("TE") else ""
         return (
-            f"{place}: {owner}{cls} cannot hold codes; build the layers with megatron-core's ColumnParallelLinear and "
+            f"{owner}{cls} cannot hold codes; build the layers with megatron-core's ColumnParallelLinear and "
             "RowParallelLinear (Transformer Engine's attention and norms may stay)"
         )
     weight = module.weight
     if weight is None or weight.is_meta or not weight.is_floating_point():
         what = "no weight" if weight is None else f"a weight on {weight.device} of {weight.dtype}"
-        return f"{place}: has {what}; load the base's weights before quantize_base"
+        return f"has {what}; load the base's weights before quantize_base"
     if weight.grad is not None or hasattr(weight, "main_grad"):
-        return f"{place}: its weight has a gradient, and a quantised weight is frozen; quantise a base that is not trained"
+        return "its weight has a gradient, and a quantised weight is frozen; quantise a base that is not trained"
     if not _finite(weight):
-        return f"{place}: its weight holds NaN or infinity; repair the base's file"
+        return "its weight holds NaN or infinity; repair the base's file"
     return None
 
 

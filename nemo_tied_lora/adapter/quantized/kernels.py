@@ -32,21 +32,12 @@ import torch
 from nemo_tied_lora.errors import ConfigError
 
 __all__ = [
-    "BLOCK_SIZES",
-    "KINDS",
-    "STATISTICS",
     "Codes",
     "dequantize",
     "load_bitsandbytes",
     "quantize",
     "row_absmax",
 ]
-
-KINDS = ("nf4", "int8")
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-"""Of nf4: those of bitsandbytes."""
-STATISTICS = ("bfloat16", "float32")
-"""The dtypes in which nf4 can keep the absmax of its blocks."""
 
 _NESTED_BLOCK = 256
 _SLAB = 1 << 20  # elements at a time: on a CPU, each takes up to 20 bytes while it is quantised
@@ -116,7 +107,7 @@ def quantize(
 
     Args:
         weight: (out, in), finite, on the CPU or a GPU. For nf4, `in` is a multiple of `block_size`.
-        kind: one of `KINDS`.
+        kind: one of `options.KINDS`.
         block_size, double, statistics: of nf4; see the module's text.
         absmax: of int8: (out,) float32. None: that of the weight's rows. A shard of a row needs that of the whole row.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,17 +17,12 @@ from torch.nn.parallel import DistributedDataParallel
 from nemo_tied_lora.adapter.agreement import exchange, raise_together
 from nemo_tied_lora.adapter.experts import group_of, is_routed
 from nemo_tied_lora.adapter.quantized.decoder_linears import DecoderLinear, find_decoder_linears, model_bodies
-from nemo_tied_lora.adapter.quantized.kernels import (
-    BLOCK_SIZES,
-    KINDS,
-    STATISTICS,
-    dequantize,
-    quantize,
-    row_absmax,
-)
+from nemo_tied_lora.adapter.quantized.guards import device_problems, refuse_loading, width_problems
+from nemo_tied_lora.adapter.quantized.kernels import dequantize, quantize, row_absmax
+from nemo_tied_lora.adapter.quantized.options import option_problems
 from nemo_tied_lora.adapter.quantized.quantized_weight import QuantizedWeight
 from nemo_tied_lora.adapter.weight_checksums import keep_checksums
-from nemo_tied_lora.errors import ConfigError, Problems
+from nemo_tied_lora.errors import ConfigError
 from nemo_tied_lora.platform.devices import collective_device
 
 __all__ = ["QuantizedBase", "base_precision", "leave_to_ranks", "quantize_base"]
@@ -90,8 +85,8 @@ def quantize_base(
             shards decode to slightly other values than the whole weight.
         statistics: of nf4: the dtype of the absmax, "bfloat16" or "float32". For bfloat16 weights they are the same
             numbers. transformers keeps float32.
-        device: where the codes go. Each weight moves there alone, before it is quantised; so a base on the CPU needs
-            room for its codes on the GPU, not for itself. Move the rest of the model afterwards. None: the weight's.
+        device: where the codes go, as "cuda". Each weight moves there alone, before it is quantised; so a base on the CPU
+            needs room for its codes on the GPU, not for itself. Move the rest of the model afterwards. None: the weight's.
 
     Returns:
         What was done on this rank.
@@ -107,11 +102,12 @@ def quantize_base(
     found = _Findings(failed=True)
     linears: list[DecoderLinear] = []
     try:
-        _check_options(**options)
-        bodies, linears, problems = _scan(model)
-        problems += [] if kind != "nf4" else _partial_blocks(linears, block_size)
+        problems = option_problems(kind, block_size=block_size, double=double, statistics=statistics)
+        problems += device_problems(device)
+        problems.raise_if_any()
+        bodies, linears, more = _scan(model)
         _try_out(options, device or (linears[0].module.weight.device if linears else None))
-        found = _Findings(options=options, problems=problems, num_linears=len(linears))
+        found = _Findings(options=options, problems=more, widths=_widths(linears), num_linears=len(linears))
     except Exception as error:
         failure = error
     everyone = exchange(found)
@@ -125,6 +121,7 @@ def quantize_base(
     precision = next(filter(None, exchange(report.precision)))  # a stage may have no linears
     for body in bodies:
         setattr(body, _PRECISION, precision)
+        body.register_load_state_dict_pre_hook(refuse_loading)
     for chunk in {id(module): module for module in (*_chunks(model), *bodies)}.values():
         leave_to_ranks(chunk)
     return replace(report, precision=precision)
@@ -161,24 +158,10 @@ class _Findings:
 
     options: Any = None
     problems: Sequence[str] = ()
+    widths: Collection[tuple[str, int, bool]] = ()
+    """As `width_problems` takes them."""
     num_linears: int = 0
     failed: bool = False
-
-
-def _check_options(kind: object, block_size: object, double: object, statistics: object) -> None:
-    problems = Problems()
-    problems.one_of("kind", kind, KINDS)
-    problems.flag("double", double)
-    problems.one_of("statistics", statistics, STATISTICS)
-    if kind == "nf4":
-        problems.one_of("block_size", block_size, BLOCK_SIZES)
-        if double is True and statistics == "float32":
-            problems.append(
-                "statistics='float32' with double=True: double quantises the statistics; choose one of them"
-            )
-    elif double is True:
-        problems.append(f"double=True with kind={kind!r}: only nf4 has it; leave it out")
-    problems.raise_if_any()
 
 
 def _scan(model: nn.Module | Sequence[nn.Module]) -> tuple[list[Any], list[DecoderLinear], list[str]]:
@@ -198,20 +181,12 @@ def _chunks(model: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
     return [model] if isinstance(model, nn.Module) else list(model)
 
 
-def _partial_blocks(linears: Iterable[DecoderLinear], block_size: int) -> list[str]:
-    """One line per kind of linear whose in-features on this rank are not whole blocks."""
-    found: dict[str, int] = {}
-    for linear in linears:
-        columns = linear.module.weight.shape[1]
-        if columns % block_size:
-            found.setdefault(linear.group, columns)
-    tp_size = parallel_state.get_tensor_model_parallel_world_size()
-    return [
-        f"{group}: its {columns} in-features on a rank (tensor_model_parallel_size={tp_size}) are not a multiple of "
-        f"block_size={block_size}, so a block would cross rows or ranks; choose another block_size or tensor_model_parallel_"
-        "size, or kind='int8'"
-        for group, columns in found.items()
-    ]
+def _widths(linears: Iterable[DecoderLinear]) -> set[tuple[str, int, bool]]:
+    """(kind of linear, in-features on this rank, whether the tensor-parallel size divides them), each once."""
+    return {
+        (linear.group, linear.module.weight.shape[1], linear.kind == "row" and not is_routed(linear.short_name))
+        for linear in linears
+    }
 
 
 def _try_out(options: dict[str, Any], device: torch.device | str | None) -> None:
@@ -227,8 +202,13 @@ def _try_out(options: dict[str, Any], device: torch.device | str | None) -> None
 def _disagreement(everyone: Sequence[_Findings]) -> ConfigError | None:
     """The problems of all ranks, the same on each."""
     problems = sorted({problem for rank in everyone for problem in rank.problems})
+    options = everyone[0].options
+    if options["kind"] == "nf4":
+        widths = {width for rank in everyone for width in rank.widths}
+        tp_size = parallel_state.get_tensor_model_parallel_world_size()
+        problems += width_problems(widths, options["block_size"], tp_size)
     for number, rank in enumerate(everyone):
-        if rank.options != everyone[0].options:
+        if rank.options != options:
             problems.append(
                 f"quantize_base: rank {number} has other options than rank 0; pass the same ones on all ranks"
             )

@@ -32,6 +32,7 @@ from nemo_tied_lora.planning.composing.interpolations import interpolation_probl
 from nemo_tied_lora.planning.composing.nemo_keys import is_nemo_key, mistaken_key, nearest, unknown_to_nemo
 from nemo_tied_lora.planning.composing.nemo_yaml import OwnYaml, read_own_yaml
 from nemo_tied_lora.planning.composing.override_lines import Line, read_lines
+from nemo_tied_lora.planning.composing.quantisation_key import misplaced_quantisation
 from nemo_tied_lora.planning.composing.training_keys import translate_lora, translate_training
 from nemo_tied_lora.planning.composing.yaml_sources import READ_OWN_YAMLS, YamlSources
 from nemo_tied_lora.planning.config_folder import config_folder
@@ -268,6 +269,9 @@ def _may_be_deleted(key: str) -> bool:
 
 def _key_problem(key: str, name: str, cfg: DictConfig, text: str, *, adds: bool) -> str | None:
     """Returns why a key that the configuration does not have cannot be set, or None if it can."""
+    misplaced = misplaced_quantisation(key, name, text)
+    if misplaced is not None:
+        return misplaced
     if name in _WITH_ADAPTER and key.startswith(_ADAPTER):
         return None
     if name == "generate":
@@ -356,6 +360,8 @@ def _file_key_problem(key: str, value: Any, name: str) -> str | None:
         return f"{key}={value}: a group; type it, or write `defaults: [{name}, {{override {key}: {value}}}, _self_]`"
     if name == "generate" and is_generation_key(key):
         return None
+    if value is not None and (misplaced := misplaced_quantisation(key, name, f"{key}={value}")):
+        return misplaced
     right = mistaken_generation_key(key) if name == "generate" else mistaken_key(key)
     refused = unknown_to_nemo(key)
     if right is not None:

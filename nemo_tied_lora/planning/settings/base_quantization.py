@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from nemo_tied_lora.adapter.quantized.options import BLOCK_SIZES, DEFAULTS, KINDS, option_problems
 from nemo_tied_lora.adapter.shapes import LinearShape
 from nemo_tied_lora.config import TiedLoraConfig
 from nemo_tied_lora.errors import ConfigError, Problems
@@ -22,7 +23,6 @@ from nemo_tied_lora.planning.parallel_layout import Layout
 __all__ = [
     "INSTALL",
     "KEY",
-    "KINDS",
     "BaseQuantization",
     "continued_lines",
     "quantization_lines",
@@ -30,11 +30,7 @@ __all__ = [
 ]
 
 KEY = "model.base_quantization"
-KINDS = ("nf4", "int8")
 INSTALL = "pip install 'nemo_tied_lora[quantized]'"
-_BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-"""Those of bitsandbytes."""
-_STATISTICS = ("bfloat16", "float32")
 _WITHOUT = "leave model.base_quantization null"
 # Settings of NeMo with which the linears would be Transformer Engine's, or their weights would be captured or moved.
 _REFUSED = {
@@ -64,20 +60,8 @@ class BaseQuantization:
     """For nf4: quantise the blocks' largest values too. Codes then depend on the tensor-parallel size."""
 
     def __post_init__(self) -> None:
-        problems = Problems()
-        problems.one_of(f"{KEY}.kind", self.kind, KINDS)
-        problems.one_of(f"{KEY}.block_size", self.block_size, _BLOCK_SIZES)
-        problems.one_of(f"{KEY}.statistics", self.statistics, _STATISTICS)
-        problems.flag(f"{KEY}.double", self.double)
-        if self.kind == "int8":
-            problems += [
-                f"{KEY}.{field.name}={getattr(self, field.name)}: only nf4 has it; remove it, or set kind: nf4"
-                for field in fields(self)
-                if field.name != "kind" and getattr(self, field.name) != field.default
-            ]
-        if self.double is True and self.statistics == "float32":
-            problems.append(f"{KEY}.statistics=float32: double: true quantises the statistics; remove one of them")
-        problems.raise_if_any()
+        options = {name: getattr(self, name) for name in DEFAULTS}
+        option_problems(self.kind, prefix=f"{KEY}.", **options).raise_if_any()
 
     @classmethod
     def from_setting(cls, value: object) -> BaseQuantization | None:
@@ -109,7 +93,7 @@ class BaseQuantization:
             return None
         if match["block"] is None:
             return cls(kind="int8")
-        if int(match["block"]) not in _BLOCK_SIZES:
+        if int(match["block"]) not in BLOCK_SIZES:
             return None
         return cls(
             kind="nf4",
@@ -229,7 +213,7 @@ def _block_problems(quantization: BaseQuantization, arch: Architecture, layout: 
 
     heads = math.gcd(arch.num_attention_heads, arch.num_query_groups, arch.ffn_hidden_size)
     others = [tp for tp in range(1, layout.tp_size) if heads % tp == 0 and all(fits(tp, size))]
-    smaller = [block for block in _BLOCK_SIZES if block < size and all(fits(layout.tp_size, block))]
+    smaller = [block for block in BLOCK_SIZES if block < size and all(fits(layout.tp_size, block))]
     remedies = [f"tensor_model_parallel_size={max(others)}"] if others else []
     remedies += [f"{KEY}={{kind: nf4, block_size: {max(smaller)}}}"] if smaller else []
     remedy = " or ".join([*remedies, f"{KEY}=int8"])
