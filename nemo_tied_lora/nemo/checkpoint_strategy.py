@@ -131,7 +131,7 @@ class AdapterCheckpointStrategy(NLPDDPStrategy):
             state = read_optimizer(optimizer, adapter.parameters())
         options, scalars = gather_options(adapter, state)
         description = {
-            **self._describe(adapter),
+            **self.describe(self.lightning_module),
             "step": checkpoint["global_step"],
             "consumed_samples": self._consumed_samples(),
             "layout": _layout(),
@@ -162,7 +162,7 @@ class AdapterCheckpointStrategy(NLPDDPStrategy):
             return super().load_checkpoint(checkpoint_path, load_optimizer_states)
         path = _dir(checkpoint_path)
         description = training_checkpoint.read_description(path)
-        problems = differences(path, description, self._describe(adapter))
+        problems = differences(path, description, self.describe(self.lightning_module))
         if problems:
             raise training_checkpoint.CheckpointError(problems)
         state = {key: decode(value) for key, value in description["lightning"].items()}
@@ -211,9 +211,13 @@ class AdapterCheckpointStrategy(NLPDDPStrategy):
     def _adapter(self) -> Adapter | None:
         return getattr(self.lightning_module, "tied_lora", None)
 
-    def _describe(self, adapter: Adapter) -> dict[str, Any]:
-        """Describes the adapter and its base. All ranks call it. The base is frozen, so its description is cached."""
-        facts = self.lightning_module._facts()
+    def describe(self, model: Any) -> dict[str, Any]:
+        """Describes a model's adapter and base, as checkpoints do. All ranks call it.
+
+        The base is frozen, so its description is cached.
+        """
+        adapter: Adapter = model.tied_lora
+        facts = model._facts()
         if self._base is None:
             tokenizer = facts["base"].get("tokenizer")
             self._base = describe_base([chunk.body for chunk in adapter.chunks], tokenizer=tokenizer)

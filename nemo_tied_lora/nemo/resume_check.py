@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Refuses to resume a run with settings other than those of its checkpoints."""
+"""Refuses to resume a run with other settings than those of its checkpoints, or on another base."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_tied_lora.errors import ConfigError
+from nemo_tied_lora.checkpoint.checkpoint_to_adapter import differences
+from nemo_tied_lora.checkpoint.training_checkpoint import read_description
+from nemo_tied_lora.errors import ConfigError, Problems
 from nemo_tied_lora.files import write_json
 from nemo_tied_lora.planning.base_config import adapter_section
 from nemo_tied_lora.planning.nemo_model_config import recorded_config
@@ -20,7 +22,7 @@ from nemo_tied_lora.planning.settings.factor_rates import resolved_multipliers
 from nemo_tied_lora.planning.settings.resumed_step import resumed_checkpoints
 from nemo_tied_lora.planning.settings.run_settings import checkpoint_folder
 
-__all__ = ["check_settings", "record_settings", "settings_of"]
+__all__ = ["check_base", "check_settings", "record_settings", "settings_of"]
 
 _RECORD = "settings.json"  # in the checkpoints' folder, which exp_manager leaves alone
 
@@ -74,6 +76,22 @@ def check_settings(cfg: DictConfig) -> None:
     ]
     if problems:
         raise ConfigError(problems)
+
+
+def check_base(model: Any, trainer: Trainer, checkpoints: Sequence[Path]) -> None:
+    """Compares base and adapter of a model with those of the checkpoints from which the run would resume.
+
+    All ranks call it, before exp_manager. The base's fingerprint, which reads all weights, is kept for the checkpoints to
+    come.
+
+    Raises:
+        ConfigError: on every rank, with each difference; or a checkpoint is damaged.
+    """
+    strategy: Any = trainer.strategy
+    described = strategy.describe(model)
+    Problems(
+        line for path in checkpoints for line in differences(path, read_description(path), described)
+    ).raise_if_any()
 
 
 def record_settings(cfg: DictConfig, trainer: Trainer) -> None:

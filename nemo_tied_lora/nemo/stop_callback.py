@@ -13,18 +13,20 @@ from nemo_tied_lora.nemo.status_callback import saved_checkpoint
 from nemo_tied_lora.resilience.rank import Rank
 from nemo_tied_lora.resilience.restarts import Preempted
 
-__all__ = ["StopCallback", "answer_alone", "restore_status_file"]
+__all__ = ["StopCallback", "answer_alone", "restore_status_file", "stop_as"]
 
 
-def restore_status_file(trainer: Trainer, rank: Rank) -> None:
-    """Writes the status file again, after exp_manager has moved it away, and sets how this run stops.
+def restore_status_file(rank: Rank) -> None:
+    """Writes the status file again, after exp_manager has moved it away. Other packages' output goes to the run's folder."""
+    rank.status.update(now=True)
+    rank.other_output.keep_in(rank.status.folder)
 
-    From now on, other packages' output is kept in the run's folder.
+
+def stop_as(trainer: Trainer, rank: Rank) -> None:
+    """Sets how this run stops, before its process groups exist.
 
     Only `StopCallback` answers SIGTERM. NeMo's process groups get the limit `watchdog.stuck_s`, not Lightning's 30 min.
     """
-    rank.status.update(now=True)
-    rank.other_output.keep_in(rank.status.folder)
     answer_alone(trainer)
     if rank.stuck_s:
         trainer.strategy._timeout = timedelta(seconds=rank.stuck_s)

@@ -15,6 +15,7 @@ from nemo.utils.exp_manager import exp_manager
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_tied_lora.adapter.quantized.quantize_base import base_precision
+from nemo_tied_lora.checkpoint.training_checkpoint import is_checkpoint
 from nemo_tied_lora.errors import ConfigError
 from nemo_tied_lora.files import write_json
 from nemo_tied_lora.nemo.checkpoint_strategy import TiedLoraTrainerBuilder
@@ -24,12 +25,13 @@ from nemo_tied_lora.nemo.peft_config import TiedLoraPEFTConfig
 from nemo_tied_lora.nemo.process_groups import ensure_process_groups
 from nemo_tied_lora.nemo.rank_record import RankRecord, budget_facts, budget_line
 from nemo_tied_lora.nemo.restored_base import restore_base
-from nemo_tied_lora.nemo.resume_check import check_settings, record_settings
+from nemo_tied_lora.nemo.resume_check import check_base, check_settings, record_settings
 from nemo_tied_lora.nemo.resuming import launch_kept, remove_leftover_checkpoints, skip_one_validation
 from nemo_tied_lora.nemo.run_recorder import RunRecorder, draw_losses, peak_memory_bytes
 from nemo_tied_lora.nemo.status_callback import StatusCallback
-from nemo_tied_lora.nemo.stop_callback import StopCallback, restore_status_file
+from nemo_tied_lora.nemo.stop_callback import StopCallback, restore_status_file, stop_as
 from nemo_tied_lora.planning.data.data_files import SECTIONS
+from nemo_tied_lora.planning.settings.resumed_step import resumed_checkpoints
 from nemo_tied_lora.planning.settings.run_length import REMOVED, adjusted_run
 from nemo_tied_lora.planning.settings.run_settings import GuardSettings
 from nemo_tied_lora.platform import prepare
@@ -44,20 +46,17 @@ def finetune(cfg: DictConfig, rank: Rank | None = None) -> dict[str, Any]:
     All ranks call it. Returns the content of metrics.json, the same on every rank except for what only rank 0 logs.
     Without `rank`, as in a library's use, the run writes no status.json and answers no stop signals.
     """
-    trainer, recorder, folder = _prepare(cfg, rank)
-    model_cfg = MegatronGPTTiedLoraModel.merge_cfg_with(cfg.model.restore_from_path, cfg)
-    model = restore_base(cfg.model.restore_from_path, model_cfg, trainer)
-    if model.quantized_base is not None and trainer.global_rank == 0:
-        print(f"base, on rank 0: {model.quantized_base}", flush=True)
-    base = base_parameter_count(model)
-    if model_cfg.peft.restore_from_path is not None:
-        model.load_adapters(model_cfg.peft.restore_from_path)
-    else:
-        model.add_adapter(TiedLoraPEFTConfig(model_cfg))
+    trainer, recorder = _start(cfg, rank)
+    resumed = [path for path in resumed_checkpoints(cfg) if is_checkpoint(path)]
+    if resumed:  # exp_manager moves the files of the run before, so the base is compared first
+        model, base = _adapted_model(cfg, trainer)
+        check_base(model, trainer, resumed)
+        folder = _open_folder(cfg, trainer, rank)
+    else:  # exp_manager may refuse a logger, and loading a base takes long
+        folder = _open_folder(cfg, trainer, rank)
+        model, base = _adapted_model(cfg, trainer)
+    _place_data_index(model.cfg.data, folder)
     assert model.tied_lora is not None
-    model.guards = GuardSettings.from_mapping(cfg.get("guards"))
-    # By default NeMo samples in validation, so its answers and exact match would differ from run to run.
-    model.set_inference_config({"greedy": True})
     if trainer.global_rank == 0:
         print(parameter_table(model.tied_lora, base), flush=True)
     trainer.fit(model)
@@ -82,7 +81,8 @@ def finetune(cfg: DictConfig, rank: Rank | None = None) -> dict[str, Any]:
 
 def pretrain(cfg: DictConfig, rank: Rank | None = None) -> dict[str, Any]:
     """Trains every parameter of a model built from `cfg.model`; writes the base's `.nemo` and a record beside it."""
-    trainer, recorder, folder = _prepare(cfg, rank)
+    trainer, recorder = _start(cfg, rank)
+    folder = _open_folder(cfg, trainer, rank)
     model_cfg = copy.deepcopy(cfg.model)
     OmegaConf.resolve(model_cfg)
     with open_dict(model_cfg):
@@ -96,30 +96,61 @@ def pretrain(cfg: DictConfig, rank: Rank | None = None) -> dict[str, Any]:
     return _finish(model, trainer, recorder, Path(cfg.output or folder / "base.nemo"), facts, cfg)
 
 
-def _prepare(cfg: DictConfig, rank: Rank | None) -> tuple[Trainer, RunRecorder, Path]:
+def _start(cfg: DictConfig, rank: Rank | None) -> tuple[Trainer, RunRecorder]:
+    """The trainer. Refuses other settings than those of the checkpoints from which the run resumes."""
     torch.multiprocessing.set_start_method("spawn", force=True)
     _check_packing(cfg)
     _adjust(cfg)
     recorder = RunRecorder()
     callbacks = [] if rank is None else [StatusCallback(rank), StopCallback(rank)]
     trainer = TiedLoraTrainerBuilder(cfg).create_trainer(callbacks=[recorder, RankRecord(), *callbacks])
+    if rank is not None:
+        stop_as(trainer, rank)
     remove_leftover_checkpoints(cfg)
     check_settings(cfg)
+    return trainer, recorder
+
+
+def _open_folder(cfg: DictConfig, trainer: Trainer, rank: Rank | None) -> Path:
+    """The run's folder. exp_manager makes it, moves the files of the run before in it, and finds the checkpoint to resume."""
     with launch_kept(cfg):
-        folder = exp_manager(trainer, cfg.exp_manager)
+        folder = Path(exp_manager(trainer, cfg.exp_manager))
     if trainer.ckpt_path is None:  # else the run has checkpoints of its own
         trainer.ckpt_path = cfg.model.get("resume_from_checkpoint")
     if rank is not None:
-        restore_status_file(trainer, rank)
+        restore_status_file(rank)
     skip_one_validation(trainer)
     logging.info(f"run folder: {folder}")
     record_settings(cfg, trainer)
-    for section in (cfg.model.data[name] for name in SECTIONS):
-        if section.get("index_mapping_dir") is None:  # the folder of the data may not be writable
-            section.index_mapping_dir = str(Path(folder) / "data_index")
+    _place_data_index(cfg.model.data, folder)
+    return folder
+
+
+def _place_data_index(data: DictConfig, folder: Path) -> None:
+    """Writes the index of each section's files into the run's folder: the folder of the data may not be writable."""
+    for section in (data[name] for name in SECTIONS):
+        if section.get("index_mapping_dir") is None:
+            with open_dict(section):
+                section.index_mapping_dir = str(folder / "data_index")
         if section.get("write_predictions_to_file") and section.get("output_file_path_prefix"):
             Path(section.output_file_path_prefix).parent.mkdir(parents=True, exist_ok=True)  # NeMo fails without it
-    return trainer, recorder, Path(folder)
+
+
+def _adapted_model(cfg: DictConfig, trainer: Trainer) -> tuple[MegatronGPTTiedLoraModel, int]:
+    """The base with its adapter, new or from a file, on this rank's part of the layout. And the base's parameters."""
+    model_cfg = MegatronGPTTiedLoraModel.merge_cfg_with(cfg.model.restore_from_path, cfg)
+    model = restore_base(cfg.model.restore_from_path, model_cfg, trainer)
+    if model.quantized_base is not None and trainer.global_rank == 0:
+        print(f"base, on rank 0: {model.quantized_base}", flush=True)
+    base = base_parameter_count(model)
+    if model_cfg.peft.restore_from_path is not None:
+        model.load_adapters(model_cfg.peft.restore_from_path)
+    else:
+        model.add_adapter(TiedLoraPEFTConfig(model_cfg))
+    model.guards = GuardSettings.from_mapping(cfg.get("guards"))
+    # By default NeMo samples in validation, so its answers and exact match would differ from run to run.
+    model.set_inference_config({"greedy": True})
+    return model, base
 
 
 def _check_packing(cfg: DictConfig) -> None:

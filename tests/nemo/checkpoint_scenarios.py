@@ -294,7 +294,6 @@ def refused() -> dict[str, bool]:
     data = refusal("refused", "model.data.train_ds.max_seq_length=24")
     precision = refusal("refused", "trainer.precision=bf16-mixed", "trainer.gradient_clip_val=0.5")
     rank = refusal("refused", "model.peft.tied_lora.rank=2")
-    kept = Path("refused/adapter.nemo").exists()
     settings.rename("settings.json")
     rank_by_itself = refusal("refused", "model.peft.tied_lora.rank=2")
     Path("settings.json").rename(settings)
@@ -305,6 +304,7 @@ def refused() -> dict[str, bool]:
     other["facts"]["base"]["fingerprint"]["sha256"] = "0123"
     (last / "checkpoint.json").write_text(json.dumps(other))
     base = refusal("refused")
+    kept = Path("refused/adapter.nemo").exists() and not list(Path("refused").glob("run_*"))
     (last / "checkpoint.json").write_text(description)
     shutil.copy("base.nemo", "moved.nemo")
     allowed = ["model.restore_from_path=moved.nemo", "model.data.train_ds.memmap_workers=1", "trainer.max_steps=5"]
