@@ -16,7 +16,7 @@ from nemo_tied_lora.adapter import full_state
 from nemo_tied_lora.adapter.agreement import raise_together
 from nemo_tied_lora.adapter.inject import inject
 from nemo_tied_lora.adapter.injected_adapter import Adapter
-from nemo_tied_lora.adapter.quantized.quantize_base import base_precision
+from nemo_tied_lora.adapter.quantized.quantize_base import precision_facts
 from nemo_tied_lora.adapter.replica_check import check_ties
 from nemo_tied_lora.adapter.target_modules import gpt_model
 from nemo_tied_lora.adapter.weight_checksums import fingerprint_model
@@ -58,7 +58,7 @@ def save_adapter(
     base = dict((facts or {}).get("base") or {})
     with _base_weights_in_place(adapter):
         described = describe_base([chunk.body for chunk in adapter.chunks], tokenizer=base.get("tokenizer"))
-    facts = {**(facts or {}), "base": {**base, **described}, "base_precision": base_precision(adapter.chunks[0].body)}
+    facts = {**(facts or {}), "base": {**base, **described}, **precision_facts(adapter.chunks[0].body)}
     factors = [chunk.factors for chunk in adapter.chunks]
     device = adapter.device
     names = order_of_writing(adapter.config, adapter.shapes)

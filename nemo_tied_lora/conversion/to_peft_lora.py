@@ -165,6 +165,10 @@ def _card(file: AdapterFile, config: Mapping[str, Any], base_model: str | None) 
         head.append(f"base_model: {json.dumps(base_model)}")
     tied, training = file.config, file.yaml.get("training") or {}
     base = (file.yaml.get("base") or {}).get("name") or "unknown"
+    held = {
+        "precision of that base": file.yaml.get("base_precision"),
+        "dtype of its weights": file.yaml.get("base_dtype"),
+    }
     facts = [
         ("rank", tied.rank),
         *_ranks_left(file),
@@ -177,11 +181,11 @@ def _card(file: AdapterFile, config: Mapping[str, Any], base_model: str | None) 
         ("targets", ", ".join(config["target_modules"])),
         ("layers", "all" if config["layers_to_transform"] is None else str(config["layers_to_transform"])),
         ("base it was trained on", base),
-        *([("precision of that base", precision)] if (precision := file.yaml.get("base_precision")) else []),
+        *((name, value) for name, value in held.items() if value),
         *((name, value) for name, value in training.items() if isinstance(value, (int, float, str))),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in facts)
-    where = base_model or "path/to/the/base"
+    loading = _loading(held["precision of that base"], held["dtype of its weights"], base_model or "path/to/the/base")
     return (
         "\n".join(head)
         + f"""
@@ -194,14 +198,7 @@ layers. This folder holds it layer by layer as plain LoRA, `lora_A = diag(u) A` 
 what of the scale lora_alpha does not hold: the same
 function, in a file that peft, vLLM and other readers of LoRA load.
 
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{where}"), "path/to/this/folder")
-```
-
-{_recipe(precision, where)}| | |
+{loading}| | |
 |---|---|
 {table}
 """
@@ -213,32 +210,53 @@ def _ranks_left(file: AdapterFile) -> list[tuple[str, str]]:
     return [("ranks after pruning", f"{min(left)} to {max(left)}, mean {sum(left) / len(left):.2f}")] if left else []
 
 
-def _recipe(precision: object, where: str) -> str:
-    """How transformers holds the base as in training. Empty for a base that was not quantised."""
+def _loading(precision: object, dtype: object, where: str) -> str:
+    """How transformers and peft load base and adapter: by the recipe of a quantised base, if transformers has one."""
+    plain = f"""```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{where}"), "path/to/this/folder")
+```
+
+"""
     quantization = BaseQuantization.from_precision(precision)
     if quantization is None:
-        return ""
-    head = f"## The base's precision\n\nThe adapter was trained on a base whose decoder linears were in {precision}. "
+        return plain
+    head = f"The adapter was trained on a base whose decoder linears were in {precision}"
     if quantization.kind != "nf4":
-        return f"{head}transformers has no such form: its 8-bit layers\nround the activations too. Load the base as above.\n\n"
+        return f"{plain}{head}. transformers has no such form:\nits 8-bit layers round the activations too.\n\n"
     if quantization.block_size != _TRANSFORMERS_BLOCK:
-        return f"{head}transformers has blocks of\n{_TRANSFORMERS_BLOCK} alone. Load the base as above.\n\n"
-    double = ", bnb_4bit_use_double_quant=True" if quantization.double else ""
-    limit = (
-        "With several tensor-parallel ranks, the\ntraining's double quantisation was a slightly different one."
-        if quantization.double
-        else "transformers keeps the blocks' largest\nvalues in float32; for a base in bfloat16 they are the same numbers."
+        return f"{plain}{head}. transformers has blocks of\n{_TRANSFORMERS_BLOCK} alone.\n\n"
+    return _recipe(quantization, dtype, where, head)
+
+
+def _recipe(quantization: BaseQuantization, dtype: object, where: str, head: str) -> str:
+    """How transformers makes the codes of the training. Its own default dtype of a 4-bit base is float16."""
+    held = dtype if dtype in ("float16", "bfloat16", "float32") else "float32"
+    options = ["load_in_4bit=True", 'bnb_4bit_quant_type="nf4"']
+    options += ["bnb_4bit_use_double_quant=True"] if quantization.double else []
+    options += [f"bnb_4bit_compute_dtype=torch.{held}"] if held != "float32" else []  # its default
+    origin = (
+        f"of a base in {held}" if held == dtype else "the training's dtype is not recorded, and float32 rounds nothing"
     )
-    return f"""{head}transformers makes the same codes with
+    limit = (
+        "With several\ntensor-parallel ranks, the training's double quantisation was a slightly different one."
+        if quantization.double
+        else "transformers\nkeeps the blocks' largest values in float32; for a base in bfloat16 they are the same numbers."
+    )
+    return f"""```python
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-```python
-from transformers import BitsAndBytesConfig
-
-recipe = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"{double})
-base = AutoModelForCausalLM.from_pretrained("{where}", quantization_config=recipe)
+recipe = BitsAndBytesConfig({", ".join(options)})
+dtype = torch.{held}  # {origin}
+base = AutoModelForCausalLM.from_pretrained("{where}", torch_dtype=dtype, quantization_config=recipe)
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 ```
 
-{limit}
+{head}. This recipe
+makes the same codes. On the plain base, the adapter does not do what it learned. {limit}
 
 """

@@ -18,7 +18,7 @@ from omegaconf import open_dict
 
 from nemo_tied_lora.adapter.inject import inject
 from nemo_tied_lora.adapter.injected_adapter import Adapter
-from nemo_tied_lora.adapter.quantized.quantize_base import QuantizedBase, base_precision
+from nemo_tied_lora.adapter.quantized.quantize_base import QuantizedBase, precision_facts
 from nemo_tied_lora.checkpoint.base_identity import tokenizer_identity
 from nemo_tied_lora.checkpoint.read_nemo_adapter import is_adapter_file
 from nemo_tied_lora.checkpoint.save_load_on_any_layout import load_adapter, save_adapter
@@ -212,7 +212,7 @@ class TiedLoraModelMixin(FactorRatesMixin):
                     **tokenizer_identity(self.tokenizer),  # type: ignore[attr-defined]
                 },
             },
-            "base_precision": base_precision(self._unwrap_model_list()),  # type: ignore[attr-defined]
+            **precision_facts(self._unwrap_model_list()),  # type: ignore[attr-defined]
             "versions": {name: installed_version(name) for name in names},
             "training": {
                 "steps": 0 if trainer is None else trainer.global_step,

@@ -14,7 +14,7 @@ from nemo.utils import logging
 from nemo.utils.exp_manager import exp_manager
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from nemo_tied_lora.adapter.quantized.quantize_base import base_precision
+from nemo_tied_lora.adapter.quantized.quantize_base import precision_facts
 from nemo_tied_lora.checkpoint.training_checkpoint import is_checkpoint
 from nemo_tied_lora.errors import ConfigError
 from nemo_tied_lora.files import write_json
@@ -70,7 +70,7 @@ def finetune(cfg: DictConfig, rank: Rank | None = None) -> dict[str, Any]:
         "parameter_table": parameter_table(model.tied_lora, base),
         "lora_parameters": sum(lora_counts(model.tied_lora).values()),
         "base_parameters": base,
-        "base_precision": base_precision(model._unwrap_model_list()),
+        **precision_facts(model._unwrap_model_list()),
         "rank_budget": budget_facts(model.tied_lora),
     }
     line = budget_line(model.tied_lora)

@@ -137,6 +137,7 @@ def merged() -> dict[str, bool]:
     """The check of a merge says how far the merged model is from the quantised base and adapter of the training."""
     from nemo_tied_lora.commands.main import main as command
     from nemo_tied_lora.conversion.merging.verify_merge import compare_with_merged
+    from nemo_tied_lora.nemo.base_precision_note import LogitsDifference
     from nemo_tied_lora.planning.composing.compose import compose_config
 
     found: dict[str, Any] = {}
@@ -153,10 +154,16 @@ def merged() -> dict[str, bool]:
         found["+".join(names)] = (facts, unmeasured.getvalue(), printed.getvalue())
     one, two, none = (found[key] for key in ("straight", "straight+plain", "plain"))
     nf4 = one[0]["against_training"]["nf4/64"]
+    alone, apart = (
+        nf4["base_alone"],
+        LogitsDifference.between(*(bare_logits(kind, one[0]["prompts"]) for kind in (None, "nf4"))),
+    )
     return {
         "exact merge": one[0]["relative"] < 1e-4,
         "measured": 1e-3 < nf4["relative"] < 0.5 and nf4["positions"] == one[0]["positions"],
         "said": f"({nf4['relative']:.2%})" in one[2] and "note: trained on a base in nf4/64: the merged" in one[2],
+        "the base's own part": alone == apart.as_dict() and alone["relative"] > 1e-3 and alone != nf4,
+        "the base's own part, said": f"without the adapter, the base's differ from that base's {apart}" in one[2],
         "said without the check": "note: straight/adapter.nemo: was trained on a base in nf4/64; verify=true"
         in one[1],
         "two adapters": list(two[0]["against_training"]) == ["nf4/64"],
@@ -208,6 +215,7 @@ def exported() -> dict[str, bool]:
     return {
         "the recipe of the card": recipe is not None and "BitsAndBytesConfig(load_in_4bit=True, bnb_4bit" in recipe[0],
         "the precision in the card": "| precision of that base | nf4/64 float32 |" in card,
+        "the dtype in the recipe": "dtype = torch.float32  # of a base in float32\n" in card,
         "same logits": theirs["quantised"] < 1e-4,
         "other logits without it": theirs["plain"] > 1e-2,
     }
@@ -222,6 +230,13 @@ def loaded(base: str, kind: str | None, *adapters: str) -> Any:
     cfg = compose_config("generate", [*words, f"model.base_quantization={kind or 'null'}"])
     cfg.adapter = list(adapters)
     return load_base(cfg)
+
+
+def bare_logits(kind: str | None, prompts: list[list[int]]) -> list[torch.Tensor]:
+    """Those of the base without an adapter."""
+    from nemo_tied_lora.nemo.generation import next_token_logits
+
+    return next_token_logits(loaded(WIDE, kind), prompts)
 
 
 def note(model: Any, name: str) -> str:

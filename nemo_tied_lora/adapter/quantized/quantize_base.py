@@ -25,7 +25,7 @@ from nemo_tied_lora.adapter.weight_checksums import keep_checksums
 from nemo_tied_lora.errors import ConfigError
 from nemo_tied_lora.platform.devices import collective_device
 
-__all__ = ["QuantizedBase", "base_precision", "leave_to_ranks", "quantize_base"]
+__all__ = ["QuantizedBase", "base_precision", "leave_to_ranks", "precision_facts", "quantize_base"]
 
 _PRECISION = "base_precision"  # the attribute of a GPTModel that says what its linears were quantised to
 
@@ -150,6 +150,17 @@ def base_precision(model: nn.Module | Sequence[nn.Module]) -> str:
     body = model_bodies(model)[0]
     precision: str | None = getattr(body, _PRECISION, None)
     return precision or str(body.config.params_dtype).removeprefix("torch.")
+
+
+def precision_facts(model: nn.Module | Sequence[nn.Module]) -> dict[str, str]:
+    """What an adapter's file records: `base_precision`; of a quantised base also `base_dtype`, that of its products.
+
+    It was the dtype of the weights before, too, and is that of all that is not quantised.
+    """
+    body = model_bodies(model)[0]
+    facts = {"base_precision": base_precision(body)}
+    dtype = str(body.config.params_dtype).removeprefix("torch.")
+    return facts | ({"base_dtype": dtype} if hasattr(body, _PRECISION) else {})
 
 
 @dataclass(frozen=True, kw_only=True)

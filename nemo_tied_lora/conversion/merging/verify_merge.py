@@ -60,8 +60,14 @@ def compare_with_merged(
     problems: list[str] = []
     if torch.distributed.get_rank() == 0:
         facts = _compare(plain, adapted, merged, dtype)
-        added = {precision: LogitsDifference.between(merged, logits) for precision, logits in trained.items()}
-        facts["against_training"] = {precision: difference.as_dict() for precision, difference in added.items()}
+        added = {
+            precision: (LogitsDifference.between(merged, side), LogitsDifference.between(plain, bare))
+            for precision, (bare, side) in trained.items()
+        }
+        facts["against_training"] = {
+            precision: {**whole.as_dict(), "base_alone": alone.as_dict()}
+            for precision, (whole, alone) in added.items()
+        }
         write_json(Path(record), {**facts, "prompts": prompts, "adapters": [list(pair) for pair in adapters]})
         print(
             f"check: {facts['positions']} positions of {len(prompts)} prompts: logits differ from base + adapter by at most "
@@ -69,10 +75,10 @@ def compare_with_merged(
             f"adapter changes them by up to {facts['adapters_effect']:.3g}; same likeliest token in {facts['same_token']:.1%}",
             flush=True,
         )
-        for precision, difference in added.items():
+        for precision, (whole, alone) in added.items():
             print(
-                f"note: trained on a base in {precision}: the merged model's logits differ from that base + adapter "
-                f"{difference}",
+                f"note: trained on a base in {precision}: the merged model's logits differ from that base + adapter {whole}; "
+                f"without the adapter, the base's differ from that base's {alone}",
                 flush=True,
             )
         if not facts["relative"] <= facts["tolerance"]:
@@ -102,8 +108,9 @@ def _add_adapters(model: Any, cfg: DictConfig, adapters: Sequence[tuple[str, flo
 
 def _quantised_logits(
     cfg: DictConfig, adapters: Sequence[tuple[str, float]], prompts: Sequence[Sequence[int]]
-) -> dict[str, list[torch.Tensor]]:
-    """Precision to the logits of the adapters on a base in it, for each quantised one that the adapters were trained on."""
+) -> dict[str, tuple[list[torch.Tensor], list[torch.Tensor]]]:
+    """Precision to the logits of a base in it, without and with the adapters, for each quantised one that an adapter was
+    trained on."""
     found = {}
     for precision in dict.fromkeys(recorded_precision(path) for path, _ in adapters):
         quantization = BaseQuantization.from_precision(precision)
@@ -114,10 +121,11 @@ def _quantised_logits(
             quantised.model.base_quantization = vars(quantization)
         model: Any = load_base(quantised)
         chunks = model._unwrap_model_list()
+        bare = next_token_logits(model, prompts)
         if len(adapters) > 1 or adapters[0][1] != 1.0:
             dequantise(chunks)  # for `_add_adapters`, which merges them in memory
         _add_adapters(model, cfg, adapters)
-        found[str(precision)] = next_token_logits(model, prompts)
+        found[str(precision)] = bare, next_token_logits(model, prompts)
         del model, chunks
         gc.collect()
     return found
