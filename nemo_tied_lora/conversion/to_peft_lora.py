@@ -7,7 +7,8 @@ README.md                     the model card
 
 Of an adapter with a rank budget, each linear has the rank that is left, at least 1 (of rank 0: one row of zeros, because peft
 and vLLM refuse it). rank_pattern and alpha_pattern give each its own, so that every scale is 1; lora_B holds alpha / r. So
-readers that ignore the patterns compute the same.
+readers that ignore the patterns, and scale by alpha / r, compute the same. llama.cpp and TensorRT-LLM scale by alpha / the
+rank of the tensor: they need the adapter without its masks (`uniform_rank`).
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import re
@@ -19,7 +18,6 @@ import transformers
 import yaml
 from safetensors import safe_open
 
-from nemo_tied_lora.adapter.rank_budget.masks import u_names
 from nemo_tied_lora.checkpoint.read_nemo_adapter import AdapterFile
 from nemo_tied_lora.checkpoint.write_nemo_adapter import write_adapter
 from nemo_tied_lora.commands.main import main
@@ -30,7 +28,7 @@ from nemo_tied_lora.conversion.to_peft_lora import check_hf_peft, write_hf_peft
 from nemo_tied_lora.conversion.to_safetensors import check_full_state, write_full_state
 from nemo_tied_lora.errors import ConfigError
 from nemo_tied_lora.planning.base_config import recorded_model_keys
-from tests.harness.random_adapters import GPT2, LLAMA, delta, random_adapter
+from tests.harness.random_adapters import GPT2, LLAMA, delta, pruned, random_adapter
 
 VOCAB = 40
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -45,16 +43,6 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "gpt2, one c_proj of two": (GPT2, {"preset": "tl6", "layers": [2], "targets": ["linear_proj", "mlp_fc1"]}),
     "gpt2, the other c_proj": (GPT2, {"preset": "tl6", "targets": ["linear_fc2"]}),
 }
-
-
-def pruned(file: AdapterFile) -> AdapterFile:
-    """The adapter with a rank budget's masks: linears of every rank from 0 to the whole one."""
-    generator = torch.Generator().manual_seed(6)
-    masks, state = {}, dict(file.state)
-    for index, name in enumerate(u_names(file.shapes)):
-        mask = torch.rand(file.config.rank, generator=generator) < (0.0, 0.5, 1.0)[index % 3]
-        masks[name], state[name] = mask, state[name] * mask
-    return dataclasses.replace(file, state=state, masks=masks)
 
 
 def hugging_face_model(base: dict[str, Any]) -> Any:
@@ -387,17 +375,36 @@ def test_the_command_writes_and_checks(tmp_path: Path, to: str, capsys: pytest.C
     out = capsys.readouterr().out
     assert f"written: {tmp_path / 'out'}" in out
     assert "check: read back" in out
-    unread = "note: TensorRT-LLM reads linear_qkv alone from this format, and would leave out linear_proj, linear_fc1"
-    assert (unread in out) == (to == "nemo-lora")
+    refused = (
+        "note: TensorRT-LLM reads linear_qkv alone from this format, and refuses a file with linear_proj, linear_fc1"
+    )
+    assert (refused in out) == (to == "nemo-lora")
+
+
+def test_a_pruned_adapter_is_written_with_one_rank_for_readers_without_patterns(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = pruned(random_adapter(LLAMA, preset="tl6", alpha=5.0))
+    adapter = write_adapter(tmp_path / "adapter.nemo", file.config, file.shapes, file.state, file.yaml, file.masks)
+    command = ["export", f"adapter={adapter}", "to=hf-peft", f"output={tmp_path / 'out'}"]
+    assert main(command) == 0
+    assert "note: llama.cpp and TensorRT-LLM do not read the ranks of a pruned adapter" in capsys.readouterr().out
+    assert main([*command, "uniform_rank=true"]) == 0
+    assert "note:" not in capsys.readouterr().out
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["rank_pattern"] == config["alpha_pattern"] == {}
+    loaded = peft.PeftModel.from_pretrained(hugging_face_model(LLAMA), str(tmp_path / "out"))
+    assert torch.allclose(logits(loaded), logits(with_deltas(LLAMA, file)), rtol=1e-4, atol=1e-4)
 
 
 def test_the_command_reports_every_problem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["export", "to=gguf", "adapter=none.nemo", "base=base.nemo"]) == 2
+    assert main(["export", "to=gguf", "adapter=none.nemo", "base=base.nemo", "uniform_rank=3"]) == 2
     printed = capsys.readouterr().err
     for part in (
         "to='gguf': unknown",
         "adapter=none.nemo: no such file",
         "output=null",
         "base=base.nemo: no such file",
+        "uniform_rank=3: must be true or false",
     ):
         assert part in printed

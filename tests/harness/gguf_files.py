@@ -11,7 +11,7 @@ import gguf
 import torch
 from gguf import GGMLQuantizationType as Type
 
-__all__ = ["bpe_vocabulary", "sentencepiece_vocabulary", "write_gguf"]
+__all__ = ["bpe_vocabulary", "llama_cpp_rows", "sentencepiece_vocabulary", "write_gguf"]
 
 _ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "gpt2": "gpt2"}
 _TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
@@ -50,7 +50,7 @@ def write_gguf(
         stored = tensor.data.T if theirs.endswith(_TRANSPOSED) else tensor.data
         heads = _heads(config, theirs)
         if heads is not None:
-            stored = _llama_cpp_rows(stored, heads)
+            stored = llama_cpp_rows(stored, heads)
         block = gguf.GGML_QUANT_SIZES[kind][0]
         used = kind if stored.dim() == 2 and stored.shape[-1] % block == 0 else Type.F32
         data = gguf.quantize(stored.contiguous().numpy(), used)
@@ -167,7 +167,7 @@ def _heads(config: Any, name: str) -> int | None:
     return int(config.num_key_value_heads) if name.endswith("k_proj.weight") else None
 
 
-def _llama_cpp_rows(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+def llama_cpp_rows(tensor: torch.Tensor, heads: int) -> torch.Tensor:
     """llama.cpp rotates neighbours: its rows of a head are the first of each half, the second of each half, and so on."""
     return tensor.reshape(heads, 2, -1, tensor.shape[-1]).transpose(1, 2).reshape(tensor.shape)
 

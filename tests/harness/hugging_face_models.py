@@ -39,7 +39,7 @@ def save_model(family: str, folder: Path, **changes: Any) -> Any:
     sizes: dict[str, Any] = {"vocab_size": vocab + 3, "bos_token_id": 1, "eos_token_id": 2}
     llama = {**_LLAMA, **changes}
     configs = {
-        "llama": lambda: transformers.LlamaConfig(**llama, **sizes, head_dim=12, rms_norm_eps=3e-5),
+        "llama": lambda: transformers.LlamaConfig(**{"head_dim": 12, **llama}, **sizes, rms_norm_eps=3e-5),
         "mistral": lambda: transformers.MistralConfig(**llama, **sizes, head_dim=8, sliding_window=16, rope_theta=5e4),
         "qwen2": lambda: transformers.Qwen2Config(**llama, **sizes, tie_word_embeddings=True, rope_theta=1e6),
         "gpt2": lambda: transformers.GPT2Config(

