@@ -164,7 +164,7 @@ class TiedLoraConfig:
     """Megatron's names: linear_qkv, linear_proj, linear_fc1, linear_fc2. NeMo's attention_qkv, attention_dense,
     mlp_fc1, mlp_fc2, attention, mlp and all are accepted and translated."""
     layers: Sequence[int] | None = None
-    """Global layer numbers, counted from 0. None: all layers."""
+    """Global layer numbers, counted from 0 (of a HybridModel, see `adapter.layer_numbers`). None: all layers."""
     trained: Sequence[str] = FACTORS
     """Any non-empty subset of v, B, u, A."""
     tied: Sequence[str] = ("A", "B")

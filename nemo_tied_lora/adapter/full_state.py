@@ -55,7 +55,7 @@ def stream(
         local = torch.empty(local_shape, dtype=dtype, device=device)
         if name in held:
             local.copy_(held[name].detach())
-        yield str(name), _gather_shards(_from_stage(local, owners[name.layer]), name.factor, shape).cpu()
+        yield str(name), _gather_shards(_from_stage(local, owners[name.layer, name.group]), name.factor, shape).cpu()
 
 
 def load(
@@ -110,15 +110,18 @@ def _tp_size() -> int:
     return _groups().get_tensor_model_parallel_world_size()
 
 
-def _owners(held: Mapping[FactorName, torch.Tensor]) -> tuple[dict[int, int], torch.dtype | None]:
-    """Layer to the pipeline rank that holds it; the dtype of the layers' own tensors, None if there are none."""
+def _owners(held: Mapping[FactorName, torch.Tensor]) -> tuple[dict[tuple[int, str], int], torch.dtype | None]:
+    """(layer, group) to the pipeline rank that holds it; the dtype of the layers' own tensors, None if there are none.
+
+    Two stages of a HybridModel may share a layer: the first has its attention, the second its MLP.
+    """
     size = _groups().get_pipeline_model_parallel_world_size()
-    own = {name.layer: tensor.dtype for name, tensor in held.items() if name.layer is not None}
-    stages: list[tuple[list[int], torch.dtype | None]] = [(sorted(own), next(iter(own.values()), None))] * size
+    own = {(name.layer, name.group): tensor.dtype for name, tensor in held.items() if name.layer is not None}
+    stages: list[tuple[list[Any], torch.dtype | None]] = [(sorted(own), next(iter(own.values()), None))] * size
     if size > 1:
         group = _groups().get_pipeline_model_parallel_group()
         torch.distributed.all_gather_object(stages, stages[0], group=group)
-    owners = {layer: rank for rank, (layers, _) in enumerate(stages) for layer in layers}
+    owners = {place: rank for rank, (places, _) in enumerate(stages) for place in places}
     return owners, next((dtype for _, dtype in stages if dtype is not None), None)
 
 

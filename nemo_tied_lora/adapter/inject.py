@@ -19,6 +19,7 @@ from nemo_tied_lora.adapter.experts import groups_of, is_routed, linear_of, refu
 from nemo_tied_lora.adapter.grad_allreduce import mark_parameters
 from nemo_tied_lora.adapter.injected_adapter import Adapter
 from nemo_tied_lora.adapter.injected_chunk import Chunk
+from nemo_tied_lora.adapter.layer_numbers import LayerNumbers
 from nemo_tied_lora.adapter.shapes import LinearShape
 from nemo_tied_lora.adapter.target_modules import (
     AdaptableLinear,
@@ -43,8 +44,8 @@ def inject(model: nn.Module | Sequence[nn.Module], config: TiedLoraConfig) -> Ad
     rank, it raises on all ranks and changes no model.
 
     Args:
-        model: one Megatron module (a GPTModel, wrapped or not), or the list of a stage's chunks. A stage or chunk may
-            have no layers, and no parameters at all.
+        model: one Megatron module (a GPTModel or HybridModel, wrapped or not), or the list of a stage's chunks. A stage
+            or chunk may have no layers, and no parameters at all.
         config: what to inject.
 
     Returns:
@@ -86,14 +87,14 @@ class _Findings:
     groups: dict[str, LinearShape] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     dtypes: frozenset[torch.dtype] = frozenset()
-    num_layers: int = 0
+    numbers: LayerNumbers = field(default_factory=lambda: LayerNumbers(None, 0))
     config: TiedLoraConfig | None = None
     failed: bool = False
 
 
 @dataclass(frozen=True)
 class _Part:
-    """This rank's part of the model. bodies: the GPTModels in `outers`. linears: of each chunk."""
+    """This rank's part of the model. bodies: the GPTModels or HybridModels in `outers`. linears: of each chunk."""
 
     outers: list[nn.Module]
     bodies: list[Any]
@@ -102,15 +103,13 @@ class _Part:
 
     def findings(self, config: TiedLoraConfig) -> _Findings:
         every = list(itertools.chain(*self.linears))
-        transformer = self.bodies[0].config
         problems = [*self.problems, *used_twice(every)]
-        problems += _refused_layouts(transformer, [linear.group for linear in every])
+        problems += _refused_layouts(self.bodies[0].config, [linear.group for linear in every])
         groups = _found_groups(every, problems)
         weights = (linear.module.weight for linear in every)
         dtypes = frozenset(weight.dtype for weight in weights if weight.dtype.is_floating_point)
-        return _Findings(
-            groups=groups, problems=problems, dtypes=dtypes, num_layers=transformer.num_layers, config=config
-        )
+        numbers = LayerNumbers.of(self.bodies[0])
+        return _Findings(groups=groups, problems=problems, dtypes=dtypes, numbers=numbers, config=config)
 
 
 def _scan(model: nn.Module | Sequence[nn.Module], config: Any) -> _Part:
@@ -165,7 +164,7 @@ def _agree(everyone: Sequence[_Findings], config: TiedLoraConfig) -> tuple[dict[
     others = [rank for rank, found in enumerate(everyone) if found.config != first.config]
     if others:
         problems.append(f"config: rank {others[0]} has another one than rank 0; pass the same one on all ranks")
-    shapes = _agreed_shapes([rank.groups for rank in everyone], problems, first.num_layers, first.config)
+    shapes = _agreed_shapes([rank.groups for rank in everyone], problems, first.numbers, first.config)
     if problems:
         raise ConfigError(problems)
     if config.dtype is not None:
@@ -175,21 +174,22 @@ def _agree(everyone: Sequence[_Findings], config: TiedLoraConfig) -> tuple[dict[
 
 
 def _agreed_shapes(
-    stages: Sequence[dict[str, LinearShape]], problems: list[str], num_layers: int, config: TiedLoraConfig
+    stages: Sequence[dict[str, LinearShape]], problems: list[str], numbers: LayerNumbers, config: TiedLoraConfig
 ) -> dict[str, LinearShape]:
     """Group to whole shape, with the selected layers of all stages. Adds to `problems`."""
-    found, agreed = set(), {}
+    found: dict[str, set[int]] = {}
+    agreed = {}
     for group in [group for target in config.targets for group in groups_of(target)]:
         parts = [groups[group] for groups in stages if group in groups]
         if len({replace(shape, layers=()) for shape in parts}) > 1:
             problems.append(f"targets: {group} has different shapes on different pipeline stages")
         elif parts:
-            found.add(linear_of(group))
             layers = {layer for shape in parts for layer in shape.layers}
+            found.setdefault(linear_of(group), set()).update(layers)
             selected = sorted(layers if config.layers is None else layers & set(config.layers))
             if selected:
                 agreed[group] = replace(parts[0], layers=tuple(selected))
-    problems += _mismatches(agreed, found, num_layers, config)
+    problems += _mismatches(agreed, found, numbers, config)
     return agreed
 
 
@@ -216,22 +216,24 @@ def _found_groups(linears: Sequence[AdaptableLinear], problems: list[str]) -> di
 
 
 def _mismatches(
-    shapes: dict[str, LinearShape], found: set[str], num_layers: int, config: TiedLoraConfig
+    shapes: dict[str, LinearShape], found: dict[str, set[int]], numbers: LayerNumbers, config: TiedLoraConfig
 ) -> Iterable[str]:
-    """Yields one line per target, layer or rank that does not fit. found: the targets that the model has."""
+    """Yields one line per target, layer or rank that does not fit. found: the targets that the model has, and where."""
     if not found:
-        yield f"targets: none of {', '.join(config.targets)} is a Megatron linear of this model"
+        yield f"targets: none of {', '.join(config.targets)} is a Megatron linear of this model{numbers.note}"
         return
     adapted = {linear_of(group) for group in shapes}
     for target in config.targets:
         if target not in found:
             has = ", ".join(known for known in config.targets if known in found)
-            yield f"targets: {target} matches no linear of this model; it has {has}"
-        elif target not in adapted and all(layer < num_layers for layer in config.layers or ()):
-            yield f"layers: {list(config.layers or ())} has no layer with a {target}"
-    outside = [layer for layer in config.layers or () if layer >= num_layers]
+            yield f"targets: {target} matches no linear of this model; it has {has}{numbers.note}"
+        elif target not in adapted and all(layer < numbers.count for layer in config.layers or ()):
+            have = ", ".join(map(str, sorted(found[target])))
+            yield f"layers: {list(config.layers or ())} has no layer with a {target}; layers {have} have one"
+    outside = [layer for layer in config.layers or () if layer >= numbers.count]
     if outside:
-        yield f"layers: {outside} do not exist; the model has layers 0 to {num_layers - 1}"
+        pairs = f" of two places each in the pattern {numbers.pattern}" if numbers.paired else ""
+        yield f"layers: {outside} do not exist; the model has layers 0 to {numbers.count - 1}{pairs}"
     for group, shape in shapes.items():
         widest = min(shape.sides)
         if config.rank > widest:

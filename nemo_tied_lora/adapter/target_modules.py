@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from nemo_tied_lora.adapter.experts import group_of, linear_of, name_at
+from nemo_tied_lora.adapter.layer_numbers import LayerNumbers
 from nemo_tied_lora.adapter.tied_linear import linear_kind
 from nemo_tied_lora.config import TARGETS
 from nemo_tied_lora.errors import ConfigError
@@ -24,7 +25,7 @@ class AdaptableLinear:
     """One linear that can be adapted."""
 
     layer: int
-    """Numbered globally from 0."""
+    """Numbered globally from 0 (see `layer_numbers`)."""
     name: str
     """ "linear_qkv" or "experts.5.linear_fc1" (see `experts`)."""
     module: Any
@@ -52,8 +53,9 @@ def find_adaptable_linears(body: Any, targets: Iterable[str] = TARGETS) -> tuple
     linears: list[AdaptableLinear] = []
     problems: list[str] = []
     seen: dict[tuple[int, str], Any] = {}
+    numbers = LayerNumbers.of(body)
     for layer in body.decoder.layers:
-        number = layer.layer_number - 1
+        number = numbers.at(layer.layer_number - 1)
         aliases = set()  # a module that a layer registers under a second path is still one linear
         for path, module in layer.named_modules(remove_duplicate=False):
             target = linear_of(path)
@@ -114,7 +116,7 @@ def _grouped_experts(place: str, module: nn.Module, targets: Iterable[str]) -> I
 
 
 def wrappers(chunk: nn.Module) -> list[Any]:
-    """The modules around a GPTModel, such as DDP and Float16Module, the outermost first."""
+    """The modules around a GPTModel or HybridModel, such as DDP and Float16Module, the outermost first."""
     found: list[Any] = []
     body: Any = chunk
     while not hasattr(body, "decoder") and isinstance(getattr(body, "module", None), nn.Module):
@@ -124,10 +126,10 @@ def wrappers(chunk: nn.Module) -> list[Any]:
 
 
 def gpt_model(chunk: nn.Module) -> Any:
-    """The GPTModel inside wrappers such as DDP and Float16Module.
+    """The GPTModel or HybridModel inside wrappers such as DDP and Float16Module.
 
     Raises:
-        ConfigError: the module has no GPTModel.
+        ConfigError: the module has none.
     """
     body: Any = [chunk, *(wrapper.module for wrapper in wrappers(chunk))][-1]
     layers = getattr(getattr(body, "decoder", None), "layers", None)

@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+from nemo_tied_lora.adapter.layer_numbers import LayerNumbers
 from nemo_tied_lora.adapter.splitmix64 import GOLDEN_GAMMA, as_int64, mix_
 from nemo_tied_lora.platform.devices import collective_device
 
@@ -44,7 +45,8 @@ def fingerprint_model(chunks: Sequence[Any], vocab_rows: int | None = None) -> d
     """Returns the fingerprint of the base weights of a whole model, the same on all ranks. All ranks must call it.
 
     Args:
-        chunks: a stage's GPTModels. The adapter's tensors do not count. Of replicas, Megatron's main replica counts.
+        chunks: a stage's GPTModels or HybridModels. The adapter's tensors do not count. Of replicas, Megatron's main
+            replica counts.
         vocab_rows: rows of the embedding and output layer that the tokenizer uses. None: all.
     """
     checksums = WeightChecksums()
@@ -133,12 +135,14 @@ def _own_shards(
     """Yields (key, tensor, offset in the whole weight, whether its rows may be padded) of the shards this rank counts.
 
     Megatron's description for distributed checkpoints gives the place of each shard; gate and up are separate there.
+    A paired HybridModel has the keys of the GPTModel with its weights (see `layer_numbers`).
 
     Args:
         counts: whether a parameter counts.
     """
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories, is_main_replica
 
+    numbers = LayerNumbers.of(chunk)
     state = chunk.sharded_state_dict(prefix="")
     state = {key: value for key, value in state.items() if ".tied_lora." not in f".{key}"}
     state = {
@@ -149,7 +153,7 @@ def _own_shards(
         if not isinstance(value, ShardedTensor) or not is_main_replica(value.replica_id):
             continue
         if value.data is not None and value.data.is_floating_point() and not value.data.is_meta:
-            yield value.key, value.data, tuple(value.global_offset), bool(value.allow_shape_mismatch)
+            yield numbers.key(value.key), value.data, tuple(value.global_offset), bool(value.allow_shape_mismatch)
 
 
 def _leaves(state: Any) -> Iterator[Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from nemo_tied_lora.adapter.agreement import raise_together
 from nemo_tied_lora.adapter.experts import name_at
 from nemo_tied_lora.adapter.factor_names import each_linear
 from nemo_tied_lora.adapter.injected_adapter import Adapter
+from nemo_tied_lora.adapter.layer_numbers import LayerNumbers
 from nemo_tied_lora.adapter.shapes import LinearShape
 from nemo_tied_lora.adapter.sharding import shard
 from nemo_tied_lora.config import TiedLoraConfig
@@ -40,13 +41,16 @@ _Rows = dict[str, torch.Tensor]
 """A linear of the Hugging Face model to its rows' numbers among Megatron's."""
 
 
-def write_peft_folder(adapter: Adapter, tasks: Iterable[Any], folder: Path, base_model: str | None) -> Path:
+def write_peft_folder(
+    adapter: Adapter, tasks: Iterable[Any], folder: Path, base_model: str | None, hf_config: Any = None
+) -> Path:
     """Writes the folder beside `folder` and renames it there. All ranks must call it; rank 0 writes.
 
     Args:
         adapter: on any layout of the model.
         tasks: Bridge's conversion tasks of the model, the same on every rank.
         base_model: name or path of the Hugging Face base.
+        hf_config: its configuration. transformers gives some models other names than their files; None: the files' names.
 
     Raises:
         ConfigError: lists each linear that Bridge cannot map, or maps to something that no plain LoRA can express. Raised
@@ -54,7 +58,7 @@ def write_peft_folder(adapter: Adapter, tasks: Iterable[Any], folder: Path, base
     """
     rows_of, failure = {}, None
     try:
-        rows_of = _rows(adapter, tasks)
+        rows_of = _rows(adapter, tasks, _renaming(hf_config))
     except Exception as error:
         failure = error
     raise_together("save_hf_adapter", failure)
@@ -68,12 +72,38 @@ def write_peft_folder(adapter: Adapter, tasks: Iterable[Any], folder: Path, base
     return folder
 
 
-def _rows(adapter: Adapter, tasks: Iterable[Any]) -> dict[tuple[int, str], _Rows]:
+def _renaming(hf_config: Any) -> Callable[[str], str]:
+    """The name of a weight in transformers' model, from that in its file. From transformers 5 on they differ for some models.
+
+    A model whose code comes with its files has their names.
+    """
+    renamings: list[Any] = []
+    if hf_config is not None and not getattr(hf_config, "auto_map", None):
+        try:
+            from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+            from transformers.core_model_loading import WeightRenaming
+        except ImportError:  # transformers 4
+            return str
+        known = get_checkpoint_conversion_mapping(hf_config.model_type) or ()
+        renamings = [step for step in known if isinstance(step, WeightRenaming)]
+
+    def renamed(name: str) -> str:
+        for step in renamings:
+            name = step.rename_source_key(name)[0]
+        return name
+
+    return renamed
+
+
+def _rows(adapter: Adapter, tasks: Iterable[Any], renamed: Callable[[str], str]) -> dict[tuple[int, str], _Rows]:
     """(layer, linear) to the linears of the Hugging Face model that hold its rows."""
     shapes = {(layer, linear): shape for layer, linear, shape in each_linear(adapter.shapes)}
+    numbers = LayerNumbers.of(adapter.chunks[0].body)
     found, problems = {}, []
     for task in tasks:
-        place = None if task is None else _place(task.global_param_name)  # None: Bridge does not know the weight
+        place = (
+            None if task is None else _place(task.global_param_name, numbers)
+        )  # None: Bridge does not know the weight
         if place not in shapes:
             continue
         shape = shapes[place]
@@ -87,7 +117,9 @@ def _rows(adapter: Adapter, tasks: Iterable[Any]) -> dict[tuple[int, str], _Rows
             "adapter and use save_hf_pretrained"
             for name in unfit
         ]
-        found[place] = {name.removesuffix(".weight"): tensor[:, 0].long().cpu() for name, tensor in mapped.items()}
+        found[place] = {
+            renamed(name).removesuffix(".weight"): tensor[:, 0].long().cpu() for name, tensor in mapped.items()
+        }
     lost = [place for place in shapes if not found.get(place)]
     problems += [f"targets: layer {layer} {linear}: Bridge has no Hugging Face name for it" for layer, linear in lost]
     if problems:
@@ -95,11 +127,11 @@ def _rows(adapter: Adapter, tasks: Iterable[Any]) -> dict[tuple[int, str], _Rows
     return found
 
 
-def _place(name: str) -> tuple[int, str] | None:
-    """(layer, linear) of a weight's global name."""
+def _place(name: str, numbers: LayerNumbers) -> tuple[int, str] | None:
+    """(layer, linear) of a weight's global name, which has the layer's place in a HybridModel's pattern."""
     parts = _WEIGHT.search(name)
     linear = name_at(parts[2]) if parts else None
-    return None if parts is None or linear is None else (int(parts[1]), linear)
+    return None if parts is None or linear is None else (numbers.at(int(parts[1])), linear)
 
 
 def _numbered(shape: LinearShape) -> torch.Tensor:

@@ -207,7 +207,8 @@ class TiedLoRA(PEFT):
         base_model = getattr(bridge.hf_pretrained, "model_name_or_path", None)
         with hidden_factors(chunks):
             tasks = bridge.get_conversion_tasks(chunks)
-        return write_peft_folder(adapter, tasks, Path(path), None if base_model is None else str(base_model))
+        name = None if base_model is None else str(base_model)
+        return write_peft_folder(adapter, tasks, Path(path), name, getattr(bridge.hf_pretrained, "config", None))
 
     def _on(self, model: _Model) -> Adapter:
         """The adapter of this model."""

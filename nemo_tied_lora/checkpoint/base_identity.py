@@ -12,6 +12,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from nemo_tied_lora.adapter.layer_numbers import LayerNumbers
 from nemo_tied_lora.adapter.weight_checksums import fingerprint_model
 from nemo_tied_lora.errors import ConfigError
 
@@ -56,7 +57,7 @@ def describe_base(
     """Returns the description of the base for an adapter's file, as plain values. All ranks must call it.
 
     Args:
-        chunks: a stage's GPTModels (with a `config` and a `decoder`), with or without an adapter.
+        chunks: a stage's GPTModels or HybridModels (with a `config` and a `decoder`), with or without an adapter.
         tokenizer: see `tokenizer_identity`. Rows of an embedding beyond its vocab_size are padding.
         name: the name of the base's file.
 
@@ -74,17 +75,37 @@ def describe_base(
 
 
 def _describe_architecture(chunk: Any) -> dict[str, Any]:
-    """Returns a GPTModel's sizes and kinds as plain values, the same on every layout."""
-    config = chunk.config
+    """Returns a model's sizes and kinds as plain values, the same on every layout, and for a paired HybridModel as for the
+    GPTModel with its weights (see `layer_numbers`)."""
+    config, numbers = chunk.config, LayerNumbers.of(chunk)
     facts = {name: getattr(config, name, None) for name in _CONFIG_FACTS}
+    facts |= {"num_layers": numbers.count, "hybrid_layer_pattern": numbers.own_pattern}
     if not facts["num_moe_experts"]:
         facts["moe_router_topk"] = None
     activation = getattr(config, "activation_func", None)
     facts["activation"] = getattr(activation, "__name__", None)
     facts |= {name: getattr(chunk, name, None) for name in _MODEL_FACTS}
+    if numbers.pattern is not None:
+        facts |= _rotary_facts(chunk)
     if facts["position_embedding_type"] != "rope":
         facts["rotary_percent"] = facts["rotary_base"] = None
     return {name: value for name, value in facts.items() if value is not None}
+
+
+def _rotary_facts(model: Any) -> dict[str, Any]:
+    """What a GPTModel says of its rotary embedding: the share of a head that turns, and the base. A HybridModel keeps neither.
+
+    The angles are base^(-2 i / width), in float32. So the last one gives the base to six digits or more.
+    """
+    angles = getattr(getattr(model, "rotary_pos_emb", None), "inv_freq", None)
+    if angles is None or len(angles) < 2:
+        return {}
+    width = 2 * len(angles)
+    base = float(f"{float(angles[-1].double() ** (-width / (width - 2))):.6g}")
+    return {
+        "rotary_percent": width / model.config.kv_channels,
+        "rotary_base": int(base) if base.is_integer() else base,
+    }
 
 
 def tokenizer_identity(tokenizer: Any) -> dict[str, Any]:
@@ -116,12 +137,18 @@ def check_architecture(recorded: Mapping[str, Any], chunk: Any, who: str) -> Non
     """
     known, found = recorded.get("architecture") or {}, _describe_architecture(chunk)
     problems = [
-        f"{who}: {fact}: the adapter was trained on {known.get(fact)!r}, this model has {found.get(fact)!r}"
+        f"{who}: {fact}: the adapter was trained on {_said(fact, known)}, this model has {_said(fact, found)}"
         for fact in dict.fromkeys((*known, *found))
         if known and known.get(fact) != found.get(fact)
     ]
     if problems:
         raise BaseMismatchError(problems)
+
+
+def _said(fact: str, facts: Mapping[str, Any]) -> str:
+    if fact == "hybrid_layer_pattern" and facts.get(fact) is None:
+        return "attention and MLP in every layer"
+    return repr(facts.get(fact))
 
 
 def check_weights(

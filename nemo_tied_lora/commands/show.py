@@ -133,6 +133,8 @@ def _base_lines(description: Mapping[str, Any]) -> list[str]:
     base = description.get("base") or {}
     arch, prints = base.get("architecture") or base, base.get("fingerprint") or {}
     sizes = f"{arch.get('num_layers', '?')} layers, hidden {arch.get('hidden_size', '?')}"
+    if arch.get("hybrid_layer_pattern"):
+        sizes += f", pattern {arch['hybrid_layer_pattern']}"
     lines = [f"base      {base.get('name') or 'unnamed'}: {sizes}, fingerprint {prints.get('value', 'not recorded')}"]
     lines += (
         [f"precision {description['base_precision']}, of the base in training"]

@@ -151,6 +151,8 @@ class Family:
     gated: bool
     nemo: Mapping[str, Any]
     """NeMo's model keys with the same value for the whole family."""
+    of_pattern: bool = False
+    """Whether attention and MLP are layers of their own, by a HybridModel's pattern."""
 
     def target_modules(self, targets: tuple[str, ...]) -> list[str]:
         """peft's `target_modules` for these targets: the shortest names that match no other linear."""
@@ -163,6 +165,13 @@ class Family:
     def layer(self, number: int) -> str:
         """A layer's prefix."""
         return f"{self.layers}.{number}"
+
+    def layer_in_config(self, number: int) -> str:
+        """A layer's prefix in peft's configuration, which may be the end of a name.
+
+        What is in front of Nemotron-H's layers differs between transformers and the code of its authors.
+        """
+        return f"{self.layers.rpartition('.')[2]}.{number}" if self.of_pattern else self.layer(number)
 
 
 _LLAMA_TARGETS = {
@@ -224,6 +233,26 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+_NEMOTRON_H = Family(
+    model_types=("nemotron_h",),
+    layers="backbone.layers",
+    targets={
+        "linear_qkv": (Part("mixer.q_proj", "q"), Part("mixer.k_proj", "k"), Part("mixer.v_proj", "v")),
+        "linear_proj": (Part("mixer.o_proj", "all"),),
+        "linear_fc1": (Part("mixer.up_proj", "all"),),
+        "linear_fc2": (Part("mixer.down_proj", "all"),),
+    },
+    norms={},
+    whole={},
+    transposed=False,
+    gated=False,
+    nemo={"activation": "squared_relu", "normalization": "rmsnorm", "position_embedding_type": "none"},
+    of_pattern=True,
+)
+"""The one family of HybridModels whose pattern is not paired (see `adapter.layer_numbers`). For exports alone: NeMo 2.4 has
+no such model. Its layers have the numbers of the pattern's places."""
+
+
 def family_of_model_type(model_type: str | None, source: str) -> Family:
     """The family of a Hugging Face `model_type`.
 
@@ -248,13 +277,15 @@ def family_of_base(model: Mapping[str, Any], source: str, remedy: str) -> Family
         ConfigError: no family has it. Lists the keys that differ for each family.
     """
     reasons = []
-    for family in FAMILIES.values():
+    for family in (_NEMOTRON_H,) if model.get("hybrid_layer_pattern") else FAMILIES.values():
         differing = []
         for key in ("normalization", "position_embedding_type"):
             if str(model.get(key)).lower() != family.nemo[key]:
                 differing.append(f"{key}={model.get(key)!r} (it has {family.nemo[key]!r})")
         activation = str(model.get("activation"))
-        if activation.endswith("glu") != family.gated:
+        if activation.endswith("glu") != family.gated or (
+            family.of_pattern and activation != family.nemo["activation"]
+        ):
             differing.append(f"activation={activation!r} (it has {family.nemo['activation']!r})")
         if not differing:
             return family

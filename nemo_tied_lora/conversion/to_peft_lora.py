@@ -14,6 +14,7 @@ rank of the tensor: they need the adapter without its masks (`uniform_rank`).
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from safetensors.torch import save_file
 from nemo_tied_lora.adapter.factor_names import FactorName, each_linear
 from nemo_tied_lora.checkpoint.read_nemo_adapter import AdapterFile
 from nemo_tied_lora.conversion.hf_families import BaseSizes, Family, family_of_base, join_rows, split_rows
-from nemo_tied_lora.conversion.untie_to_lora import PlainLora, expand, layers_of, plain_alpha
+from nemo_tied_lora.conversion.untie_to_lora import PlainLora, expand, plain_alpha
 from nemo_tied_lora.conversion.verify_export import Difference, largest_difference
 from nemo_tied_lora.errors import ConfigError, Problems
 from nemo_tied_lora.files import replace_folder
@@ -35,6 +36,8 @@ __all__ = ["adapter_config", "check_hf_peft", "write_hf_peft"]
 
 _CONFIG, _STATE, _CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 _PREFIX = "base_model.model"
+_NUMBERED = re.compile(r"^.*?\.\d+\.")
+"""The start of a linear's name, up to its layer's number."""
 _TRANSFORMERS_BLOCK = 64
 """The one block size of transformers' 4-bit linears (bitsandbytes' Linear4bit)."""
 
@@ -79,9 +82,9 @@ def check_hf_peft(folder: Path, file: AdapterFile, base: Mapping[str, Any]) -> D
             """peft's update of the target's output, with rows in Megatron's order."""
             outputs = []
             for part in family.targets[target]:
-                linear = f"{family.layer(layer)}.{part.name}"
-                scale = alphas.get(linear, config["lora_alpha"]) / ranks.get(linear, config["r"])
-                name = f"{_PREFIX}.{linear}"
+                key = f"{family.layer_in_config(layer)}.{part.name}"
+                scale = alphas.get(key, config["lora_alpha"]) / ranks.get(key, config["r"])
+                name = f"{_PREFIX}.{family.layer(layer)}.{part.name}"
                 lora_A, lora_B = (tensors.get_tensor(f"{name}.lora_{f}.weight").to(x.dtype) for f in "AB")
                 outputs.append(scale * (lora_B @ (lora_A @ x)))
             return join_rows(outputs, target, family.targets[target], sizes)
@@ -90,13 +93,11 @@ def check_hf_peft(folder: Path, file: AdapterFile, base: Mapping[str, Any]) -> D
 
 
 def adapter_config(file: AdapterFile, family: Family, num_layers: int, base_model: str | None) -> dict[str, Any]:
-    """The content of adapter_config.json. It names the layers only if some have no adapter."""
-    layers = layers_of(file.shapes)
-    all_layers = len(layers) == num_layers
+    """The content of adapter_config.json."""
     ranks = {key: max(1, rank) for key, rank in file.ranks().items()}
     widest = max(ranks.values(), default=file.config.rank)
     pattern = {
-        f"{family.layer(layer)}.{part.name}": ranks[f"layers.{layer}.{target}"]
+        f"{family.layer_in_config(layer)}.{part.name}": ranks[f"layers.{layer}.{target}"]
         for layer, target, _ in each_linear(file.shapes)
         for part in family.targets[target]
         if ranks and ranks[f"layers.{layer}.{target}"] != widest
@@ -108,9 +109,7 @@ def adapter_config(file: AdapterFile, family: Family, num_layers: int, base_mode
         "r": widest,
         "lora_alpha": widest if ranks else plain_alpha(file.config),
         "lora_dropout": 0.0,
-        "target_modules": family.target_modules(tuple(file.shapes)),
-        "layers_to_transform": None if all_layers else list(layers),
-        "layers_pattern": None if all_layers else family.layers.rpartition(".")[2],
+        **_linears(file, family, num_layers),
         "fan_in_fan_out": family.transposed,
         "bias": "none",
         "inference_mode": True,
@@ -120,6 +119,25 @@ def adapter_config(file: AdapterFile, family: Family, num_layers: int, base_mode
         "alpha_pattern": pattern,
         "use_rslora": False,
         "use_dora": False,
+    }
+
+
+def _linears(file: AdapterFile, family: Family, num_layers: int) -> dict[str, Any]:
+    """Which linears peft adapts. Names the layers only if some have no adapter, and each linear if targets differ in layers."""
+    layers = {shape.layers for shape in file.shapes.values()}
+    if len(layers) > 1 or family.of_pattern:
+        names = [
+            f"{family.layer_in_config(layer)}.{part.name}"
+            for layer, target, _ in each_linear(file.shapes)
+            for part in family.targets[target]
+        ]
+        return {"target_modules": names, "layers_to_transform": None, "layers_pattern": None}
+    (adapted,) = layers
+    every_layer = len(adapted) == num_layers
+    return {
+        "target_modules": family.target_modules(tuple(file.shapes)),
+        "layers_to_transform": None if every_layer else list(adapted),
+        "layers_pattern": None if every_layer else family.layers.rpartition(".")[2],
     }
 
 
@@ -179,8 +197,8 @@ def _card(file: AdapterFile, config: Mapping[str, Any], base_model: str | None) 
         ),
         ("trained", ", ".join(tied.trained)),
         ("tied", ", ".join(tied.tied) or "nothing"),
-        ("targets", ", ".join(config["target_modules"])),
-        ("layers", "all" if config["layers_to_transform"] is None else str(config["layers_to_transform"])),
+        ("targets", ", ".join(dict.fromkeys(_NUMBERED.sub("", name) for name in config["target_modules"]))),
+        ("layers", _layers_of_card(file, config)),
         ("base it was trained on", base),
         *((name, value) for name, value in held.items() if value),
         *((name, value) for name, value in training.items() if isinstance(value, (int, float, str))),
@@ -204,6 +222,12 @@ function, in a file that peft, vLLM and other readers of LoRA load.
 {table}
 """
     )
+
+
+def _layers_of_card(file: AdapterFile, config: Mapping[str, Any]) -> str:
+    if len({shape.layers for shape in file.shapes.values()}) > 1:
+        return "; ".join(f"{target} {list(shape.layers)}" for target, shape in file.shapes.items())
+    return "all" if config["layers_to_transform"] is None else str(config["layers_to_transform"])
 
 
 def _ranks_left(file: AdapterFile) -> list[tuple[str, str]]:

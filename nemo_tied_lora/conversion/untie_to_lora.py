@@ -40,14 +40,20 @@ def plain_alpha(config: TiedLoraConfig) -> int:
 
 
 def layers_of(shapes: Mapping[str, LinearShape]) -> tuple[int, ...]:
-    """The adapted layers.
+    """The adapted layers, which all targets must share: NeMo's LoRA has one selection of layers for all of them.
 
     Raises:
-        ConfigError: the layers differ between targets, which files of plain LoRA cannot express.
+        ConfigError: the layers differ between targets.
     """
     layers = {shape.layers for shape in shapes.values()}
     if len(layers) > 1:
-        raise ConfigError([f"targets: {t} is adapted in layers {list(s.layers)}" for t, s in shapes.items()])
+        raise ConfigError(
+            [
+                f"targets: {target} is adapted in layers {list(shape.layers)}, other targets in others, and NeMo's LoRA has one "
+                "layer_selection for all; use to=hf-peft or to=safetensors"
+                for target, shape in shapes.items()
+            ]
+        )
     return layers.pop()
 
 

@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The switch for a machine without Transformer Engine: megatron-core's local layers, in NeMo too.
 
-Checked with megatron-core 0.13.1 and with NeMo 2.4.1.
+Checked with megatron-core 0.13.1, 0.16.1 and 0.19.2, and with NeMo 2.4.1.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
 from nemo_tied_lora.platform import detect
 from nemo_tied_lora.platform.patching import Patch, apply
 
-__all__ = ["MEGATRON_PATCHES", "NEMO_PATCHES", "enable"]
+__all__ = ["HYBRID_PATCHES", "MEGATRON_PATCHES", "NEMO_PATCHES", "enable"]
 
 
 def enable(*, nemo: bool) -> tuple[str, ...]:
@@ -23,7 +24,16 @@ def enable(*, nemo: bool) -> tuple[str, ...]:
     """
     if detect.has_transformer_engine():
         return ()
-    return apply(MEGATRON_PATCHES) + (apply(NEMO_PATCHES) if nemo else ())
+    done = apply(MEGATRON_PATCHES)
+    if importlib.util.find_spec("megatron.core.models.hybrid") is not None:  # from megatron-core 0.19 on
+        done += apply(HYBRID_PATCHES)
+    return done + (apply(NEMO_PATCHES) if nemo else ())
+
+
+def _local_norm(_norm: Any) -> Any:
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    return WrappedTorchNorm
 
 
 def _local_specs(_get_specs: Any) -> Callable[..., Any]:
@@ -69,6 +79,15 @@ MEGATRON_PATCHES: tuple[Patch, ...] = (
         name="te_general_gemm",
         make=lambda original: original,
         reason="a mixture's router checks whether this is None, but the name does not exist if its import failed",
+    ),
+)
+
+HYBRID_PATCHES: tuple[Patch, ...] = (
+    Patch(
+        owner="megatron.core.models.hybrid.hybrid_block",
+        name="TENorm",
+        make=_local_norm,
+        reason="a HybridModel's last norm is Transformer Engine's, whatever its spec says",
     ),
 )
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny real megatron-core GPT. Its weights depend only on their global name and position, so all layouts have the same."""
+"""A tiny real megatron-core GPT. Its weights depend only on their global name and position, so all layouts have the same.
+
+A HybridModel whose pattern is paired (see `nemo_tied_lora.adapter.layer_numbers`) has the weights of the GPTModel.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from nemo_tied_lora.adapter.layer_numbers import LayerNumbers
 from nemo_tied_lora.adapter.shapes import LinearShape
 from nemo_tied_lora.adapter.sharding import shard
 
@@ -40,8 +44,9 @@ def build_gpt(
     idle_expert: int | None = None,
     without: dict[int, str] | None = None,
     core_attention: type | None = None,
+    pattern: str | None = None,
     **options: Any,
-) -> GPTModel:
+) -> Any:
     """Builds this rank's chunk of a GPT, filled with fixed numbers.
 
     Args:
@@ -49,11 +54,12 @@ def build_gpt(
         idle_expert: an expert that gets no token.
         without: layers, from 0, that have no "attention" or no "mlp".
         core_attention: replaces Megatron's core attention.
+        pattern: builds a HybridModel with this pattern, not a GPTModel. num_layers has no meaning then.
         options: more fields of `TransformerConfig`. num_moe_experts makes a mixture of experts, in which
             moe_layer_freq selects the dense layers.
     """
     config = TransformerConfig(
-        num_layers=num_layers,
+        num_layers=num_layers if pattern is None else len(pattern.replace("|", "")),
         hidden_size=hidden,
         ffn_hidden_size=ffn,
         num_attention_heads=heads,
@@ -87,7 +93,12 @@ def build_gpt(
         spec.submodules.self_attention.submodules.core_attention = core_attention
     if without is not None:
         spec = _spec_without(spec, config, without, vp_stage)
-    model = GPTModel(
+    kind: Any = GPTModel
+    if pattern is not None:
+        from tests.harness.tiny_hybrid import hybrid_model, hybrid_spec
+
+        kind, spec = hybrid_model(pattern), hybrid_spec(spec)
+    model = kind(
         config,
         spec,
         vocab_size=VOCAB,
@@ -104,15 +115,17 @@ def build_gpt(
     return model
 
 
-def fill(model: GPTModel) -> None:
+def fill(model: Any) -> None:
     """Sets every base parameter to this rank's part of a whole tensor that depends only on the global name."""
-    layers = {f"decoder.layers.{i}.": layer.layer_number - 1 for i, layer in enumerate(model.decoder.layers)}
+    at = LayerNumbers.of(model).at
+    layers = {f"decoder.layers.{i}.": at(layer.layer_number - 1) for i, layer in enumerate(model.decoder.layers)}
     gated = model.config.gated_linear_unit
     for name, parameter in model.named_parameters():
         for local, number in layers.items():
             if name.startswith(local):
                 name = f"decoder.layers.{number}." + name.removeprefix(local)
                 break  # the new name may be the local name of another layer
+        name = name.replace("decoder.final_norm.", "decoder.final_layernorm.")  # HybridModel's name and GPTModel's
         blocks = 2 if gated and "linear_fc1" in name else 1
         parameter.data.copy_(_rank_part(name, parameter, blocks))
 

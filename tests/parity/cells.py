@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tests.conftest import NEED_NEMO
 from tests.parity.layouts import LAYOUTS, layouts_on
-from tests.parity.runs import EXPERT_LAYOUTS, FLOAT32_LAYOUTS, INT8_LAYOUTS, TOLERANCES, Run, runs_of
+from tests.parity.runs import EXPERT_LAYOUTS, FLOAT32_LAYOUTS, HYBRID, INT8_LAYOUTS, TOLERANCES, Run, runs_of
 
 __all__ = ["GPU", "NEWER", "NEWEST", "OLDER", "Cell", "Table", "tables"]
 
@@ -89,6 +89,7 @@ def tables() -> Iterator[Table]:
     yield _experts()
     yield _nemo()
     yield _newest()
+    yield _hybrid()
 
 
 _FEATURES: list[tuple[str, str, dict[str, str]]] = [
@@ -326,9 +327,10 @@ def _nemo() -> Table:
 def _newest() -> Table:
     rows = {}
     for layout in layouts_on(NEWEST):
-        runs = runs_of(layout, NEWEST)
-        best = _short(min(TOLERANCES[run.dtype] for run in runs.values()))
-        rows[ROWS[layout]] = (Cell(f"tested, {best}", newest=_tests(runs, layout)),)
+        if layout in ROWS:
+            runs = {name: run for name, run in runs_of(layout, NEWEST).items() if name not in HYBRID}
+            best = _short(min(TOLERANCES[run.dtype] for run in runs.values()))
+            rows[ROWS[layout]] = (Cell(f"tested, {best}", newest=_tests(runs, layout)),)
     return Table(
         "megatron-core 0.19",
         "`make test-bridge` runs every loop, recomputation, model, precision, preset and quantised base of the tables above, on "
@@ -336,3 +338,36 @@ def _newest() -> Table:
         ("every run of the layout",),
         rows,
     )
+
+
+def _hybrid() -> Table:
+    """Empty cells are not tested."""
+    names = {"apart": "a pair is a layer", "with Mamba": "with Mamba's layers", "nf4": "nf4", "budget": "rank budget"}
+    rows: dict[str, tuple[Cell, ...]] = {}
+    for layout in layouts_on(NEWEST):
+        found = {name: run for name, run in runs_of(layout, NEWEST).items() if name in HYBRID}
+        kinds: dict[str, dict[str, Run]] = {kind: {} for kind in names}
+        for name, run in found.items():
+            kinds[next(kind for kind in reversed(names) if kind in name)][name] = run
+        rows[ROWS.get(layout, "PP 2, interleaved, two chunks per stage")] = tuple(
+            _hybrid_cell(runs, layout) for runs in kinds.values()
+        )
+    return Table(
+        "HybridModel",
+        "megatron-core 0.19's `HybridModel`, whose attention and MLP are layers of their own. Where its pattern is pairs of them, "
+        "the run must give what the *GPTModel* with the same weights gives in one process: losses, gradients, norms and adapter. "
+        "The runs have our own loop, DDP with `overlap_grad_reduce`, the distributed optimizer, and full and selective "
+        "recomputation; the stages of a pipeline are uneven, split a pair, or have no linear of the adapter. In the column of "
+        "Mamba a mixer that a CPU can run stands for Megatron's, which needs CUDA kernels. nf4 has the bits of the dequantised "
+        "base, as in its own table. Empty cells are not tested.",
+        tuple(names.values()),
+        rows,
+    )
+
+
+def _hybrid_cell(runs: dict[str, Run], layout: str) -> Cell:
+    if not runs:
+        return Cell("")
+    best = _short(min(TOLERANCES[run.dtype] for run in runs.values()))
+    quantised = tuple(f"{_SAME_AS_PLAIN}[{layout}-{name}]" for name, run in runs.items() if run.base is not None)
+    return Cell(f"{'equal bits' if quantised else 'tested'}, {best}", newest=(*_tests(runs, layout), *quantised))

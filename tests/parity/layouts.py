@@ -41,6 +41,7 @@ LAYOUTS: dict[str, Layout] = {
     "tp4 sp": Layout(tp=4, sequence_parallel=True),
     "pp4": Layout(pp=4),
     "pp4 vp2": Layout(pp=4, vp=2),
+    "pp2 vp2": Layout(pp=2, vp=2),
     "tp2 pp2": Layout(tp=2, pp=2),
     "tp2 dp2": Layout(tp=2, dp=2),
     "pp2 dp2": Layout(pp=2, dp=2),

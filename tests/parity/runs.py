@@ -14,6 +14,7 @@ __all__ = [
     "EXPERT_LAYOUTS",
     "FAULTS",
     "FLOAT32_LAYOUTS",
+    "HYBRID",
     "INT8_LAYOUTS",
     "OVERLAP_AND_FULL",
     "RUNS",
@@ -40,7 +41,7 @@ class Run:
     loop: "plain", or with megatron-core's DDP "ddp", "ddp overlap", "distributed" or "distributed overlap". With
         "aligned" after overlap, stages start their sums together.
     recompute: None, "selective" or "full".
-    stages: options of `build_gpt` that distribute the layers over stages.
+    stages: options of `build_gpt` that distribute the layers over stages; for a HybridModel its pattern with their marks.
     microbatches: number in the global batch. Data-parallel ranks share them.
     base: options of `quantize_base`; None: a base that is not quantised.
     plain: whether the quantised weights are replaced by plain ones with the dequantised values.
@@ -188,6 +189,51 @@ EXPERTS = {
         features=("nf4 experts",),
     ),
 }
+APART = {"pattern": "*-*-*-"}
+HYBRID: dict[str, Run] = {
+    # Layer 1's attention is on the first stage, its MLP on the second.
+    "attention and MLP apart": Run(config=TL6, model=APART, stages={"pattern": "*-*|-*-"}),
+    # The first stage has no MLP, so it only holds the tied tensors of linear_fc1 and linear_fc2.
+    "apart, DDP": Run(
+        config=TL6, model={**LLAMA, **APART}, loop="ddp overlap", recompute="selective", stages={"pattern": "*|-*-*-"}
+    ),
+    "apart, distributed": Run(
+        config={**ONE_STAGE, "layers": [1]},
+        model={**LLAMA, **APART},
+        dtype="float32",
+        loop="distributed overlap",
+        recompute="full",
+        stages={"pattern": "*-*-|*-"},
+    ),
+    # The first stage has no linear of the adapter.
+    "with Mamba": Run(
+        config=TL6, model={**LLAMA, "pattern": "M*-M*-"}, loop="ddp", recompute="full", stages={"pattern": "M|*-M*-"}
+    ),
+    "apart, nf4": Run(
+        config=TL6, model={**QUANTISED_MODEL, "pattern": "*-*-"}, stages={"pattern": "*|-*-"}, steps=1, base=NF4
+    ),
+    "apart, rank budget": Run(config=BUDGET, model={"pattern": "*-*-"}, stages={"pattern": "*-*|-"}, steps=4),
+    # Two stages are each other's next and last one: Megatron can only send to both at once with this overlap.
+    "apart, chunks": Run(
+        config=TL6,
+        model=APART,
+        loop="ddp",
+        stages={"pattern": "*-|*|-*|-", "overlap_p2p_comm": True, "batch_p2p_comm": False},
+    ),
+}
+"""The runs on HybridModel, from megatron-core 0.19 on. Where a pattern is paired, the oracle is GPTModel."""
+_HYBRID_ON = {
+    "single": ("apart, distributed", "with Mamba"),
+    "tp2": ("apart, DDP", "with Mamba", "apart, nf4"),
+    "tp2 sp": ("attention and MLP apart", "with Mamba"),
+    "pp2": (
+        *("attention and MLP apart", "apart, DDP", "apart, distributed", "with Mamba"),
+        *("apart, nf4", "apart, rank budget"),
+    ),
+    "dp2": ("apart, DDP", "apart, distributed"),
+    "cp2": ("attention and MLP apart",),
+    "pp2 vp2": ("apart, chunks",),
+}
 TOLERANCES = {
     # Sums are only reordered: about 1e-13. Adam's division may magnify it if a gradient is small.
     "float64": 1e-9,
@@ -211,6 +257,9 @@ MIXED: dict[str, Run] = {
 def runs_of(name: str, release: tuple[int, ...] | None = None) -> dict[str, Run]:
     """The runs of a layout on a release of megatron-core. None: the installed release."""
     layout, release = LAYOUTS[name], release or megatron_version()
+    hybrid = {key: _fitted(HYBRID[key], layout, release) for key in _HYBRID_ON.get(name, ()) if release >= (0, 19)}
+    if name == "pp2 vp2":
+        return hybrid
     more = {"pp4": UNEVEN, "pp4 vp2": EMPTY_CHUNKS, "tp2 pp2": MIXED}.get(name, {})
     if name in FLOAT32_LAYOUTS:
         more = {**more, **FLOAT32_ADAPTER}
@@ -221,12 +270,16 @@ def runs_of(name: str, release: tuple[int, ...] | None = None) -> dict[str, Run]
         more = {**more, **EXPERTS}
     if counts_repeated_gradients(release):
         more = {**more, "overlap and full": OVERLAP_AND_FULL}
-    return {key: _fitted(run, layout, release) for key, run in {**RUNS, **RANK_BUDGET, **more}.items()}
+    return {key: _fitted(run, layout, release) for key, run in {**RUNS, **RANK_BUDGET, **more}.items()} | hybrid
 
 
 def oracle_of(run: Run) -> Run:
     """The single-process run that must give the same result: plain and in float64, except for bfloat16 parameters."""
     plain = dataclasses.replace(run, recompute=None, stages={}, fault=None, features=(), plain=run.base is not None)
+    pattern = run.model.get("pattern", "")
+    if run.base is None and pattern and pattern == "*-" * (len(pattern) // 2):
+        model = {key: value for key, value in run.model.items() if key != "pattern"}
+        plain = dataclasses.replace(plain, model={**model, "num_layers": len(pattern) // 2})
     if run.dtype == "bfloat16":
         return dataclasses.replace(plain, loop="ddp")
     return dataclasses.replace(plain, loop="plain", dtype="float64")
@@ -235,7 +288,9 @@ def oracle_of(run: Run) -> Run:
 def _fitted(run: Run, layout: Layout, release: tuple[int, ...]) -> Run:
     """The run, with the numbers of layers, query groups and microbatches that the layout needs."""
     model, features = dict(run.model), run.features
-    if layout.vp is not None:
+    if "pattern" in model:
+        pass
+    elif layout.vp is not None:
         model.setdefault("num_layers", layout.pp * layout.vp)
     elif (
         layout.tp > 1

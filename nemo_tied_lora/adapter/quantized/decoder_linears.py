@@ -12,6 +12,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from torch import nn
 
 from nemo_tied_lora.adapter.experts import group_of, linear_of, name_at
+from nemo_tied_lora.adapter.layer_numbers import LayerNumbers
 from nemo_tied_lora.adapter.target_modules import gpt_model, wrappers
 from nemo_tied_lora.adapter.tied_linear import linear_kind
 from nemo_tied_lora.config import TARGETS
@@ -24,8 +25,8 @@ __all__ = ["DecoderLinear", "find_decoder_linears", "model_bodies"]
 class DecoderLinear:
     """One linear that can be quantised.
 
-    layer: numbered globally from 0. short_name: "linear_qkv" or "experts.5.linear_fc1" (see `experts`). kind: "column" or
-    "row".
+    layer: numbered globally from 0 (see `layer_numbers`). short_name: "linear_qkv" or "experts.5.linear_fc1" (see
+    `experts`). kind: "column" or "row".
     """
 
     layer: int
@@ -68,8 +69,9 @@ def find_decoder_linears(chunk: nn.Module, body: Any) -> tuple[list[DecoderLinea
     """
     linears: list[DecoderLinear] = []
     places: dict[str, list[str]] = {}  # by reason
+    numbers = LayerNumbers.of(body)
     for layer in body.decoder.layers:
-        number = layer.layer_number - 1
+        number = numbers.at(layer.layer_number - 1)
         for path, module in layer.named_modules():
             place = f"layer {number} {path}"
             if path.endswith("experts") and linear_of(path) == "experts" and not hasattr(module, "local_experts"):
