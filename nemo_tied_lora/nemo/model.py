@@ -53,6 +53,8 @@ class TiedLoraModelMixin(FactorRatesMixin):
     """What `restored_base` has quantised. None: nothing."""
     weight_differences: Mapping[str | None, float | None] = {}
     """The precision that an adapter records to how far the quantised weights are from it; see `restored_base`."""
+    answers_checked: bool = False
+    """Whether `early_answer_check` has counted the answers that do not fit."""
     tokens_seen: int = 0
     """The number of tokens in this rank's microbatches so far, padding included."""
 
@@ -139,7 +141,7 @@ class TiedLoraModelMixin(FactorRatesMixin):
 
     def build_train_valid_test_datasets(self, stage: str | None) -> None:
         """NeMo's, with `sft_datasets`. Before a fit, names tokens without a row in the embedding, and says how many answers
-        do not fit into max_seq_length.
+        do not fit into max_seq_length, unless that was said before the base was loaded.
 
         Raises:
             ConfigError: on every rank; none fits, or the tokenizer lacks a special token.
@@ -158,7 +160,8 @@ class TiedLoraModelMixin(FactorRatesMixin):
                 sections["validation_ds"] = self._validation_ds  # type: ignore[attr-defined]
             if getattr(self, "_test_ds", None):
                 sections["test_ds"] = self._test_ds  # type: ignore[attr-defined]
-            check_answers(sections)
+            if not self.answers_checked:
+                check_answers(sections)
 
     def build_data_loader(self, dataset: Any, data_cfg: Any, consumed_samples: int = 0) -> Any:
         """NeMo's, except that a resumed run continues after the samples that it has consumed.

@@ -19,6 +19,7 @@ from nemo_tied_lora.checkpoint.training_checkpoint import is_checkpoint
 from nemo_tied_lora.errors import ConfigError
 from nemo_tied_lora.files import write_json
 from nemo_tied_lora.nemo.checkpoint_strategy import TiedLoraTrainerBuilder
+from nemo_tied_lora.nemo.early_answer_check import check_answers_early
 from nemo_tied_lora.nemo.model import MegatronGPTTiedLoraModel
 from nemo_tied_lora.nemo.parameter_table import base_parameter_count, lora_counts, parameter_table
 from nemo_tied_lora.nemo.peft_config import TiedLoraPEFTConfig
@@ -49,12 +50,12 @@ def finetune(cfg: DictConfig, rank: Rank | None = None) -> dict[str, Any]:
     trainer, recorder = _start(cfg, rank)
     resumed = [path for path in resumed_checkpoints(cfg) if is_checkpoint(path)]
     if resumed:  # exp_manager moves the files of the run before, so the base is compared first
-        model, base = _adapted_model(cfg, trainer)
+        model, base = _adapted_model(cfg, trainer, early=False)  # its data are checked when the folder is open
         check_base(model, trainer, resumed)
         folder = _open_folder(cfg, trainer, rank)
     else:  # exp_manager may refuse a logger, and loading a base takes long
         folder = _open_folder(cfg, trainer, rank)
-        model, base = _adapted_model(cfg, trainer)
+        model, base = _adapted_model(cfg, trainer, early=True)
     _place_data_index(model.cfg.data, folder)
     assert model.tied_lora is not None
     if trainer.global_rank == 0:
@@ -136,10 +137,16 @@ def _place_data_index(data: DictConfig, folder: Path) -> None:
             Path(section.output_file_path_prefix).parent.mkdir(parents=True, exist_ok=True)  # NeMo fails without it
 
 
-def _adapted_model(cfg: DictConfig, trainer: Trainer) -> tuple[MegatronGPTTiedLoraModel, int]:
-    """The base with its adapter, new or from a file, on this rank's part of the layout. And the base's parameters."""
+def _adapted_model(cfg: DictConfig, trainer: Trainer, *, early: bool) -> tuple[MegatronGPTTiedLoraModel, int]:
+    """The base with its adapter, new or from a file, on this rank's part of the layout. And the base's parameters.
+
+    Args:
+        early: whether to count the answers that do not fit before the base is loaded. It makes the index of the data.
+    """
     model_cfg = MegatronGPTTiedLoraModel.merge_cfg_with(cfg.model.restore_from_path, cfg)
+    checked = early and check_answers_early(cfg.model.restore_from_path, model_cfg, trainer)
     model = restore_base(cfg.model.restore_from_path, model_cfg, trainer)
+    model.answers_checked = checked
     if model.quantized_base is not None and trainer.global_rank == 0:
         print(f"base, on rank 0: {model.quantized_base}", flush=True)
     base = base_parameter_count(model)

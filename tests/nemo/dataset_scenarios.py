@@ -49,6 +49,7 @@ def report_datasets(folder: Path) -> int:
         "room": _room(),
         "order": _order(folder),
         "task items": _task_items(folder / "task"),
+        "early": _early(folder),
     }
     (folder / "datasets.json").write_text(json.dumps(found))
     return 0
@@ -119,6 +120,40 @@ def _truncation(folder: Path) -> dict[str, Any]:
         }
         found[name] = [count_answers(dataset, range(len(whole)))[0], by_hand]
     return found
+
+
+def _early(folder: Path) -> dict[str, Any]:
+    """What is counted with the base's file alone, and what cannot be."""
+    import contextlib
+    import io
+    from types import SimpleNamespace
+
+    import torch
+    from nemo.collections.nlp.data.language_modeling.megatron.gpt_sft_dataset import GPTSFTDataset
+
+    from nemo_tied_lora.nemo.answer_truncation import count_answers
+    from nemo_tied_lora.nemo.early_answer_check import check_answers_early
+    from nemo_tied_lora.nemo.model import MegatronGPTTiedLoraModel
+    from nemo_tied_lora.planning.composing.compose import compose_config
+
+    base, trainer = str(folder / "base.nemo"), SimpleNamespace(limit_val_batches=0, local_rank=0)
+
+    def early(*changed: str, path: str = base) -> tuple[bool, str]:
+        words = [f"model.restore_from_path={base}", "model.data.train_ds.max_seq_length=16", *changed]
+        words += [f"model.data.train_ds.{key}" for key in (f"file_names=[{folder}/long.jsonl]", "memmap_workers=1")]
+        words.append(f"+model.data.train_ds.index_mapping_dir='{folder}/early'")
+        model_cfg = MegatronGPTTiedLoraModel.merge_cfg_with(base, compose_config("finetune", words))
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            return check_answers_early(path, model_cfg, trainer), printed.getvalue()
+
+    without_a_group = early()[0]
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    counts = count_answers(_prompts(GPTSFTDataset, folder / "long.jsonl", max_seq_length=16), range(39))[0]
+    return {
+        "counts": counts,
+        "counted": early(),
+        "not": [without_a_group, early("model.data.chat=true")[0], early(path=str(folder / "train.jsonl"))[0]],
+    }
 
 
 def _same_conversations(folder: Path) -> list[bool]:

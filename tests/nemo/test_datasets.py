@@ -94,6 +94,23 @@ def test_cut_answers_are_counted_as_nemo_cuts_them(report: dict[str, Any]) -> No
     assert kinds == {"answers", "cut", "lost", "prompts_cut"}
 
 
+def test_cut_answers_are_counted_before_the_base_is_loaded(report: dict[str, Any]) -> None:
+    counts, (counted, line) = report["early"]["counts"], report["early"]["counted"]
+    assert counted
+    assert counts["cut"]
+    assert line.startswith(
+        f"model.data.train_ds: max_seq_length=16 cuts {counts['lost']} of {counts['answers']} answers wholly and "
+        f"{counts['cut']} in part, and {counts['prompts_cut']} prompts"
+    )
+    assert line.count("\n") == 1
+
+
+def test_without_ranks_or_a_readable_tokenizer_and_for_conversations_they_are_counted_later(
+    report: dict[str, Any],
+) -> None:
+    assert report["early"]["not"] == [False, False, False]
+
+
 def test_conversations_give_nemos_batch(report: dict[str, Any]) -> None:
     assert report["conversations"]
     assert all(report["conversations"])
@@ -170,6 +187,7 @@ def test_a_run_whose_answers_are_all_cut_away_is_refused_by_all_ranks_in_one_lin
     assert done.stderr.count("model.data.train_ds.max_seq_length=32: cuts away all 8 answers") == 1
     assert "Traceback" not in done.stderr
     assert not (folder / "lost" / "adapter.nemo").exists()
+    assert "of the base's" not in done.stdout  # the table of parameters, which follows the loading of the base
 
 
 def test_an_empty_prompt_is_answered_and_no_other_answer_is_lost(folder: Path) -> None:
