@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tiny Llama of `other_release`, from Bridge's own provider, and Megatron's loop on it."""
+"""The tiny Llama of `other_release`, from Bridge's own providers, and Megatron's loop on it."""
 
 from __future__ import annotations
 
@@ -8,24 +8,36 @@ from typing import Any
 
 import torch
 from megatron.bridge.models.gpt_provider import GPTModelProvider
+from megatron.bridge.models.hybrid.hybrid_provider import HybridModelProvider
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.utils import get_model_config
 
 from tests.bridge.other_release import LAYERS, SIZES, mask, tokens
 from tests.harness.tiny_gpt import VOCAB, fill
+from tests.harness.tiny_hybrid import hybrid_spec
 
 __all__ = ["build", "fill_base", "logits", "provider", "train"]
 
 Hook = Callable[[list[Any]], Any]
 
 
-def provider() -> GPTModelProvider:
-    """Bridge's provider of this rank's part of the model."""
-    made = GPTModelProvider(
-        num_layers=LAYERS,
+def provider(hybrid: bool = False) -> Any:
+    """Bridge's provider of this rank's part of the model, as a GPTModel or a HybridModel with the same weights."""
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+    kind: dict[str, Any] = {"num_layers": LAYERS, "transformer_layer_spec": lambda config: layer}
+    if hybrid:
+        pattern = "*-" * LAYERS
+        # The second stage begins inside a pair.
+        kind = {"hybrid_layer_pattern": pattern if stages == 1 else f"{pattern[:5]}|{pattern[5:]}"}
+        # Its own default backend is flash, and megatron-core wants one for all models of a process.
+        kind |= {"hybrid_stack_spec": hybrid_spec(layer), "bf16": False, "attention_backend": AttnBackend.auto}
+    made = (HybridModelProvider if hybrid else GPTModelProvider)(
+        **kind,
         hidden_size=SIZES["hidden"],
         ffn_hidden_size=SIZES["ffn"],
         num_attention_heads=SIZES["heads"],
@@ -39,9 +51,8 @@ def provider() -> GPTModelProvider:
         add_bias_linear=False,
         position_embedding_type="rope",
         share_embeddings_and_output_weights=False,
-        transformer_layer_spec=lambda config: get_gpt_layer_local_spec(normalization="RMSNorm"),
         tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
-        pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        pipeline_model_parallel_size=stages,
         pipeline_dtype=torch.float32,
         params_dtype=torch.float32,
         hidden_dropout=0.0,
@@ -65,10 +76,10 @@ def fill_base(model: list[Any]) -> list[Any]:
     return model
 
 
-def build(*hooks: Hook, ddp: bool = True, post_wrap_hook: Hook | None = None) -> list[Any]:
+def build(*hooks: Hook, ddp: bool = True, post_wrap_hook: Hook | None = None, hybrid: bool = False) -> list[Any]:
     """Builds the model by `provide_distributed_model`, with these hooks before it is wrapped."""
     config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=False)
-    return provider().provide_distributed_model(
+    return provider(hybrid).provide_distributed_model(
         ddp_config=config,
         wrap_with_ddp=ddp,
         use_cpu_initialization=True,

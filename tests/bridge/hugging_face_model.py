@@ -13,11 +13,15 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
+from tests.bridge.cpu_mamba import CpuMamba
+from tests.harness.tiny_hybrid import hybrid_spec
+
 __all__ = ["load_through_bridge"]
 
 _OFF = (
     *("gradient_accumulation_fusion", "bias_activation_fusion", "bias_dropout_fusion", "masked_softmax_fusion"),
     *("persist_layer_norm", "apply_rope_fusion", "moe_permute_fusion", "moe_router_fusion", "moe_grouped_gemm"),
+    "moe_shared_expert_overlap",
 )
 
 
@@ -25,7 +29,11 @@ def load_through_bridge(folder: Path, peft: Any) -> tuple[Any, list[Any]]:
     """Returns the bridge, and the model in float32 with the folder's weights and then the adapter."""
     bridge = AutoBridge.from_hf_pretrained(str(folder))
     provider = bridge.to_megatron_provider()
-    provider.transformer_layer_spec = _local_spec
+    if hasattr(provider, "hybrid_stack_spec"):
+        provider.hybrid_stack_spec = hybrid_spec(get_gpt_layer_local_spec(normalization="RMSNorm"), CpuMamba)
+        provider.activation_func = squared_relu
+    else:
+        provider.transformer_layer_spec = _local_spec
     for name in _OFF:
         setattr(provider, name, False)
     provider.moe_token_dispatcher_type = "allgather"
@@ -51,6 +59,11 @@ def _local_spec(config: Any, vp_stage: int | None = None) -> Any:
     layer = dataclasses.replace(spec, submodules=dataclasses.replace(spec.submodules, **norms))
     layers = [layer] * get_num_layers_to_build(config, vp_stage)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=ZeroCentredNorm)
+
+
+def squared_relu(x: torch.Tensor) -> torch.Tensor:
+    """Megatron's own is compiled, which takes seconds on a CPU."""
+    return torch.nn.functional.relu(x).square()
 
 
 class ZeroCentredNorm(torch.nn.RMSNorm):

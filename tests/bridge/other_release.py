@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The same tiny Llama on plain megatron-core, in this environment or in NeMo's. Imports no Bridge.
 
-python -m tests.bridge.other_release FROM TO
+python -m tests.bridge.other_release FROM TO [FROM TO ...]
 
 loads an adapter's file on one rank, and writes another file from what was loaded.
 """
@@ -44,13 +44,13 @@ def mask() -> torch.Tensor:
     return torch.ones(_SEQUENCE, _SEQUENCE, dtype=torch.bool).triu(1)[None, None]
 
 
-def main(source: str, target: str) -> None:
+def main(*paths: str) -> None:
     """Prints megatron-core's version."""
     import megatron.core
 
     single_process()
-    adapter = load_adapter(build(), Path(source))
-    save_adapter(adapter, Path(target))
+    for source, target in zip(paths[::2], paths[1::2], strict=True):
+        save_adapter(load_adapter(build(), Path(source)), Path(target))
     print(megatron.core.__version__)
 
 

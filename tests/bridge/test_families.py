@@ -71,15 +71,8 @@ def written_on_a_rank(base: str, output: str) -> None:
 
 
 @pytest.fixture(autouse=True)
-def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+def one_rank() -> None:
     single_process()
-    for name in (
-        "NVTE_FLASH_ATTN",
-        "NVTE_FUSED_ATTN",
-        "NVTE_UNFUSED_ATTN",
-    ):  # megatron-core sets them for a whole process
-        monkeypatch.setenv(name, "0")
-        monkeypatch.delenv(name)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -30,11 +30,13 @@ def hybrid_model(pattern: str) -> Callable[..., Any]:
     return partial(HybridModel, hybrid_layer_pattern=pattern)
 
 
-def hybrid_spec(layer: Any) -> ModuleSpec:
-    """The spec of a HybridModel whose attention and MLP are those of a GPTModel's layer."""
+def hybrid_spec(layer: Any, mixer: type | None = None) -> ModuleSpec:
+    """The spec of a HybridModel whose attention and MLP are those of a GPTModel's layer. mixer: Mamba's; None: `Mixer`."""
     no_attention = {"input_layernorm": IdentityOp, "self_attention": IdentityOp, "self_attn_bda": IdentityFuncOp}
     no_mlp = {"pre_mlp_layernorm": IdentityOp, "mlp": IdentityOp, "mlp_bda": IdentityFuncOp}
-    mamba = MambaLayerSubmodules(norm=WrappedTorchNorm, mixer=ModuleSpec(Mixer), mamba_bda=get_bias_dropout_add)
+    mamba = MambaLayerSubmodules(
+        norm=WrappedTorchNorm, mixer=ModuleSpec(mixer or Mixer), mamba_bda=get_bias_dropout_add
+    )
     return ModuleSpec(
         HybridStack,
         submodules=HybridStackSubmodules(
