@@ -40,8 +40,16 @@ elif [[ -e $finished ]]; then
     exit 0
 fi
 cp -- "$0" "$logs/job.sbatch"
-arguments+=("trainer.num_nodes=$num_nodes" "trainer.devices=$((tasks / num_nodes))")
-arguments+=("exp_manager.explicit_log_dir=$folder")
+if [[ -n $script ]]; then
+    arguments=(--folder "$folder" "${arguments[@]}")
+    first_step=(env "WORLD_SIZE=$tasks" "$python" "$script" --check "$logs")
+    each_rank=("$python" "$script")
+else
+    arguments+=("trainer.num_nodes=$num_nodes" "trainer.devices=$((tasks / num_nodes))")
+    arguments+=("exp_manager.explicit_log_dir=$folder")
+    first_step=("$python" -m nemo_tied_lora.commands.record "$logs")
+    each_rank=("$python" -m nemo_tied_lora.commands.finetune)
+fi
 
 # Rank 0 and this script run on the first node. SLURM's own address of it works even if host names do not resolve.
 SLURM_JOB_NODELIST=${SLURM_JOB_NODELIST:-${SLURM_NODELIST:-}}
@@ -69,7 +77,7 @@ fi
 say "checking the configuration; its record and the logs are in $logs"
 code=0
 srun --nodes=1 --ntasks=1 --ntasks-per-node=1 "${srun_options[@]}" "${inside[@]}" \
-    "$python" -m nemo_tied_lora.commands.record "$logs" "${arguments[@]}" || code=$?
+    "${first_step[@]}" "${arguments[@]}" || code=$?
 if ((code == 2)); then
     say "refused; not started"
     exit 2
@@ -85,7 +93,7 @@ if ((code == 0)); then
         --kill-on-bad-exit=1 --wait=60 --label --open-mode=append --output="$logs/node-%n.log" \
         "${srun_options[@]}" "${inside[@]}" bash -c '
             export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID NODE_RANK=$SLURM_NODEID
-            exec "$@"' rank "$python" -m nemo_tied_lora.commands.finetune "${arguments[@]}" &
+            exec "$@"' rank "${each_rank[@]}" "${arguments[@]}" &
     ranks=$!
     wait "$ranks" || code=$?
     while kill -0 "$ranks" 2>/dev/null; do  # a signal ended only the waiting

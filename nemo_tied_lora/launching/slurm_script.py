@@ -17,8 +17,18 @@ __all__ = ["Job", "render"]
 _HEAD = """\
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
+"""
+_OURS = """\
 # Runs tied-lora finetune on SLURM, one task per rank. You may change sbatch's options and the settings, down to the line
 # "The rest"; or let `tied-lora launch` write them. To add keys to the configuration: sbatch SCRIPT key=value ...
+"""
+_ANOTHER = """\
+# Runs a training script on SLURM, one task per rank. Change sbatch's options and the settings, down to the line "The rest".
+# To add arguments: sbatch SCRIPT key=value ...
+# The script is called on every rank with --folder FOLDER, and before that on one task with --check FOLDER too: it then checks its
+# arguments for WORLD_SIZE ranks, and writes its record there. Exit code 2 refuses, 0 means done; after any other it runs again.
+"""
+_END_OF_HEAD = """\
 # Near its time limit, the job saves, requeues itself, and resumes. It also requeues itself after a failure.
 # Secrets come only from the environment of the shell that calls sbatch.
 """
@@ -38,6 +48,8 @@ class Job:
     ranks_per_node: int
     num_runs: int | None = None
     """Number of runs of a sweep. None: a single run."""
+    script: str | None = None
+    """A training script of another framework, which `arguments` are for. None: `tied-lora finetune`."""
 
     def __post_init__(self) -> None:
         Problems(
@@ -62,7 +74,8 @@ def render(job: Job) -> str:
     directives = "\n".join(f"#SBATCH --{option}" for option in _directives(job))
     body = resources.files("nemo_tied_lora.launching").joinpath("slurm_job.sh").read_text(encoding="utf-8")
     body = body.removeprefix("# shellcheck shell=bash\n")
-    return f"{_HEAD}{directives}\nset -euo pipefail\n\n{_settings(job)}\n{body}"
+    head = f"{_HEAD}{_OURS if job.script is None else _ANOTHER}{_END_OF_HEAD}"
+    return f"{head}{directives}\nset -euo pipefail\n\n{_settings(job)}\n{body}"
 
 
 def _words(job: Job) -> Iterator[tuple[str, object]]:
@@ -106,7 +119,7 @@ def _directives(job: Job) -> Iterator[str]:
 
 def _settings(job: Job) -> str:
     cluster, container = job.cluster, job.cluster.container
-    lines = [f"folder={_quoted(job.folder)}", f"index={_quoted(job.index)}"]
+    lines = [f"folder={_quoted(job.folder)}", f"index={_quoted(job.index)}", f"script={_quoted(job.script)}"]
     lines += ["arguments=(", *(f"    {_quoted(argument)}" for argument in job.arguments), ")"]
     lines += [f"python={_quoted(cluster.python)}", f"max_requeues={cluster.max_requeues}"]
     lines += [f"container_image={_quoted(container.image)}", f"container_mounts={_quoted(','.join(container.mounts))}"]

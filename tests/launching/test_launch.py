@@ -22,6 +22,7 @@ from nemo_tied_lora.commands import launch, record, report
 from nemo_tied_lora.errors import ConfigError
 from nemo_tied_lora.launching.cluster_config import Cluster, Container, looks_secret, seconds
 from nemo_tied_lora.launching.run_record import resolved_yaml, write_record
+from nemo_tied_lora.launching.slurm_script import Job, render
 from nemo_tied_lora.launching.sweep import index_file, points, read_index, split_sweep
 from nemo_tied_lora.planning.data import data_checks
 from tests.harness.nemo_yamls import FINETUNING
@@ -41,6 +42,7 @@ CONTAINER = [
     "+cluster.sbatch.comment=nightly",
 ]
 SWEEP = ["rank=2,8,32,128", "preset=tl5,tl6", "name=ranks", "cluster.at_once=3"]
+SLURM_DEFAULTS = yaml.safe_load((ROOT / "configs" / "cluster" / "slurm.yaml").read_text())
 LAUNCHES = {
     "one_run": [*SLURM, *SETTINGS, "exp_manager.explicit_log_dir=runs/two_nodes", "model=llama2_7b", "rank=16"],
     "container": [*SLURM, *CONTAINER, "cluster=infiniband", "cluster.gpu_request=gres"],
@@ -122,6 +124,31 @@ def test_the_shipped_script_is_what_launch_writes(folder: Path, capsys: pytest.C
     assert launch.main(arguments) == 0
     script = capsys.readouterr().out.split("# ----- runs/tied_lora/job.sbatch\n")[1]
     compare(ROOT / "launch" / "slurm" / "finetune.sbatch", script)
+
+
+def test_the_shipped_script_for_megatron_bridge_is_the_same_with_another_program() -> None:
+    """What Bridge's recipes set for every run is in its variables."""
+    cluster = {
+        **{key: value for key, value in SLURM_DEFAULTS.items() if key != "environment"},
+        "python": "python3",
+        "log": "%x-%j.log",
+        "environment": {
+            "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+            "NCCL_NVLS_ENABLE": "0",
+            "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+            "TORCH_NCCL_AVOID_RECORD_STREAMS": "1",
+        },
+    }
+    job = Job(
+        name="tied_lora",
+        folder="runs/tied_lora",
+        arguments=["--hf-path=my-base", "--data=my-data", "model.tensor_model_parallel_size=8"],
+        cluster=Cluster.from_mapping(cluster),
+        nodes=2,
+        ranks_per_node=8,
+        script="examples/bridge/finetune_tied_lora.py",
+    )
+    compare(ROOT / "launch" / "slurm" / "bridge.sbatch", render(job))
 
 
 def test_sbatch_receives_what_a_dry_run_printed(

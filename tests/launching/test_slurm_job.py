@@ -21,8 +21,8 @@ PROGRAMS = {
 }
 
 
-def run(folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Runs launch/slurm/finetune.sbatch as sbatch would, with these variables of SLURM and no others."""
+def run(folder: Path, *arguments: str, script: str = "finetune", **variables: str) -> subprocess.CompletedProcess[str]:
+    """Runs launch/slurm/SCRIPT.sbatch as sbatch would, with these variables of SLURM and no others."""
     programs = folder / "bin"
     programs.mkdir()
     for name, body in PROGRAMS.items():
@@ -30,9 +30,9 @@ def run(folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
         (programs / name).chmod(0o755)
     clean = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
     environment = {**clean, **variables, "PATH": f"{programs}:{os.environ['PATH']}", "NOTES": str(folder / "notes")}
-    script = ROOT / "launch" / "slurm" / "finetune.sbatch"
+    command = ["bash", str(ROOT / "launch" / "slurm" / f"{script}.sbatch"), *arguments]
     return subprocess.run(
-        ["bash", str(script)], env=environment, cwd=folder, capture_output=True, text=True, check=False, timeout=60
+        command, env=environment, cwd=folder, capture_output=True, text=True, check=False, timeout=60
     )
 
 
@@ -69,6 +69,22 @@ def test_the_script_starts_one_rank_per_task_whatever_variables_say_so(name: str
     assert f"trainer.num_nodes={nodes} trainer.devices={each} " in first
     assert ranks.startswith(f"srun --nodes={nodes} --ntasks={nodes * each} --ntasks-per-node={each} ")
     assert f"starting {nodes * each} ranks on {nodes} nodes" in done.stdout
+
+
+def test_another_frameworks_script_is_checked_for_all_ranks_and_then_started_on_each(tmp_path: Path) -> None:
+    sizes = {"SLURM_NTASKS": "16", "SLURM_TASKS_PER_NODE": "8(x2)", "SLURM_JOB_NUM_NODES": "2"}
+    done = run(tmp_path, "peft.rank=16", script="bridge", **JOB, **sizes)
+    assert done.returncode == 0, done.stdout + done.stderr
+    notes = (tmp_path / "notes").read_text()
+    program, folder = "python3 examples/bridge/finetune_tied_lora.py", "runs/tied_lora"
+    given = f"--folder {folder} --hf-path=my-base --data=my-data model.tensor_model_parallel_size=8 peft.rank=16\n"
+    first = notes.splitlines(keepends=True)[0]
+    assert first == (
+        f"srun --nodes=1 --ntasks=1 --ntasks-per-node=1 env WORLD_SIZE=16 {program} --check {folder}/logs/4242-0 {given}"
+    )
+    assert notes.endswith(f"rank {program} {given}")
+    assert "trainer." not in notes
+    assert (tmp_path / folder / "logs" / "4242.finished").exists()
 
 
 REFUSED: dict[str, tuple[dict[str, str], str]] = {

@@ -39,10 +39,13 @@ def write(tmp_path: Path) -> Write:
         nodes: int = 2,
         ranks: int = 1,
         runs: list[Point] | None = None,
+        script_file: str | None = None,
         **settings: object,
     ) -> Path:
         python = tmp_path / "python"
-        program = f'case $2 in *.record) {first} ;; esac\n{{ {PRINT}; }} >> "{tmp_path}/rank-$RANK"\n{body}\n'
+        program = (
+            f'case $2 in *.record | --check) {first} ;; esac\n{{ {PRINT}; }} >> "{tmp_path}/rank-$RANK"\n{body}\n'
+        )
         python.write_text(f"#!/usr/bin/env bash\n{program}")
         python.chmod(0o755)
         cluster = Cluster.from_mapping({**BARE, "python": str(python), **settings})
@@ -54,6 +57,7 @@ def write(tmp_path: Path) -> Write:
             nodes=nodes,
             ranks_per_node=ranks,
             num_runs=None if runs is None else len(runs),
+            script=script_file,
         )
         script = tmp_path / "job.sbatch"
         script.write_text(render(job))
@@ -140,6 +144,24 @@ def test_a_refusal_by_the_ranks_is_not_tried_again(slurm: PrivateCluster, write:
     job = submit(slurm, script)
     fields = slurm.wait_for_state(job)
     assert (fields["JobState"], fields["Restarts"], fields["ExitCode"]) == ("FAILED", "0", "2:0")
+
+
+def test_a_training_script_that_saved_and_stopped_early_is_started_again(slurm: PrivateCluster, write: Write) -> None:
+    """As examples/bridge/finetune_tied_lora.py does near the time limit, with exit code 75."""
+    script = write(
+        "[[ -e stopped-$RANK ]] || { touch stopped-$RANK; exit 75; }",
+        first='echo "$WORLD_SIZE ranks: $*" >> first_steps; exit 0',
+        script_file="train.py",
+    )
+    job = submit(slurm, script)
+    fields = slurm.wait_for_state(job, "COMPLETED", seconds=60)
+    assert fields["Restarts"] == "1"
+    assert "exit code 75: requeued to resume" in script_log(script, job)
+    given = f"--folder {script.parent}/run name=a b model.x='$HOME'"
+    logs = script.parent / "run" / "logs"
+    expected = [f"2 ranks: train.py --check {logs}/{job}-{start} {given}" for start in (0, 1)]
+    assert (script.parent / "first_steps").read_text().splitlines() == expected
+    assert (script.parent / "rank-1").read_text().count(f"got train.py {given}") == 2
 
 
 def test_a_cancelled_job_stays_cancelled(slurm: PrivateCluster, write: Write) -> None:
@@ -241,6 +263,6 @@ def test_uneven_nodes_are_refused(slurm: PrivateCluster, write: Write) -> None:
 
 def test_shellcheck_finds_nothing() -> None:
     scripts = sorted([*(ROOT / "launch").rglob("*.s*"), ROOT / ".ci" / "run"])
-    assert len(scripts) == 3
+    assert len(scripts) == 4
     done = subprocess.run(["shellcheck", *map(str, scripts)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
