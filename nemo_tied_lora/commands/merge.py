@@ -20,7 +20,7 @@ from nemo_tied_lora.commands.local_command import check_output, run_composed
 from nemo_tied_lora.errors import ConfigError, Problems
 from nemo_tied_lora.launching.local_ranks import start_ranks
 from nemo_tied_lora.planning.architecture import Architecture
-from nemo_tied_lora.planning.base_config import usable_base
+from nemo_tied_lora.planning.base_config import of_a_pattern, usable_base
 from nemo_tied_lora.planning.nemo_model_config import adapter_problems
 from nemo_tied_lora.planning.parallel_layout import Layout, check
 from nemo_tied_lora.planning.rank_variables import is_rank
@@ -168,6 +168,7 @@ def _check_shapes(model: Mapping[str, Any], adapters: list[tuple[str, Any, float
     linears = selected_linears(arch, TiedLoraConfig())
     problems = Problems()
     for path, file, _ in adapters:
+        problems += of_a_pattern(path, file.yaml)
         for target, shape in file.shapes.items():
             known = linears.get(target)
             if known is not None and known.sides != shape.sides:

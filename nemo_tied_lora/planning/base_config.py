@@ -20,7 +20,14 @@ from nemo_tied_lora.planning.nemo_archive import NemoFiles
 from nemo_tied_lora.planning.nemo_model_config import adapter_kind, nemo_config
 from nemo_tied_lora.planning.versions import installed_version
 
-__all__ = ["adapter_section", "base_model_config", "other_architecture", "recorded_model_keys", "usable_base"]
+__all__ = [
+    "adapter_section",
+    "base_model_config",
+    "of_a_pattern",
+    "other_architecture",
+    "recorded_model_keys",
+    "usable_base",
+]
 
 
 def adapter_section(peft: Mapping[str, Any]) -> TiedLoraConfig:
@@ -78,11 +85,27 @@ def other_architecture(path: str | os.PathLike, base: Mapping[str, Any]) -> list
     description, _ = nemo_config(Path(path), "adapter")
     recorded = (description.get("base") or {}).get("architecture") or {}
     own = Architecture.from_model_config(base)
-    return [
+    return of_a_pattern(path, description) or [
         f"adapter={path}: was trained on a base with {size}={recorded[size]!r}, and this one has {getattr(own, size)!r}; "
         "name the base that it was trained on"
         for size in _SIZES
         if recorded.get(size) is not None and recorded[size] != getattr(own, size)
+    ]
+
+
+def of_a_pattern(path: str | os.PathLike, description: Mapping[str, Any]) -> list[str]:
+    """One line if an adapter's base was a HybridModel that no base of NeMo is equal to: its layers' numbers are others.
+
+    Args:
+        path: the adapter, for the message.
+        description: its model_config.yaml.
+    """
+    pattern = ((description.get("base") or {}).get("architecture") or {}).get("hybrid_layer_pattern")
+    if pattern is None:
+        return []
+    return [
+        f"adapter={path}: was trained on a HybridModel with hybrid_layer_pattern={pattern}, and a base of NeMo has attention "
+        "and MLP in every layer; use it through Megatron-Bridge"
     ]
 
 

@@ -25,6 +25,7 @@ from nemo_tied_lora.checkpoint.read_nemo_adapter import read_adapter
 from nemo_tied_lora.checkpoint.write_nemo_adapter import write_adapter
 from nemo_tied_lora.commands.main import main
 from nemo_tied_lora.commands.show_picture import digits_that_differ, panels_of
+from nemo_tied_lora.planning.base_config import other_architecture
 from tests.conversion.test_merge import (
     HIDDEN,
     LAYERS,
@@ -243,6 +244,26 @@ def test_merge_reports_every_problem(tmp_path: Path, adapter: Path, capsys: pyte
     problems = run(capsys, words_of(base, tmp_path / "m.nemo", f"adapter={wide}"), 2)
     assert "linear_qkv: the adapter was trained on 48 x 144 (in x out), this base has 24 x 72" in problems
     assert "it has an update for layer 4; this base has layers 0 to 3" in problems
+
+
+def test_an_adapter_of_a_pattern_is_shown_with_it_and_not_merged_into_nemos_base(
+    tmp_path: Path, adapter: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its layers are numbered by the pattern's places. No size tells the two bases apart."""
+    file, recorded = (
+        read_adapter(adapter),
+        {"num_layers": LAYERS, "hidden_size": HIDDEN, "hybrid_layer_pattern": "M*-*"},
+    )
+    facts = {"base": {"architecture": recorded}}
+    path = write_adapter(tmp_path / "hybrid.nemo", file.config, file.shapes, file.state, facts)
+    assert f"{LAYERS} layers, hidden {HIDDEN}, pattern M*-*, fingerprint" in run(
+        capsys, ["show", f"adapter={path}"], 0
+    )
+    base = distributed_base(tmp_path / "base.nemo", tmp_path / "base")
+    refusal = f"adapter={path}: was trained on a HybridModel with hybrid_layer_pattern=M*-*"
+    assert refusal in run(capsys, words_of(base, tmp_path / "m.nemo", f"adapter={path}"), 2)
+    assert [line.startswith(refusal) for line in other_architecture(path, MODEL)] == [True]
+    assert other_architecture(adapter, MODEL) == []
 
 
 def test_a_base_whose_config_is_a_bomb_is_refused(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import re
@@ -18,6 +19,7 @@ import transformers
 import yaml
 from safetensors import safe_open
 
+from nemo_tied_lora.adapter.factor_names import expected_shapes
 from nemo_tied_lora.checkpoint.read_nemo_adapter import AdapterFile
 from nemo_tied_lora.checkpoint.write_nemo_adapter import write_adapter
 from nemo_tied_lora.commands.main import main
@@ -316,6 +318,33 @@ def test_a_base_of_an_unknown_family_or_other_shapes_is_refused(tmp_path: Path) 
             None,
         )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_targets_in_different_layers_are_named_one_by_one_for_peft_and_refused_for_nemo(tmp_path: Path) -> None:
+    whole = random_adapter(LLAMA, preset="tl6")
+    layers = {"linear_qkv": (0, 2), "linear_proj": (0, 2), "linear_fc1": (3,), "linear_fc2": (3,)}
+    shapes = {target: dataclasses.replace(shape, layers=layers[target]) for target, shape in whole.shapes.items()}
+    state = {name: whole.state[name] for name in expected_shapes(whole.config, shapes)}
+    file = dataclasses.replace(whole, shapes=shapes, state=state)
+    folder = write_hf_peft(file, LLAMA, tmp_path / "peft", None)
+    assert check_hf_peft(folder, file, LLAMA).relative < 1e-5
+    modules = json.loads((folder / "adapter_config.json").read_text())["target_modules"]
+    assert len(modules) == 2 * 4 + 3
+    assert "model.layers.3.mlp.gate_proj" in modules
+    assert "| layers | linear_qkv [0, 2]; linear_proj [0, 2]; linear_fc1 [3]" in (folder / "README.md").read_text()
+    loaded = logits(peft.PeftModel.from_pretrained(hugging_face_model(LLAMA), folder))
+    assert torch.allclose(loaded, logits(with_deltas(LLAMA, file)), atol=1e-5)
+    with pytest.raises(
+        ConfigError, match=r"linear_fc1 is adapted in layers \[3\], other targets in others.* to=hf-peft"
+    ):
+        write_nemo_lora(file, LLAMA, tmp_path / "lora.nemo")
+
+
+def test_of_a_pattern_only_nemotron_h_is_known(tmp_path: Path) -> None:
+    """tests/bridge compares an export of Nemotron-H with transformers. Without the pattern this base would be a Llama."""
+    file = random_adapter(LLAMA, preset="tl6")
+    with pytest.raises(ConfigError, match=r"not built as nemotron_h: position_embedding_type='rope' .*activation"):
+        write_hf_peft(file, {**LLAMA, "hybrid_layer_pattern": "M*-*"}, tmp_path / "peft", None)
 
 
 def test_an_old_export_is_replaced_and_any_other_folder_is_not(tmp_path: Path) -> None:
