@@ -87,7 +87,7 @@ class _Findings:
     groups: dict[str, LinearShape] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     dtypes: frozenset[torch.dtype] = frozenset()
-    numbers: LayerNumbers = field(default_factory=lambda: LayerNumbers(None, 0))
+    numbers: LayerNumbers | None = None
     config: TiedLoraConfig | None = None
     failed: bool = False
 
@@ -160,6 +160,7 @@ def _agree(everyone: Sequence[_Findings], config: TiedLoraConfig) -> tuple[dict[
     """
     first = everyone[0]
     assert first.config is not None
+    assert first.numbers is not None
     problems = sorted({problem for rank in everyone for problem in rank.problems})
     others = [rank for rank, found in enumerate(everyone) if found.config != first.config]
     if others:
