@@ -7,6 +7,7 @@ import os
 import pickle
 import queue
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -63,7 +64,9 @@ def run_ranks(
                 child.join(timeout=30)
             return answers
         finally:
+            deadline = time.monotonic() + 5  # as above, for a rank that has failed
             for child in children:
+                child.join(timeout=max(0.0, deadline - time.monotonic()))
                 if child.is_alive():
                     child.terminate()
                 child.join()
