@@ -101,9 +101,9 @@ def _rows(adapter: Adapter, tasks: Iterable[Any], renamed: Callable[[str], str])
     numbers = LayerNumbers.of(adapter.chunks[0].body)
     found, problems = {}, []
     for task in tasks:
-        place = (
-            None if task is None else _place(task.global_param_name, numbers)
-        )  # None: Bridge does not know the weight
+        if task is None:  # Bridge does not know the weight
+            continue
+        place = _place(task.global_param_name, numbers)
         if place not in shapes:
             continue
         shape = shapes[place]

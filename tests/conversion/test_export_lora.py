@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-import transformers
 import yaml
 from safetensors import safe_open
 
@@ -30,9 +28,9 @@ from nemo_tied_lora.conversion.to_peft_lora import check_hf_peft, write_hf_peft
 from nemo_tied_lora.conversion.to_safetensors import check_full_state, write_full_state
 from nemo_tied_lora.errors import ConfigError
 from nemo_tied_lora.planning.base_config import recorded_model_keys
+from tests.conversion.hugging_face_bases import hugging_face_model, logits, with_deltas
 from tests.harness.random_adapters import GPT2, LLAMA, delta, pruned, random_adapter
 
-VOCAB = 40
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "tl6": (LLAMA, {"preset": "tl6"}),
     "tl6, alpha 5": (LLAMA, {"preset": "tl6", "alpha": 5.0}),
@@ -45,57 +43,6 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "gpt2, one c_proj of two": (GPT2, {"preset": "tl6", "layers": [2], "targets": ["linear_proj", "mlp_fc1"]}),
     "gpt2, the other c_proj": (GPT2, {"preset": "tl6", "targets": ["linear_fc2"]}),
 }
-
-
-def hugging_face_model(base: dict[str, Any]) -> Any:
-    """A random model of `transformers` with the base's shapes."""
-    torch.manual_seed(5)
-    sizes = {"vocab_size": VOCAB, "attn_implementation": "eager"}
-    if base is GPT2:
-        config: Any = transformers.GPT2Config(n_embd=24, n_inner=40, n_head=4, n_layer=3, n_positions=16, **sizes)
-        return transformers.GPT2LMHeadModel(config).eval()
-    config = transformers.LlamaConfig(
-        hidden_size=24,
-        intermediate_size=40,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=8,
-        num_hidden_layers=4,
-        **sizes,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
-
-
-def with_deltas(base: dict[str, Any], file: AdapterFile) -> Any:
-    """The model with every delta added to its weights. Splits heads by hand, without the row table under test."""
-    model, heads = hugging_face_model(base), base["num_attention_heads"]
-    groups, size = base.get("num_query_groups", heads), base.get("kv_channels", 24 // heads)
-    for target, shape in file.shapes.items():
-        for layer in shape.layers:
-            rows = delta(file, layer, target).float()
-            if target == "linear_qkv":
-                blocks = [block.split([heads // groups * size, size, size]) for block in rows.chunk(groups)]
-                q, k, v = (torch.cat([block[i] for block in blocks]) for i in range(3))
-                rows_of = {"q_proj": q, "k_proj": k, "v_proj": v, "c_attn": torch.cat([q, k, v])}
-            elif target == "linear_fc1":
-                rows_of = {"gate_proj": rows[:40], "up_proj": rows[40:], "c_fc": rows}
-            else:
-                rows_of = {"linear_proj": {"o_proj": rows}, "linear_fc2": {"down_proj": rows}}[target]
-            block = model.transformer.h[layer] if base is GPT2 else model.model.layers[layer]
-            names = {"linear_proj": "attn.c_proj", "linear_fc2": "mlp.c_proj"} if base is GPT2 else {}
-            if target in names:
-                block.get_submodule(names[target]).weight.data += rows.T
-                continue
-            for name, module in block.named_modules():
-                part = rows_of.get(name.rpartition(".")[2])
-                if part is not None:
-                    module.weight.data += part.T if base is GPT2 else part
-    return model
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model(torch.arange(24).view(2, 12) % VOCAB).logits
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -182,60 +129,6 @@ def test_peft_finds_a_linear_for_every_tensor_and_a_tensor_for_every_linear(tmp_
     wanted = {n.replace(".default", "") for n, _ in model.named_parameters() if "lora_" in n}
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as tensors:
         assert set(tensors.keys()) == wanted
-
-
-def test_the_model_card_shows_how_to_load_it(tmp_path: Path) -> None:
-    folder = write_hf_peft(random_adapter(LLAMA, preset="tl6"), LLAMA, tmp_path / "peft", "my/base")
-    card = (folder / "README.md").read_text()
-    front = yaml.safe_load(card.split("---")[1])
-    assert front["base_model"] == "my/base"
-    assert front["library_name"] == "peft"
-    assert 'AutoModelForCausalLM.from_pretrained("my/base")' in card
-    assert "| rank | 3 |" in card
-    assert "BitsAndBytesConfig" not in card
-
-
-NF4 = 'load_in_4bit=True, bnb_4bit_quant_type="nf4"'
-
-
-@pytest.mark.parametrize(
-    ("precision", "dtype", "recipe", "base"),
-    [
-        ("nf4/64", "float32", f"BitsAndBytesConfig({NF4})", "torch.float32  # of a base in float32"),
-        ("nf4/64", None, f"BitsAndBytesConfig({NF4})", "torch.float32  # the training's dtype is not recorded"),
-        ("nf4/64", "bfloat16", f"BitsAndBytesConfig({NF4}, bnb_4bit_compute_dtype=torch.bfloat16)", "torch.bfloat16"),
-        ("nf4/64 double", "float32", f"BitsAndBytesConfig({NF4}, bnb_4bit_use_double_quant=True)", "torch.float32"),
-    ],
-)
-def test_the_model_card_begins_with_the_recipe_of_the_trainings_base(
-    tmp_path: Path, precision: str, dtype: str | None, recipe: str, base: str
-) -> None:
-    file = random_adapter(LLAMA, preset="tl6")
-    file.yaml.update({"base_precision": precision} | ({"base_dtype": dtype} if dtype else {}))
-    card = (write_hf_peft(file, LLAMA, tmp_path / "peft", "my/base") / "README.md").read_text()
-    [snippet] = re.findall(r"```python\n(.*?)```", card, re.DOTALL)  # no other one, which would load the plain base
-    assert f"recipe = {recipe}\n" in snippet
-    assert f"dtype = {base}" in snippet
-    assert 'from_pretrained("my/base", torch_dtype=dtype, quantization_config=recipe)' in snippet
-    compile(snippet, "card", "exec")
-    assert f"| precision of that base | {precision} |" in card
-    assert ("| dtype of its weights |" in card) == (dtype is not None)
-
-
-@pytest.mark.parametrize(
-    ("precision", "part"),
-    [
-        ("nf4/128", "transformers has blocks of\n64 alone"),
-        ("int8/row", "its 8-bit layers round the activations too"),
-    ],
-)
-def test_the_model_card_says_that_transformers_has_no_such_base(tmp_path: Path, precision: str, part: str) -> None:
-    file = random_adapter(LLAMA, preset="tl6")
-    file.yaml["base_precision"] = precision
-    card = (write_hf_peft(file, LLAMA, tmp_path / "peft", "my/base") / "README.md").read_text()
-    assert f"| precision of that base | {precision} |" in card
-    assert part in card
-    assert "BitsAndBytesConfig" not in card
 
 
 @pytest.mark.parametrize("case", CASES)

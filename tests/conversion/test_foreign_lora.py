@@ -17,7 +17,7 @@ import torch
 from nemo_tied_lora.conversion.lora_to_tied import read_lora
 from nemo_tied_lora.conversion.peft_lora_config import KNOWN_KEYS, read_peft_config
 from nemo_tied_lora.conversion.to_peft_lora import write_hf_peft
-from tests.conversion.test_export_lora import hugging_face_model, logits
+from tests.conversion.hugging_face_bases import hugging_face_model, logits
 from tests.harness.lora_folders import CONFIG, edit, problems_of, with_update
 from tests.harness.random_adapters import GPT2, LLAMA, delta, random_adapter
 

@@ -26,7 +26,7 @@ from nemo_tied_lora.conversion.nemo_lora_config import read_members_of
 from nemo_tied_lora.conversion.to_nemo_lora import write_nemo_lora
 from nemo_tied_lora.conversion.to_peft_lora import write_hf_peft
 from nemo_tied_lora.errors import ConfigError
-from tests.conversion.test_export_lora import hugging_face_model
+from tests.conversion.hugging_face_bases import hugging_face_model
 from tests.harness.random_adapters import GPT2, LLAMA, delta, random_adapter
 
 

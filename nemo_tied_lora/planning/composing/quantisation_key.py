@@ -24,7 +24,7 @@ def misplaced_quantisation(key: str, command: str, text: str) -> str | None:
     """Returns why the command has no such key, or None if it has it or the key is another one.
 
     Args:
-        text: of the override, as it was typed.
+        text: the whole override, such as ``+model.base_quantization=nf4``.
     """
     names = key.removeprefix("model.").split(".")
     if names[0] != _KEY or command in _HAVE_IT:
