@@ -213,9 +213,9 @@ def _card(file: AdapterFile, config: Mapping[str, Any], base_model: str | None) 
 # Tied-LoRA adapter, as plain LoRA
 
 Trained with Tied-LoRA (arXiv 2311.09578): `y = W x + scale diag(v) B diag(u) A x`, with A and B shared by all
-layers. This folder holds it layer by layer as plain LoRA, `lora_A = diag(u) A` and `lora_B = diag(v) B`, times
-what of the scale lora_alpha does not hold: the same
-function, in a file that peft, vLLM and other readers of LoRA load.
+layers. This folder holds it layer by layer as plain LoRA, `lora_A = diag(u) A` and `lora_B = diag(v) B`.
+lora_B also holds the part of the scale that lora_alpha cannot express. So this is the same function, in a file that
+peft, vLLM and other readers of LoRA load.
 
 {loading}| | |
 |---|---|
