@@ -149,7 +149,9 @@ def test_a_refusal_by_the_ranks_is_not_tried_again(slurm: PrivateCluster, write:
 def test_a_training_script_that_saved_and_stopped_early_is_started_again(slurm: PrivateCluster, write: Write) -> None:
     """As examples/bridge/finetune_tied_lora.py does near the time limit, with exit code 75."""
     script = write(
-        "[[ -e stopped-$RANK ]] || { touch stopped-$RANK; exit 75; }",
+        # SLURM ends the other ranks as soon as one fails, so rank 1 is done before rank 0 stops.
+        "if [[ $RANK == 1 ]]; then touch done; exit 0; fi; until [[ -e done ]]; do sleep 0.1; done; sleep 1; rm done\n"
+        "[[ -e stopped ]] || { touch stopped; exit 75; }",
         first='echo "$WORLD_SIZE ranks: $*" >> first_steps; exit 0',
         script_file="train.py",
     )
