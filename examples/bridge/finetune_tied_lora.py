@@ -55,7 +55,10 @@ def recipe(hf_path: str, data: str, folder: str) -> Any:
         model=model,
         optimizer=bridges.OptimizerConfig(optimizer="adam", lr=1e-3, min_lr=0.0, weight_decay=0.0, clip_grad=1.0),
         optimizer_config_override_provider=FactorRates(),  # as in `tied-lora finetune`: each factor has a rate of its own
-        scheduler=bridges.SchedulerConfig(lr_decay_style="cosine", lr_warmup_iters=50),
+        # The scheduler sets the weight decay at each step, and has no default for it.
+        scheduler=bridges.SchedulerConfig(
+            lr_decay_style="cosine", lr_warmup_iters=50, start_weight_decay=0.0, end_weight_decay=0.0
+        ),
         # At SIGTERM, which comes before SLURM's time limit, Bridge saves and stops.
         train=bridges.TrainingConfig(
             train_iters=1000, global_batch_size=128, micro_batch_size=1, exit_signal_handler=True

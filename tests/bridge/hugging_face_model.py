@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from tests.bridge.cpu_mamba import CpuMamba
 from tests.harness.tiny_hybrid import hybrid_spec
 
-__all__ = ["load_through_bridge"]
+__all__ = ["load_through_bridge", "on_a_cpu"]
 
 _OFF = (
     *("gradient_accumulation_fusion", "bias_activation_fusion", "bias_dropout_fusion", "masked_softmax_fusion"),
@@ -29,14 +29,7 @@ def load_through_bridge(folder: Path, peft: Any) -> tuple[Any, list[Any]]:
     """Returns the bridge, and the model in float32 with the folder's weights and then the adapter."""
     bridge = AutoBridge.from_hf_pretrained(str(folder))
     provider = bridge.to_megatron_provider()
-    if hasattr(provider, "hybrid_stack_spec"):
-        provider.hybrid_stack_spec = hybrid_spec(get_gpt_layer_local_spec(normalization="RMSNorm"), CpuMamba)
-        provider.activation_func = squared_relu
-    else:
-        provider.transformer_layer_spec = _local_spec
-    for name in _OFF:
-        setattr(provider, name, False)
-    provider.moe_token_dispatcher_type = "allgather"
+    on_a_cpu(provider)
     provider.tensor_model_parallel_size = parallel_state.get_tensor_model_parallel_world_size()
     provider.pipeline_model_parallel_size = parallel_state.get_pipeline_model_parallel_world_size()
     provider.pipeline_dtype = torch.float32
@@ -47,6 +40,18 @@ def load_through_bridge(folder: Path, peft: Any) -> tuple[Any, list[Any]]:
         wrap_with_ddp=False, use_cpu_initialization=True, fp16=False, bf16=False
     )
     return bridge, model
+
+
+def on_a_cpu(provider: Any) -> None:
+    """Sets layers and options that need no GPU."""
+    if hasattr(provider, "hybrid_stack_spec"):
+        provider.hybrid_stack_spec = hybrid_spec(get_gpt_layer_local_spec(normalization="RMSNorm"), CpuMamba)
+        provider.activation_func = squared_relu
+    else:
+        provider.transformer_layer_spec = _local_spec
+    for name in _OFF:
+        setattr(provider, name, False)
+    provider.moe_token_dispatcher_type = "allgather"
 
 
 def _local_spec(config: Any, vp_stage: int | None = None) -> Any:

@@ -12,9 +12,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import transformers
 import yaml
 
+from tests.bridge.example_folder import write_example_folder
 from tests.harness.paths import ROOT
 
 REFUSED = "finetune_tied_lora.py: not possible:\n"
@@ -23,20 +23,8 @@ Results = dict[str, tuple[int, str, str]]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama in Hugging Face's form, and data."""
     made = tmp_path_factory.mktemp("example")
-    config = transformers.LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=64,
-    )
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(made / "hf")
-    (made / "data").mkdir()
-    for name in ("training", "validation"):
-        (made / "data" / f"{name}.jsonl").write_text('{"input": "1", "output": "one"}\n')
+    write_example_folder(made)
     return made
 
 
