@@ -240,7 +240,11 @@ WRONG_CONVERSATIONS: dict[str, tuple[dict[str, Any], str]] = {
     "a number as value": ({"conversations": [TURNS[0], {**TURNS[1], "value": 3}]}, "the number 3"),
     "an unknown type": ({"type": "TEXT"}, "must be TEXT_TO_VALUE"),
     "an unknown speaker in mask": ({"mask": "human"}, "no turn is from human"),
-    "all masked": ({"mask": "User,Assistant"}, "no turn to train on"),
+    "all masked": ({"mask": "User,Assistant"}, "no turn to train on: NeMo leaves out the first turn and those of the"),
+    "all masked, from the first turn on": (
+        {"mask": "User,Assistant", "type": "TEXT_TO_VALUE"},
+        "no turn to train on: NeMo leaves out the turns of the speakers in mask",
+    ),
     "one turn": ({"conversations": TURNS[:1]}, "no turn to train on"),
     "a number as label": ({"conversations": [TURNS[0], {**TURNS[1], "label": 3}]}, '"label" is the number 3'),
     "mask null": ({"mask": None}, '"mask" is null'),

@@ -88,7 +88,9 @@ def _other_defaults(found: Mapping[str, Any], own: Mapping[str, Any]) -> str:
 def _without_effect(section: Mapping[str, Any]) -> list[str]:
     notes = []
     if section.get("weight_tying"):
-        notes.append(f"{SECTION}.weight_tying=true: A and B are tied already, unless preset=lora")
+        notes.append(
+            f"{SECTION}.weight_tying=true: A and B are tied already, except with preset=lora and preset=adalora"
+        )
     if section.get("position_embedding_strategy") is not None:
         notes.append(f"{SECTION}.position_embedding_strategy: has no effect; u and v tell the layers apart")
     if section.get("dropout_position") == "post" and section.get("adapter_dropout"):

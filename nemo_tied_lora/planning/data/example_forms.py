@@ -147,9 +147,12 @@ class Conversations:
             there = ", ".join(dict.fromkeys(speakers))
             default = "" if "mask" in example else ', and a missing "mask" means User'
             return f'no turn is from {", ".join(unknown)}, whom "mask" names (its speakers: {there}{default})'
-        first = 0 if example.get("type") == "TEXT_TO_VALUE" else 1  # else NeMo never trains on the first turn
+        if example.get("type") == "TEXT_TO_VALUE":
+            first, left_out = 0, "the turns"
+        else:
+            first, left_out = 1, "the first turn and those"
         if all(speaker in mask for speaker in speakers[first:]):
-            return "has no turn to train on: NeMo leaves out the first turn, and those of the speakers in mask"
+            return f"has no turn to train on: NeMo leaves out {left_out} of the speakers in mask"
         return None
 
 
