@@ -20,13 +20,24 @@ if ((tasks == 0 || tasks % num_nodes)) || [[ ${SLURM_TASKS_PER_NODE:-} == *,* ]]
     refuse "$tasks tasks on $num_nodes nodes${SLURM_TASKS_PER_NODE:+ ($SLURM_TASKS_PER_NODE)}; ask for the same number on each," \
         "with --ntasks-per-node"
 fi
+task=${SLURM_ARRAY_TASK_ID:-}
 if [[ -n $index ]]; then
+    [[ -n $task ]] || refuse "index=$index, but the job is not an array; submit it with --array=0-N, or set index=''"
     # The array name, because the plain job number of an array's last task is the number of the whole array.
-    job=${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}
-    IFS=$'\t' read -r -a point < <(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" "$index")
-    folder=${point[0]}
+    job=${SLURM_ARRAY_JOB_ID}_$task
+    line=$(sed -n "$((task + 1))p" "$index" 2>/dev/null) || refuse "index=$index: cannot be read; give one line per task"
+    folder=${line%%$'\t'*}
+    [[ -n $folder ]] || refuse "index=$index: line $((task + 1)), for array task $task, does not begin with a run's folder; add it," \
+        "or submit fewer tasks"
+    IFS=$'\t' read -r -a point <<<"$line"
     arguments+=("${point[@]:1}")
+elif [[ -n $task ]]; then
+    refuse "a job array, but index='': all tasks would write into folder=$folder; name a file with one line per task: its" \
+        "folder, then its arguments, separated by tabs"
 fi
+[[ -n $folder ]] || refuse "folder='': name the run's folder"
+[[ -z $container_image || $folder == /* ]] || refuse "folder=$folder: inside the container this would be another one;" \
+    "name an absolute path that container_mounts shows at the same place"
 logs=$folder/logs/$job-$restart
 if ! mkdir -p "$logs" || ! touch "$logs"; then
     refuse "$folder cannot be written to"
@@ -70,6 +81,11 @@ if [[ -n $container_image ]]; then
     [[ -z $container_workdir ]] || inside+=("--container-workdir=$container_workdir")
     # Without this, the image's value of a variable would win.
     inside+=("--container-env=MASTER_ADDR,MASTER_PORT${exported:+,$exported}")
+    # This file was written outside. If it is not there inside, what the ranks write would be lost with the container.
+    # shellcheck disable=SC2016 # expanded inside
+    first_step=(bash -c '[[ -e $0 ]] && exec "$@"
+        echo "refused: $0 is not there inside the container; let container_mounts show the run'\''s folder at the same place"
+        exit 2' "$logs/job.sbatch" "${first_step[@]}")
 fi
 [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || inside+=("--cpus-per-task=$SLURM_CPUS_PER_TASK")  # srun does not inherit it
 
@@ -81,6 +97,12 @@ srun --nodes=1 --ntasks=1 --ntasks-per-node=1 "${srun_options[@]}" "${inside[@]}
 if ((code == 2)); then
     say "refused; not started"
     exit 2
+fi
+# From 128 on, a signal ended it. Below, srun, Python or the program failed, and would fail again: a wrong image, a missing
+# module, a bug. If an earlier start got as far as the ranks, the cause is rather this start's nodes: the job is requeued.
+if ((code > 0 && code < 128)) && ! compgen -G "$folder/logs/$job-*/node-*.log" >/dev/null; then
+    say "exit code $code before any rank has started: not requeued, because it would repeat; see the lines above"
+    exit "$code"
 fi
 
 # SLURM sends SIGTERM to this script too, if the job is cancelled, preempted or requeued. The script waits for the ranks.

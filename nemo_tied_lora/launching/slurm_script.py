@@ -26,7 +26,8 @@ _ANOTHER = """\
 # Runs a training script on SLURM, one task per rank. Change sbatch's options and the settings, down to the line "The rest".
 # To add arguments: sbatch SCRIPT key=value ...
 # The script is called on every rank with --folder FOLDER, and before that on one task with --check FOLDER too: it then checks its
-# arguments for WORLD_SIZE ranks, and writes its record there. Exit code 2 refuses, 0 means done; after any other it runs again.
+# arguments for WORLD_SIZE ranks, and writes its record there. Exit code 2 refuses, 0 means done. After any other code the job
+# runs again, if ranks have started. Relative paths begin where you call sbatch; with container_image, paths are those inside.
 """
 _END_OF_HEAD = """\
 # Near its time limit, the job saves, requeues itself, and resumes. It also requeues itself after a failure.

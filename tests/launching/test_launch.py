@@ -127,16 +127,18 @@ def test_the_shipped_script_is_what_launch_writes(folder: Path, capsys: pytest.C
 
 
 def test_the_shipped_script_for_megatron_bridge_is_the_same_with_another_program() -> None:
-    """What Bridge's recipes set for every run is in its variables."""
+    """Its variables are what Bridge's recipes set for every run (tests/bridge compares), and what Megatron's TP layers ask for."""
     cluster = {
         **{key: value for key, value in SLURM_DEFAULTS.items() if key != "environment"},
         "python": "python3",
         "log": "%x-%j.log",
         "environment": {
             "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+            "NCCL_GRAPH_REGISTER": "0",
             "NCCL_NVLS_ENABLE": "0",
             "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
             "TORCH_NCCL_AVOID_RECORD_STREAMS": "1",
+            "TORCH_NCCL_HIGH_PRIORITY": "1",
         },
     }
     job = Job(

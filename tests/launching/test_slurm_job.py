@@ -7,7 +7,9 @@ tests/slurm runs the script on a real SLURM.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -15,28 +17,42 @@ import pytest
 from tests.harness.paths import ROOT
 
 PROGRAMS = {
-    "srun": 'echo "srun $*" >> "$NOTES"',
-    "scontrol": 'case $* in *hostnames*) printf "n1\\nn2\\n" ;; *) echo "NodeName=n1 ${ADDRESS-NodeAddr=10.0.0.1}" ;; esac',
+    "srun": 'echo "srun $*" >> "$NOTES"; exit "${CODE-0}"',
+    "scontrol": 'case $* in requeue*) echo "$*" >> "$NOTES" ;; *hostnames*) printf "n1\\nn2\\n" ;; '
+    '*) echo "NodeName=n1 ${ADDRESS-NodeAddr=10.0.0.1}" ;; esac',
     "squeue": "echo RUNNING",
 }
 
 
-def run(folder: Path, *arguments: str, script: str = "finetune", **variables: str) -> subprocess.CompletedProcess[str]:
-    """Runs launch/slurm/SCRIPT.sbatch as sbatch would, with these variables of SLURM and no others."""
+def run(
+    folder: Path,
+    *arguments: str,
+    script: str = "finetune",
+    settings: Mapping[str, str] | None = None,
+    **variables: str,
+) -> subprocess.CompletedProcess[str]:
+    """Runs launch/slurm/SCRIPT.sbatch as sbatch would, with these lines edited, and these variables of SLURM and no others."""
     programs = folder / "bin"
-    programs.mkdir()
+    programs.mkdir(exist_ok=True)
     for name, body in PROGRAMS.items():
         (programs / name).write_text(f"#!/bin/bash\n{body}\n")
         (programs / name).chmod(0o755)
     clean = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
     environment = {**clean, **variables, "PATH": f"{programs}:{os.environ['PATH']}", "NOTES": str(folder / "notes")}
-    command = ["bash", str(ROOT / "launch" / "slurm" / f"{script}.sbatch"), *arguments]
+    text = (ROOT / "launch" / "slurm" / f"{script}.sbatch").read_text()
+    for name, value in (settings or {}).items():
+        text, found = re.subn(rf"^{name}=.*$", f"{name}='{value}'", text, flags=re.M)
+        assert found == 1, name
+    (folder / "job.sbatch").write_text(text)
+    command = ["bash", "job.sbatch", *arguments]
     return subprocess.run(
         command, env=environment, cwd=folder, capture_output=True, text=True, check=False, timeout=60
     )
 
 
 JOB = {"SLURM_JOB_ID": "4242", "SLURM_JOB_NODELIST": "n[1-2]"}
+TASKS = {"SLURM_NTASKS": "16", "SLURM_TASKS_PER_NODE": "8(x2)", "SLURM_JOB_NUM_NODES": "2"}
+ARRAY = {"SLURM_ARRAY_JOB_ID": "4240", "SLURM_ARRAY_TASK_ID": "1"}
 
 STARTED: dict[str, tuple[dict[str, str], int, int]] = {
     "all of them": (
@@ -72,8 +88,7 @@ def test_the_script_starts_one_rank_per_task_whatever_variables_say_so(name: str
 
 
 def test_another_frameworks_script_is_checked_for_all_ranks_and_then_started_on_each(tmp_path: Path) -> None:
-    sizes = {"SLURM_NTASKS": "16", "SLURM_TASKS_PER_NODE": "8(x2)", "SLURM_JOB_NUM_NODES": "2"}
-    done = run(tmp_path, "peft.rank=16", script="bridge", **JOB, **sizes)
+    done = run(tmp_path, "peft.rank=16", script="bridge", **JOB, **TASKS)
     assert done.returncode == 0, done.stdout + done.stderr
     notes = (tmp_path / "notes").read_text()
     program, folder = "python3 examples/bridge/finetune_tied_lora.py", "runs/tied_lora"
@@ -85,6 +100,118 @@ def test_another_frameworks_script_is_checked_for_all_ranks_and_then_started_on_
     assert notes.endswith(f"rank {program} {given}")
     assert "trainer." not in notes
     assert (tmp_path / folder / "logs" / "4242.finished").exists()
+
+
+def test_each_task_of_an_array_takes_its_line_of_the_index(tmp_path: Path) -> None:
+    """The index is written by hand: its last line does not end."""
+    (tmp_path / "index.tsv").write_text("runs/a\tpeft.rank=2\nruns/b\tpeft.rank=8\t--preset=vera")
+    done = run(tmp_path, script="bridge", settings={"index": "index.tsv"}, **JOB, **TASKS, **ARRAY)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ranks = (tmp_path / "notes").read_text()
+    assert "--folder runs/b " in ranks
+    assert ranks.endswith(" model.tensor_model_parallel_size=8 peft.rank=8 --preset=vera\n")
+    assert (tmp_path / "runs" / "b" / "logs" / "4240_1.finished").exists()
+
+
+SETTINGS_REFUSED: dict[str, tuple[dict[str, str], dict[str, str], str]] = {
+    "an array without an index": (
+        {},
+        ARRAY,
+        "a job array, but index='': all tasks would write into folder=runs/tied_lora; ",
+    ),
+    "an index without an array": (
+        {"index": "index.tsv"},
+        {},
+        "index=index.tsv, but the job is not an array; submit it with --array=0-N, or set index=''",
+    ),
+    "an index that is missing": (
+        {"index": "other.tsv"},
+        ARRAY,
+        "index=other.tsv: cannot be read; give one line per task",
+    ),
+    "an index that is too short": (
+        {"index": "index.tsv"},
+        {**ARRAY, "SLURM_ARRAY_TASK_ID": "3"},
+        "index=index.tsv: line 4, for array task 3, does not begin with a run's folder; add it, or submit fewer tasks",
+    ),
+    "an empty line of the index": (
+        {"index": "index.tsv"},
+        ARRAY,
+        "index=index.tsv: line 2, for array task 1, does not begin",
+    ),
+    "a line that begins with an argument": (
+        {"index": "index.tsv"},
+        {**ARRAY, "SLURM_ARRAY_TASK_ID": "2"},
+        "index=index.tsv: line 3, for array task 2, does not begin with a run's folder",
+    ),
+    "no folder": ({"folder": ""}, {}, "folder='': name the run's folder"),
+    "a relative folder in a container": (
+        {"container_image": "/shared/image.sqsh", "container_mounts": "/shared:/shared"},
+        {},
+        "folder=runs/tied_lora: inside the container this would be another one; name an absolute path that container_mounts ",
+    ),
+    "a relative folder of the index in a container": (
+        {"container_image": "/shared/image.sqsh", "index": "index.tsv"},
+        {**ARRAY, "SLURM_ARRAY_TASK_ID": "0"},
+        "folder=runs/a: inside the container this would be another one; ",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS_REFUSED)
+def test_settings_under_which_runs_would_be_lost_or_mixed_are_refused_in_one_line(name: str, tmp_path: Path) -> None:
+    settings, variables, line = SETTINGS_REFUSED[name]
+    (tmp_path / "index.tsv").write_text("runs/a\tpeft.rank=2\n\n\tpeft.rank=8\n")
+    done = run(tmp_path, script="bridge", settings=settings, **JOB, **TASKS, **variables)
+    assert done.returncode == 2
+    assert f": refused: {line}" in done.stdout
+    assert (done.stdout.count("\n"), done.stderr) == (1, "")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bin", "index.tsv", "job.sbatch"]
+
+
+IN_A_CONTAINER = 'while [[ $1 == --* ]]; do shift; done; [[ $1 != rank ]] || exit 0; {hidden}; "$@"'
+
+
+@pytest.mark.parametrize(("hidden", "code"), [("true", 0), ('mv "$FOLDER" "$FOLDER.outside"', 2)])
+def test_a_container_that_does_not_show_the_runs_folder_is_refused_before_the_ranks_start(
+    hidden: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fake srun hides the folder from the first step, as an image does whose mounts do not contain it."""
+    folder = tmp_path / "runs" / "german"
+    first = f'echo "srun $*" >> "$NOTES"; {IN_A_CONTAINER.format(hidden=hidden)}'
+    monkeypatch.setitem(PROGRAMS, "srun", first)
+    settings = {"folder": str(folder), "container_image": "/shared/image.sqsh", "python": "true"}
+    done = run(tmp_path, script="bridge", settings=settings, FOLDER=str(folder), **JOB, **TASKS)
+    assert done.returncode == code, done.stdout + done.stderr
+    missing = (
+        f"refused: {folder}/logs/4242-0/job.sbatch is not there inside the container; let container_mounts show the "
+    )
+    assert (missing in done.stdout, "refused; not started" in done.stdout) == (code == 2, code == 2)
+    assert (tmp_path / "notes").read_text().count("srun ") == (1 if code else 2)
+
+
+@pytest.mark.parametrize("script", ["finetune", "bridge"])
+@pytest.mark.parametrize(("code", "requeued"), [("1", False), ("127", False), ("2", False), ("137", True)])
+def test_a_first_step_that_fails_by_its_own_mistake_is_not_repeated(
+    script: str, code: str, requeued: bool, tmp_path: Path
+) -> None:
+    done = run(tmp_path, script=script, CODE=code, **JOB, **TASKS)
+    assert done.returncode == int(code)
+    notes = (tmp_path / "notes").read_text().splitlines()
+    assert len([line for line in notes if line.startswith("srun")]) == 1
+    assert ("requeue 4242" in notes) == requeued, done.stdout
+    assert ("before any rank has started: not requeued" in done.stdout) == (code in ("1", "127"))
+
+
+def test_a_first_step_that_fails_at_a_later_start_is_the_nodes_trouble_and_the_job_is_requeued(tmp_path: Path) -> None:
+    earlier = tmp_path / "runs" / "tied_lora" / "logs" / "4242-0"
+    earlier.mkdir(parents=True)
+    (earlier / "node-0.log").touch()  # srun makes it when the ranks start
+    for restart, requeued in (("1", 1), ("5", 1)):
+        done = run(tmp_path, script="bridge", CODE="1", SLURM_RESTART_COUNT=restart, **JOB, **TASKS)
+        assert done.returncode == 1
+        assert (tmp_path / "notes").read_text().count("requeue 4242\n") == requeued, done.stdout
+    assert "after 5 restarts: not requeued again (max_requeues=5)" in done.stdout
 
 
 REFUSED: dict[str, tuple[dict[str, str], str]] = {
