@@ -231,10 +231,7 @@ def _mismatches(
         elif target not in adapted and all(layer < numbers.count for layer in config.layers or ()):
             have = ", ".join(map(str, sorted(found[target])))
             yield f"layers: {list(config.layers or ())} has no layer with a {target}; layers {have} have one"
-    outside = [layer for layer in config.layers or () if layer >= numbers.count]
-    if outside:
-        pairs = f" of two places each in the pattern {numbers.pattern}" if numbers.paired else ""
-        yield f"layers: {outside} do not exist; the model has layers 0 to {numbers.count - 1}{pairs}"
+    yield from numbers.outside(config.layers or ())
     for group, shape in shapes.items():
         widest = min(shape.sides)
         if config.rank > widest:

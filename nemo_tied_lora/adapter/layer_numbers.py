@@ -18,6 +18,7 @@ So a paired HybridModel has the names of the GPTModel with the same weights, and
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +81,13 @@ class LayerNumbers:
             f" (hybrid_layer_pattern={self.pattern}: * has linear_qkv and linear_proj, - and E have linear_fc1 and "
             f"linear_fc2{rest})"
         )
+
+    def outside(self, layers: Iterable[int]) -> Iterator[str]:
+        """Yields one line if the model does not have some of these layers."""
+        beyond = [layer for layer in layers if layer >= self.count]
+        if beyond:
+            pairs = f" of two places each in the pattern {self.pattern}" if self.paired else ""
+            yield f"layers: {beyond} do not exist; the model has layers 0 to {self.count - 1}{pairs}"
 
     def at(self, place: int) -> int:
         """The number of the layer at a place. place: Megatron's ``layer_number - 1``, over all stages."""
