@@ -6,9 +6,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nemo_tied_lora.bridge.plugin import FactorRates, TiedLoRA
+    from nemo_tied_lora.bridge.plugin import FactorRates, TiedLoRA, check_run
 
-__all__ = ["FactorRates", "TiedLoRA"]
+__all__ = ["FactorRates", "TiedLoRA", "check_run"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Refuses to write a whole model for Hugging Face while an adapter is on it and not merged."""
+"""Refuses to write a whole model for Hugging Face while an adapter is on it and not merged. Imports no Bridge."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 from nemo_tied_lora.adapter.target_modules import wrappers
 from nemo_tied_lora.errors import ConfigError
 
-__all__ = ["hidden_factors", "refuse_unmerged"]
+__all__ = ["hidden_factors", "of_the_base", "refuse_unmerged", "refusing_unmerged"]
 
 
 def refuse_unmerged(chunks: Sequence[nn.Module]) -> None:
@@ -42,6 +43,36 @@ def hidden_factors(chunks: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         for decoder, factors in found:
             decoder._modules["tied_lora"] = factors
+
+
+def refusing_unmerged(save: Callable[..., None]) -> Callable[..., None]:
+    """Wraps Bridge's method that writes a whole model, which writes a tokenizer before it comes to the weights."""
+
+    @functools.wraps(save)
+    def checked(bridge: Any, model: Any, *args: Any, **kwargs: Any) -> None:
+        refuse_unmerged(model if isinstance(model, list) else [model])
+        save(bridge, model, *args, **kwargs)
+
+    return checked
+
+
+def of_the_base(stream: Callable[..., Iterable[Any]]) -> Callable[..., Iterable[Any]]:
+    """Wraps Bridge's method under every export of whole weights, which looks for Bridge's own LoRA alone.
+
+    It would write the base without our update, and it fails at weights that it does not know.
+    """
+
+    def with_hidden_factors(chunks: list[Any], *args: Any, **kwargs: Any) -> Iterable[Any]:
+        with hidden_factors(chunks):
+            yield from stream(*args, **kwargs)
+
+    @functools.wraps(stream)
+    def checked(bridge: Any, model: Any, *args: Any, **kwargs: Any) -> Iterable[Any]:
+        chunks = model if isinstance(model, list) else [model]
+        refuse_unmerged(chunks)
+        return with_hidden_factors(chunks, bridge, model, *args, **kwargs)
+
+    return checked
 
 
 def _adapted(chunks: Sequence[nn.Module]) -> list[Any]:

@@ -3,17 +3,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 
 from nemo_tied_lora import ConfigError
 from nemo_tied_lora.bridge import TiedLoRA
-from tests.bridge.hugging_face_model import load_through_bridge
+from tests.bridge.hugging_face_model import load_through_bridge, on_a_cpu
+from tests.harness.paths import ROOT
 from tests.harness.ranks import single_process
 
 WORDS = 64
@@ -55,6 +58,8 @@ def test_an_unmerged_adapter_is_not_written_and_nothing_is(bridged: Bridged, tmp
         bridged.bridge.save_hf_pretrained(bridged.model, tmp_path / "model")
     with pytest.raises(ConfigError, match=remedy):
         next(iter(bridged.bridge.export_hf_weights(bridged.model)))
+    with pytest.raises(ConfigError, match=remedy):
+        next(iter(bridged.bridge.export_hf_weights_quant(bridged.model, lambda name: False, lambda *given: None)))
     assert not (tmp_path / "model").exists()
 
 
@@ -66,6 +71,48 @@ def test_a_merged_adapter_is_in_the_model_that_bridge_writes(bridged: Bridged, t
     finally:
         bridged.peft.adapter.unmerge()
     assert difference(adapted, load(tmp_path)) < 1e-4
+
+
+def test_bridges_own_call_writes_the_adapter_as_its_checkpoints_do_beside_themselves(
+    bridged: Bridged, tmp_path: Path
+) -> None:
+    """So with checkpoint.also_save_hf_checkpoint."""
+    bridged.peft.save_hf_adapter(bridged.model, tmp_path / "ours", bridged.bridge)
+    bridged.bridge.save_hf_adapter(
+        bridged.model, tmp_path / "bridges", peft_config=bridged.peft, base_model_name_or_path="my/base"
+    )
+    ours, bridges = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "bridges"))
+    assert ours.keys() == bridges.keys()
+    assert all(torch.equal(bridges[name], tensor) for name, tensor in ours.items())
+    config = json.loads((tmp_path / "bridges" / "adapter_config.json").read_text())
+    assert (config["r"], config["base_model_name_or_path"]) == (3, "my/base")
+    with pytest.raises(ConfigError, match="exclude_adapter_base_prefixes: not with TiedLoRA"):
+        bridged.bridge.save_hf_adapter(bridged.model, tmp_path, bridged.peft, exclude_adapter_base_prefixes=["mtp"])
+
+
+def test_the_pages_script_trains_with_megatrons_sums(
+    bridged: Bridged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without them Megatron's schedule would sum nothing. The script's provider gets layers that a CPU can run."""
+    from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
+    from megatron.core.utils import get_model_config
+
+    class Bridge:
+        def to_megatron_provider(self) -> Any:
+            provider = bridged.bridge.to_megatron_provider()
+            on_a_cpu(provider)
+            return provider
+
+    def my_loop(models: list[Any]) -> None:
+        assert [type(model).__name__ for model in models] == ["DistributedDataParallel"]
+        assert get_model_config(models[0]).finalize_model_grads_func is finalize_model_grads
+
+    page = (ROOT / "docs" / "bridge.md").read_text().partition("\n## In a script\n")[2]
+    script: dict[str, Any] = {}
+    exec(page.partition("```python\n")[2].partition("```")[0], script)
+    monkeypatch.chdir(tmp_path)
+    script["train"](Bridge(), DistributedDataParallelConfig(), my_loop)
+    assert (tmp_path / "adapter.nemo").is_file()
 
 
 def test_with_the_adapter_off_bridge_writes_the_base(bridged: Bridged, tmp_path: Path) -> None:

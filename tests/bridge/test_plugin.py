@@ -8,7 +8,6 @@ import dataclasses
 import pickle
 import re
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,7 +37,7 @@ def applied(peft: TiedLoRA) -> list[Any]:
 def test_the_fields_and_defaults_are_those_of_the_configuration() -> None:
     assert TiedLoRA().config() == TiedLoraConfig()
     own = {one.name for one in dataclasses.fields(TiedLoRA) if one.init}
-    assert own == {one.name for one in dataclasses.fields(TiedLoraConfig)} | {"restore_from_path"}
+    assert own == {one.name for one in dataclasses.fields(TiedLoraConfig)} | {"restore_from_path", "allow_other_base"}
     assert TiedLoRA.preset("vera", rank=3).config() == TiedLoraConfig.preset("vera", rank=3)
 
 
@@ -47,6 +46,28 @@ def test_a_field_may_change_until_the_method_is_applied() -> None:
     peft.rank, peft.targets = 3, ["linear_qkv"]
     applied(peft)
     assert peft.adapter.config == TiedLoraConfig(rank=3, targets=["linear_qkv"])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "remedy"),
+    [
+        ("dim", 64, r"dim=64: .* write rank"),
+        ("target_modules", ["linear_qkv"], "target_modules=.* write targets"),
+        ("rnk", 5, r"rnk=5: .*did you mean rank\?"),
+        ("dim", None, "dim=None: not a field of TiedLoRA; the fields are rank, alpha, "),
+        ("preset", "vera", "preset='vera': not a field of TiedLoRA"),
+    ],
+)
+def test_a_recipe_that_sets_an_unknown_field_is_refused_there(name: str, value: Any, remedy: str) -> None:
+    peft = TiedLoRA()
+    with pytest.raises(ConfigError, match=remedy):
+        setattr(peft, name, value)
+
+
+def test_bridge_may_set_what_it_keeps_in_a_method() -> None:
+    peft = TiedLoRA()
+    peft.params_to_save, peft._cached = {"a"}, 1
+    assert (peft.params_to_save, peft._cached) == ({"a"}, 1)
 
 
 def test_wrong_fields_are_refused_together_and_foreign_keys_say_what_to_write() -> None:
@@ -156,18 +177,84 @@ def test_not_for_training_nothing_requires_a_gradient() -> None:
     assert not any(parameter.requires_grad for parameter in chunk.parameters())
 
 
-def test_an_adapters_file_is_where_training_starts(tmp_path: Path) -> None:
-    first = TiedLoRA(rank=3, alpha=5.0, targets=["linear_fc1"])
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, TiedLoRA]:
+    """An adapter's file, and the method that it was saved from."""
+    single_process()
+    first = TiedLoRA(rank=3, alpha=5.0, targets=["linear_fc1"], layers=[0, 2])
     applied(first)
-    path = save_adapter(first.adapter, tmp_path / "adapter.nemo")
-    again = TiedLoRA(restore_from_path=str(path))
+    return str(save_adapter(first.adapter, tmp_path_factory.mktemp("file") / "adapter.nemo")), first
+
+
+def test_an_adapters_file_is_where_training_starts_and_the_fields_become_its_own(file: tuple[str, TiedLoRA]) -> None:
+    path, first = file
+    again = TiedLoRA(restore_from_path=path)
     build(fill_base, again, ddp=False)
-    assert again.adapter.config == first.adapter.config
+    assert again.adapter.config == again.config() == first.adapter.config
+    assert (again.rank, again.alpha, again.layers) == (3, 5.0, [0, 2]), "Bridge records the fields"
     expected = first.adapter.full_state()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in again.adapter.full_state().items())
-    wrong = TiedLoRA(rank=4, alpha=5.0, dropout=0.1, restore_from_path=str(path))
-    with pytest.raises(ConfigError, match=r"rank=4: the adapter in .* has 3; .*\n.*dropout=0\.1: .* has 0\.0"):
-        build(fill_base, wrong, ddp=False)
+    again.rank = 8
+    with pytest.raises(ConfigError, match=r"rank=8: the adapter in .* has 3; leave the field out, or set it to that"):
+        again.read_file()
+
+
+def set_later(peft: TiedLoRA) -> TiedLoRA:
+    peft.rank = 8
+    return peft
+
+
+def changed_in_place(peft: TiedLoRA) -> TiedLoRA:
+    peft.targets.remove("linear_fc1")
+    return peft
+
+
+@pytest.mark.parametrize(
+    ("make", "problems"),
+    [
+        (lambda path: TiedLoRA(rank=4, dropout=0.1, restore_from_path=path), ["rank=4", "dropout=0.1"]),
+        (lambda path: TiedLoRA(8, restore_from_path=path), ["rank=8"]),
+        (lambda path: TiedLoRA(rank=8, layers=None, restore_from_path=path), ["rank=8", "layers=None"]),
+        (lambda path: set_later(TiedLoRA(restore_from_path=path)), ["rank=8"]),
+        (lambda path: changed_in_place(TiedLoRA(restore_from_path=path)), ["targets=['linear_qkv', "]),
+        (lambda path: copy.deepcopy(set_later(TiedLoRA(restore_from_path=path))), ["rank=8"]),
+        (lambda path: TiedLoRA.preset("vera", restore_from_path=path), ["trained=['v', 'u']"]),
+        (lambda path: TiedLoRA.preset("tl6", rank=8, restore_from_path=path), ["rank=8"]),
+        (lambda path: TiedLoRA.preset(None, rank=3, alpha=None, restore_from_path=path), []),
+        (lambda path: copy.deepcopy(TiedLoRA(restore_from_path=path)), []),
+    ],
+)
+def test_a_field_that_was_set_must_have_the_files_value_also_if_it_is_the_default(
+    make: Any, problems: list[str], file: tuple[str, TiedLoRA]
+) -> None:
+    peft, found = make(file[0]), list[str]()
+    try:
+        peft.read_file()
+    except ConfigError as refused:
+        found += refused.problems
+    assert len(found) == len(problems)
+    assert all(
+        line.startswith(start) and "the adapter in" in line for line, start in zip(found, problems, strict=True)
+    )
+    if not problems:
+        assert peft.config() == file[1].config()
+
+
+def test_a_missing_file_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"restore_from_path=/nope\.nemo: no such file; name the \.nemo file"):
+        build(fill_base, TiedLoRA(restore_from_path="/nope.nemo"), ddp=False)
+
+
+def test_another_base_is_refused_and_the_field_that_the_error_names_allows_it(file: tuple[str, TiedLoRA]) -> None:
+    def other_base(model: list[Any]) -> list[Any]:
+        fill_base(model)[0].decoder.layers[1].mlp.linear_fc2.weight.data[0, 0] += 1
+        return model
+
+    with pytest.raises(ConfigError, match="or set allow_other_base=true"):
+        build(other_base, TiedLoRA(restore_from_path=file[0]), ddp=False)
+    allowed = TiedLoRA(restore_from_path=file[0], allow_other_base=True)
+    build(other_base, allowed, ddp=False)
+    assert allowed.adapter.config == file[1].adapter.config
 
 
 def copied_base(model: list[Any]) -> list[Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from nemo_tied_lora import ConfigError
 from nemo_tied_lora.platform import prepare
 from tests.harness.ranks import run_ranks
 
@@ -18,7 +19,7 @@ PRESETS = ("tl6", "vera")
 def trained_by_bridges_loop(folder: str) -> dict[str, Any]:
     """A rank: trains a base, and on it each preset for four steps; resumes each from its second step."""
     prepare(bridge=True)
-    from tests.bridge.training_loop import DROPPED, Forgetful, prepare_loop, settings, step
+    from tests.bridge.training_loop import DROPPED, Forgetful, Scrambled, prepare_loop, settings, step
 
     prepare_loop()
     from megatron.bridge.training.finetune import finetune
@@ -38,8 +39,7 @@ def trained_by_bridges_loop(folder: str) -> dict[str, Any]:
 
     for preset in PRESETS:
         whole = tuned(TiedLoRA.preset(preset, rank=3), preset)
-        # With another seed, what the checkpoint lacks would be seen, also in frozen factors.
-        again, second = TiedLoRA.preset(preset, rank=3, seed=99), {"load": str(root / preset), "ckpt_step": 2}
+        again, second = Scrambled.preset(preset, rank=3), {"load": str(root / preset), "ckpt_step": 2}
         results[preset] = whole, tuned(again, f"{preset}, resumed", **second)
         results[f"{preset}, saved"] = sorted(path.name for path in (root / f"{preset}, resumed").glob("iter_*"))
     try:
@@ -47,6 +47,11 @@ def trained_by_bridges_loop(folder: str) -> dict[str, Any]:
         tuned(Forgetful(rank=3), "forgetful, resumed", load=str(root / "forgetful"), ckpt_step=2)
     except RuntimeError as error:
         results["forgetful"] = str(error)
+    other = TiedLoRA.preset("vera", rank=3, alpha=99.0, seed=99, targets=["linear_qkv"])
+    try:
+        tuned(other, "tl6", load=str(root / "tl6"))
+    except ConfigError as error:
+        results["other fields"] = error.problems, other.adapter
     return results
 
 
@@ -66,3 +71,13 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one_bit_for_bit(preset: str, re
 
 def test_a_resume_that_drops_a_tensor_stops(results: dict[str, Any]) -> None:
     assert f"state dict: it lacks {results['dropped']} of the adapter" in results["forgetful"]
+
+
+def test_a_finished_run_is_not_resumed_with_other_fields_and_no_model_is_built(results: dict[str, Any]) -> None:
+    problems, adapter = results["other fields"]
+    assert adapter is None
+    assert [line.partition("=")[0] for line in problems] == [
+        f"peft.{name}" for name in ("alpha", "targets", "trained", "seed")
+    ]
+    assert "iter_0000004, which has None; set it to that, or train in another folder" in problems[0]
+    assert problems[0].startswith("peft.alpha=99.0: the run resumes from ")

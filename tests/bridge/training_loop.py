@@ -26,7 +26,7 @@ from nemo_tied_lora.platform.no_gpu_torch import no_gpu_torch, stand_in
 from tests.bridge.bridge_model import provider
 from tests.harness.tiny_gpt import VOCAB
 
-__all__ = ["DROPPED", "Forgetful", "Rows", "prepare_loop", "settings", "step"]
+__all__ = ["DROPPED", "Forgetful", "Rows", "Scrambled", "prepare_loop", "settings", "step"]
 
 DROPPED = "decoder.tied_lora.linear_qkv.A"
 SEQUENCE = 12
@@ -84,6 +84,18 @@ class Forgetful(TiedLoRA):
 
     def adapter_key_filter(self, key: str | tuple[str, Any]) -> bool:
         return super().adapter_key_filter(key) and (key[0] if isinstance(key, tuple) else key) != DROPPED
+
+
+class Scrambled(TiedLoRA):
+    """Its factors start anywhere: what a checkpoint lacks is seen, also in frozen factors."""
+
+    def __call__(self, model: Any, training: bool = True) -> Any:
+        super().__call__(model, training)
+        assert self.adapter is not None
+        for chunk in self.adapter.chunks:
+            for parameter in chunk.factors.parameters():
+                parameter.data.normal_()
+        return model
 
 
 def settings(save: Path, *, steps: int, peft: Any = None, **checkpoint: Any) -> Any:
