@@ -20,7 +20,7 @@ from nemo_tied_lora.conversion.hf_config import nemo_keys
 from tests.harness.hugging_face_models import save_model
 from tests.harness.paths import ROOT
 
-__all__ = ["NEW_TOKENS", "Base", "Served", "by_peft", "by_vllm", "prompt", "serving_python"]
+__all__ = ["NEW_TOKENS", "Base", "Served", "by_peft", "by_vllm", "prompt", "run_with_vllm", "serving_python"]
 
 NEW_TOKENS = 8
 # vLLM's attention on a CPU wants heads of 32 at least. Llama's heads are wider than hidden / heads, as some models' are.
@@ -78,6 +78,22 @@ def prompt(number: int) -> list[int]:
     return torch.randint(3, 256, (6 + 3 * number,), generator=generator).tolist()
 
 
+def run_with_vllm(script: Path, *arguments: str, cwd: Path, **variables: str) -> str:
+    """Runs a Python file in vLLM's environment, and returns what it prints."""
+    # Not this checkout's packages: only what vLLM's environment has.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | variables
+    done = subprocess.run(
+        [serving_python(), str(script), *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-4000:]
+    return done.stdout
+
+
 def by_vllm(base: Base, folders: Mapping[str, Path], prompts: Sequence[tuple[str | None, list[int]]]) -> list[Served]:
     """Serves the prompts, each for a named adapter or for the base alone, in one batch of one engine."""
     request, answer = base.adapters / "request.json", base.adapters / "answer.json"
@@ -91,17 +107,7 @@ def by_vllm(base: Base, folders: Mapping[str, Path], prompts: Sequence[tuple[str
     }
     request.write_text(json.dumps(asked))
     script = ROOT / "tests" / "serving" / "vllm_engine.py"
-    # Not this checkout's packages: only what vLLM's environment has.
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        [serving_python(), str(script), str(request), str(answer)],
-        cwd=base.adapters,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-4000:]
+    run_with_vllm(script, str(request), str(answer), cwd=base.adapters)
     served = json.loads(answer.read_text())
     return [Served(one["tokens"], torch.tensor(one["logprobs"])) for one in served]
 

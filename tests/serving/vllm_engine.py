@@ -16,22 +16,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["main"]
+__all__ = ["SETTINGS", "main"]
 
-# Without them, vLLM compiles a kernel for a minute, asks the network, and starts a process for the engine.
-_SETTINGS = {
+SETTINGS = {
     "TORCH_COMPILE_DISABLE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }
+"""Without them, vLLM compiles a kernel for a minute, and asks the network."""
 
 
 def main(request: Path, answer: Path) -> None:
     """Reads the one file and writes the other."""
-    os.environ.update(_SETTINGS)
+    os.environ.update(SETTINGS, VLLM_ENABLE_V1_MULTIPROCESSING="0")  # the engine in this process: a start less
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
