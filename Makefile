@@ -177,13 +177,13 @@ test-mcore016: setup-mcore016 ## the tests that need megatron-core and no NeMo, 
 	$(MCORE016_TESTS)
 
 # Adapters travel between its environment and the one of NeMo, so it needs both.
-test-bridge: $(STAMP) $(STAMP_BRIDGE) ## the tests on Megatron-Bridge, and of the core on megatron-core 0.19.2 (about 3 minutes)
+test-bridge: $(STAMP) $(STAMP_BRIDGE) ## the tests on Megatron-Bridge, and of the core on megatron-core 0.19.2 (about 4 minutes, and 4 for the environment, once)
 	@rm -f runs/parity-mcore019.json
 	$(BRIDGE_TESTS)
 	$(VENV_BRIDGE)/bin/python -m tests.parity.table --check parity-mcore019.json
 
 # vLLM's engine and llama.cpp's script are processes in their own environment; peft, to compare with, is in .venv.
-test-serving: $(STAMP) $(STAMP_SERVING) ## exports served by vLLM on a CPU, and read by llama.cpp's script (about a minute)
+test-serving: $(STAMP) $(STAMP_SERVING) ## exports served by vLLM on a CPU, and read by llama.cpp's script (1 to 3 minutes, and 3 for the environment, once)
 	$(SERVING_TESTS)
 
 test-parity: $(STAMP) ## only the tests of the parallel layouts, against the single-process run
