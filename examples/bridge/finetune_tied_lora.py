@@ -13,18 +13,20 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from nemo_tied_lora import ConfigError, save_adapter
+from omegaconf.errors import OmegaConfBaseException
+
+from nemo_tied_lora import ConfigError
+from nemo_tied_lora.bridge.overrides import Overrides
+from nemo_tied_lora.bridge.run_files import base_problems, data_index_folder, data_problems
 from nemo_tied_lora.errors import Problems
-from nemo_tied_lora.files import write_json
+from nemo_tied_lora.files import folder_problem, write_json
 from nemo_tied_lora.launching.run_record import versions
 from nemo_tied_lora.platform import prepare
-
-if TYPE_CHECKING:
-    from nemo_tied_lora.bridge import TiedLoRA
 
 __all__ = ["compose", "main", "recipe"]
 
@@ -83,69 +85,63 @@ def recipe(hf_path: str, data: str, folder: str) -> Any:
     )
 
 
-def compose(options: argparse.Namespace, overrides: Sequence[str]) -> Any:
+def compose(options: argparse.Namespace, overrides: Overrides) -> Any:
     """The recipe with the overrides of the command line, in Hydra's grammar as Bridge's own scripts take them.
 
     Raises:
-        ConfigError: lists what is wrong: an override that cannot be read, of a key that is not there, or a field of the adapter.
+        ConfigError: lists what is wrong: a key that is not there, a value of another type, a field of the adapter.
     """
-    from megatron.bridge.training.utils.omegaconf_utils import OverridesError, process_config_with_overrides
+    try:
+        prepare(bridge=True)
+        from megatron.bridge.training.utils.omegaconf_utils import OverridesError, process_config_with_overrides
 
-    problems = Problems()
-    # Bridge's overrides leave out a PEFT method, because it is callable.
-    peft = problems.attempt(_adapter, options.preset, [word for word in overrides if word.startswith("peft.")])
+        from nemo_tied_lora.bridge import TiedLoRA
+    except ImportError as error:
+        raise ConfigError([f"{sys.executable}: {error}; name the Python of Megatron-Bridge"]) from error
     try:
         cfg = recipe(options.hf_path, options.data, options.folder)
     except ValueError as error:
-        raise ConfigError([*problems, f"--hf-path={options.hf_path}: {' '.join(str(error).split())}"]) from error
+        said = str(error).strip().splitlines()[0]  # Bridge's list of all models follows
+        known = "AutoBridge.list_supported_models() lists what Bridge reads"
+        raise ConfigError([f"--hf-path={options.hf_path}: {said}; {known}"]) from error
+    Problems(overrides.problems(cfg)).raise_if_any()
     try:
-        cfg = process_config_with_overrides(
-            cfg, cli_overrides=[word for word in overrides if not word.startswith("peft.")]
-        )
-    except OverridesError as error:
-        problems.append(" ".join(str(error).split()))
-    problems.raise_if_any()
-    cfg.peft = peft
+        cfg = process_config_with_overrides(cfg, cli_overrides=overrides.words)
+    except (OverridesError, OmegaConfBaseException) as error:
+        raise ConfigError([" ".join(str(error).split())]) from error
+    # Bridge's overrides leave out a PEFT method, because it is callable.
+    cfg.peft = TiedLoRA.preset(overrides.preset, **overrides.adapter)
+    # Bridge would keep its index of the lines beside the data, and use it for later files of the same name.
+    index = data_index_folder(Path(options.folder), Path(cfg.dataset.dataset_root or options.data))
+    cfg.dataset.dataset_kwargs = {"index_mapping_dir": index, **(cfg.dataset.dataset_kwargs or {})}
+    steps, warm_up = cfg.train.train_iters, cfg.scheduler.lr_warmup_iters
+    if steps and warm_up >= steps:
+        end = f"the run has train.train_iters={steps} steps, and would never reach optimizer.lr; set it to less"
+        raise ConfigError([f"scheduler.lr_warmup_iters={warm_up}: {end}"])
     return cfg
-
-
-def _adapter(preset: str, overrides: Sequence[str]) -> TiedLoRA:
-    """The preset with the fields of ``peft.FIELD=VALUE``."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import OverrideParseException
-
-    from nemo_tied_lora.bridge import TiedLoRA
-
-    try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
-    except OverrideParseException as error:
-        raise ConfigError([f"{error.override}: {' '.join(str(error).split())}"]) from error
-    return TiedLoRA.preset(preset, **{one.key_or_group.removeprefix("peft."): one.value() for one in parsed})
 
 
 def main(arguments: Sequence[str]) -> int:
     """Returns 0; 2 if the arguments are refused; STOPPED_EARLY."""
-    options, overrides = _parser().parse_known_args(arguments)
+    options, words = _parser().parse_known_args(arguments)
     try:
-        _check_files(options.hf_path, options.data)
-        prepare(bridge=True)
-        cfg = compose(options, overrides)
-        if options.check is not None:
-            _check_and_record(cfg, options.check, overrides)
-            return 0
+        cfg = compose(options, _check_files(options, words))
+        if options.check is None:
+            return _train(cfg, Path(options.folder))
+        _check_and_record(cfg, options, arguments)
     except ConfigError as error:
-        print(
-            "\n".join(["finetune_tied_lora.py: not possible:", *(f"  {line}" for line in error.problems)]),
-            file=sys.stderr,
-        )
+        lines = ["finetune_tied_lora.py: not possible:", *(f"  {line}" for line in error.problems)]
+        print("\n".join(lines), file=sys.stderr)
         return 2
-    return _train(cfg, Path(options.folder))
+    return 0
 
 
 def _train(cfg: Any, folder: Path) -> int:
     from megatron.bridge.training.callbacks import Callback
     from megatron.bridge.training.finetune import finetune
     from megatron.bridge.training.gpt_step import forward_step
+
+    from nemo_tied_lora import save_adapter
 
     class SaveAdapter(Callback):
         """After the last step, on all ranks. Bridge then ends the process groups."""
@@ -162,53 +158,63 @@ def _train(cfg: Any, folder: Path) -> int:
     return 0
 
 
-def _check_files(hf_path: str, data: str) -> None:
-    """Before Bridge is imported, which takes seconds.
+def _check_files(options: argparse.Namespace, words: Sequence[str]) -> Overrides:
+    """Checks all that needs no Bridge, whose import takes seconds. The first rank reads the data for all.
 
     Raises:
-        ConfigError: lists the files that are missing.
+        ConfigError: lists what is wrong with files, folders, the adapter's fields and the grammar of the overrides.
     """
-    problems = Problems()
-    if not Path(hf_path, "config.json").is_file() or not any(Path(hf_path).glob("*.safetensors")):
-        problems.append(
-            f"--hf-path={hf_path}: not the folder of a Hugging Face model, with config.json and *.safetensors"
-        )
-    for name in ("training.jsonl", "validation.jsonl"):
-        problems.file("--data", Path(data, name), "one object per line, with the fields input and output")
+    overrides, problems = Overrides.read(words, options.preset)
+    own_tokenizer = overrides.value("tokenizer.tokenizer_model") is None
+    problems += base_problems(Path(options.hf_path), tokenizer=own_tokenizer)
+    if os.environ.get("RANK", "0") == "0":
+        columns = "dataset.preprocessing.prompt_column", "dataset.preprocessing.completion_column"
+        prompt, completion = map(overrides.value, columns, ("input", "output"))
+        folder = overrides.value("dataset.dataset_root", options.data)
+        problems += data_problems(Path(folder or options.data), prompt, completion)
+    for key, folder in (("--folder", options.folder), ("--check", options.check)):
+        if folder is not None and (problem := folder_problem(Path(folder)) if folder else "empty; name a folder"):
+            problems.append(f"{key}={folder}: {problem}")
     problems.raise_if_any()
+    return overrides
 
 
-def _check_and_record(cfg: Any, folder: Path, overrides: Sequence[str]) -> None:
-    """Bridge's own checks, for the number of ranks in WORLD_SIZE. Writes config.yaml and versions.json into the folder.
+def _check_and_record(cfg: Any, options: argparse.Namespace, arguments: Sequence[str]) -> None:
+    """Bridge's own checks, for the number of ranks in WORLD_SIZE. Then writes config.yaml and versions.json into --check.
 
     Raises:
-        ConfigError: what Bridge refuses.
+        ConfigError: what Bridge refuses; or a folder cannot be made.
     """
     from megatron.bridge.training.config import runtime_config_update
 
-    folder.mkdir(parents=True, exist_ok=True)
-    cfg.to_yaml(str(folder / "config.yaml"))
-    write_json(folder / "versions.json", {**versions(), "arguments": list(overrides)})
     try:
         runtime_config_update(cfg)
-        cfg.validate()
-    except (AssertionError, ValueError) as error:
-        raise ConfigError([f"{os.environ.get('WORLD_SIZE', '1')} ranks: {' '.join(str(error).split())}"]) from error
+    except ConfigError:
+        raise
+    except Exception as error:  # Bridge asserts, and compares values before it has looked at their types
+        said = " ".join(str(error).split()) or f"not {traceback.extract_tb(error.__traceback__)[-1].line}"
+        raise ConfigError([f"on {os.environ.get('WORLD_SIZE', '1')} ranks: {said}"]) from error
+    folder = Path(options.check)
+    try:
+        for one in (Path(options.folder), folder):
+            one.mkdir(parents=True, exist_ok=True)
+        cfg.to_yaml(str(folder / "config.yaml"))
+        write_json(folder / "versions.json", {**versions(), "arguments": list(arguments)})
+    except OSError as error:
+        raise ConfigError([f"{error.filename or folder}: {error.strerror}; name another folder"]) from error
 
 
 def _parser() -> argparse.ArgumentParser:
     summary, example = (__doc__ or "").split("\n\n", 1)
     shape = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=summary, epilog=example, formatter_class=shape)
+    parser = argparse.ArgumentParser(description=summary, epilog=example, formatter_class=shape, allow_abbrev=False)
     parser.add_argument("--hf-path", required=True, help="the folder of a Hugging Face model: weights and tokenizer")
     parser.add_argument("--data", required=True, help="a folder with training.jsonl and validation.jsonl")
     parser.add_argument("--folder", default="runs/tied_lora", help="the run's folder (default: %(default)s)")
     parser.add_argument(
-        "--preset", default="tl6", help="lora, vera, tl5 or tl6 (default: %(default)s); peft.FIELD=VALUE changes it"
+        "--preset", help="lora, vera, tl5 or tl6 (default: tl6); peft.FIELD=VALUE changes a field of it"
     )
-    parser.add_argument(
-        "--check", type=Path, help="only check, for WORLD_SIZE ranks, and write the record into this folder"
-    )
+    parser.add_argument("--check", help="only check, for WORLD_SIZE ranks, and write the record into this folder")
     parser.usage = (
         "%(prog)s --hf-path FOLDER --data FOLDER [--folder FOLDER] [--preset NAME] [--check FOLDER] [key=value ...]"
     )

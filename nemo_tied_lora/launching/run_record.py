@@ -23,6 +23,8 @@ _PACKAGES = (
     "torch",
     "nemo_toolkit",
     "megatron-core",
+    "megatron-bridge",
+    "transformers",
     "lightning",
     "transformer_engine",
     "apex",

@@ -14,17 +14,19 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.bridge.example_folder import write_example_folder
+from tests.bridge.example_folder import write_example_folder, write_wrong_folders
+from tests.bridge.example_runs import REFUSED as REFUSALS
 from tests.harness.paths import ROOT
 
 REFUSED = "finetune_tied_lora.py: not possible:\n"
-Results = dict[str, tuple[int, str, str]]
+Results = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("example")
     write_example_folder(made)
+    write_wrong_folders(made)
     return made
 
 
@@ -49,8 +51,8 @@ def test_the_recipe_with_overrides_passes_bridges_validation_and_leaves_its_reco
     results: Results, folder: Path
 ) -> None:
     code, _, err = results["right"]
-    assert code == 0, err
-    cfg = yaml.safe_load((folder / "right" / "config.yaml").read_text().replace("!!set", ""))
+    assert code == 0, (code, err)
+    cfg = yaml.safe_load((folder / "records" / "right" / "config.yaml").read_text().replace("!!set", ""))
     assert (cfg["peft"]["rank"], cfg["peft"]["layers"], sorted(cfg["peft"]["trained"])) == (16, [0, 3], ["u", "v"])
     assert cfg["peft"]["_target_"].endswith(".TiedLoRA")
     assert (cfg["optimizer"]["lr"], cfg["train"]["train_iters"], cfg["train"]["exit_signal_handler"]) == (
@@ -59,45 +61,39 @@ def test_the_recipe_with_overrides_passes_bridges_validation_and_leaves_its_reco
         True,
     )
     assert cfg["model"]["pipeline_model_parallel_size"] == 2
+    assert cfg["model"]["bf16"] is True, "set by bf16_mixed, in Bridge's own update"
+    assert cfg["dataset"]["dataset_kwargs"]["tokens_to_generate"] == 0
     assert cfg["checkpoint"]["pretrained_checkpoint"] == str(folder / "hf")
     assert cfg["checkpoint"]["save"] == cfg["checkpoint"]["load"] == str(folder / "run" / "checkpoints")
-    record = json.loads((folder / "right" / "versions.json").read_text())
-    assert "peft.rank=16" in record["arguments"]
+    record = json.loads((folder / "records" / "right" / "versions.json").read_text())
+    assert record["arguments"][:2] == [f"--hf-path={folder / 'hf'}", f"--data={folder / 'data'}"]
+    assert {"--preset=vera", "+peft.rank=16"} <= set(record["arguments"])
     assert record["packages"]["megatron-core"] == "0.19.2"
+    assert all(record["packages"][name] for name in ("megatron-bridge", "transformers"))
 
 
-def problems(result: tuple[int, str, str]) -> list[str]:
-    code, _, err = result
-    assert code == 2, err
-    return err.split(REFUSED)[1].splitlines()
+@pytest.mark.parametrize("name", REFUSALS)
+def test_what_is_wrong_is_refused_together_one_line_each(name: str, results: Results, folder: Path) -> None:
+    _, _, beginnings = REFUSALS[name]
+    code, _, err = results[name]
+    assert code == 2, (code, err)
+    lines = err.split(REFUSED)[1].splitlines()
+    assert len(lines) == len(beginnings), lines
+    for line, beginning in zip(lines, beginnings, strict=True):
+        assert line.startswith("  " + beginning.replace("{folder}", str(folder)))
+        assert len(line) < 500, "Bridge's essay on a model that it does not know"
+    assert not (folder / "records" / name).exists(), "a refused run leaves no record"
 
 
-def test_wrong_overrides_are_refused_together_one_line_each(results: Results) -> None:
-    lines = problems(results["wrong overrides"])
-    assert len(lines) == 4, lines
-    assert "dim=8: not a key of tied_lora; write rank" in lines[0]
-    assert "dropout=2: must be in [0, 1)" in lines[1]
-    assert "targets: 'linear_q' is unknown" in lines[2]
-    assert "Could not override 'model.tensor_parallel'" in lines[3]
+def test_rows_in_columns_that_are_named_pass(results: Results) -> None:
+    code, _, err = results["other columns"]
+    assert code == 0, (code, err)
 
 
-def test_an_override_that_cannot_be_read_is_refused_in_one_line(results: Results) -> None:
-    (line,) = problems(results["unreadable override"])
-    assert "peft.layers=[0," in line
-
-
-def test_a_layout_that_does_not_fit_the_jobs_ranks_is_refused_before_the_ranks_start(results: Results) -> None:
-    (line,) = problems(results["ranks that do not fit"])
-    assert line.startswith("  3 ranks: world size (3) is not divisible by")
-
-
-def test_missing_files_are_refused_together_before_bridge_is_imported(results: Results, folder: Path) -> None:
-    lines = problems(results["missing files"])
-    assert [line.partition(":")[0].strip() for line in lines] == [
-        f"--hf-path={folder}",
-        f"--data={folder}/training.jsonl",
-        f"--data={folder}/validation.jsonl",
-    ]
+def test_rows_that_are_added_between_two_runs_are_trained_on(results: Results, folder: Path) -> None:
+    """Bridge's own place for the index of the rows is beside the data, under the same name for every version of a file."""
+    assert results["rows"] == [16, 17]
+    assert sorted(path.name for path in (folder / "data").iterdir()) == ["training.jsonl", "validation.jsonl"]
 
 
 @pytest.mark.parametrize(("left", "code"), [(None, 0), (0, 75)])

@@ -118,6 +118,12 @@ def test_two_stages_end_with_the_adapter_of_one_rank(
         )
 
 
+def test_the_index_of_the_data_is_in_the_runs_folder(one_rank: AdapterFile, folder: Path) -> None:
+    """Where it cannot become that of an older file with the same name, and the data's folder need not be writable."""
+    assert sorted(path.name for path in (folder / "data").iterdir()) == ["training.jsonl", "validation.jsonl"]
+    assert len(list((folder / "one" / "data_index").rglob("training.jsonl.idx.npy"))) == 1
+
+
 def test_near_the_time_limit_all_ranks_save_and_ask_for_another_start(stages: list[dict[str, Run]]) -> None:
     assert [found["stopped"] for found in stages] == [Run(75, STOP, [])] * 2
 
