@@ -119,7 +119,7 @@ class TiedLoRA(PEFT):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the adapter: Bridge sends a model's configuration, with its hooks, to the other stages."""
-        return {**vars(self), "adapter": None}
+        return {**vars(self), "adapter": None, "_set": set(self._set)}
 
     @classmethod
     def preset(cls, name: str | None, **overrides: Any) -> TiedLoRA:

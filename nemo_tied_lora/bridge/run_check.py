@@ -80,9 +80,10 @@ def pipeline_problems(config: Any) -> Iterator[str]:
 
 
 def _sharding_problems(ddp: Any, megatron: bool, torch: bool) -> Iterator[str]:
+    own = getattr(ddp, "use_megatron_fsdp", False)  # Bridge then sets dist.use_megatron_fsdp too
     asked = {
-        "ddp.use_megatron_fsdp": getattr(ddp, "use_megatron_fsdp", False),
-        "dist.use_megatron_fsdp": megatron,
+        "ddp.use_megatron_fsdp": own,
+        "dist.use_megatron_fsdp": megatron and not own,
         "dist.use_torch_fsdp2": torch,
     }
     for key, value in asked.items():

@@ -87,6 +87,8 @@ def test_a_rank_budget_is_refused_by_name() -> None:
 
 def test_a_recipe_can_copy_and_pickle_it() -> None:
     peft = TiedLoRA(rank=3, layers=[1, 2])
+    copy.copy(peft).alpha = 5.0
+    assert peft._set == {"rank", "layers"}, "a copy notes its own fields"
     assert copy.deepcopy(peft) == pickle.loads(pickle.dumps(peft)) == dataclasses.replace(peft) == peft
 
 

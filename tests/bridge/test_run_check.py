@@ -63,7 +63,7 @@ def test_an_interleaved_pipeline_of_two_stages_needs_overlapped_transfers(
 
 def test_fsdp_and_wrong_fields_of_the_adapter_are_refused_together_when_bridge_validates(tmp_path: Path) -> None:
     cfg = settings(tmp_path, steps=1, peft=TiedLoRA(layers=[1, 9], restore_from_path="/nope.nemo"))
-    cfg.ddp.use_megatron_fsdp = cfg.dist.use_torch_fsdp2 = True
+    cfg.ddp.use_megatron_fsdp = cfg.dist.use_megatron_fsdp = cfg.dist.use_torch_fsdp2 = True  # the second by Bridge
     found = problems(cfg)
     starts = [
         "peft.restore_from_path=/nope.nemo: no such file",
@@ -72,7 +72,7 @@ def test_fsdp_and_wrong_fields_of_the_adapter_are_refused_together_when_bridge_v
         "dist.use_torch_fsdp2=true: not possible",
     ]
     assert [line[: len(start)] for line, start in zip(found, starts, strict=True)] == starts
-    cfg.ddp.use_megatron_fsdp = cfg.dist.use_torch_fsdp2 = False
+    cfg.ddp.use_megatron_fsdp = cfg.dist.use_megatron_fsdp = cfg.dist.use_torch_fsdp2 = False
     cfg.checkpoint.pretrained_checkpoint, cfg.peft = str(tmp_path), TiedLoRA(layers=[9])
     with pytest.raises(ConfigError, match=r"peft\.layers: \[9\] do not exist"):
         cfg.validate()
