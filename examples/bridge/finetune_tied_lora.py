@@ -100,8 +100,9 @@ def compose(options: argparse.Namespace, overrides: Overrides) -> Any:
         raise ConfigError([f"{sys.executable}: {error}; name the Python of Megatron-Bridge"]) from error
     try:
         cfg = recipe(options.hf_path, options.data, options.folder)
-    except ValueError as error:
-        said = str(error).strip().splitlines()[0]  # Bridge's list of all models follows
+    except (AssertionError, OSError, ValueError) as error:
+        # The first sentence: Bridge's list of all models follows. Before it, a word on networks.
+        said = str(error).strip("\n✗ ").splitlines()[0].rpartition("Last error: ")[2].partition(". ")[0]
         known = "AutoBridge.list_supported_models() lists what Bridge reads"
         raise ConfigError([f"--hf-path={options.hf_path}: {said}; {known}"]) from error
     Problems(overrides.problems(cfg)).raise_if_any()
@@ -115,7 +116,7 @@ def compose(options: argparse.Namespace, overrides: Overrides) -> Any:
     index = data_index_folder(Path(options.folder), Path(cfg.dataset.dataset_root or options.data))
     cfg.dataset.dataset_kwargs = {"index_mapping_dir": index, **(cfg.dataset.dataset_kwargs or {})}
     steps, warm_up = cfg.train.train_iters, cfg.scheduler.lr_warmup_iters
-    if steps and warm_up >= steps:
+    if steps and warm_up and warm_up >= steps:
         end = f"the run has train.train_iters={steps} steps, and would never reach optimizer.lr; set it to less"
         raise ConfigError([f"scheduler.lr_warmup_iters={warm_up}: {end}"])
     return cfg
@@ -171,7 +172,7 @@ def _check_files(options: argparse.Namespace, words: Sequence[str]) -> Overrides
         columns = "dataset.preprocessing.prompt_column", "dataset.preprocessing.completion_column"
         prompt, completion = map(overrides.value, columns, ("input", "output"))
         folder = overrides.value("dataset.dataset_root", options.data)
-        problems += data_problems(Path(folder or options.data), prompt, completion)
+        problems += data_problems(Path(str(folder or options.data)), prompt, completion)
     for key, folder in (("--folder", options.folder), ("--check", options.check)):
         if folder is not None and (problem := folder_problem(Path(folder)) if folder else "empty; name a folder"):
             problems.append(f"{key}={folder}: {problem}")
@@ -193,7 +194,7 @@ def _check_and_record(cfg: Any, options: argparse.Namespace, arguments: Sequence
         raise
     except Exception as error:  # Bridge asserts, and compares values before it has looked at their types
         said = " ".join(str(error).split()) or f"not {traceback.extract_tb(error.__traceback__)[-1].line}"
-        raise ConfigError([f"on {os.environ.get('WORLD_SIZE', '1')} ranks: {said}"]) from error
+        raise ConfigError([f"WORLD_SIZE={os.environ.get('WORLD_SIZE', '1')}: {said}"]) from error
     folder = Path(options.check)
     try:
         for one in (Path(options.folder), folder):

@@ -148,7 +148,7 @@ def _problems(owner: Any, path: Sequence[str], given: _Given) -> Iterator[str]:
             yield f"{given}: {where} has no {name}; to add it, write +{given.key}=VALUE"
         return
     if not dataclasses.is_dataclass(owner):
-        found = "is not set" if owner is None else f"is {owner!r:.40}"
+        found = "is not set" if owner is None else f"is a {type(owner).__name__}"
         yield f"{given}: {where} {found}, so it has no {name}; set it in the script"
         return
     names = [field.name for field in dataclasses.fields(owner)]
@@ -158,7 +158,7 @@ def _problems(owner: Any, path: Sequence[str], given: _Given) -> Iterator[str]:
     current = getattr(owner, name)
     if not rest:
         yield from _value_problems(owner, name, given)
-    elif current is not None or not any(typing.get_origin(kind) is dict for kind in _kinds(type(owner), name)):
+    elif current is not None or not any(map(_is_dictionary, _kinds(type(owner), name))):
         yield from _problems(current, rest, given)
 
 
@@ -168,18 +168,25 @@ def _value_problems(owner: Any, name: str, given: _Given) -> Iterator[str]:
         if isinstance(value, Mapping):
             for key, each in value.items() if "_target_" not in value else ():
                 yield from _problems(current, [key], given.below(key, each))
-        elif value is not None and str not in kinds:
+        elif str not in kinds and (value is not None or type(None) not in kinds):
             names = [field.name for field in dataclasses.fields(current)]
             yield f"{given}: a section; set a key of it, as {given.key}.{names[0]}=VALUE"
     elif _is_function(current, kinds) and name != _NAMED_FUNCTION and value is not None:
         yield f"{given}: a function, which no override can replace; set it in the script"
-    elif kinds and kinds <= _NUMBERS and value is not None and "${" not in str(value):
+    elif value is not None and kinds - {type(None)} and all(map(_is_dictionary, kinds - {type(None)})):
+        if not isinstance(value, Mapping):
+            yield f"{given}: must be a dictionary; write {given.key}={{key: value}}"
+    elif kinds <= _NUMBERS and value is not None and "${" not in str(value):
         yield from _number_problems(given, kinds | {type(current)})
 
 
 _NAMED_FUNCTION = "activation_func"
 """The one function that Bridge takes by its name."""
 _NUMBERS = {int, float, bool, type(None)}
+
+
+def _is_dictionary(kind: Any) -> bool:
+    return (typing.get_origin(kind) or kind) is dict
 
 
 def _is_function(current: Any, kinds: set[Any]) -> bool:

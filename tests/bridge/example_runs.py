@@ -100,6 +100,7 @@ REFUSED: dict[str, tuple[int, list[str], list[str]]] = {
             ),
             *("++train.train_iters=1e2", "ddp.overlap_grad_reduce=maybe", "train=5", "+train={micro_batch_size: [1]}"),
             *("comm_overlap.tp_comm_overlap=true", "+model.init_method=normal", "rank=16"),
+            *("scheduler=null", "dataset.dataset_kwargs=abc"),
         ],
         [
             "model.foo=1: model has no foo",
@@ -114,20 +115,38 @@ REFUSED: dict[str, tuple[int, list[str], list[str]]] = {
             "comm_overlap.tp_comm_overlap=True: comm_overlap is not set, so it has no tp_comm_overlap; set it in the script",
             "model.init_method='normal': a function, which no override can replace; set it in the script",
             "rank=16: Bridge's configuration has no rank",
+            "scheduler=None: a section; set a key of it, as scheduler.",
+            "dataset.dataset_kwargs='abc': must be a dictionary; write dataset.dataset_kwargs={key: value}",
         ],
     ),
     "an interpolation of nothing": (8, ["optimizer.lr=${nothing}"], ["Interpolation key 'nothing' not found"]),
     "ranks that do not fit": (
         3,
         ["model.tensor_model_parallel_size=2"],
-        ["on 3 ranks: world size (3) is not divisible by"],
+        ["WORLD_SIZE=3: world size (3) is not divisible by"],
+    ),
+    "what does not fit the model": (
+        2,
+        [
+            *(
+                "peft.layers=[9]",
+                "model.pipeline_model_parallel_size=2",
+                "model.virtual_pipeline_model_parallel_size=2",
+            ),
+            *("ddp.use_megatron_fsdp=true", "checkpoint.ckpt_format=fsdp_dtensor", ON_A_CPU),
+        ],
+        [
+            "peft.layers: ",
+            "model.virtual_pipeline_model_parallel_size=2: on two stages",
+            "ddp.use_megatron_fsdp=true: not possible",
+        ],
     ),
     "a warm-up longer than the run": (
         1,
         ["train.train_iters=20", ON_A_CPU],
         ["scheduler.lr_warmup_iters=50: the run has train.train_iters=20 steps, and would never reach optimizer.lr"],
     ),
-    "what Bridge compares without a look": (1, ["train.micro_batch_size=null", ON_A_CPU], ["on 1 ranks: "]),
+    "what Bridge compares without a look": (1, ["train.micro_batch_size=null", ON_A_CPU], ["WORLD_SIZE=1: "]),
     "a folder that the kernel owns": (1, ["--check=/proc/none/none", ON_A_CPU], ["/proc/none"]),
     "a file as --check": (1, ["--check={folder}/file"], ["--check={folder}/file: is a file; name a folder"]),
     "empty data": (
@@ -179,7 +198,7 @@ REFUSED: dict[str, tuple[int, list[str], list[str]]] = {
     "a base that Bridge does not know": (
         1,
         ["--hf-path={folder}/bert"],
-        ["--hf-path={folder}/bert: \u2717 Model architecture 'BertForMaskedLM' is not yet supported; AutoBridge.list"],
+        ["--hf-path={folder}/bert: Model architecture 'BertForMaskedLM' is not yet supported; AutoBridge.list"],
     ),
     "no base": (1, ["--hf-path={folder}"], ["--hf-path={folder}: not the folder of a Hugging Face model"]),
 }
@@ -224,7 +243,7 @@ def _rows(example: Mapping[str, Any], folder: Path, more: str = "") -> int:
         file.write(more and more + "\n")
     options, words = example["_parser"]().parse_known_args(_files(folder))
     cfg = example["compose"](options, example["_check_files"](options, words))
-    path, place = cfg.dataset.dataset_root + "/training.jsonl", cfg.dataset.dataset_kwargs["index_mapping_dir"]
+    path, place = cfg.dataset.dataset_root + "/training.jsonl", cfg.dataset.dataset_kwargs.get("index_mapping_dir")
     return len(_JSONLMemMapDataset([path], index_mapping_dir=place, workers=1))
 
 

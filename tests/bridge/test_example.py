@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from nemo_tied_lora.errors import ConfigError
 from tests.bridge.example_folder import write_example_folder, write_wrong_folders
 from tests.bridge.example_runs import REFUSED as REFUSALS
 from tests.harness.paths import ROOT
@@ -96,17 +97,19 @@ def test_rows_that_are_added_between_two_runs_are_trained_on(results: Results, f
     assert sorted(path.name for path in (folder / "data").iterdir()) == ["training.jsonl", "validation.jsonl"]
 
 
-@pytest.mark.parametrize(("left", "code"), [(None, 0), (0, 75)])
-def test_a_run_that_bridge_ends_early_is_to_be_started_again(
-    left: int | None, code: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("left", "code"), [(None, 0), (SystemExit(0), 75), (ConfigError(["peft.rank: of another run"]), 2)]
+)
+def test_how_bridges_loop_ends_decides_whether_the_job_starts_again(
+    left: BaseException | None, code: int, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After a SIGTERM Bridge saves, and leaves by sys.exit(0). Its loop is replaced here, with what it imports."""
 
     def loop(cfg: Any, forward_step: Any, callbacks: list[Any]) -> None:
         assert [hasattr(one, "on_train_end") for one in callbacks] == [True]
         if left is not None:
-            sys.exit(left)
+            raise left
 
     monkeypatch.setitem(sys.modules, "megatron.bridge.training.finetune", SimpleNamespace(finetune=loop))
     main = runpy.run_path(str(ROOT / "examples" / "bridge" / "finetune_tied_lora.py"))["main"]
-    assert main([f"--hf-path={folder / 'hf'}", f"--data={folder / 'data'}"]) == code
+    assert main([f"--hf-path={folder / 'hf'}", f"--data={folder / 'data'}", f"--folder={folder / 'run'}"]) == code

@@ -96,7 +96,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def one_rank(folder: Path) -> AdapterFile:
-    assert run_ranks(called, str(folder), "one", [], world_size=1) == [Run(0, STEPS, ["adapter.nemo"])]
+    arguments = ["checkpoint.also_save_hf_checkpoint=true"]
+    assert run_ranks(called, str(folder), "one", arguments, world_size=1) == [Run(0, STEPS, ["adapter.nemo"])]
     return read_adapter(folder / "one" / "adapter.nemo")
 
 
@@ -122,6 +123,13 @@ def test_the_index_of_the_data_is_in_the_runs_folder(one_rank: AdapterFile, fold
     """Where it cannot become that of an older file with the same name, and the data's folder need not be writable."""
     assert sorted(path.name for path in (folder / "data").iterdir()) == ["training.jsonl", "validation.jsonl"]
     assert len(list((folder / "one" / "data_index").rglob("training.jsonl.idx.npy"))) == 1
+
+
+def test_bridges_own_export_beside_each_checkpoint_is_the_adapter_for_peft(
+    one_rank: AdapterFile, folder: Path
+) -> None:
+    (written,) = (folder / "one" / "checkpoints").rglob("adapter_model.safetensors")
+    assert written.parent.joinpath("adapter_config.json").is_file()
 
 
 def test_near_the_time_limit_all_ranks_save_and_ask_for_another_start(stages: list[dict[str, Run]]) -> None:
