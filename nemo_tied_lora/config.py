@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_tied_lora.errors import Problems, is_whole_number
+from nemo_tied_lora.errors import Problems, did_you_mean, is_whole_number
 
 __all__ = [
     "ALPHA_RULES",
@@ -383,16 +382,11 @@ def _unknown_values(name: str, values: object, choices: tuple[str, ...], empty_o
         yield f"{name}=[]: {reason}; name at least one of {', '.join(choices)}"
     for value in values:
         if value not in choices:
-            yield f"{name}: {value!r} is unknown{_did_you_mean(value, choices)}; choose from {', '.join(choices)}"
+            yield f"{name}: {value!r} is unknown{did_you_mean(value, choices)}; choose from {', '.join(choices)}"
 
 
 def _unknown_key(key: str, value: object, known: Iterable[str]) -> str:
     if key in _FOREIGN_KEYS:
         return f"{key}={value!r}: not a key of tied_lora; {_FOREIGN_KEYS[key]}"
-    hint = _did_you_mean(key, (*known, "preset"))
+    hint = did_you_mean(key, (*known, "preset"))
     return f"{key}={value!r}: not a key of tied_lora{hint}; the keys are preset, {', '.join(sorted(known))}"
-
-
-def _did_you_mean(word: object, choices: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(word), list(choices), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
 
-__all__ = ["ConfigError", "Problems", "TrainingStopped", "is_whole_number", "report"]
+__all__ = ["ConfigError", "Problems", "TrainingStopped", "did_you_mean", "is_whole_number", "report"]
 
 _Built = TypeVar("_Built")
 
@@ -103,3 +104,13 @@ def report(command: str, error: ConfigError) -> int:
 
 
 _YAML: dict[object, str] = {None: "null", True: "true", False: "false"}
+
+
+def did_you_mean(word: object, choices: Iterable[str], cutoff: float = 0.6) -> str:
+    """Returns " (did you mean CHOICE?)" for the choice most like the word; "" if none is.
+
+    Args:
+        cutoff: how alike they must be, from 0 to 1, as `difflib.get_close_matches` counts it.
+    """
+    close = difflib.get_close_matches(str(word), list(choices), n=1, cutoff=cutoff)
+    return f" (did you mean {close[0]}?)" if close else ""

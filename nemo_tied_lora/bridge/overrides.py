@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import collections.abc
 import dataclasses
-import difflib
 import functools
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nemo_tied_lora.config import PRESETS, TiedLoraConfig
-from nemo_tied_lora.errors import ConfigError, Problems
+from nemo_tied_lora.errors import ConfigError, Problems, did_you_mean
 from nemo_tied_lora.planning.composing.override_lines import Line, read_lines
 
 __all__ = ["Overrides"]
@@ -153,7 +152,7 @@ def _problems(owner: Any, path: Sequence[str], given: _Given) -> Iterator[str]:
         return
     names = [field.name for field in dataclasses.fields(owner)]
     if name not in names:
-        yield f"{given}: {where} has no {name}{_did_you_mean(name, names)}"
+        yield f"{given}: {where} has no {name}{did_you_mean(name, names, cutoff=0.75)}"
         return
     current = getattr(owner, name)
     if not rest:
@@ -218,8 +217,3 @@ def _hints(owner: type) -> dict[str, Any]:
         return typing.get_type_hints(owner)
     except (AttributeError, NameError, TypeError):  # an annotation with a name that only a type checker imports
         return {}
-
-
-def _did_you_mean(word: str, choices: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.75)
-    return f" (did you mean {close[0]}?)" if close else ""

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from nemo_tied_lora.planning.data.data_files import unreadable
 from nemo_tied_lora.planning.data.data_verdicts import known_notes, remember
-from nemo_tied_lora.planning.data.example_forms import Number, PromptExamples
+from nemo_tied_lora.planning.data.example_forms import PromptExamples, named
 from nemo_tied_lora.planning.data.jsonl_lines import FileReport, check_file
 
 __all__ = ["base_problems", "data_index_folder", "data_problems"]
@@ -109,16 +109,8 @@ class _Row(PromptExamples):
             return f"has no {names}; its fields are {there or 'none'}; rename them, or set {columns}"
         for name in ("prompt", "completion") if canonical else self.fields:
             if type(example[name]) is not str:
-                return f'"{name}" is {_kind(example[name])}: must be a text, in double quotes'
+                return f'"{name}" is {named(example[name])}: must be a text, in double quotes'
         return None if canonical else super().check(example, counts)
-
-
-def _kind(value: object) -> str:
-    if isinstance(value, str):
-        return f"the number {value}" if isinstance(value, Number) else str(value)
-    if isinstance(value, (list, dict)):
-        return "a list" if isinstance(value, list) else "an object"
-    return json.dumps(value)
 
 
 def _file_problems(path: Path, row: _Row) -> Iterator[str]:

@@ -27,6 +27,7 @@ _PRODUCTS = {
     # The first part of a product with a batch of strided matrices. It returns the weight whole.
     _aten.expand.default,
 }
+_NOT_COMPILED = "torch.compile: not possible with a quantised base; call the model without it"
 _FROZEN = "a quantised weight is frozen: train an adapter, or load the base without quantising it"
 
 
@@ -88,11 +89,11 @@ class QuantizedWeight(torch.Tensor):
 
     def __tensor_flatten__(self) -> NoReturn:
         """torch asks for it when it compiles a model. That it exists makes `nn.Module.to` replace the tensor whole."""
-        raise NotImplementedError("torch.compile: not possible with a quantised base; call the model without it")
+        raise NotImplementedError(_NOT_COMPILED)
 
     @classmethod
     def __tensor_unflatten__(cls, *_: Any) -> NoReturn:
-        raise NotImplementedError("torch.compile: not possible with a quantised base; call the model without it")
+        raise NotImplementedError(_NOT_COMPILED)
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 

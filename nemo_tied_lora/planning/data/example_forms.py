@@ -10,7 +10,7 @@ from typing import Any
 
 from nemo_tied_lora.planning.data.prompt_template import fill
 
-__all__ = ["Conversations", "Form", "Number", "PromptExamples", "read_example", "with_texts"]
+__all__ = ["Conversations", "Form", "Number", "PromptExamples", "named", "read_example", "with_texts"]
 
 
 class Number(str):
@@ -80,7 +80,7 @@ class PromptExamples:
             if type(value) is str:
                 continue
             if type(value) is not Number:
-                return f'"{name}" is {_named(value)}: must be a text or a number{_remedy(value)}'
+                return f'"{name}" is {named(value)}: must be a text or a number{_remedy(value)}'
             number = True
         if number:
             _count(counts, "with a number that is taken as its text")
@@ -133,14 +133,14 @@ class Conversations:
             if wrong is not None:
                 return f"turn {number}: {wrong}"
         if example.get("type") not in (None, "TEXT_TO_VALUE", "VALUE_TO_TEXT"):
-            return f'"type" is {_named(example["type"])}: must be TEXT_TO_VALUE, VALUE_TO_TEXT or null'
+            return f'"type" is {named(example["type"])}: must be TEXT_TO_VALUE, VALUE_TO_TEXT or null'
         return self._mask_problem(example, turns)
 
     @staticmethod
     def _mask_problem(example: Mapping[str, Any], turns: list[Mapping[str, Any]]) -> str | None:
         mask = example.get("mask", "User")
         if type(mask) is not str:
-            return f'"mask" is {_named(mask)}: must be the speaker that is not trained on'
+            return f'"mask" is {named(mask)}: must be the speaker that is not trained on'
         speakers = [turn["from"] for turn in turns]
         unknown = [name for name in mask.split(",") if name not in speakers]
         if unknown:
@@ -161,12 +161,12 @@ Form = PromptExamples | Conversations
 
 def _turn_problem(turn: Any) -> str | None:
     if not isinstance(turn, Mapping):
-        return f"is {_named(turn)}: must be an object with from and value"
+        return f"is {named(turn)}: must be an object with from and value"
     for name in ("from", "value"):
         if type(turn.get(name)) is not str:
             return _field(name, turn, "must be a text")
     if type(turn.get("label")) not in (str, type(None)):
-        return f'"label" is {_named(turn["label"])}: must be a text or null'
+        return f'"label" is {named(turn["label"])}: must be a text or null'
     return None
 
 
@@ -175,7 +175,7 @@ def _fields(example: Mapping[str, Any]) -> str:
 
 
 def _field(name: str, example: Mapping[str, Any], need: str) -> str:
-    found = f'"{name}" is {_named(example[name])}' if name in example else f'has no "{name}"'
+    found = f'"{name}" is {named(example[name])}' if name in example else f'has no "{name}"'
     return f"{found}: {need}"
 
 
@@ -189,7 +189,7 @@ def _remedy(value: object) -> str:
     return f'; write "{json.dumps(value)}"' if isinstance(value, bool) else ""
 
 
-def _named(value: object) -> str:
+def named(value: object) -> str:
     """A value in a message: its kind, or itself if it is short."""
     if isinstance(value, Number):
         return f"the number {value[:20]}"
