@@ -322,11 +322,10 @@ def test_no_room_and_an_unwritable_folder_are_one_line(folder: Path, monkeypatch
         refused(folder="file/out") == "task.folder=file/out: cannot be written: Not a directory; name another folder"
     )
     usage = shutil._ntuple_diskusage(10, 10, 0)  # type: ignore[attr-defined]
-    monkeypatch.setattr(prepare_module.shutil, "disk_usage", lambda path: usage)
-    assert "task.folder=out: no room on disk: 2,963 bytes are needed, and 0 are free" in refused()
+    with monkeypatch.context() as full_disk:
+        full_disk.setattr(prepare_module.shutil, "disk_usage", lambda path: usage)
+        assert "task.folder=out: no room on disk: 2,963 bytes are needed, and 0 are free" in refused()
     assert not Path("out/task.json").exists()
-    monkeypatch.undo()
-    os.chdir(folder)
 
     def full(path: Path, content: bytes) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
