@@ -209,3 +209,19 @@ def test_the_committed_page_is_that_of_the_committed_results(name: str, monkeypa
     assert json.loads((ROOT / "docs" / f"{page}.json").read_text()) == json.loads(
         json.dumps(page_values(study, summaries, results))
     )
+
+
+def test_readme_says_what_the_study_found() -> None:
+    """Rewrite README's sentence if this fails."""
+    study = json.loads((ROOT / "docs" / "study.json").read_text())
+    verdicts = {
+        (found["family"], one["other"]): one["verdict"]
+        for found in study["tasks"].values()
+        for one in found["differences"]
+        if one["method"] == "tl6"
+    }
+    text = " ".join((ROOT / "README.md").read_text().split())
+    worse = [family for (family, other), verdict in verdicts.items() if other == "lora" and verdict == "worse"]
+    assert f"it is worse in {' and '.join(worse)}, and in no kind of task better than LoRA of rank 1:" in text
+    assert "better" not in [verdict for (_, other), verdict in verdicts.items() if other == "lora_r1"]
+    assert ("and are not complete" in text) == (study["runs"]["done"] < study["runs"]["planned"])
