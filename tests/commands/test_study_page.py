@@ -57,6 +57,12 @@ def test_the_page_has_a_verdict_for_each_family_with_parameters_beside_it(study:
     assert "- It is small." in text
 
 
+def test_a_rate_that_was_chosen_for_another_method_says_so(study: Study) -> None:
+    text = text_of(study, write_all(study))
+    assert re.search(r"^\| TL6 r=2 \|[^|]*\|[^|]*\| 0\.02, as TL6 r=8 \|", text, re.M)
+    assert re.search(r"^\| TL6 r=8 \|[^|]*\|[^|]*\| 0\.02 \|", text, re.M)
+
+
 def test_an_unfinished_study_says_so(study: Study) -> None:
     results = write_all(study)
     cells = schedule(study, results.losses()).cells

@@ -191,7 +191,7 @@ def _family(study: Study, summary: TaskSummary) -> Iterator[str]:
                 study.title_of(scores.method),
                 f"{scores.trained:,}",
                 share,
-                "" if scores.rate is None else f"{scores.rate:g}",
+                _rate_cell(study, scores),
                 "" if scores.method in study.bases else _seeds(scores),
                 interval_text(scores.primary),
                 ", ".join(f"{value:.1f}" for value in scores.each) if scores.method not in study.bases else "",
@@ -213,6 +213,14 @@ def _differences(study: Study, summary: TaskSummary) -> Iterator[str]:
             rows.append([names, interval_text(one.primary, signed=True), _verdict(one), loss])
     if len(rows) > 1:
         yield markdown_table(rows)
+
+
+def _rate_cell(study: Study, scores: Scores) -> str:
+    """The rate. If it was chosen for another method, with that method's title."""
+    if scores.rate is None:
+        return ""
+    chosen_for = study.method(scores.method).rates_of
+    return f"{scores.rate:g}" if chosen_for is None else f"{scores.rate:g}, as {study.title_of(chosen_for)}"
 
 
 def _seeds(scores: Scores) -> str:
