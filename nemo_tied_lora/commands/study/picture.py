@@ -16,6 +16,7 @@ from nemo_tied_lora.tasks.metrics import METRICS
 __all__ = ["draw"]
 
 _MARKERS = "osD^vP*Xhd<>"
+_COLORS = [*(f"C{number}" for number in range(10)), "black", "gold"]
 _BESIDE = 1.06
 """Methods with equally many parameters would hide each other's bars: each is drawn so much to the right of the last."""
 
@@ -31,7 +32,7 @@ def draw(path: Path, study: Study, summaries: Sequence[TaskSummary]) -> None:
     rows = max(1, math.ceil(len(shown) / 2))
     columns = 2 if len(shown) > 1 else 1
     title = f"{study.base.name}\nquality against trained parameters; bars are 95% intervals"
-    with panels(path, rows, columns=columns, width=1.5 + 5 * columns, height=3.6 * rows + 1, title=title) as axes:
+    with panels(path, rows, columns=columns, width=1.5 + 6 * columns, height=3.6 * rows + 1, title=title) as axes:
         for one, summary in zip(axes, shown, strict=False):
             _panel(one, study, summary)
         for one in axes[len(shown) :]:
@@ -56,14 +57,15 @@ def _panel(axes: Any, study: Study, summary: TaskSummary) -> None:
         scores_of = summary.scores.get(method.name)
         if scores_of is not None and scores_of.primary is not None:
             place = scores_of.trained * _BESIDE ** drawn.count(scores_of.trained)
-            _point(axes, study, scores_of, place, f"C{number % 10}", _MARKERS[number % len(_MARKERS)])
+            color, marker = _COLORS[number % len(_COLORS)], _MARKERS[number % len(_MARKERS)]
+            _point(axes, study, scores_of, place, color, marker)
             drawn.append(scores_of.trained)
     axes.set_xscale("log")
     axes.set_xlabel("trained parameters" + (" (equal numbers side by side)" if len(set(drawn)) < len(drawn) else ""))
     axes.set_ylabel(f"{METRICS[summary.task.primary].title} ({METRICS[summary.task.primary].unit})")
     axes.set_title(f"{summary.task.family}: {summary.task.name}, {summary.test_items} test items", fontsize="small")
     axes.grid(visible=True, which="major", alpha=0.25)
-    axes.legend(fontsize="x-small", loc="best")
+    axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))  # inside, it would hide points
 
 
 def _point(axes: Any, study: Study, scores: Scores, place: float, color: str, marker: str) -> None:
