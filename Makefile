@@ -216,7 +216,7 @@ compare: $(STAMP) ## LoRA, TL5, TL6 and VeRA on the tiny base, three seeds each 
 	test -e runs/quickstart/base.nemo || $(BIN)/tied-lora quickstart model=tiny
 	$(BIN)/tied-lora compare
 
-study: $(STAMP) ## the paper's claim on SmolLM2-135M; some 15 hours on 2 cores; stop and repeat it as you like (MINUTES=90)
+study: $(STAMP) ## the paper's claim on SmolLM2-135M; some 13 hours on 2 cores; stop and repeat it as you like (MINUTES=90)
 	test -e runs/smollm2/base.nemo || $(BIN)/tied-lora quickstart
 	$(BIN)/tied-lora compare study=paper_claim $(if $(MINUTES),minutes=$(MINUTES))
 
