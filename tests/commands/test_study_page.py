@@ -231,3 +231,11 @@ def test_readme_says_what_the_study_found() -> None:
     assert f"it is worse in {' and '.join(worse)}, and in no kind of task better than LoRA of rank 1:" in text
     assert "better" not in [verdict for (_, other), verdict in verdicts.items() if other == "lora_r1"]
     assert ("and are not complete" in text) == (study["runs"]["done"] < study["runs"]["planned"])
+
+
+def test_the_limits_say_what_the_study_found() -> None:
+    """Rewrite `limits` in configs/study/paper_claim.yaml if this fails."""
+    text = " ".join((ROOT / "docs" / "study.md").read_text().split())
+    methods = json.loads((ROOT / "docs" / "study.json").read_text())["tasks"]["qa_debian_which_package"]["methods"]
+    assert "LoRA of rank 32 answers fewer questions than LoRA of rank 8" in text
+    assert methods["lora_r32"]["primary"]["high"] < methods["lora"]["primary"]["low"]
