@@ -12,7 +12,7 @@ from nemo_tied_lora.commands.study.rates import next_rate
 
 from .cells import Cell, base_cell, cell
 from .form import Form
-from .plan import BEST, PLAIN, Plan, Stage
+from .plan import BEST, PLAIN, Candidate, Plan, Stage
 
 __all__ = [
     "Checked",
@@ -27,6 +27,7 @@ __all__ = [
     "curves",
     "grown",
     "one_rate",
+    "preset_form",
     "stage_runs",
 ]
 
@@ -100,7 +101,7 @@ def _swept(
     plan: Plan, stage: Stage, preset: str, rank: int, rule: str, rates: Sequence[float], losses: Losses
 ) -> Swept:
     (task,) = plan.tasks
-    form = Form.of({**plan.candidate(preset).form, "rank": rank})
+    form = preset_form(plan.candidate(preset), rank)
     multipliers = plan.multipliers(rule, rank)
     name = f"{preset}_r{rank}" + ("" if rule == PLAIN else f"_{rule}")
 
@@ -108,6 +109,12 @@ def _swept(
         return cell(plan, task, "validation", name, form, multipliers=multipliers, rate=rate, seed=plan.sweep.seed)
 
     return grown(rates, plan.sweep.growth if stage.grow else 0, make, losses)
+
+
+def preset_form(candidate: Candidate, rank: int) -> Form:
+    """A preset at a rank. One that prunes keeps `1 / prunes` of it, as `TiedLoraConfig.preset` has it."""
+    keep = {} if candidate.prunes is None else {"keep": max(1, round(rank / candidate.prunes))}
+    return Form.of({**candidate.form, "rank": rank, **keep})
 
 
 @dataclass(frozen=True)
@@ -229,7 +236,7 @@ def checked(plan: Plan, losses: Losses) -> tuple[list[Checked], int]:
                 for change in check.changes:
                     other = replace(plan, training=replace(plan.training, **dict[str, Any](change)))
                     name = "_".join([f"{preset}_r{rank}", *(f"{key}_{value:g}" for key, value in change.items())])
-                    form = Form.of({**plan.candidate(preset).form, "rank": rank})
+                    form = preset_form(plan.candidate(preset), rank)
                     one = cell(other, task, "validation", name, form, multipliers={}, rate=rate, seed=plan.sweep.seed)
                     found.append(Checked(preset, rank, change, rate, swept[0].losses[rate], one))
     return found, waiting

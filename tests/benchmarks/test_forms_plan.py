@@ -18,10 +18,10 @@ from forms.cells import ACCURACY, LOSS, Cell
 from forms.pages import STEP_TIME, write
 from forms.plan import FORMS, RATES, Plan, read_plan
 from forms.schedule import entries, schedule
-from forms.sweeping import best_rule, curves, one_rate
+from forms.sweeping import best_rule, curves, one_rate, preset_form
 from forms.text import between_markers
 
-from nemo_tied_lora import ConfigError
+from nemo_tied_lora import ConfigError, TiedLoraConfig
 from nemo_tied_lora.commands.study.paragraphs import rounded
 from nemo_tied_lora.commands.study.results import read_results, write_result
 from nemo_tied_lora.config import PRESETS, TARGETS
@@ -126,6 +126,15 @@ def test_the_plans_presets_are_the_packages() -> None:
             assert tuple(trained) == preset["trained"]
             assert ("tied" in preset and preset["tied"] == ()) == (form.get("group") == 1)
             assert form.get("targets", TARGETS) == TARGETS
+
+
+def test_the_sweep_has_every_preset_at_its_own_ranks() -> None:
+    plan = read_plan(RATES)
+    assert {one.name for one in plan.candidates} == set(PRESETS)
+    for name in PRESETS:
+        for rank in (1, 2, 4, 8, 16, 32, 64, 128):
+            budget = TiedLoraConfig.preset(name, rank=rank).rank_budget
+            assert preset_form(plan.candidate(name), rank).keep == (budget and budget.target_rank)
 
 
 def test_a_plan_with_a_wrong_name_is_refused(tmp_path: Path) -> None:
