@@ -81,14 +81,16 @@ def run(plan_path: Path, model: Path, results: Path, *, workers: int, minutes: f
         context.Process(target=_work, args=(plan_path, model, results, until, data, workers), name=f"worker {number}")
         for number in range(workers)
     ]
-    for process in processes:
-        process.start()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it ends the workers too, as Ctrl-C does
     try:
+        for process in processes:
+            process.start()
         for process in processes:
             process.join()
     except KeyboardInterrupt:
         for process in processes:
-            process.terminate()
+            if process.is_alive():
+                process.terminate()
         raise
     return 0 if all(process.exitcode == 0 for process in processes) else 1
 
