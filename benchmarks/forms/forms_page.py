@@ -275,7 +275,9 @@ def _measured(plan: Plan, results: Results) -> Iterator[str]:
         f"{training.warmup_steps} steps of warm-up, then a cosine, weight decay {training.weight_decay:g}, clipping at "
         f"{training.clip:g}: the recipe, the items and their order are those of [study.md](study.md). Rates are chosen in runs "
         f"of {sweep.steps} steps with seed {sweep.seed} on {sweep.items} validation items; a grid whose best rate is at its edge "
-        f"grows there, at most {sweep.growth} times. Each form has the largest rank that fits into the budget."
+        f"grows there, at most {sweep.growth} times. At each rank the factors have the multiples of the rate that "
+        "[learning_rates.md](learning_rates.md#the-defaults) found for the reference that a form is most like; a core has "
+        "none. Each form has the largest rank that fits into the budget."
     )
     rows = [["task", "family", "steps", "tokens of an item, at most", "test items"]]
     for task in plan.tasks:

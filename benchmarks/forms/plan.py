@@ -97,7 +97,6 @@ class Stage:
     ranks: tuple[int, ...]
     rule: str
     rates: tuple[float, ...] = ()
-    grow: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +125,7 @@ class Plan:
     seeds: int
     resamples: int
     stages: tuple[Stage, ...]
+    one_rate: float
     tolerance: float
     checks: tuple[Check, ...]
 
@@ -196,6 +196,7 @@ def read_plan(path: Path) -> Plan:
         seeds=given.get("seeds", 0),
         resamples=given.get("resamples", 1000),
         stages=tuple(map(_there, stages)),
+        one_rate=given.get("one_rate", 0.0),
         tolerance=given.get("tolerance", 0.0),
         checks=tuple(map(_there, checks)),
     )

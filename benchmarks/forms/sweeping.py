@@ -12,7 +12,7 @@ from nemo_tied_lora.commands.study.rates import next_rate
 
 from .cells import Cell, base_cell, cell
 from .form import Form
-from .plan import BEST, PLAIN, Candidate, Plan, Stage
+from .plan import BEST, PLAIN, Candidate, Plan
 
 __all__ = [
     "Checked",
@@ -91,15 +91,12 @@ def stage_runs(plan: Plan, losses: Losses) -> tuple[list[StageRun], int]:
                 rule = best.rule
                 rates = (next_rate(best.rate, -1), best.rate, next_rate(best.rate, 1))
             found += [
-                StageRun(preset, rank, rule, _swept(plan, stage, preset, rank, rule, rates, losses))
-                for rank in stage.ranks
+                StageRun(preset, rank, rule, _swept(plan, preset, rank, rule, rates, losses)) for rank in stage.ranks
             ]
     return found, waiting
 
 
-def _swept(
-    plan: Plan, stage: Stage, preset: str, rank: int, rule: str, rates: Sequence[float], losses: Losses
-) -> Swept:
+def _swept(plan: Plan, preset: str, rank: int, rule: str, rates: Sequence[float], losses: Losses) -> Swept:
     (task,) = plan.tasks
     form = preset_form(plan.candidate(preset), rank)
     multipliers = plan.multipliers(rule, rank)
@@ -108,7 +105,7 @@ def _swept(
     def make(rate: float) -> Cell:
         return cell(plan, task, "validation", name, form, multipliers=multipliers, rate=rate, seed=plan.sweep.seed)
 
-    return grown(rates, plan.sweep.growth if stage.grow else 0, make, losses)
+    return grown(rates, plan.sweep.growth, make, losses)
 
 
 def preset_form(candidate: Candidate, rank: int) -> Form:

@@ -21,7 +21,7 @@ from nemo_tied_lora.config import FACTORS, PRESETS
 from tests.harness.ranks import single_process
 from tests.harness.tiny_gpt import SEQUENCE, VOCAB, build_gpt, full_tensor
 
-GIVEN = {"A": 0.5, "B": 2, "v": 4}
+GIVEN = {"A": 0.5, "B": 2, "u": 1, "v": 4}
 LR = 0.01
 
 
@@ -111,7 +111,8 @@ def test_torchs_groups_hold_each_parameter_once_and_schedules_keep_their_ratio()
 
 def test_factors_with_one_multiplier_share_a_group_and_a_stage_without_them_has_an_empty_one() -> None:
     _, adapter = adapted()
-    assert [len(group["params"]) for group in adapter.parameter_groups(LR)] == [len(list(adapter.parameters()))]
+    same = adapter.parameter_groups(LR, dict.fromkeys(FACTORS, 2))
+    assert [len(group["params"]) for group in same] == [len(list(adapter.parameters()))]
     tied = [(name, p) for name, p in adapter.named_parameters() if not name.startswith("layers.")]
     groups = groups_by_multiplier(tied, factor_multipliers(adapter.config, GIVEN))
     assert [(group["lr_mult"], bool(group["params"])) for group in groups] == [
@@ -127,6 +128,7 @@ def test_factors_with_one_multiplier_share_a_group_and_a_stage_without_them_has_
 @pytest.mark.parametrize("given", [GIVEN, {"B": 2}, {}, {"A": 3, "B": 3}], ids=str)
 def test_megatrons_groups_and_its_scheduler_scale_each_factor(distributed: bool, given: dict[str, float]) -> None:
     model, adapter = adapted()
+    multipliers = factor_multipliers(adapter.config, given)
     wrapped = DistributedDataParallel(
         model.config, DistributedDataParallelConfig(use_distributed_optimizer=distributed), model
     )
@@ -142,7 +144,7 @@ def test_megatrons_groups_and_its_scheduler_scale_each_factor(distributed: bool,
     optimizer.step()
     rates = {name: float((before[name] - tensor).abs().max()) for name, tensor in adapter.full_state().items()}
     for name, rate in rates.items():
-        assert math.isclose(rate, LR * given.get(FactorName.parse(name).factor, 1), rel_tol=1e-3), name
+        assert math.isclose(rate, LR * multipliers[FactorName.parse(name).factor], rel_tol=1e-3), name
 
     scheduler = OptimizerParamScheduler(
         optimizer,
@@ -157,7 +159,7 @@ def test_megatrons_groups_and_its_scheduler_scale_each_factor(distributed: bool,
         wd_incr_steps=20,
         wd_incr_style="constant",
     )
-    wanted = {given.get(factor, 1) for factor in FACTORS}
+    wanted = {round(multiplier, 9) for multiplier in multipliers.values()}
     for step, base in ((2, LR / 2), (2, LR), (16, LR / 10), (5, LR / 10)):
         scheduler.step(step)
         found = {group["lr"] / base for group in optimizer.param_groups}
@@ -187,7 +189,8 @@ def trained(preset: str, multipliers: dict[str, float], **fields: Any) -> dict[s
     single_process()
     model = build_gpt(num_layers=2)
     adapter = inject(model, TiedLoraConfig.preset(preset, rank=3, targets=["linear_qkv"], **fields))
-    optimizer = torch.optim.AdamW(adapter.parameter_groups(LR, multipliers), eps=1e-14, weight_decay=0.0)
+    groups = adapter.parameter_groups(LR, {**dict.fromkeys(FACTORS, 1.0), **multipliers})
+    optimizer = torch.optim.AdamW(groups, eps=1e-14, weight_decay=0.0)
     tokens = torch.arange(2 * SEQUENCE).view(2, SEQUENCE) % VOCAB
     positions = torch.arange(SEQUENCE).expand(2, -1)
     mask = torch.ones(1, 1, SEQUENCE, SEQUENCE).triu(1).bool()

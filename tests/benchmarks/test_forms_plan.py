@@ -15,6 +15,7 @@ import pytest
 from forms import forms_page, rates_page
 from forms.analysis import verdicts
 from forms.cells import ACCURACY, LOSS, Cell
+from forms.defaults import default_shares
 from forms.pages import STEP_TIME, write
 from forms.plan import FORMS, RATES, Plan, read_plan
 from forms.schedule import entries, schedule
@@ -22,6 +23,7 @@ from forms.sweeping import best_rule, curves, one_rate, preset_form
 from forms.text import between_markers
 
 from nemo_tied_lora import ConfigError, TiedLoraConfig
+from nemo_tied_lora.adapter.lr_multipliers import DEFAULTS, ByRank
 from nemo_tied_lora.commands.study.paragraphs import rounded
 from nemo_tied_lora.commands.study.results import read_results, write_result
 from nemo_tied_lora.config import PRESETS, TARGETS
@@ -272,6 +274,19 @@ def test_the_committed_pages_are_those_of_the_committed_results(tmp_path: Path) 
         )
     with pytest.raises(ConfigError, match="restore them"):
         between_markers("# a page\n", "sweep", "text", Path("page.md"))
+
+
+def test_with_the_packages_defaults_one_rate_serves_every_rank_of_every_preset(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plan = read_plan(RATES)
+    found = curves(plan, read_results(RESULTS).losses())
+    for preset in PRESETS:
+        shares = default_shares(plan, found, preset)
+        assert list(shares) == [1, 2, 4, 8, 16, 32, 64, 128]
+        assert min(shares.values()) >= 1 - plan.tolerance, (preset, shares)
+    monkeypatch.setitem(DEFAULTS, "lora", {"A": ByRank(1.0), "B": ByRank(1.0)})
+    assert min(default_shares(plan, found, "lora").values()) < 0.5
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from megatron.bridge.training.config import OptimizerConfigOverrideProvider, Sch
 from megatron.bridge.training.optim import setup_optimizer
 from megatron.core.optimizer import OptimizerConfig
 
-from nemo_tied_lora import ConfigError
+from nemo_tied_lora import ConfigError, TiedLoraConfig
+from nemo_tied_lora.adapter.lr_multipliers import factor_multipliers
 from nemo_tied_lora.bridge import FactorRates, TiedLoRA
 from tests.bridge.bridge_model import build, fill_base, train
 from tests.harness.ranks import single_process
@@ -47,9 +48,15 @@ def one_rank() -> None:
 
 @pytest.mark.parametrize(("steps", "rate"), [(1, RATE / 2), (2, RATE), (4, LEAST)], ids=["warm-up", "peak", "end"])
 def test_a_multiplier_scales_the_warm_up_the_peak_and_the_least_rate(steps: int, rate: float) -> None:
-    found = rates(FactorRates({"B": 4.0, "u": 0.5}), steps)
+    found = rates(FactorRates({"A": 1.0, "B": 4.0, "u": 0.5, "v": 1.0}), steps)
     assert all(len(values) == 1 for values in found.values())
     expected = {"A": rate, "B": 4 * rate, "u": rate / 2, "v": rate}
+    assert {factor: values.pop() for factor, values in found.items()} == pytest.approx(expected)
+
+
+def test_a_factor_without_a_multiplier_has_its_presets() -> None:
+    found = rates(FactorRates({"B": 1.0}), 2)
+    expected = {name: RATE * m for name, m in factor_multipliers(TiedLoraConfig(rank=3), {"B": 1.0}).items()}
     assert {factor: values.pop() for factor, values in found.items()} == pytest.approx(expected)
 
 

@@ -110,6 +110,7 @@ def test_a_training_gets_the_settings_of_its_key(study: Study) -> None:
     assert {"trainer.precision=bf16", "model.peft.tied_lora.dtype=float32", "model.global_batch_size=8"} < set(
         training
     )
+    assert "model.optim.lr_multipliers={v: 1, B: 1, u: 1, A: 1}" in training  # the rate is that of all factors
     train = next(word for word in training if word.startswith("model.data.train_ds.file_names"))
     assert "model.data.train_ds.shuffle=false" in training
     lines = Path(train.partition("=[")[2].rstrip("]")).read_text().splitlines()

@@ -37,7 +37,7 @@ SHARDED = ["model.optim.name=mcore_distributed_optim", "model.micro_batch_size=1
 # Resumed at step 3, between the first choice and the last.
 SHARDED += [f"{BUDGET}.target_rank=2", f"{BUDGET}.start_step=1", f"{BUDGET}.final_step=4", f"{BUDGET}.every=1"]
 # u has its default, 1.
-MULTIPLIERS = "model.optim.lr_multipliers={A: 0.5, B: 2, v: 4}"
+MULTIPLIERS = "model.optim.lr_multipliers={A: 0.5, B: 2, u: 1, v: 4}"
 COMMON = [MULTIPLIERS, "trainer.max_steps=4", "model.data.validation_ds.metric.name=loss", f"{PARAMS}.save_top_k=-1"]
 
 

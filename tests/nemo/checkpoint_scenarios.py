@@ -312,7 +312,7 @@ def refused() -> dict[str, bool]:
     return {
         "learning rate": "model.optim.lr=0.001: the checkpoints in" in rate and "were made with 0.01" in rate,
         "multiplier": "model.optim.lr_multipliers.B=4.0: the checkpoints in" in factor and "made with 2.0" in factor,
-        "multiplier left out": "model.optim.lr_multipliers.A=None: the checkpoints in" in default,
+        "multiplier left out": "model.optim.lr_multipliers.A=4.0: the checkpoints in" in default,
         "data": "model.data.train_ds.max_seq_length=24" in data,
         "precision": "trainer.precision='bf16-mixed'" in precision and "gradient_clip_val=0.5" in precision,
         "adapter": "model.peft.tied_lora.rank=2" in rank,

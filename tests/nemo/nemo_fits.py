@@ -31,7 +31,7 @@ LOOPS: dict[str, tuple[str, ...]] = {
 }
 """Each loop of NeMo to its overrides."""
 
-MULTIPLIERS = {"A": 0.5, "B": 2, "v": 4}
+MULTIPLIERS = {"A": 0.5, "B": 2, "u": 1, "v": 4}
 """Of every fit; u has its default, 1."""
 
 _FULL = (

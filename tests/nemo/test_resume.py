@@ -25,7 +25,7 @@ RUN = [
     "model.micro_batch_size=8",
     "model.data.validation_ds.metric.name=loss",
     "exp_manager.checkpoint_callback_params.save_top_k=-1",
-    "model.optim.lr_multipliers={A: 0.5, B: 2, v: 4}",
+    "model.optim.lr_multipliers={A: 0.5, B: 2, u: 1, v: 4}",
 ]
 # Two ranks with different masks.
 DROPOUT = ["layout=tp2", "model.peft.tied_lora.dropout=0.1", "model.hidden_dropout=0.1", "model.attention_dropout=0.1"]

@@ -34,9 +34,9 @@ RUNS += [(SHORT, "tp2"), (SHORT, "tp2 sp")]
 # Adam divides a gradient by its size, so it hides a factor of two, unless eps is as large as the gradient. The bounds are
 # below each step's norm, so that each step is clipped.
 VISIBLE = {
-    OWN: {"(lr=1e-3), ": "(lr=1e-2), eps=1e-3, ", "max_norm=1.0": "max_norm=0.05"},
-    MEGATRON: {"lr=1e-3": "lr=1e-2, adam_eps=1e-3", "clip_grad=1.0": "clip_grad=0.05"},
-    SHORT: {"lr=1e-3": "lr=1e-2, eps=1e-3"},
+    OWN: {"(lr=1e-3), ": "(lr=2.5e-3), eps=1e-3, ", "max_norm=1.0": "max_norm=0.05"},
+    MEGATRON: {"lr=1e-3": "lr=2.5e-3, adam_eps=1e-3", "clip_grad=1.0": "clip_grad=0.05"},
+    SHORT: {"(lr=1e-3)": "(lr=2.5e-3), eps=1e-3"},
 }
 _SUM = "adapter.reduce_gradients()"
 # Fault: (loop, layout that shows it, beginning of the line that is replaced, its replacement).

@@ -65,11 +65,17 @@ def test_a_multiplier_without_an_adapter_is_refused() -> None:
 
 
 def test_one_line_says_each_factors_rate_and_none_if_all_are_the_same() -> None:
-    assert lines_of() == lines_of(f"{KEY}=null") == []
-    assert lines_of(f"{KEY}={{A: 1, B: 1, u: 1, v: 1}}") == []
-    assert lines_of(f"{KEY}.B=4", f"{KEY}.u=0.5") == [
-        f"model.optim.lr=0.01: with {KEY}, the factors have A 0.01, B 0.04, u 0.005, v 0.01"
+    assert lines_of(f"{KEY}={{A: 1, B: 1, u: 1, v: 1}}") == lines_of("preset=lora") == []
+    assert lines_of(f"{KEY}.B=2", f"{KEY}.u=0.5") == [
+        f"model.optim.lr=0.01: with {KEY}, the factors have A 0.04, B 0.02, u 0.005, v 0.04"
     ]
+
+
+def test_the_line_says_where_the_rates_come_from() -> None:
+    for words in ([], [f"{KEY}=null"]):
+        assert lines_of("model.peft.tied_lora.rank=32", *words) == [
+            "model.optim.lr=0.01: with the preset's multipliers for rank 32, the factors have A 0.04, B 0.02, u 0.04, v 0.02"
+        ]
 
 
 def test_a_factor_that_is_not_trained_is_named_and_has_no_effect() -> None:
@@ -96,5 +102,5 @@ def test_the_adapter_that_a_run_starts_from_gives_the_trained_factors(tmp_path: 
     config = recorded_config(tiny_adapter(tmp_path / "adapter.nemo", preset="vera", rank=3))
     assert (config.rank, config.trained) == (3, ("v", "u"))
     assert list(rate_lines(composed(f"{KEY}.v=4"), config)) == [
-        f"model.optim.lr=0.01: with {KEY}, the factors have u 0.01, v 0.04"
+        f"model.optim.lr=0.01: with {KEY}, the factors have u 0.4, v 0.04"
     ]

@@ -16,6 +16,7 @@ from nemo_tied_lora.commands.study.measured import measured
 from nemo_tied_lora.commands.study.plan import Study
 from nemo_tied_lora.commands.study.results import write_result
 from nemo_tied_lora.commands.study.task_files import TaskFiles
+from nemo_tied_lora.config import PRESETS
 from nemo_tied_lora.errors import ConfigError
 from nemo_tied_lora.files import write_atomically, write_json
 from nemo_tied_lora.planning.nemo_model_config import nemo_config
@@ -40,7 +41,7 @@ def folder_of(study: Study, cell: Cell) -> Path:
 def finetune_arguments(study: Study, cell: Cell, files: TaskFiles) -> list[str]:
     """The arguments of `tied-lora finetune` for a run."""
     settings, place = cell.settings, folder_of(study, cell)
-    steps = settings["steps"]
+    steps, trained = settings["steps"], PRESETS[settings["preset"]]["trained"]
     return [
         "finetune",
         *files.words,
@@ -68,6 +69,7 @@ def finetune_arguments(study: Study, cell: Cell, files: TaskFiles) -> list[str]:
         "model.data.train_ds.pin_memory=false",
         "model.data.validation_ds.pin_memory=false",
         f"model.optim.lr={settings['learning_rate']}",
+        f"model.optim.lr_multipliers={{{', '.join(f'{factor}: 1' for factor in trained)}}}",
         f"model.optim.weight_decay={settings['weight_decay']}",
         f"model.optim.sched.warmup_steps={settings['warmup_steps']}",
         *_held(cell),

@@ -268,7 +268,8 @@ def _made(study: Study, results: Sequence[Result], numbers: str, command: str) -
     yield paragraph(
         f"Base: {study.base.name}. Each run is `tied-lora finetune` on NeMo, in {training.precision} with the adapter in "
         f"float32: {training.batch} items a step, {training.warmup_steps} steps of warm-up, then a cosine schedule, weight "
-        f"decay {training.weight_decay:g}. Then `tied-lora evaluate` measures it on test data, greedily."
+        f"decay {training.weight_decay:g}, one learning rate for all factors. Then `tied-lora evaluate` measures it on test "
+        "data, greedily."
     )
     rows = [
         ["task", "steps", "tokens of an item, at most", "characters of a training item, at most", "test items", "data"]

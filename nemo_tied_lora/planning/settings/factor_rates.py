@@ -35,7 +35,9 @@ def rate_lines(cfg: Mapping[str, Any], config: TiedLoraConfig) -> Iterator[str]:
     multipliers = factor_multipliers(config, given, KEY)
     if any(multiplier != 1.0 for multiplier in multipliers.values()) and is_number(lr):
         rates = ", ".join(f"{factor} {lr * multiplier:.4g}" for factor, multiplier in sorted(multipliers.items()))
-        yield f"model.optim.lr={lr:g}: with {KEY}, the factors have {rates}"
+        own = any((given or {}).get(factor) is not None for factor in multipliers)
+        source = KEY if own else f"the preset's multipliers for rank {config.rank}"
+        yield f"model.optim.lr={lr:g}: with {source}, the factors have {rates}"
     for factor in without_effect(config, given):
         yield f"{KEY}.{factor}={given[factor]:g}: has no effect, because {factor} is not trained"
 
