@@ -31,10 +31,12 @@ PLANS = {"rates": RATES, "forms": FORMS}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code; 2 if something was refused."""
+    """Returns the exit code; 2 if something was refused, 130 after Ctrl-C or SIGTERM."""
     options = _parser().parse_args(arguments)
     try:
         return options.command(options)
+    except KeyboardInterrupt:
+        return 130
     except ConfigError as error:
         print("\n".join(error.problems), file=sys.stderr)
         return 2

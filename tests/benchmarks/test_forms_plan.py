@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forms import __main__ as command_line
 from forms import forms_page, rates_page
 from forms.analysis import verdicts
 from forms.cells import ACCURACY, LOSS, Cell
@@ -287,6 +288,14 @@ def test_with_the_packages_defaults_one_rate_serves_every_rank_of_every_preset(
         assert min(shares.values()) >= 1 - plan.tolerance, (preset, shares)
     monkeypatch.setitem(DEFAULTS, "lora", {"A": ByRank(1.0), "B": ByRank(1.0)})
     assert min(default_shares(plan, found, "lora").values()) < 0.5
+
+
+def test_a_stop_by_a_signal_has_an_exit_code_and_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*args: Any, **options: Any) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command_line, "run", stopped)
+    assert command_line.main(["run", "--plan", "rates"]) == 130
 
 
 @pytest.mark.parametrize(
