@@ -100,7 +100,7 @@ def _panel(axes: Any, plan: Plan, task: Task, its: Sequence[Score], losses: Loss
     axes.set_title(f"{task.family}: {task.name}", fontsize="small")
     axes.grid(visible=True, alpha=0.25)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize="x-small")
+        axes.legend(fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.1))  # inside, it would hide points
 
 
 def _parts(plan: Plan, results: Results) -> Iterator[str]:
