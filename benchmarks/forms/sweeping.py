@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from nemo_tied_lora.commands.study.rates import next_rate
+from nemo_tied_lora.config import RankBudget, TiedLoraConfig
 
 from .cells import Cell, base_cell, cell
 from .form import Form
@@ -109,8 +110,9 @@ def _swept(plan: Plan, preset: str, rank: int, rule: str, rates: Sequence[float]
 
 
 def preset_form(candidate: Candidate, rank: int) -> Form:
-    """A preset at a rank. One that prunes keeps `1 / prunes` of it, as `TiedLoraConfig.preset` has it."""
-    keep = {} if candidate.prunes is None else {"keep": max(1, round(rank / candidate.prunes))}
+    """A preset at a rank. One that prunes keeps as much of it as the package's does."""
+    budget = TiedLoraConfig.preset(candidate.name, rank=rank).rank_budget
+    keep = {"keep": budget.target_rank} if isinstance(budget, RankBudget) else {}
     return Form.of({**candidate.form, "rank": rank, **keep})
 
 

@@ -23,7 +23,7 @@ from forms.schedule import entries, schedule
 from forms.sweeping import best_rule, curves, one_rate, preset_form
 from forms.text import between_markers
 
-from nemo_tied_lora import ConfigError, TiedLoraConfig
+from nemo_tied_lora import ConfigError
 from nemo_tied_lora.adapter.lr_multipliers import DEFAULTS, ByRank
 from nemo_tied_lora.commands.study.paragraphs import rounded
 from nemo_tied_lora.commands.study.results import read_results, write_result
@@ -131,13 +131,11 @@ def test_the_plans_presets_are_the_packages() -> None:
             assert form.get("targets", TARGETS) == TARGETS
 
 
-def test_the_sweep_has_every_preset_at_its_own_ranks() -> None:
+def test_the_sweep_has_every_preset_and_adalora_prunes() -> None:
     plan = read_plan(RATES)
     assert {one.name for one in plan.candidates} == set(PRESETS)
-    for name in PRESETS:
-        for rank in (1, 2, 4, 8, 16, 32, 64, 128):
-            budget = TiedLoraConfig.preset(name, rank=rank).rank_budget
-            assert preset_form(plan.candidate(name), rank).keep == (budget and budget.target_rank)
+    kept = {name: preset_form(plan.candidate(name), 8).keep for name in PRESETS}
+    assert kept == {**dict.fromkeys(PRESETS), "adalora": 5}
 
 
 def test_a_plan_with_a_wrong_name_is_refused(tmp_path: Path) -> None:
@@ -288,6 +286,7 @@ def test_with_the_packages_defaults_one_rate_serves_every_rank_of_every_preset(
         assert min(shares.values()) >= 1 - plan.tolerance, (preset, shares)
     monkeypatch.setitem(DEFAULTS, "lora", {"A": ByRank(1.0), "B": ByRank(1.0)})
     assert min(default_shares(plan, found, "lora").values()) < 0.5
+    assert "It is missed by LoRA of rank 1, LoRA of rank 128." in rates_page.sweep_text(plan, read_results(RESULTS))
 
 
 def test_a_stop_by_a_signal_has_an_exit_code_and_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
