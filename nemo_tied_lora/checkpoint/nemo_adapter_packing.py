@@ -68,14 +68,21 @@ class Packed:
 
 
 def pack(tensors: Mapping[str, tuple[int, ...]]) -> list[Packed]:
-    """The file's tensors for a state (name to whole shape, in order)."""
+    """The file's tensors for a state (name to whole shape, in order).
+
+    Tensors of different shapes are not stacked: experts' tied tensors that have lost different numbers of atoms.
+    """
     stacks: dict[str, list[str]] = {}
     for name in tensors:
         stacks.setdefault(FactorName.parse(name).stacked, []).append(name)
-    return [
-        Packed(name, tensors[name] if members == [name] else (len(members), *tensors[members[0]]), tuple(members))
-        for name, members in stacks.items()
-    ]
+    packed: list[Packed] = []
+    for stack, members in stacks.items():
+        first = tensors[members[0]]
+        if members == [stack] or any(tensors[name] != first for name in members):
+            packed += [Packed(name, tensors[name], (name,)) for name in members]
+        else:
+            packed.append(Packed(stack, (len(members), *first), tuple(members)))
+    return packed
 
 
 def mask_name(name: str) -> str:

@@ -127,8 +127,11 @@ def test_masks_that_are_not_masks_are_refused(tmp_path: Path, monkeypatch: pytes
         read_adapter(path)
 
 
-def test_an_adapter_of_another_layout_of_experts_keeps_its_atoms_apart() -> None:
-    """Expert e's tied tensors lose an atom only if no layer's expert e uses it; shared ones, if no expert does."""
+def test_an_adapter_of_another_layout_of_experts_keeps_its_atoms_apart(tmp_path: Path) -> None:
+    """Expert e's tied tensors lose an atom only if no layer's expert e uses it; shared ones, if no expert does.
+
+    The file holds experts' tensors that have lost different numbers of atoms.
+    """
     for experts, names in (("per_expert", 3), ("tied", 1)):
         model = build_gpt(
             num_layers=2,
@@ -145,3 +148,11 @@ def test_an_adapter_of_another_layout_of_experts_keeps_its_atoms_apart() -> None
         live = live_atoms(config, masks)
         assert len(live) == names
         assert [bool(atoms[1]) for atoms in live.values()] == [True, False, False][:names]
+        adapter.pruning.fix(masks)
+        state = adapter.full_state()
+        file = read_adapter(save_adapter(adapter, tmp_path / f"{experts}.nemo"))
+        assert all(torch.equal(mask, masks[name]) for name, mask in file.masks.items())
+        for name, tensor in file.state.items():
+            atoms = live.get(name.rpartition(".")[0]) if name[-1] in "AB" else masks.get(name)
+            want = state[name] if atoms is None else state[name] * (atoms.view(-1, 1) if name[-1] == "A" else atoms)
+            assert torch.equal(tensor, want), name
