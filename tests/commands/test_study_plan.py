@@ -18,6 +18,7 @@ from nemo_tied_lora.commands.study.results import Results, read_results
 from nemo_tied_lora.commands.study.schedule import schedule
 from nemo_tied_lora.commands.study.task_files import check_tasks
 from nemo_tied_lora.commands.study.time_left import seconds_left
+from nemo_tied_lora.config import PRESETS
 from nemo_tied_lora.errors import ConfigError
 from nemo_tied_lora.planning.composing.compose import compose_config, plain
 from tests.harness.paths import ROOT
@@ -41,6 +42,13 @@ def study(values: Values) -> Study:
 def shipped(name: str) -> Study:
     """A study of the project."""
     return Study.from_config(plain(compose_config("compare", [f"study={name}"])))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_method_may_have_any_preset(values: Values, preset: str, tmp_path: Path) -> None:
+    values["methods"]["another"] = {"preset": preset, "rank": 4, "seeds": 1, "rates": [0.01]}
+    study = Study.from_config(values)
+    assert f"{study.title_of('another')} " in listing(study, read_results(Path(study.results)), lambda _: tmp_path, 1)
 
 
 def test_the_study_of_the_paper_has_what_the_claim_needs() -> None:

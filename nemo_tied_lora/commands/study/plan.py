@@ -21,7 +21,7 @@ __all__ = ["BASE", "Base", "Claim", "Method", "Study", "StudyTask", "Sweep", "Tr
 BASE = "base"
 """The name of the base without an adapter, beside the names of methods."""
 _MOST_HEADROOM = "most_headroom"
-_TITLES = {"lora": "LoRA", "vera": "VeRA", "tl5": "TL5", "tl6": "TL6"}
+_TITLES = {"lora": "LoRA", "vera": "VeRA", "tl5": "TL5", "tl6": "TL6", "adalora": "AdaLoRA"}
 
 
 @dataclass(frozen=True, kw_only=True)
