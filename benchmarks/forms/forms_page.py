@@ -172,8 +172,8 @@ def _winners(plan: Plan, budget: str, results: Results) -> Iterator[str]:
             winners += [one.candidate.title] if wins >= _ENOUGH else []
             open_ones += [one.candidate.title] if wins < _ENOUGH <= possible else []
     if tried:
-        names = ", ".join(f"**{name}**" for name in winners) or "no candidate"
-        rest = f" Not decided yet: {', '.join(open_ones)}." if open_ones else ""
+        names = "; ".join(f"**{name}**" for name in winners) or "no candidate"
+        rest = f" Not decided yet: {'; '.join(open_ones)}." if open_ones else ""
         yield paragraph(
             f"At the {_called(budget)}, {tried} candidates have test runs. Both TL6 and LoRA are beaten on at least two tasks by "
             f"{names}.{rest}"
@@ -228,7 +228,7 @@ def _budget(plan: Plan, budget: str, results: Results) -> Iterator[str]:
     ]
     if accuracies:
         yield paragraph(
-            f"Accuracy of the choice task in points, by the likelihood of the number: {', '.join(accuracies)}."
+            f"Accuracy of the choice task in points, by the likelihood of the number: {'; '.join(accuracies)}."
         )
 
 
