@@ -5,25 +5,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 from nemo_tied_lora.commands.study.paragraphs import interval_text, paragraph
 from nemo_tied_lora.commands.study.results import Results
-from nemo_tied_lora.plots import panels
 from nemo_tied_lora.tables import markdown_table
 
 from .analysis import Score, Verdict, scores, verdicts
 from .cells import base_cell
 from .form import trained_parameters
-from .plan import Plan, Task
+from .forms_picture import PICTURE
+from .plan import Plan
 from .schedule import Entry, entries, kept, schedule, sweep_entry
-from .sweeping import Losses
 
-__all__ = ["PICTURE", "draw", "page_text", "page_values"]
+__all__ = ["page_text", "page_values"]
 
-PICTURE = "forms.png"
 _TITLE = "Which form of tied adapter is best at equal counts?"
 
 
@@ -48,8 +45,7 @@ def page_values(plan: Plan, results: Results) -> dict[str, Any]:
                 one.candidate.name: {
                     other: [asdict(v) for v in its] for other, its in _against(plan, one, found, results)
                 }
-                for one in found
-                if not one.candidate.reference
+                for one in _compared(found)
             },
         }
     done, planned = _counts(plan, results)
@@ -64,43 +60,6 @@ def page_text(plan: Plan, results: Results, steps: Mapping[str, Any] | None = No
     """
     parts = [*_parts(plan, results), *(_steps(steps) if steps is not None else ())]
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def draw(path: Path, plan: Plan, results: Results) -> None:
-    """A panel for each task: each form's gain over the base on test data, or on validation data where there is none."""
-    columns = len(plan.tasks)
-    title = "gain in the answers' loss over the base; filled: test, 95%; hollow: validation, best rate"
-    by_task = [
-        [score for budget in plan.budgets for score in scores(plan, task, entries(plan, budget), results)]
-        for task in plan.tasks
-    ]
-    shown = [n for n in range(len(by_task[0])) if any(its[n].validation is not None for its in by_task)]
-    height = 2.5 + 0.2 * len(shown)
-    with panels(path, 1, columns=columns, width=4 + 4 * columns, height=height, title=title) as axes:
-        for one, task, its in zip(axes, plan.tasks, by_task, strict=True):
-            _panel(one, plan, task, [its[n] for n in shown], results.losses())
-            labels = [its[n].entry.candidate.title for n in shown] if one is axes[0] else [""] * len(shown)
-            one.set_yticks(range(len(shown)), labels, fontsize="x-small")
-            one.set_ylim(max(1, len(shown)) - 0.5, -0.5)
-
-
-def _panel(axes: Any, plan: Plan, task: Task, its: Sequence[Score], losses: Losses) -> None:
-    labels = {budget: f"at most {count:,} trained" for budget, count in plan.budgets.items()}
-    for place, one in enumerate(its):
-        base = losses.get(base_cell(plan, task, "validation" if one.loss is None else "test").key)
-        if base is None or one.validation is None:
-            continue
-        color, label = f"C{list(plan.budgets).index(one.entry.budget)}", labels.pop(one.entry.budget, None)
-        if one.loss is None:
-            axes.plot([base - one.validation], [place], "o", color=color, fillstyle="none", label=label)
-        else:
-            sides = [[one.loss.high - one.loss.value], [one.loss.value - one.loss.low]]
-            axes.errorbar([base - one.loss.value], [place], xerr=sides, fmt="o", color=color, capsize=3, label=label)
-    axes.set_xlabel("nats per token")
-    axes.set_title(f"{task.family}: {task.name}", fontsize="small")
-    axes.grid(visible=True, alpha=0.25)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.1))  # inside, it would hide points
 
 
 def _parts(plan: Plan, results: Results) -> Iterator[str]:
@@ -119,7 +78,7 @@ def _parts(plan: Plan, results: Results) -> Iterator[str]:
     )
     yield "## The verdict"
     yield from _verdict(plan, results)
-    yield f"![gain of each form]({PICTURE})"
+    yield f"![each form against LoRA]({PICTURE})"
     for budget in plan.budgets:
         yield f"## At most {plan.budgets[budget]:,} parameters, the {_called(budget)}"
         yield from _budget(plan, budget, results)
@@ -133,9 +92,7 @@ def _verdict(plan: Plan, results: Results) -> Iterator[str]:
     rows = [["at most", "form", "against", *(task.name for task in plan.tasks), "verdict"]]
     for budget in plan.budgets:
         found = entries(plan, budget)
-        for one in found:
-            if one.candidate.reference:
-                continue
+        for one in _compared(found):
             for other, its in _against(plan, one, found, results):
                 if any(verdict.seeds for verdict in its):
                     cells = [interval_text(verdict.difference, signed=True, digits=3) for verdict in its]
@@ -149,10 +106,11 @@ def _verdict(plan: Plan, results: Results) -> Iterator[str]:
         yield from _winners(plan, budget, results)
     yield markdown_table(rows)
     yield paragraph(
-        "Loss of the candidate minus that of the form named beside it, in nats per token, on test items: below 0 the "
-        "candidate is better. In brackets: 95% bootstrap intervals over seeds and items, paired. A candidate wins at a budget "
-        "if both intervals are wholly below 0, against TL6 and against LoRA, on at least two of the three tasks. The loss of "
-        "the answers decides because it is precise with few runs; the choice task's accuracy is shown too."
+        "Loss of the form minus that of the one named beside it, in nats per token, on test items: below 0 the form is better. "
+        "In brackets: 95% bootstrap intervals over seeds and items, paired. A candidate wins at a budget if both intervals are "
+        "wholly below 0, against TL6 and against LoRA, on at least two of the three tasks. TL5, VeRA and AdaLoRA are presets "
+        "of the package, no candidates. The loss of the answers decides because it is precise with few runs; the choice task's "
+        "accuracy is shown too."
     )
 
 
@@ -180,6 +138,7 @@ def _winners(plan: Plan, budget: str, results: Results) -> Iterator[str]:
         )
 
 
+_RIVALS = ("lora", "tl6")
 _ENOUGH = 2
 """So many of the tasks."""
 
@@ -189,12 +148,19 @@ def _word(its: Sequence[Verdict]) -> str:
     open_ones = sum(verdict.beats is None for verdict in its)
     if wins >= _ENOUGH:
         return f"**better** on {wins}"
-    return "not decided yet" if wins + open_ones >= _ENOUGH else "not better"
+    if wins + open_ones >= _ENOUGH:
+        return "not decided yet"
+    return f"better on {wins}" if wins else "not better"
+
+
+def _compared(found: Sequence[Entry]) -> list[Entry]:
+    """All forms but the two that each of them is compared with."""
+    return [one for one in found if one.candidate.name not in _RIVALS]
 
 
 def _against(plan: Plan, one: Entry, found: Sequence[Entry], results: Results) -> Iterator[tuple[str, list[Verdict]]]:
     for other in found:
-        if other.candidate.name in ("tl6", "lora"):
+        if other.candidate.name in _RIVALS:
             yield other.candidate.name, verdicts(plan, one, other, results)
 
 

@@ -10,7 +10,7 @@ from nemo_tied_lora.commands.study.paragraphs import paragraph, rounded
 from nemo_tied_lora.commands.study.results import read_results
 from nemo_tied_lora.files import write_atomically, write_json
 
-from . import forms_page, rates_page
+from . import forms_page, forms_picture, rates_page
 from .plan import FORMS, RATES, read_plan
 from .text import between_markers
 
@@ -43,14 +43,14 @@ def write(results: Path, docs: Path) -> int:
         page.read_text() if page.exists() else _NEW, MARKER, rates_page.sweep_text(rates, found), page
     )
     rates_page.draw(docs / rates_page.PICTURE, rates, found)
-    forms_page.draw(docs / forms_page.PICTURE, forms, found)
+    forms_picture.draw(docs / forms_picture.PICTURE, forms, found)
     files = [
         write_atomically(page, text.encode()),
         write_json(docs / "learning_rates.json", rounded(rates_page.sweep_values(rates, found))),
         write_atomically(docs / "forms.md", forms_page.page_text(forms, found, steps).encode()),
         write_json(docs / "forms.json", rounded(forms_page.page_values(forms, found))),
         docs / rates_page.PICTURE,
-        docs / forms_page.PICTURE,
+        docs / forms_picture.PICTURE,
     ]
     print("\n".join(f"wrote {file}" for file in files))
     return 0

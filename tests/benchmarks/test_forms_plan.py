@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from forms import __main__ as command_line
-from forms import forms_page, rates_page
+from forms import forms_page, forms_picture, rates_page
 from forms.analysis import verdicts
 from forms.cells import ACCURACY, LOSS, Cell
 from forms.defaults import default_shares
@@ -212,7 +212,7 @@ def test_the_page_says_who_wins_and_what_did_not_stay(finished: tuple[Plan, Path
     assert "count of LoRA r=1, after the first task's sweep: core." in page
     assert "count of LoRA r=1, after the sweeps of all tasks: B diag(u) A." in page
     assert json.loads(json.dumps(rounded(forms_page.page_values(plan, read_results(folder)))))
-    forms_page.draw(tmp_path / "forms.png", plan, read_results(folder))
+    forms_picture.draw(tmp_path / "forms.png", plan, read_results(folder))
     assert (tmp_path / "forms.png").read_bytes()[:4] == b"\x89PNG"
 
 
