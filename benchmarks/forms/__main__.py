@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+from nemo_tied_lora.commands.program import run_program
 from nemo_tied_lora.commands.study.results import read_results
 from nemo_tied_lora.errors import ConfigError
 
@@ -30,7 +31,7 @@ MODEL = Path("runs/smollm2/hf")
 PLANS = {"rates": RATES, "forms": FORMS}
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str]) -> int:
     """Returns the exit code; 2 if something was refused, 130 after Ctrl-C or SIGTERM."""
     options = _parser().parse_args(arguments)
     try:
@@ -129,4 +130,4 @@ def _page(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_program(main, sys.argv[1:], "benchmarks.forms")

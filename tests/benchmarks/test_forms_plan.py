@@ -313,3 +313,12 @@ def test_bad_input_is_refused_before_torch_is_imported(words: list[str], problem
     )
     assert done.returncode == 2
     assert problem in done.stderr
+
+
+def test_a_reader_that_stops_reading_gets_no_traceback(tmp_path: Path) -> None:
+    """As in `python -m benchmarks.forms list | head -1`. Unbuffered, so that the list is written after its reader left."""
+    command = f"{sys.executable} -u -m benchmarks.forms list --results {tmp_path} | (exec <&-; sleep 3)"
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command}"], cwd=ROOT, env=user_environment(), capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (141, "")
