@@ -258,6 +258,11 @@ def _measured(plan: Plan, results: Results) -> Iterator[str]:
         "`docs/forms_results` alone by `python -m benchmarks.forms page`; the numbers are in [forms.json](forms.json)."
     )
     yield paragraph(
+        f"Rates and finalists come from runs of {sweep.steps} steps with one seed, which favour forms that learn fast. The "
+        f"intervals of test runs resample the {plan.seeds} seeds, so one of them is wholly below 0 only if nearly all seeds "
+        "agree."
+    )
+    yield paragraph(
         "Not measured: larger bases, longer training, more than one base, generation. VeRA's rank is limited to 128, so it "
         "does not use the whole budget: more random directions cost time and hardly any parameters."
     )

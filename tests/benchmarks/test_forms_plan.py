@@ -289,6 +289,25 @@ def test_with_the_packages_defaults_one_rate_serves_every_rank_of_every_preset(
     assert "It is missed by LoRA of rank 1, LoRA of rank 128." in rates_page.sweep_text(plan, read_results(RESULTS))
 
 
+def test_what_the_readme_says_of_tl5_is_what_was_measured() -> None:
+    """Better than LoRA and TL6 in translation, with all seeds; not different from them in the two other tasks."""
+    plan, results = read_plan(FORMS), read_results(RESULTS)
+    found = {one.candidate.name: one for one in entries(plan, "lora_r1")}
+    assert (found["lora"].form.rank, found["tl5"].form.rank) == (1, 30)
+    for other in ("lora", "tl6"):
+        translation, *others = verdicts(plan, found["tl5"], found[other], results)
+        assert translation.beats is True
+        for verdict in others:
+            assert verdict.complete
+            assert verdict.difference is not None
+            assert verdict.difference.low < 0 < verdict.difference.high
+    said = " ".join((ROOT / "README.md").read_text().split())
+    assert (
+        "`tl5` of rank 30 is better than it and than TL6 in translation, and not different in two other kinds of"
+        in said
+    )
+
+
 def test_a_stop_by_a_signal_has_an_exit_code_and_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def stopped(*args: Any, **options: Any) -> int:
         raise KeyboardInterrupt
