@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from nemo_tied_lora.plots import panels
 from nemo_tied_lora.tasks.intervals import Interval
 
 from .analysis import verdicts
-from .plan import Plan, Task
+from .plan import Plan
 from .schedule import entries, sweep_entry
 
 __all__ = ["PICTURE", "Point", "draw", "points"]
@@ -31,7 +31,6 @@ class Point:
     title: str
     budget: str
     difference: Interval | float
-    seeds: int = 0
 
     @property
     def value(self) -> float:
@@ -45,27 +44,29 @@ class Point:
         return max(map(abs, ends))
 
 
-def points(plan: Plan, task: Task, results: Results) -> Iterator[Point]:
-    """Each form that has a result on the task, at each budget at which LoRA has one too."""
+def points(plan: Plan, results: Results) -> dict[str, list[Point]]:
+    """Task to each form that has a result on it, at each budget at which LoRA has one too."""
     losses = results.losses()
+    found: dict[str, list[Point]] = {task.name: [] for task in plan.tasks}
     for budget in plan.budgets:
-        found = entries(plan, budget)
-        reference = next(one for one in found if one.candidate.name == _REFERENCE)
-        theirs = min(sweep_entry(plan, task, reference, losses).losses.values(), default=None)
-        for one in found:
-            if one is reference or theirs is None:
-                continue
-            (verdict,) = (v for v in verdicts(plan, one, reference, results) if v.task == task.name)
-            mine = min(sweep_entry(plan, task, one, losses).losses.values(), default=None)
-            if verdict.difference is not None:
-                yield Point(one.candidate.title, budget, verdict.difference, len(verdict.seeds))
-            elif mine is not None:
-                yield Point(one.candidate.title, budget, mine - theirs)
+        forms = entries(plan, budget)
+        reference = next(one for one in forms if one.candidate.name == _REFERENCE)
+        for one in (form for form in forms if form is not reference):
+            for task, verdict in zip(plan.tasks, verdicts(plan, one, reference, results), strict=True):
+                mine, theirs = (
+                    min(sweep_entry(plan, task, each, losses).losses.values(), default=None)
+                    for each in (one, reference)
+                )
+                if verdict.difference is not None:
+                    found[task.name].append(Point(one.candidate.title, budget, verdict.difference))
+                elif mine is not None and theirs is not None:
+                    found[task.name].append(Point(one.candidate.title, budget, mine - theirs))
+    return found
 
 
 def draw(path: Path, plan: Plan, results: Results) -> None:
     """A panel for each task, all of one scale. What lies beyond it is drawn at the edge, with its number."""
-    by_task = {task.name: list(points(plan, task, results)) for task in plan.tasks}
+    by_task = points(plan, results)
     known = {point.title for its in by_task.values() for point in its}
     titles = [one.title for one in plan.candidates if one.title in known]
     rows = {title: place for place, title in enumerate(titles)}

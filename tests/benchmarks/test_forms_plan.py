@@ -216,6 +216,20 @@ def test_the_page_says_who_wins_and_what_did_not_stay(finished: tuple[Plan, Path
     assert (tmp_path / "forms.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_the_picture_shows_the_loss_of_each_form_minus_loras(finished: tuple[Plan, Path, list[Cell]]) -> None:
+    """With intervals where there are test runs; otherwise the best losses on validation items."""
+    plan, folder, _ = finished
+    found = forms_picture.points(plan, read_results(folder))
+    assert list(found) == [task.name for task in plan.tasks]
+    first = {point.title: point for point in found[plan.tasks[0].name] if point.budget == "lora_r1"}
+    assert "LoRA" not in first
+    expected = {"TL6": -0.2, "v for each 64 outputs": -0.5, "B diag(u) A": 0.0, "core": 0.3}
+    assert {title: round(point.value, 2) for title, point in first.items()} == expected
+    tested = {title for title, point in first.items() if not isinstance(point.difference, float)}
+    assert tested == {"TL6", "v for each 64 outputs"}
+    assert [point.title for point in found["summarise_debian"]].count("core") == 0
+
+
 @pytest.mark.parametrize("most", [0, 1, 7, 40])
 def test_the_page_can_be_read_after_any_stop(tmp_path: Path, most: int) -> None:
     plan = small()
