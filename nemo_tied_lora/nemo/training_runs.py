@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -113,8 +114,11 @@ def _start(cfg: DictConfig, rank: Rank | None) -> tuple[Trainer, RunRecorder]:
 
 
 def _open_folder(cfg: DictConfig, trainer: Trainer, rank: Rank | None) -> Path:
-    """The run's folder. exp_manager makes it, moves the files of the run before in it, and finds the checkpoint to resume."""
-    with launch_kept(cfg):
+    """The run's folder. exp_manager makes it, moves the files of the run before in it, and finds the checkpoint to resume.
+
+    On rank 0 it moves every file of the folder. Other ranks that were earlier would have their new logs moved too.
+    """
+    with nullcontext() if rank is None else rank.rank_0_first("run folder"), launch_kept(cfg):
         folder = Path(exp_manager(trainer, cfg.exp_manager))
     if trainer.ckpt_path is None:  # else the run has checkpoints of its own
         trainer.ckpt_path = cfg.model.get("resume_from_checkpoint")

@@ -6,8 +6,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
@@ -147,6 +147,21 @@ class Rank:
             raise Refused(error.problems) from None
         if "preemption" in self._values:
             self._signals.enter_context(answered_by(self._on_signal))
+
+    @contextmanager
+    def rank_0_first(self, topic: str) -> Iterator[None]:
+        """Rank 0 does what is inside, and the other ranks do it after rank 0, also if rank 0 fails.
+
+        Args:
+            topic: names the work in messages. A run uses each topic once.
+        """
+        if not self._first:
+            self._from_rank_0(topic, lambda: None)
+        try:
+            yield
+        finally:
+            if self._first:
+                self._from_rank_0(topic, lambda: None)
 
     def finish(self, summary: Any) -> None:
         """Records that the work is done. If `summary` is a mapping, its "output" names the file that was written."""

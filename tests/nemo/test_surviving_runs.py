@@ -57,8 +57,7 @@ def start(folder: Path, name: str, *command: str) -> list[Forked]:
     }
     return [
         Forked(
-            fork_module,
-            main.__name__,
+            late_rank_0,
             command or ("finetune", *arguments(name)),
             cwd=folder,
             env=user_environment({**variables, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}),
@@ -66,6 +65,20 @@ def start(folder: Path, name: str, *command: str) -> list[Forked]:
         )
         for rank in range(2)
     ]
+
+
+def late_rank_0(command: tuple[str, ...]) -> int:
+    """The command, with a rank 0 that needs a second longer for the run's folder than the other ranks."""
+    from nemo_tied_lora.nemo import training_runs
+
+    exp_manager = training_runs.exp_manager
+
+    def slow(*args: Any) -> Any:
+        time.sleep(1.0 if os.environ["RANK"] == "0" else 0.0)
+        return exp_manager(*args)
+
+    training_runs.exp_manager = slow  # type: ignore[assignment]
+    return fork_module(main.__name__, command)
 
 
 def disturb(folder: Path, name: str, action: Callable[[list[Forked]], None]) -> list[int]:
@@ -156,6 +169,8 @@ def test_a_signal_to_one_rank_stops_all_ranks_at_one_step_and_the_run_resumes_un
         ours, theirs = (final(workshop, name) / f"{file}.safetensors" for name in ("stopped", "undisturbed"))
         assert ours.read_bytes() == theirs.read_bytes(), file
     assert (read_status(workshop / "stopped") or {})["restarts"] == 1
+    files = {path.name for path in (workshop / "stopped").iterdir()}
+    assert {f"nemo_log_globalrank-{rank}_localrank-{rank}.txt" for rank in range(2)} <= files, files
 
     third = tied_lora("finetune", *arguments("stopped"), folder=workshop)
     assert "finished already" in third.stdout

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,25 @@ def finished() -> int:
     return code or again
 
 
+def one_after_another() -> int:
+    """Rank 0 is slow, and fails the second time. Its log has who came when."""
+    came = Path(os.environ["FOLDER"]) / "came"
+
+    def work(rank: Rank) -> Any:
+        for topic in ("tensors", "words"):
+            with suppress(OSError), rank.rank_0_first(topic):
+                time.sleep(0.5 if only_on(0) else 0)
+                with came.open("a") as file:
+                    file.write(os.environ["RANK"])
+                if topic == "words" and only_on(0):
+                    raise OSError
+            dist.all_reduce(torch.ones(1))
+        if only_on(0):
+            print(came.read_text())
+
+    return run_as_rank("finetune", values(came.parent, 2), [], work)
+
+
 def to(rank: int, number: int) -> Callable[[list[int], Path], None]:
     """Sends a signal to a rank after all ranks have made a step."""
 
@@ -230,6 +250,7 @@ SCENARIOS: dict[str, tuple[int, Callable[[], int], Callable[[list[int], Path], N
         nothing,
     ),
     "finished": (2, finished, nothing),
+    "one_after_another": (2, one_after_another, nothing),
     # Negative controls: the same scenarios without the guard. They are killed after CONTROL_S.
     "killed, unwatched": (3, without(Watchdog, "_check_heartbeats", look_away, train), to(2, signal.SIGKILL)),
     "stopped, unwatched": (3, without(Watchdog, "_check_heartbeats", look_away, train), to(1, signal.SIGSTOP)),

@@ -162,6 +162,11 @@ def test_a_finished_run_is_not_repeated(ends: dict[str, Any]) -> None:
     assert end["status"]["state"] == "finished"
 
 
+def test_the_other_ranks_wait_for_rank_0_also_if_it_fails(ends: dict[str, Any]) -> None:
+    end = ends["one_after_another"]
+    assert (end["codes"], end["logs"]) == ([0, 0], ["0101\n", ""])
+
+
 def test_a_rank_does_not_join_the_store_of_another_step_with_the_same_port() -> None:
     port = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports())}
     held = connect(5, {**port, "RANK": "0", "SLURM_JOB_ID": "76", "SLURM_STEP_ID": "0"})
