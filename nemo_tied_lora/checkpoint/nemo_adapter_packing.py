@@ -146,8 +146,20 @@ def state_header(packed: Iterable[Packed], dtype: str) -> bytes:
 
 
 def largest_file(config: TiedLoraConfig, shapes: Mapping[str, LinearShape], element_bytes: int) -> int:
-    """The size of an adapter's file that holds as many facts as it may: an upper bound, at most 64 KiB too high."""
+    """The size of an adapter's file that holds as many facts as it may: an upper bound, at most 64 KiB too high.
+
+    With a rank budget on experts, higher by the entries of tied tensors that may be apart, about 200 bytes an expert.
+    """
     packed = pack(most_tensors(config, shapes))
+    if config.budget is not None:
+        packed = [one for part in packed for one in _apart(part)]
     dtype = max((name for name, size in DTYPE_BYTES.items() if size == element_bytes), key=len)
     state = len(state_header(packed, dtype)) + data_bytes(packed, element_bytes)
     return tar_bytes([state, MAX_WRITTEN_CONFIG_BYTES])
+
+
+def _apart(part: Packed) -> list[Packed]:
+    """Experts' tied tensors one by one, as when they have lost different numbers of atoms; another part as it is."""
+    if not part.is_stacked or FactorName.parse(part.members[0]).layer is not None:
+        return [part]
+    return [Packed(name, part.shape[1:], (name,)) for name in part.members]

@@ -12,8 +12,10 @@ import yaml
 from safetensors.torch import load as load_safetensors
 
 from nemo_tied_lora import TiedLoraConfig, inject, load_adapter, save_adapter
-from nemo_tied_lora.adapter.rank_budget.masks import by_name, live_atoms
-from nemo_tied_lora.checkpoint.nemo_adapter_packing import largest_file
+from nemo_tied_lora.adapter.factor_names import expected_shapes
+from nemo_tied_lora.adapter.rank_budget.masks import by_name, live_atoms, u_names
+from nemo_tied_lora.adapter.shapes import LinearShape
+from nemo_tied_lora.checkpoint.nemo_adapter_packing import MAX_WRITTEN_CONFIG_BYTES, largest_file
 from nemo_tied_lora.checkpoint.pruned_tensors import PrunedTensors
 from nemo_tied_lora.checkpoint.read_nemo_adapter import AdapterFileError, read_adapter
 from nemo_tied_lora.checkpoint.write_nemo_adapter import write_adapter
@@ -156,3 +158,16 @@ def test_an_adapter_of_another_layout_of_experts_keeps_its_atoms_apart(tmp_path:
             atoms = live.get(name.rpartition(".")[0]) if name[-1] in "AB" else masks.get(name)
             want = state[name] if atoms is None else state[name] * (atoms.view(-1, 1) if name[-1] == "A" else atoms)
             assert torch.equal(tensor, want), name
+
+
+def test_a_file_of_many_experts_is_no_larger_than_planned_however_their_atoms_are_lost(tmp_path: Path) -> None:
+    """Each expert's tied tensors have an entry of their own in the header."""
+    config = TiedLoraConfig(rank=2, targets=["linear_fc1"], rank_budget={"target_rank": 1})
+    shapes = {"experts.linear_fc1": LinearShape("column", 8, 8, 1, (0, 1), num_experts=300)}
+    state = {name: torch.zeros(shape) for name, shape in expected_shapes(config, shapes).items()}
+    masks = {name: torch.tensor([True, int(name.split(".")[3]) % 2 == 0]) for name in u_names(shapes)}
+    path = tmp_path / "full.nemo"
+    write_adapter(path, config, shapes, state, {}, masks)
+    room = MAX_WRITTEN_CONFIG_BYTES - len(members_of(path)[YAML]) - len("note: \n")
+    write_adapter(path, config, shapes, state, {"note": "x" * room}, masks)
+    assert path.stat().st_size <= largest_file(config, shapes, 4) <= path.stat().st_size + 64 * 1024
