@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_tied_lora.errors import Problems, did_you_mean, is_whole_number
+from nemo_tied_lora.errors import Problems, did_you_mean, is_number, is_whole_number
 
 __all__ = [
     "ALPHA_RULES",
@@ -98,7 +98,7 @@ class RankBudget:
     def problems(self, rank: object, trained: object) -> Iterator[str]:
         """Yields one line per value that is out of bounds."""
         found, target = Problems(), self.target_rank
-        if not _is_finite(target) or target < 1:
+        if not is_number(target) or target < 1:
             found.append(
                 f"rank_budget.target_rank={target!r}: must be a number of at least 1, the mean rank at the end"
             )
@@ -299,7 +299,7 @@ class TiedLoraConfig:
         """Checks each field by itself."""
         problems = Problems()
         problems.whole_number("rank", self.rank)
-        if self.alpha is not None and (not _is_finite(self.alpha) or self.alpha == 0):
+        if self.alpha is not None and (not is_number(self.alpha) or self.alpha == 0):
             problems.append(
                 f"alpha={self.alpha!r}: must be a finite number other than 0 (0 would switch the adapter off)"
             )
@@ -309,9 +309,9 @@ class TiedLoraConfig:
                 "alpha_rule=sqrt: needs alpha, because the update is multiplied by alpha / sqrt(rank); set alpha, the same "
                 "for every rank"
             )
-        if not _is_finite(self.dropout) or not 0 <= self.dropout < 1:
+        if not is_number(self.dropout) or not 0 <= self.dropout < 1:
             problems.append(f"dropout={self.dropout!r}: must be in [0, 1)")
-        if not _is_finite(self.init_std) or self.init_std <= 0:
+        if not is_number(self.init_std) or self.init_std <= 0:
             problems.append(f"init_std={self.init_std!r}: must be a finite number greater than 0")
         problems.whole_number("seed", self.seed, 0)
         problems.one_of("frozen_factors", self.frozen_factors, FROZEN_FACTORS)
@@ -342,7 +342,7 @@ class TiedLoraConfig:
     def _fill_problems(self) -> Iterable[str]:
         for factor in ("u", "v"):
             fill = getattr(self, f"init_{factor}")
-            if fill is not None and not _is_finite(fill):
+            if fill is not None and not is_number(fill):
                 yield f"init_{factor}={fill!r}: must be a finite number"
             elif fill is not None and factor not in self.trained and fill != 1:
                 yield f"init_{factor}={fill!r}: a frozen {factor} is 1; remove it or add {factor} to trained"
@@ -367,10 +367,6 @@ def _adaloras_budget(value: object, rank: object) -> object:
         return value
     given = {key: each for key, each in (value or {}).items() if each is not None}
     return {"target_rank": max(1, round(rank / 1.5)), **given}
-
-
-def _is_finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _unknown_values(name: str, values: object, choices: tuple[str, ...], empty_ok: bool) -> Iterable[str]:

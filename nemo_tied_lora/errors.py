@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import difflib
+import math
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
 
-__all__ = ["ConfigError", "Problems", "TrainingStopped", "did_you_mean", "is_whole_number", "report"]
+__all__ = ["ConfigError", "Problems", "TrainingStopped", "did_you_mean", "is_number", "is_whole_number", "report"]
 
 _Built = TypeVar("_Built")
 
@@ -88,6 +89,11 @@ class Problems(list[str]):
             f"{section}.{k}: not a key of {section}; choose from {', '.join(known)}" for k in values if k not in known
         ]
         return {key: value for key, value in values.items() if key in known}
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether the value is an int or a finite float. A bool is not."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def is_whole_number(value: object, least: int = 1) -> TypeGuard[int]:

@@ -10,13 +10,12 @@ Imports no torch.
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from nemo_tied_lora.config import PRESETS, TiedLoraConfig
-from nemo_tied_lora.errors import Problems
+from nemo_tied_lora.errors import Problems, is_number
 
 __all__ = ["DEFAULTS", "ByRank", "factor_multipliers", "multiplier_problems", "without_effect"]
 
@@ -82,7 +81,7 @@ def multiplier_problems(given: object, key: str = "lr_multipliers") -> Iterator[
             close = _likely(str(name))
             hint = f" (did you mean {close}?)" if close else ""
             yield f"{key}.{name}={value!r}: {name} is no factor{hint}; the factors are {', '.join(_NAMES)}"
-        elif value is not None and not _is_rate(value):
+        elif value is not None and not (is_number(value) and value > 0):
             remedy = f"to keep {name} as it is, leave it out of model.peft.tied_lora.trained"
             yield f"{key}.{name}={value!r}: must be a finite number greater than 0; {remedy}"
 
@@ -105,7 +104,3 @@ def _likely(name: str) -> str | None:
     last = name.rpartition("_")[2]
     same = [factor for factor in _NAMES if factor == last or factor.lower() == last.lower()]
     return next(iter(same or difflib.get_close_matches(name, _NAMES, n=1)), None)
-
-
-def _is_rate(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0

@@ -7,7 +7,6 @@ model_weights.ckpt    the tensors, in the single-rank form
 
 from __future__ import annotations
 
-import math
 import tarfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from nemo_tied_lora.errors import ConfigError, Problems, is_whole_number
+from nemo_tied_lora.errors import ConfigError, Problems, is_number, is_whole_number
 from nemo_tied_lora.planning.nemo_archive import read_members
 
 __all__ = [
@@ -151,8 +150,7 @@ def _off(value: Any) -> bool:
 
 
 def _alpha(value: Any) -> bool:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return value is None or (number and math.isfinite(value) and value > 0)
+    return value is None or (is_number(value) and value > 0)
 
 
 def _words(value: Any) -> bool:

@@ -8,13 +8,12 @@ the table is refused, unless it is switched off.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_tied_lora.errors import ConfigError, Problems, is_whole_number
+from nemo_tied_lora.errors import ConfigError, Problems, is_number, is_whole_number
 
 __all__ = ["KNOWN_KEYS", "alpha_of", "is_target", "rank_of", "read_peft_config", "scale_of"]
 
@@ -41,12 +40,8 @@ def _plain_start(value: Any) -> bool:
     return value is None or isinstance(value, bool) or str(value).lower() in _PLAIN_STARTS
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _numbers(value: Any) -> bool:
-    return _off(value) or (isinstance(value, Mapping) and all(_is_number(n) and n > 0 for n in value.values()))
+    return _off(value) or (isinstance(value, Mapping) and all(is_number(n) and n > 0 for n in value.values()))
 
 
 def _ranks(value: Any) -> bool:
@@ -75,7 +70,7 @@ KNOWN_KEYS: Mapping[str, _Known] = {
     # What the update is.
     "r": (is_whole_number, "must be a whole number of at least 1"),
     "lora_alpha": (
-        lambda value: _is_number(value) and value > 0,
+        lambda value: is_number(value) and value > 0,
         "must be a number greater than 0: with 0 the LoRA changes nothing; to subtract a LoRA, import it with the "
         "positive value and merge it with a negative weight",
     ),

@@ -8,12 +8,12 @@ import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, TypeGuard
+from typing import Any
 
 import yaml
 
 from nemo_tied_lora.config import PRESETS, TARGETS
-from nemo_tied_lora.errors import Problems, is_whole_number
+from nemo_tied_lora.errors import Problems, is_number, is_whole_number
 from nemo_tied_lora.planning.settings.base_quantization import BaseQuantization
 
 __all__ = ["BASE", "Base", "Claim", "Method", "Study", "StudyTask", "Sweep", "Training", "left_out_pairs"]
@@ -251,16 +251,12 @@ def _short(setting: str | None) -> str:
 
 
 def _rate_problems(key: str, rates: object) -> list[str]:
-    if not isinstance(rates, list) or not rates or not all(_is_number(rate) and rate > 0 for rate in rates):
+    if not isinstance(rates, list) or not rates or not all(is_number(rate) and rate > 0 for rate in rates):
         return [f"{key}={rates!r}: must be a list of positive numbers"]
     if rates != sorted(set(rates)):
         return [f"{key}={rates!r}: must ascend"]
     odd = [rate for rate in rates if not _is_step(rate)]
     return [f"{key}: {rate!r} is not 1, 2 or 5 times a power of ten; the grid grows in these steps" for rate in odd]
-
-
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_step(rate: float) -> bool:
@@ -307,7 +303,7 @@ def _check_type(problems: Problems, key: str, value: Any, kind: str) -> None:
             key, value, least=0 if key.endswith((".growth", ".headroom_tasks", ".warmup_steps")) else 1
         )
     elif kind.startswith("float"):
-        if not _is_number(value) or value < 0:
+        if not is_number(value) or value < 0:
             problems.append(f"{key}={value!r}: must be a number of at least 0")
     elif kind.startswith("Mapping"):
         if not isinstance(value, Mapping) or not all(isinstance(one, str) for one in value.values()):

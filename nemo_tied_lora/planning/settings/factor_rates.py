@@ -8,7 +8,7 @@ from typing import Any
 
 from nemo_tied_lora.adapter.lr_multipliers import factor_multipliers, multiplier_problems, without_effect
 from nemo_tied_lora.config import TiedLoraConfig
-from nemo_tied_lora.planning.settings.lr_schedule import is_number
+from nemo_tied_lora.errors import is_number
 
 __all__ = ["KEY", "rate_lines", "rate_problems", "resolved_multipliers"]
 

@@ -7,13 +7,12 @@ Needs no torch.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeGuard
+from typing import Any
 
-from nemo_tied_lora.errors import is_whole_number
+from nemo_tied_lora.errors import is_number, is_whole_number
 
-__all__ = ["is_number", "optimizer_problems", "schedule_lines", "schedule_problems", "unread_keys"]
+__all__ = ["optimizer_problems", "schedule_lines", "schedule_problems", "unread_keys"]
 
 _WARMUP = ("warmup_steps", "warmup_ratio", "min_lr", "last_epoch")
 _HOLD = (*_WARMUP, "hold_steps", "hold_ratio")
@@ -126,11 +125,6 @@ def unread_keys(sched: Mapping[str, Any]) -> list[str]:
     if known is None or "args" in sched or "_target_" in sched:
         return []
     return [key for key in sched if key not in (*known, *_ALWAYS, *_ALWAYS_T)]
-
-
-def is_number(value: object) -> TypeGuard[float]:
-    """Whether the value is a finite number. A bool is not."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _name_problems(sched: Mapping[str, Any]) -> Iterator[str]:

@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from nemo_tied_lora.errors import is_whole_number
-from nemo_tied_lora.planning.settings.lr_schedule import is_number
+from nemo_tied_lora.errors import is_number, is_whole_number
 
 __all__ = ["logged_names", "monitor_problems", "right_modes"]
 

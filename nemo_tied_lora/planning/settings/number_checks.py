@@ -8,8 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_tied_lora.errors import Problems, is_whole_number
-from nemo_tied_lora.planning.settings.lr_schedule import is_number
+from nemo_tied_lora.errors import Problems, is_number, is_whole_number
 
 __all__ = ["generation_lines", "generation_number_problems", "number_lines", "number_problems"]
 

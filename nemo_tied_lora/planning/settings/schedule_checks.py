@@ -11,9 +11,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from nemo_tied_lora.errors import Problems, is_whole_number
+from nemo_tied_lora.errors import Problems, is_number, is_whole_number
 from nemo_tied_lora.planning.settings.lr_schedule import (
-    is_number,
     optimizer_problems,
     schedule_lines,
     schedule_problems,
