@@ -130,10 +130,10 @@ def _winners(plan: Plan, budget: str, results: Results) -> Iterator[str]:
             winners += [one.candidate.title] if wins >= _ENOUGH else []
             open_ones += [one.candidate.title] if wins < _ENOUGH <= possible else []
     if tried:
-        names = "; ".join(f"**{name}**" for name in winners) or "no candidate"
+        names = "; ".join(f"**{name}**" for name in winners) or "none"
         rest = f" Not decided yet: {'; '.join(open_ones)}." if open_ones else ""
         yield paragraph(
-            f"At the {_called(budget)}, {tried} candidates have test runs. Both TL6 and LoRA are beaten on at least two tasks by "
+            f"At the {_called(budget)}, {tried} candidates have test runs. Better than both TL6 and LoRA on at least two tasks: "
             f"{names}.{rest}"
         )
 

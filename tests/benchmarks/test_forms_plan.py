@@ -208,7 +208,7 @@ def test_the_page_says_who_wins_and_what_did_not_stay(finished: tuple[Plan, Path
     plan, folder, _ = finished
     page = forms_page.page_text(plan, read_results(folder))
     assert page.count("**better** on 3") == 4  # against TL6 and LoRA, at two budgets
-    assert "Both TL6 and LoRA are beaten on at least two tasks by **v for each 64 outputs**." in " ".join(page.split())
+    assert "Better than both TL6 and LoRA on at least two tasks: **v for each 64 outputs**." in " ".join(page.split())
     assert "count of LoRA r=1, after the first task's sweep: core." in page
     assert "count of LoRA r=1, after the sweeps of all tasks: B diag(u) A." in page
     assert json.loads(json.dumps(rounded(forms_page.page_values(plan, read_results(folder)))))
