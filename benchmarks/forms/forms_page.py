@@ -68,7 +68,7 @@ def _parts(plan: Plan, results: Results) -> Iterator[str]:
     yield paragraph(
         "On LLaMA2-7B, TL6 of rank 8 trains as many parameters as LoRA of rank 1. So a tied adapter has to beat LoRA of "
         "rank 1, or its merits are only what it saves in memory and on the network. Here forms of tied adapters are "
-        f"compared at equal counts. **{done} of about {planned} runs are done.**"
+        f"compared at equal counts. **{f'All {done}' if done >= planned else f'{done} of about {planned}'} runs are done.**"
     )
     yield "    Delta W_l = s diag(v_l) B_g R_l A_g"
     yield paragraph(
@@ -108,30 +108,35 @@ def _verdict(plan: Plan, results: Results) -> Iterator[str]:
     yield paragraph(
         "Loss of the form minus that of the one named beside it, in nats per token, on test items: below 0 the form is better. "
         "In brackets: 95% bootstrap intervals over seeds and items, paired. A candidate wins at a budget if both intervals are "
-        "wholly below 0, against TL6 and against LoRA, on at least two of the three tasks. TL5, VeRA and AdaLoRA are presets "
-        "of the package, no candidates. The loss of the answers decides because it is precise with few runs; the choice task's "
+        "wholly below 0, against TL6 and against LoRA, on at least two of the three tasks. Then it enters the package, where "
+        "TL5, VeRA and AdaLoRA are already. The loss of the answers decides because it is precise with few runs; the choice task's "
         "accuracy is shown too."
     )
 
 
 def _winners(plan: Plan, budget: str, results: Results) -> Iterator[str]:
-    """Which candidates beat both on at least two tasks, by the rule of the plan."""
+    """Which candidates beat both on at least two tasks, by the rule of the plan, and which forms do so on one task."""
     found = entries(plan, budget)
-    tried, winners, open_ones = 0, [], []
-    for one in found:
-        if one.candidate.reference:
-            continue
+    tried, winners, open_ones, partial = 0, [], [], []
+    for one in _compared(found):
         pairs = [its for _, its in _against(plan, one, found, results)]
-        if any(verdict.seeds for its in pairs for verdict in its):
-            tried += 1
-            both = [[verdict.beats for verdict in of_task] for of_task in zip(*pairs, strict=True)]
-            wins = sum(all(beats is True for beats in task) for task in both)
-            possible = sum(all(beats is not False for beats in task) for task in both)
-            winners += [one.candidate.title] if wins >= _ENOUGH else []
-            open_ones += [one.candidate.title] if wins < _ENOUGH <= possible else []
+        if not any(verdict.seeds for its in pairs for verdict in its):
+            continue
+        both = [[verdict.beats for verdict in of_task] for of_task in zip(*pairs, strict=True)]
+        wins = sum(all(beats is True for beats in task) for task in both)
+        possible = sum(all(beats is not False for beats in task) for task in both)
+        may_win = not one.candidate.reference
+        tried += may_win
+        if may_win and wins >= _ENOUGH:
+            winners.append(one.candidate.title)
+        elif may_win and wins < _ENOUGH <= possible:
+            open_ones.append(one.candidate.title)
+        elif wins == 1:
+            partial.append(one.candidate.title)
     if tried:
         names = "; ".join(f"**{name}**" for name in winners) or "none"
         rest = f" Not decided yet: {'; '.join(open_ones)}." if open_ones else ""
+        rest += f" Better than both on one task: {'; '.join(partial)}." if partial else ""
         yield paragraph(
             f"At the {_called(budget)}, {tried} candidates have test runs. Better than both TL6 and LoRA on at least two tasks: "
             f"{names}.{rest}"
