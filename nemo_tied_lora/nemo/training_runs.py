@@ -116,7 +116,7 @@ def _start(cfg: DictConfig, rank: Rank | None) -> tuple[Trainer, RunRecorder]:
 def _open_folder(cfg: DictConfig, trainer: Trainer, rank: Rank | None) -> Path:
     """The run's folder. exp_manager makes it, moves the files of the run before in it, and finds the checkpoint to resume.
 
-    On rank 0 it moves every file of the folder. Other ranks that were earlier would have their new logs moved too.
+    Rank 0 is first: it moves every file of the folder, and the other ranks' new logs would be among them.
     """
     with nullcontext() if rank is None else rank.rank_0_first("run folder"), launch_kept(cfg):
         folder = Path(exp_manager(trainer, cfg.exp_manager))
